@@ -11,6 +11,7 @@ upl-ckpt-v2  the same as a CompVis .ckpt in half precision, and A1111's embeddin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from merging.adapter_sums import (
 from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
+from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms
 from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
 from merging.output import (
@@ -45,11 +47,12 @@ from merging.output import (
     print_written,
     report_table,
     round_adapter,
+    settle_format,
     write_adapter,
 )
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
 from merging.stored_layers import stored_layers
-from merging.token_names import join_tokens
+from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport
 
 
@@ -170,9 +173,12 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
             pair = first.components[component][path], second.components[component][path]
             report = compare_with_sum(lr, pair, job.alphas)
             adapters[path], reports[component, path] = round_adapter(lr, report, output.dtype)
-    _set_tokens(state, *join_tokens([first, second], job.paths))
-    output = replace(output, format=output.format or choose_output_format(job.paths))
-    check_adapter_output(output, tokens=bool(state.tokens))
+    tokens, notes = join_tokens([first, second], job.paths)
+    notes += describe_whole_rows([first, second], job.paths, job.alphas)
+    _set_tokens(state, [first, second], job, tokens, notes)
+    output = settle_format(
+        output, layers=True, tokens=bool(state.tokens), default=choose_output_format(job.paths)
+    )
     exact = f"the exact sum {weight_1:g}*a + {weight_2:g}*b"
     print(report_table(reports, extra=f"the error is against {exact}"))
     print_written(write_adapter(state, output, layout), output)
@@ -187,15 +193,18 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
             "ljl joins plain LoRAs and one of these files is a DoRA; mix takes it, with the base "
             "model's weights: --model MODEL"
         )
-    output = replace(output, format=output.format or choose_output_format(job.paths))
+    tokens = any(state.tokens for state in states)
+    output = settle_format(
+        output, layers=True, tokens=tokens, default=choose_output_format(job.paths)
+    )
     terms = [Term(state) for state in states]
     own = DenseOptions(), stored_layers(output.format, layout)
     state, reports = merge_terms(terms, KeepOptions(), MergeMethod(), output.dtype, *own)
     order = [sorted(own.token_names) for own in states]
-    _set_tokens(
-        state, *join_tokens(states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>")
+    joined, notes = join_tokens(
+        states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>"
     )
-    check_adapter_output(output, tokens=bool(state.tokens))
+    _set_tokens(state, states, job, joined, notes)
     print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)
 
@@ -232,10 +241,18 @@ def _add_pt_lists(job: LoraAddition, output: Output) -> None:
     print_written(sums, output)
 
 
-def _set_tokens(state: AdapterState, tokens: AdapterState, notes: list[str]) -> None:
+def _set_tokens(
+    state: AdapterState,
+    inputs: Sequence[AdapterState],
+    job: LoraAddition,
+    tokens: AdapterState,
+    notes: list[str],
+) -> None:
+    """Gives the sum its tokens and header, and prints the notes."""
     state.tokens, state.token_names = tokens.tokens, tokens.token_names
-    state.metadata = tokens.metadata
-    for note in notes:
+    metadata, left_out = join_metadata(inputs, job.paths)
+    state.metadata = metadata | tokens.metadata
+    for note in left_out + notes:
         print_note(note)
 
 

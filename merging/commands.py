@@ -233,7 +233,8 @@ class Mix:
     """Add up LoRA files, or whole models, with weights."""
 
     sum: Positional[Annotated[str, text("SUM")]] = ""
-    """weighted files, layers after @: "0.7*a + 0.3*(b@attn - 'my c'@IN04,MID=0.5)\""""
+    """weighted files, layers after @: "0.7*a + 0.3*(b@attn - 'my c'@IN04,MID=0.5)", or tags:
+    "<lora:a:0.7> <lora:b:0.3>\""""
     out: Annotated[str, text("FILE")] = ""
     """the result; of whole models a folder or a single file"""
     residual: Annotated[str, text("FILE")] = ""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate
 from lora_core.errors import UserError
 from lora_core.formats.joined_layers import why_not_joined
+from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from merging.adapter_sums import Term, layers_by_key
 from merging.commands import Convert, KeepOptions, MergeMethod, OpenOptions
@@ -22,6 +23,7 @@ from merging.output import (
     print_written,
     report_table,
     round_adapter,
+    settle_format,
     write_adapter,
 )
 from merging.stored_layers import stored_layers
@@ -40,7 +42,7 @@ def run_convert(options: Convert) -> None:
 
         write_model_sum([WeightedFile(1.0, options.file)], output, options.files)
         return
-    output = replace(output, format=options.to or "diffusers")
+    output = replace(output, format=options.to)
     if options.as_:
         keep = KeepOptions(options.keep.rank, options.keep.max_error, options.keep.energy)
         method = MergeMethod(svd=options.svd.svd, seed=options.svd.seed)
@@ -76,7 +78,8 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
     check_adapter_output(output)
     layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading, merging=True)
-    check_adapter_output(output, tokens=bool(state.tokens))
+    has_layers = any(state.components.values())
+    output = settle_format(output, layers=has_layers, tokens=bool(state.tokens))
     _refuse_unheld(state, output, layout)
     warn_of_dora_readers(state, output, reading)
     stored = stored_layers(output.format, layout)
@@ -88,7 +91,7 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
             report = ApproximationReport(lr.rank, lr.rank, size, 0.0)
             adapters[name], reports[component, name] = round_adapter(lr, report, output.dtype)
     state = stored.separate_layers(state)
-    if reports:
+    if reports and output.format not in TOKEN_FORMATS:
         print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)
 
@@ -103,7 +106,7 @@ def convert_to_lora(
     check_adapter_output(output)
     layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading, merging=True)
-    check_adapter_output(output, tokens=bool(state.tokens))
+    output = settle_format(output, layers=True, tokens=bool(state.tokens))
     layers = layers_by_key(state).values()
     is_dense = any(isinstance(lr, DenseUpdate) for lr in layers)
     if not is_dense and all(lr.magnitude is None for lr in layers):

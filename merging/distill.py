@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from merging.output import (
     print_written,
     report_table,
     round_adapter,
+    settle_format,
     write_adapter,
 )
 from merging.stored_layers import LayerKey, StoredLayers, stored_layers
@@ -38,6 +39,7 @@ def run_distill(options: Distill) -> None:
     """
     output = make_output("distill", options, [options.base, options.tuned])
     check_adapter_output(output)
+    output = settle_format(output, layers=True, tokens=False)
     keep = options.keep.per_layer()
     if keep is None:
         raise UserError(
@@ -46,7 +48,6 @@ def run_distill(options: Distill) -> None:
     base = open_base_model(options.base, options.files)
     tuned = open_base_model(options.tuned, options.files)
     _check_kinds(base, tuned)
-    output = replace(output, format=output.format or "diffusers")
     stored = stored_layers(output.format, base.layout)
     layers = stored.group_parts(_chosen_keys(base, options.layers))
     is_random = options.svd.svd == "randomized" and keep.rank is not None

@@ -2,13 +2,14 @@
 
     0.7*a.safetensors + 0.3*(b.safetensors@attn - 'my c.safetensors')
 
-    sum    := [sign] term { sign term }
-    term   := number ["*"] term | "(" sum ")" [choice] | file [choice]
+    sum    := [sign] term { sign term | [","] tag [choice] }
+    term   := number ["*"] term | "(" sum ")" [choice] | file [choice] | tag [choice]
     choice := "@" layers                       the layers that are used, see `layer_choice`
     file   := a word, or anything in quotes
+    tag    := <lora:NAME:0.7>                  as in A1111's prompts, see `prompt_tags`
 
-A "-" or "+" is part of a word unless it follows a space, a parenthesis or a quote; spaces around
-operators avoid doubt.
+Tags need no "+" between them, so that those of a prompt can be pasted. A "-" or "+" is part of a
+word unless it follows a space, a parenthesis or a quote; spaces around operators avoid doubt.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_core.errors import UserError
+from lora_core.prompt_tags import TAG, LoraTag, find_tagged_file, parse_lora_tag
 
 NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # a "+" ends a word before a space, a number or a group
 WORD = re.compile(r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]|$)|$)")
 CHOICE = re.compile(r"\"[^\"]*\"|'[^']*'|(\[[^\]]*\]|[^\s()@+\"'])+")
 QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
+NEXT_TAG = re.compile(r"\s*,?\s*(?=<(?:lora|lyco):)")  # where a tag follows without a sign
 PLAIN = re.compile(r"[^\s*()@\"'+-][^\s*()@\"'+]*")  # a path that needs no quotes
 
 
@@ -92,7 +95,7 @@ class _SumParser:
     def read_sum(self) -> list[WeightedFile]:
         sign = self._take_sign()
         files = _scale(-1.0 if sign == -1 else 1.0, self.read_term())
-        while (sign := self._take_sign()) is not None:
+        while (sign := self._take_sign() or self._find_next_tag()) is not None:
             files += _scale(sign, self.read_term())
         return files
 
@@ -104,6 +107,8 @@ class _SumParser:
             return _scale(number, self.read_term())
         if self._take("("):
             files = self._read_group()
+        elif self._rest().startswith("<"):
+            files = [self._take_tag()]
         else:
             files = [WeightedFile(1.0, self._take_path())]
         while self._take("@"):
@@ -151,6 +156,21 @@ class _SumParser:
                 return sign
         return None
 
+    def _find_next_tag(self) -> int | None:
+        """1 where a tag follows, after a comma or directly; None elsewhere."""
+        found = NEXT_TAG.match(self.text, self.at)
+        if not found:
+            return None
+        self.at = found.end()
+        return 1
+
+    def _take_tag(self) -> WeightedFile:
+        found = TAG.match(self._rest())
+        if not found:
+            raise self._error("expected a tag such as <lora:NAME:0.7>")
+        self.at += found.end()
+        return _tagged_file(parse_lora_tag(found[0]))
+
     def _take_number(self) -> float | None:
         """The number before a "*" or a group, or None."""
         rest = self._rest()
@@ -193,6 +213,15 @@ class _SumParser:
             )
         self.at += found.end()
         return found[0].strip("\"'")
+
+
+def _tagged_file(tag: LoraTag) -> WeightedFile:
+    """The file of a tag with its weight, or with both of them as a choice of layers."""
+    blocks = (tag.blocks,) if tag.blocks else ()
+    path = find_tagged_file(tag.name)
+    if tag.text == tag.unet:
+        return WeightedFile(tag.unet, path, blocks)
+    return WeightedFile(1.0, path, (f"te={tag.text!r}:unet={tag.unet!r}", *blocks))
 
 
 def _scale(factor: float, files: Sequence[WeightedFile]) -> list[WeightedFile]:

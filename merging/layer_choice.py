@@ -2,9 +2,9 @@
 
 @attn   @text   @conv,ff=0.5   @~conv      groups, components, globs, blocks; a ~ takes away
 @down_blocks.*.attn2.*                     a glob over "component.path" or its end from a dot on
-@IN04,MID,OUT03=0.5                        blocks of the UNet; BASE are the text encoders
-@1,0,0,0.5,...   @[1, 0, ...]   @OUTD      block weights as a list of 12, 17, 20 or 26 numbers, or
-                                           A1111's name of such a list
+@IN04,MID,OUT03=0.5   @D07,S12             blocks of the UNet, or of Flux; BASE are the encoders
+@1,0,0,0.5,...   @[1, 0, ...]   @OUTD      block weights as a list, or A1111's name of one
+@te=0.5:unet=0.7                           both weights of a tag <lora:NAME:0.5:0.7>
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.layout import ENCODERS, Layout
 from merging.adapter_sums import LayerFactor, layers_by_key
-from merging.block_weights import BLOCKS, factor_by_block, parse_block_weights
+from merging.block_weights import (
+    BLOCK_PRESETS,
+    BLOCKS,
+    OTHER_NAMES,
+    STREAM_BLOCKS,
+    BlockTable,
+    factor_by_block,
+    find_block_table,
+    parse_block_weights,
+)
 from merging.expression import WeightedFile
 
 LayerKeys = Collection[tuple[str, str]]  # (component, published path)
@@ -33,22 +42,19 @@ LAYER_GROUPS: dict[str, tuple[str, ...]] = {  # name -> globs
     "unet": ("unet.*", "transformer.*"),
     "text": tuple(f"{name}.*" for name in ENCODERS),
 }
-PRESET_LENGTH = 17  # of the lists below
-# A1111's extension of LoRA block weights: name -> the ones of its list, in addition to BASE's
-BLOCK_PRESETS = {
-    "INS": range(1, 4),
-    "IND": range(4, 7),
-    "INALL": range(1, 7),
-    "MIDD": range(4, 12),
-    "OUTD": range(8, 12),
-    "OUTS": range(12, 17),
-    "OUTALL": range(8, 17),
-}
+# both weights of a tag in a prompt
+TAG_WEIGHTS = re.compile(r"te=(?P<encoders>[^:,]+):unet=(?P<denoiser>[^:,]+)")
+ALL_BLOCKS = {*BLOCKS, *OTHER_NAMES, *STREAM_BLOCKS}
 
 
 def choose_layers(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
     """The factor of each layer of a file, from all choices after its name in a sum."""
     keys = layers_by_key(state)
+    if not keys:
+        raise UserError(
+            f"{file.path} holds token rows only, of which @{file.choices[0]} can choose nothing; "
+            "drop it"
+        )
     try:
         factors = [parse_layer_choice(text, keys, layout) for text in file.choices]
     except UserError as error:
@@ -64,8 +70,10 @@ def parse_layer_choice(text: str, keys: LayerKeys, layout: Layout | None = None)
     model's, and blocks without a layout.
     """
     numbers = re.fullmatch(r"\[.*\]|[-+\d.eE\s]+(,[-+\d.eE\s]+)+", text)
-    if numbers or (text in BLOCK_PRESETS and text not in BLOCKS):
+    if numbers or text in BLOCK_PRESETS:
         return _parse_block_list(text, layout)
+    if both := TAG_WEIGHTS.fullmatch(text):
+        return _factor_by_network(both["encoders"], both["denoiser"], text)
     parts = [part.strip() for part in text.split(",")]
     tests = [_parse_part(part, keys, layout) for part in parts]
     default = 1.0 if all(part.startswith("~") for part in parts) else 0.0
@@ -90,29 +98,31 @@ def multiply_factors(factors: Collection[LayerFactor]) -> LayerFactor:
     return product
 
 
+def _factor_by_network(encoders: str, denoiser: str, text: str) -> LayerFactor:
+    """One weight for the text encoders and one for the denoiser; a file may lack either."""
+    try:
+        weights = float(encoders), float(denoiser)
+    except ValueError:
+        raise UserError(f"{text!r} after the @ has no two numbers; write te=0.5:unet=0.7") from None
+    return lambda component, path: weights[component not in ENCODERS]
+
+
 def _parse_block_list(text: str, layout: Layout | None) -> LayerFactor:
-    layout = _require_blocks(text, layout)
-    if text in BLOCK_PRESETS:
-        if PRESET_LENGTH not in layout.block_lists:
-            raise UserError(
-                f"{text} is a list of {PRESET_LENGTH} block weights; this model takes "
-                f"{' or '.join(map(str, layout.block_lists))} numbers"
-            )
-        ones = {0, *BLOCK_PRESETS[text]}
-        text = ",".join(str(int(i in ones)) for i in range(PRESET_LENGTH))
-    return factor_by_block(parse_block_weights(text, layout.block_lists), layout.block_of)
+    table = _require_blocks(text, layout)
+    return factor_by_block(parse_block_weights(text, table.lengths), table.block_of)
 
 
-def _require_blocks(text: str, layout: Layout | None) -> Layout:
-    """The layout. Raises UserError where there is none, or where its network has no such blocks."""
+def _require_blocks(text: str, layout: Layout | None) -> BlockTable:
+    """The blocks of the layout. Raises UserError where there is none, or it has no such blocks."""
     if layout is None:
         raise UserError(f"the block weights {text} need to know the model; name it with --model")
-    if not layout.block_lists:
+    table = find_block_table(layout)
+    if table is None:
         raise UserError(
             f"this model ({layout.family}) has no blocks for {text}; choose layers by "
             "groups or globs"
         )
-    return layout
+    return table
 
 
 def _parse_part(part: str, keys: LayerKeys, layout: Layout | None) -> tuple[LayerTest, float]:
@@ -139,15 +149,16 @@ def _parse_part(part: str, keys: LayerKeys, layout: Layout | None) -> tuple[Laye
 
 def _nearest_names(name: str, keys: LayerKeys) -> str:
     names = [f"{component}.{path}" for component, path in keys]
-    if name in LAYER_GROUPS or name in BLOCKS:
+    if name in LAYER_GROUPS or name in ALL_BLOCKS:
         return f"it has {', '.join(nearest_paths(name, names))} ..."
     return ", ".join(nearest_paths(name, [*LAYER_GROUPS, *names]))
 
 
 def _layer_test(name: str, layout: Layout | None) -> LayerTest:
-    if name in BLOCKS:
-        known, index = _require_blocks(name, layout), BLOCKS.index(name)
-        return lambda component, path: known.block_of(component, path) == index
+    if name in ALL_BLOCKS:
+        table = _require_blocks(name, layout)
+        if (index := table.index(name)) is not None:
+            return lambda component, path: table.block_of(component, path) == index
     if layout is not None and name not in LAYER_GROUPS:
         presets = {owner: own[name] for owner, own in layout.presets.items() if name in own}
         if presets:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, delta_weight
 from lora_core.errors import UserError
+from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
 from merging.adapter_sums import (
@@ -38,6 +38,7 @@ from merging.commands import (
 from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
+from merging.joint_metadata import join_metadata
 from merging.opening import (
     choose_output_format,
     find_layout,
@@ -53,6 +54,7 @@ from merging.output import (
     print_written,
     report_table,
     round_adapter,
+    settle_format,
     write_adapter,
 )
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
@@ -61,6 +63,7 @@ from merging.truncation import ApproximationReport, Keep
 from models.published import PUBLISHED_MODELS
 
 TO_KEEP = "with --rank, --max-error or --energy"
+METHOD_DEFAULTS = vars(MergeMethod())
 
 
 def run_mix(options: Mix) -> None:
@@ -96,13 +99,17 @@ def mix_adapters(
     check_adapter_output(output)
     paths = [file.path for file in files]
     layout = find_layout(paths, reading)
-    output = replace(output, format=output.format or choose_output_format(paths))
     state, reports, notes = _merge_files(files, layout, output, reading, keep, method)
-    check_adapter_output(output, tokens=bool(state.tokens))
+    output = settle_format(
+        output,
+        layers=any(state.components.values()),
+        tokens=bool(state.tokens),
+        default=choose_output_format(paths),
+    )
     warn_of_dora_readers(state, output, reading)
     for note in notes:
         print_note(note)
-    if reports:
+    if reports and output.format not in TOKEN_FORMATS:
         print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)
 
@@ -115,11 +122,13 @@ def _merge_files(
     keep: KeepOptions,
     method: MergeMethod,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport], list[str]]:
-    """(the sum, its reports by layer, notes about renamed tokens).
+    """(the sum, its reports by layer, notes about its header and tokens).
 
     A separate function, so that the inputs' memory is free when the sum is written.
     """
     states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
+    if not any(any(state.components.values()) for state in states):
+        _refuse_idle_on_tokens(keep, method)
     terms = []
     for file, state in zip(files, states):
         terms.append(Term(state, file.weight, layer_factor(file, state, layout)))
@@ -127,17 +136,18 @@ def _merge_files(
     if keep and dtype is None:  # a truncated sum is not written wider than its inputs
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
-    stored = stored_layers(output.format, layout)
+    paths, weights = [file.path for file in files], [file.weight for file in files]
+    stored = stored_layers(output.format or choose_output_format(paths), layout)
     state, reports = merge_terms(terms, keep, method, dtype, dense, stored)
-    state.metadata = dict(states[0].metadata) if len(states) == 1 else {}
+    state.metadata, notes = join_metadata(states, paths)
     if not any(own.tokens for own in states):
-        return state, reports, []
-    from merging.token_names import join_tokens
+        return state, reports, notes
+    from merging.token_names import describe_whole_rows, join_tokens
 
-    joined, notes = join_tokens(states, [file.path for file in files])
+    joined, renamed = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata |= joined.metadata
-    return state, reports, notes
+    return state, reports, notes + renamed + describe_whole_rows(states, paths, weights)
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
@@ -162,6 +172,17 @@ def _refuse_idle(options: Mix, has_model: bool) -> None:
     for flag, is_idle in idle.items():
         if is_idle:
             raise UserError(f"{flag} has no effect on {target}; leave it out")
+
+
+def _refuse_idle_on_tokens(keep: KeepOptions, method: MergeMethod) -> None:
+    """Raises UserError for an option of layers where all files hold token rows only."""
+    flags = keep.given_flags()
+    flags += [f"--{name}" for name, value in vars(method).items() if value != METHOD_DEFAULTS[name]]
+    if flags:
+        raise UserError(
+            f"leave out {' and '.join(flags)}: these files hold token rows only, which have no "
+            "rank and are taken whole"
+        )
 
 
 # ---------------------------------------------------------------- methods

@@ -37,7 +37,7 @@ from merging.output import (
     write_adapter,
 )
 from merging.recipe import write_sidecar
-from merging.token_names import join_tokens
+from merging.token_names import describe_whole_rows, join_tokens
 
 SURVIVING_ENERGY_WARNING = 0.95  # below this share of the update's energy a warning is printed
 
@@ -66,7 +66,7 @@ def write_model_sum(
     is_file = is_single_file_name(output.path) and not fold.folder
     check_output(output, folder=not is_file)
     if fold.residual:
-        check_adapter_output(replace(output, path=fold.residual))
+        check_adapter_output(replace(output, path=fold.residual, format="diffusers"))
     models = [file for file in files if is_whole_model(file.path)]
     adapters = [file for file in files if file not in models]
     _check_weights(models)
@@ -101,7 +101,7 @@ def write_model_file(
     A dry run computes every tensor and drops it.
     """
     path, locations = Path(output.path), network_locations(base)
-    token_output = replace(output, path=str(token_file_path(path)))
+    token_output = replace(output, path=str(token_file_path(path)), format="embeddings")
     if tokens.tokens:
         check_output(token_output)
     if output.dry_run:
@@ -168,8 +168,9 @@ def _check_weights(models: Sequence[WeightedFile]) -> None:
 
 
 def _join_tokens(files: Sequence[WeightedFile], states: Sequence[AdapterState]) -> AdapterState:
-    tokens, notes = join_tokens(states, [file.path for file in files])
-    for note in notes:
+    paths, weights = [file.path for file in files], [file.weight for file in files]
+    tokens, notes = join_tokens(states, paths)
+    for note in notes + describe_whole_rows(states, paths, weights):
         print_note(note)
     return tokens
 

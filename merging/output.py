@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.known_formats import import_function
+from lora_core.formats.known_formats import (
+    FORMATS,
+    LORA_FORMATS,
+    PICKLED,
+    TOKEN_FORMATS,
+    import_function,
+)
 from lora_core.formats.layout import Layout
 from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
@@ -29,6 +36,9 @@ DTYPES = {
     "fp64": torch.float64,
 }
 FORMATS_WITH_TOKENS = ("cloneofsimo",)  # that hold token rows in the file of the factors
+# ending of a file of token rows -> its format where none is chosen
+ROW_FORMATS = {".safetensors": "embeddings", ".pt": "a1111", ".bin": "textual_inversion"}
+ADAPTER_ENDINGS = tuple(ROW_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -99,24 +109,70 @@ def check_output(output: Output, *, folder: bool = False) -> None:
         )
 
 
-def check_adapter_output(output: Output, *, tokens: bool = False) -> None:
-    """`check_output` of an adapter file and of every file that is written with it.
-
-    `tokens`: the adapter has token rows, for which most formats need a file of their own.
-    """
+def check_adapter_output(output: Output) -> None:
+    """`check_output` of an adapter file; its name has to end as the chosen format requires."""
     if not output.path:
         raise UserError("no output; name a file")
     path = Path(output.path)
     check_output(output)
-    if path.suffix not in (".safetensors", ".pt"):
+    if not output.format and path.suffix not in ADAPTER_ENDINGS:
+        raise UserError(
+            f"the output {path} should end in .safetensors, in .pt for cloneofsimo's lists or "
+            "A1111's embeddings, or in .bin for learned embeddings"
+        )
+    if output.format and path.suffix not in FORMATS[output.format].endings:
+        endings = " or ".join(FORMATS[output.format].endings)
+        raise UserError(
+            f"a file of the format {output.format} ends in {endings}, the output is {path}; "
+            "choose another name or format"
+        )
+
+
+def settle_format(
+    output: Output, *, layers: bool, tokens: bool, default: str = "diffusers"
+) -> Output:
+    """The output with the format for its content: layers, token rows or both.
+
+    Without a chosen format, layers are written as `default`, or as cloneofsimo's lists where the
+    name ends in .pt; rows alone as `embeddings`, as A1111's dictionary in a .pt, as learned_embeds
+    in a .bin. Raises UserError for a chosen format that cannot hold the content, and as
+    `check_output` for files that are written next to the output.
+    """
+    path = Path(output.path)
+    if not layers and not tokens:
+        raise UserError(f"nothing is left to write to {path}: no layer and no token")
+    if not layers:
+        return _settle_token_format(output)
+    if output.format in TOKEN_FORMATS:
+        if not tokens:
+            raise UserError(
+                f"{output.format} is a format of token rows, and there are none for {path}, only "
+                f"layers; choose one of {', '.join(LORA_FORMATS)}"
+            )
+        print_note(f"{path} gets the token rows alone, {output.format} has no place for layers")
+        return output
+    if path.suffix == ".bin":
         raise UserError(
             f"the output {path} should end in .safetensors, or in .pt for cloneofsimo's lists"
         )
     if path.suffix == ".pt":
         for end in (".text_encoder.pt", ".ti.pt"):
             check_output(replace(output, path=str(path.with_suffix(end))))
-    elif tokens and output.format not in FORMATS_WITH_TOKENS:
+        return replace(output, format="cloneofsimo")
+    output = replace(output, format=output.format or default)
+    if tokens and output.format not in FORMATS_WITH_TOKENS:
         check_output(replace(output, path=str(token_file_path(path))))
+    return output
+
+
+def _settle_token_format(output: Output) -> Output:
+    """`settle_format` for token rows without layers."""
+    if output.format in LORA_FORMATS:
+        raise UserError(
+            f"{output.format} is a format of LoRA layers, and there are none for {output.path}, "
+            f"only token rows; choose one of {', '.join(TOKEN_FORMATS)}"
+        )
+    return replace(output, format=output.format or ROW_FORMATS[Path(output.path).suffix])
 
 
 def token_file_path(path: str | Path) -> Path:
@@ -126,31 +182,28 @@ def token_file_path(path: str | Path) -> Path:
 
 
 def write_adapter(state: AdapterState, output: Output, layout: Layout | None) -> list[Path]:
-    """Writes an adapter and returns the files written; none on a dry run.
+    """Writes an adapter in a settled format and returns the files written; none on a dry run.
 
-    Token rows get a file next to that of the factors if the format cannot hold both, and are the
-    file itself if there are no factors. Raises UserError as `formats.save` does.
+    Token rows get a file next to that of the factors if the format cannot hold both. Raises
+    UserError as `formats.save` does.
     """
     path = Path(output.path)
-    has_factors = any(state.components.values())
     if output.dry_run:
         return []
+    if output.dtype:
+        state = replace(state, tokens=_cast_rows(state.tokens, output.dtype))
+    if output.format in TOKEN_FORMATS:
+        _write_tokens(state, output, layout)
+        return [path]
     if path.suffix == ".pt":
         return import_function("factor_lists", "write_factor_lists")(state, path, layout)
-    if not has_factors and not state.tokens:
-        raise UserError(f"nothing is left to write to {path}: no layer and no token")
-    if has_factors and output.format in FORMATS_WITH_TOKENS:
+    if output.format in FORMATS_WITH_TOKENS or not state.tokens:
         _save_factors(state, output, layout)
         return [path]
-    written = []
-    if has_factors:
-        _save_factors(replace(state, tokens={}), output, layout)
-        written.append(path)
-    if state.tokens:
-        rows = token_file_path(path) if has_factors else path
-        formats.save(state, rows, format="embeddings", layout=layout, metadata=output.header)
-        written.append(rows)
-    return written
+    rows = replace(output, path=str(token_file_path(path)), format="embeddings")
+    _save_factors(replace(state, tokens={}), output, layout)
+    _write_tokens(state, rows, layout)
+    return [path, Path(rows.path)]
 
 
 def round_adapter(
@@ -169,6 +222,23 @@ def round_adapter(
         return cast, report
     lost = frobenius_norm(concat_factors([(1.0, adapter), (-1.0, cast)]))
     return cast, report._replace(lost=(report.lost**2 + lost**2) ** 0.5)
+
+
+def _cast_rows(tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Token rows in the dtype of the file. Raises UserError for rows that overflow it."""
+    cast = {key: rows.to(dtype) for key, rows in tokens.items()}
+    if not all(bool(torch.isfinite(rows).all()) for rows in cast.values()):
+        raise UserError(f"the token rows overflow {dtype}; choose --dtype bf16 or fp32")
+    return cast
+
+
+def _write_tokens(state: AdapterState, output: Output, layout: Layout | None) -> None:
+    """Writes token rows in one of TOKEN_FORMATS."""
+    if Path(output.path).suffix in PICKLED:
+        writer = {"a1111": "write_pickled_embedding", "textual_inversion": "write_learned_embeds"}
+        import_function("embedding_pickles", writer[output.format])(state, output.path)
+        return
+    formats.save(state, output.path, format=output.format, layout=layout, metadata=output.header)
 
 
 def _save_factors(state: AdapterState, output: Output, layout: Layout | None) -> None:

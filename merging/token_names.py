@@ -34,6 +34,24 @@ def join_tokens(
     return joined.as_state(), joined.notes
 
 
+def describe_whole_rows(
+    states: Sequence[AdapterState], paths: Sequence[str], weights: Sequence[float]
+) -> list[str]:
+    """A sentence for each file whose weight in a sum does not act on its token rows.
+
+    Rows are places in an embedding table, not differences, so that they are taken whole.
+    """
+    sentences = []
+    for state, path, weight in zip(states, paths, weights):
+        if not state.tokens or weight == 1:
+            continue
+        acts = f"the weight {weight:g} acts on its layers only"
+        if not any(state.components.values()):
+            acts = f"the weight {weight:g} changes nothing"
+        sentences.append(f"the token rows of {path} are taken whole; {acts}")
+    return sentences
+
+
 def free_name(name: str, taken: set[str]) -> str:
     """The name, or the first of <s1-2>, <s1-3> ..., TOK2, TOK3 ... that is not taken."""
     if name not in taken:

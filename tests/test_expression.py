@@ -105,3 +105,67 @@ def test_mistakes_are_pointed_at(text, sentence, place):
 def test_weights_that_cancel_are_refused():
     with pytest.raises(UserError, match="nothing is left"):
         parse_sum("a - 0.5*(a + a)")
+
+
+# ---------------------------------------------------------------- tags of prompts
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("a.safetensors", "b.safetensors", "my c.safetensors", "sub/d-1.pt"):
+        (tmp_path / name).touch()
+
+
+A, B = WeightedFile(0.7, "a.safetensors"), WeightedFile(0.3, "b.safetensors")
+OUTD = "1,0,0,0,0,0,0,0,1,1,1,1,0,0,0,0,0"
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("<lora:a:0.7> + <lora:b:0.3>", [A, B]),
+        ("<lora:a:0.7> <lora:b:0.3>", [A, B]),
+        ("<lora:a:0.7><lora:b:0.3>", [A, B]),
+        (" <lora:a:0.7>, <lora:b:0.3> ", [A, B]),
+        ("<lora:a:0.7> + 0.3*b.safetensors", [A, B]),
+        ("0.7*a.safetensors <lora:b:0.3>", [A, B]),
+        ("2*(<lora:a:0.35> <lora:b:0.15>)", [A, B]),
+        ("<lora:a:0.9> - <lyco:a:0.2> - <lora:b:-0.3>", [WeightedFile(0.7, A.path), B]),
+        ("<lora:a:0.7>@attn", [WeightedFile(0.7, A.path, ("attn",))]),
+        (f"<lora:a:0.7:lbw={OUTD}>", [WeightedFile(0.7, A.path, (OUTD,))]),
+        ("<lora:a:0.7:OUTD>", [WeightedFile(0.7, A.path, ("OUTD",))]),
+        ("<lora:a:0.5:0.7>", [WeightedFile(1.0, A.path, ("te=0.5:unet=0.7",))]),
+        (
+            "<lora:a:te=0.5:unet=0:lbw=MIDD>",
+            [WeightedFile(1.0, A.path, ("te=0.5:unet=0.0", "MIDD"))],
+        ),
+        (
+            "<lora:my c> <lora:sub/d-1:2>",
+            [WeightedFile(1.0, "my c.safetensors"), WeightedFile(2.0, "sub/d-1.pt")],
+        ),
+    ],
+)
+def test_tags_of_prompts_are_weighted_files(folder, text, entries):
+    found = parse_sum(text)
+    assert [(f.path, f.choices) for f in found] == [(f.path, f.choices) for f in entries]
+    assert [f.weight for f in found] == pytest.approx([f.weight for f in entries])
+    assert parse_sum(render_sum(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("<lora:e:0.7>", "neither e nor e.safetensors"),
+        ("<lora:a:0.7", "expected a tag such as"),
+        ("<lora:a:0.7> b", "expected [+] or -"),
+        ("<lora:a:0.7>,", "expected [+] or -"),
+        ("<hypernet:a:0.7>", "expected a tag such as"),
+        ("<lora:a:stop=3>", "means nothing here"),
+        ("<lora:a:0>", "every weight in it is 0"),
+    ],
+)
+def test_tags_that_mean_no_file_are_refused(folder, text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse_sum(text)

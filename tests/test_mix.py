@@ -209,3 +209,24 @@ def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
         open_model_folder("m")["unet"].read(f"{SQUARE}.weight"),
         open_model_folder("base")["unet"].read(f"{SQUARE}.weight") + exact,
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "unet", "encoder"),
+    [
+        ("<lora:a:0.7> <lora:b:0.3>", (0.7, 0.3), (0.7, 0.3)),
+        ("<lora:a:0.5:2> + <lora:b:te=0>", (2, 0), (0.5, 0)),
+        ("<lora:b:0.3:te=0.25>, <lora:a:2:unet=1>", (1, 0.25), (2, 0.25)),
+    ],
+)
+def test_tags_of_prompts_are_summed(here, states, layout, text, unet, encoder):
+    call("mix", text, "--out", "m.safetensors", "--model", "base")
+    found = deltas(formats.load("m.safetensors", layout))
+    whole = {}
+    for place, name in enumerate("ab"):
+        for (component, path), value in deltas(states[name]).items():
+            weight = (encoder if component == "text_encoder" else unet)[place]
+            if weight:
+                whole[component, path] = whole.get((component, path), 0) + weight * value
+    assert_equal(found, whole)
+    call("redo", "m.safetensors")

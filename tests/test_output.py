@@ -1,12 +1,184 @@
-"""Outputs: a full disk and a dry run leave every file as it was."""
+"""Outputs: files in the format that was asked for, or none; a full disk and dry runs."""
 
 import errno
 import re
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from lora_core import formats
+from lora_core.formats import embeddings
 from lora_core.runs import run_folder
+from tests.embedding_readers import read_as_a1111
 from tests.merge_commands import call, snapshot
+from tests.tiny_pipeline import pipeline
+
+SDXL = {"clip_l": torch.randn(2, 768), "clip_g": torch.randn(2, 1280)}
+
+
+@pytest.fixture
+def rows(here, states):
+    """The folder with a file of token rows beside the LoRAs: "rows.safetensors", of two tokens."""
+    shutil.copy("run/run_emb.safetensors", "rows.safetensors")
+    return states["a"].tokens["clip_l"]
+
+
+def save_pair(path):
+    state = formats.load("rows.safetensors")
+    state.tokens = SDXL
+    formats.save(state, path, format="embeddings")
+
+
+# ---------------------------------------------------------------- token rows
+
+
+@pytest.mark.parametrize("command", ["convert", "mix"])
+@pytest.mark.parametrize(
+    ("format", "out", "keys"),
+    [
+        ("", "o.safetensors", ["clip_l"]),
+        ("", "o.pt", ["string_to_param"]),
+        ("", "o.bin", ["TOK"]),
+        ("embeddings", "o.safetensors", ["clip_l"]),
+        ("a1111", "o.safetensors", ["emb_params"]),
+        ("a1111", "o.pt", ["string_to_param"]),
+        ("a1111", "o.bin", ["string_to_param"]),
+        ("textual_inversion", "o.safetensors", ["TOK"]),
+        ("textual_inversion", "o.bin", ["TOK"]),
+        ("textual_inversion", "o.pt", ["TOK"]),
+    ],
+)
+def test_rows_are_written_in_the_format_that_was_asked_for(here, rows, command, format, out, keys):
+    if command == "convert":
+        words = ["convert", "rows.safetensors", out, *(("--to", format) if format else ())]
+    else:
+        words = ["mix", "rows.safetensors", "--out", out, *(("--format", format) if format else ())]
+    before = set(snapshot(here))
+    call(*words, "--model", "base")
+    assert set(snapshot(here)) - before == {str(here / out)}
+    data = load_file(out) if out.endswith(".safetensors") else torch.load(out, weights_only=True)
+    assert set(keys) <= set(data)
+    if "string_to_param" in data:
+        assert data["string_to_token"] == {"*": 265} and data["name"] == "o"
+        assert {"step", "sd_checkpoint", "sd_checkpoint_name"} <= set(data)
+    assert torch.equal(read_as_a1111(out)[""], rows)
+    call("convert", out, "back.safetensors", "--to", "embeddings", "--model", "base")
+    back = formats.load("back.safetensors")
+    assert torch.equal(back.tokens["clip_l"], rows)
+    assert embeddings.placeholder_words(back) in (
+        {"TOK": back.token_names},
+        {"o": back.token_names},
+    )
+
+
+@pytest.mark.parametrize("format", ["a1111", "textual_inversion"])
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "bin"])
+def test_diffusers_loads_converted_rows(rows, format, ending):
+    out = f"TOK.{ending}"
+    call("convert", "rows.safetensors", out, "--to", format, "--model", "base")
+    pipe = pipeline()
+    named = format == "a1111" and ending == "safetensors"  # whose key is no word
+    pipe.load_textual_inversion(out, token="TOK" if named else None)
+    ids = pipe.tokenizer.convert_tokens_to_ids(["TOK", "TOK_1"])  # diffusers numbers the rows
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], rows)
+
+
+def test_a_pair_of_encoders_is_written_whole_or_not_at_all(here, rows, capsys):
+    save_pair("pair.safetensors")
+    call("convert", "pair.safetensors", "o.safetensors", "--to", "embeddings")
+    found = read_as_a1111("o.safetensors")
+    assert found.keys() == SDXL.keys()
+    assert all(torch.equal(found[key], SDXL[key]) for key in SDXL)
+    for format, out in (("a1111", "p.pt"), ("textual_inversion", "p.bin"), ("a1111", "p.bin")):
+        call("convert", "pair.safetensors", out, "--to", format, status=2)
+        assert "rows of clip_g and clip_l, such a file has those of one" in capsys.readouterr().err
+        assert not (here / out).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("convert", "rows.safetensors", "o.safetensors", "--to", "kohya"), "only token rows"),
+        (("convert", "rows.safetensors", "o.safetensors", "--to", "diffusers"), "only token rows"),
+        (("convert", "rows.safetensors", "o.pt", "--to", "cloneofsimo"), "only token rows"),
+        (("mix", "rows.safetensors", "--out", "o.pt", "--format", "kohya"), "ends in .safetensors"),
+        (("convert", "rows.safetensors", "o.bin", "--to", "embeddings"), "ends in .safetensors"),
+        (("convert", "b.safetensors", "o.safetensors", "--to", "a1111"), "only layers"),
+        (("convert", "b.safetensors", "o.bin", "--to", "textual_inversion"), "only layers"),
+        (("mix", "b.safetensors", "--out", "o.safetensors", "--format", "embeddings"), "only laye"),
+        (("convert", "b.safetensors", "o.pt", "--to", "kohya"), "ends in .safetensors"),
+        (("convert", "b.safetensors", "o.bin"), "should end in .safetensors"),
+        (("mix", "rows.safetensors", "--out", "o.pt", "--rank", "2"), "leave out --rank"),
+        (("mix", "rows.safetensors", "--out", "o.pt", "--method", "ties"), "leave out --method"),
+        (("resize", "rows.safetensors", "o.safetensors", "--energy", "0.9"), "leave out --energy"),
+        (("mix", "rows.safetensors@attn", "--out", "o.pt"), "choose nothing"),
+        (("fold", "base", "rows.safetensors@OUTD", "o.safetensors"), "choose nothing"),
+    ],
+)
+def test_a_format_without_a_place_for_the_content_is_refused(rows, words, sentence, here, capsys):
+    before = snapshot(here)
+    call(*words, *(("--model", "base") if words[0] != "fold" else ()), status=2)
+    assert re.search(sentence, capsys.readouterr().err)
+    assert snapshot(here) == before
+
+
+def test_rows_beside_layers_are_written_alone_in_their_own_formats(here, states, capsys):
+    call("convert", "run", "o.pt", "--to", "a1111", "--model", "base")
+    said = capsys.readouterr()
+    assert "gets the token rows alone" in said.err and "energy kept" not in said.out
+    assert torch.equal(read_as_a1111("o.pt")[""], states["a"].tokens["clip_l"])
+
+
+@pytest.mark.parametrize(
+    ("out", "key"),
+    [
+        ("o.safetensors", "clip_l"),
+        ("o.bin", "TOK"),
+        ("l.safetensors", ""),
+        ("l.pt", ""),
+    ],  # l: with layers
+)
+def test_the_dtype_of_an_output_is_that_of_its_rows(here, rows, out, key):
+    source = "rows.safetensors" if key else "c.safetensors"
+    format = () if key or out.endswith("pt") else ("--format", "kohya")
+    call("mix", source, "--out", out, "--dtype", "fp16", "--model", "base", *format)
+    own = {"l.safetensors": "l_emb.safetensors", "l.pt": "l.ti.pt"}.get(out, out)
+    data = load_file(own) if own.endswith(".safetensors") else torch.load(own, weights_only=True)
+    assert {tensor.dtype for tensor in data.values()} == {torch.float16}
+    if key:
+        assert torch.equal(data[key], rows.half())
+
+
+def test_rows_that_overflow_a_dtype_are_refused(here, rows, capsys):
+    state = formats.load("rows.safetensors")
+    state.tokens["clip_l"] = rows * 1e6
+    formats.save(state, "large.safetensors", format="embeddings")
+    for out in ("o.safetensors", "o.pt", "o.bin"):
+        call("convert", "large.safetensors", out, "--dtype", "fp16", "--model", "base", status=2)
+        assert "token rows overflow torch.float16" in capsys.readouterr().err
+        assert not (here / out).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("mix", "0.25*rows.safetensors", "--out", "o.safetensors"), "0.25 changes nothing"),
+        (("mix", "-2*run", "--out", "o.safetensors"), "-2 acts on its layers only"),
+        (("fold", "base", "0.5*a.safetensors", "o"), None),
+        (("fold", "base", "0.5*rows.safetensors", "o"), "0.5 changes nothing"),
+        (("mix", "rows.safetensors + b.safetensors", "--out", "o.safetensors"), None),
+    ],
+)
+def test_weights_of_rows_are_said_to_be_without_effect(words, sentence, rows, here, states, capsys):
+    call(*words, *(("--model", "base") if words[0] != "fold" else ()))
+    said = capsys.readouterr().err
+    assert ("taken whole" in said) == bool(sentence)
+    assert sentence is None or sentence in said
+
+
+# ---------------------------------------------------------------- disks and dry runs
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from lora_core.formats.known_formats import (
     run_file_names,
 )
 from lora_core.formats.layout import Layout, nearest_name
+from lora_core.formats.training_metadata import carry_metadata
 
 HOW_TO_DISTILL = (
     "merge.py convert --as lora --model BASE makes a LoRA of it, merge.py fold puts it into a model"
@@ -47,8 +48,6 @@ FOREIGN = {  # pattern of a key -> kind of file that is recognized only to be re
         "a whole checkpoint"
     ),
 }
-# Header entries that describe the file they were read from.
-STALE_HEADER = re.compile(r"format|lora_adapter_metadata|(ss_|sshs_|modelspec\.).*")
 
 
 # ---------------------------------------------------------------- reading
@@ -284,7 +283,7 @@ def save(
     """Writes the part of the state that the format holds: factors, or token rows.
 
     Atomic; the same state gives the same bytes. The header has the state's metadata (without what
-    described the file it came from), then `metadata`, the tokens' names, then the format's own.
+    described the tensors it came with), then `metadata`, the tokens' names, then the format's own.
     Factors and rows are cast to `dtype` where given; magnitudes are not, because the effect of a
     DoRA is the small difference between its magnitude and the norm of the weight.
 
@@ -308,8 +307,7 @@ def save(
     write = FORMATS[format].write
     assert write is not None  # of a writable format
     tensors, own = write(_cast_state(state, dtype), layout, path.stem)
-    kept = {key: text for key, text in state.metadata.items() if not STALE_HEADER.fullmatch(key)}
-    header = kept | dict(metadata or {}) | own
+    header = carry_metadata(state.metadata, {**(metadata or {}), **own})
     if state.token_names:
         names = json.dumps(list(state.token_names), ensure_ascii=False)
         header[embeddings.TOKEN_NAMES] = names

@@ -1,6 +1,7 @@
 """Token rows (see embeddings.py) in files of torch.save: A1111's `.pt`, and `.bin` and `.pti`.
 
-Nothing in the files is executed.
+Nothing in the files is executed, and files are written with plain dictionaries and tensors, which
+torch.load(weights_only=True) and A1111's own check of pickles accept.
 """
 
 from __future__ import annotations
@@ -81,8 +82,7 @@ def write_pickled_embedding(
     Raises UserError as `write_a1111`.
     """
     path = Path(path)
-    rows = only_word(state, path.stem)[1].detach().cpu().contiguous().clone()
-    check_finite({SINGLE: rows}, f"what should become {path}")
+    rows = _own_rows(only_word(state, path.stem)[1], path)
     content = {
         "string_to_token": {"*": 265},
         A1111_ROWS: {"*": rows},
@@ -93,6 +93,27 @@ def write_pickled_embedding(
         TOKEN_NAMES: list(state.token_names),
         PLACEHOLDERS: {word: list(own) for word, own in placeholder_words(state).items()},
     }
+    _save_pickle(content, path)
+
+
+def write_learned_embeds(state: AdapterState, path: str | Path) -> None:
+    """Writes diffusers' learned_embeds.bin, {word: rows [n, d]}, with torch.save; atomic.
+
+    A1111 takes it as an embedding too. Raises UserError as `write_textual_inversion`.
+    """
+    path = Path(path)
+    word, rows = only_word(state, path.stem)
+    _save_pickle({word: _own_rows(rows, path)}, path)
+
+
+def _own_rows(rows: Tensor, path: Path) -> Tensor:
+    """A copy on the CPU with a storage of its own. Raises UserError for NaN and Inf."""
+    own = rows.detach().cpu().contiguous().clone()
+    check_finite({SINGLE: own}, f"what should become {path}")
+    return own
+
+
+def _save_pickle(content: Any, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as temporary:

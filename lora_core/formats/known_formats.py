@@ -100,6 +100,7 @@ class Format:
     is_token_rows: bool = False  # rows of an embedding table, no factors
     has_hashes: bool = False  # whether the header gets kohya's hashes of the file
     joins_layers: bool = False  # whether some layers are stored as one (joined_layers.py)
+    endings: tuple[str, ...] = (".safetensors",)  # of the names of files that are written
 
     def detect(self, shapes: Shapes) -> bool:
         """Whether a file is of the format. One matching key is enough: readers refuse others."""
@@ -134,7 +135,11 @@ FORMATS = {  # in the order in which they are tried
         joins_layers=True,
     ),
     "cloneofsimo": Format(
-        "cloneofsimo", "read_cloneofsimo", "write_cloneofsimo", pattern=r"[^:]+:\d{1,9}:(up|down)"
+        "cloneofsimo",
+        "read_cloneofsimo",
+        "write_cloneofsimo",
+        pattern=r"[^:]+:\d{1,9}:(up|down)",
+        endings=(".safetensors", ".pt"),
     ),
     "xlabs": Format(
         "comfy", "read_xlabs", pattern=r"(.+\.)?processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight"
@@ -142,14 +147,25 @@ FORMATS = {  # in the order in which they are tried
     "comfyui": Format("comfy", "read_comfyui", starts=("diffusion_model.", "text_encoders.")),
     "peft": Format("peft", "read_peft", starts=("",)),
     "embeddings": Format("embeddings", "read_embeddings", "write_embeddings", is_token_rows=True),
-    "a1111": Format("embeddings", "read_embeddings", "write_a1111", is_token_rows=True),
+    "a1111": Format(
+        "embeddings",
+        "read_embeddings",
+        "write_a1111",
+        is_token_rows=True,
+        endings=(".safetensors", ".pt", ".bin"),
+    ),
     "textual_inversion": Format(
-        "embeddings", "read_embeddings", "write_textual_inversion", is_token_rows=True
+        "embeddings",
+        "read_embeddings",
+        "write_textual_inversion",
+        is_token_rows=True,
+        endings=(".safetensors", ".pt", ".bin"),
     ),
 }
 READABLE = tuple(FORMATS)
 WRITABLE = tuple(name for name, row in FORMATS.items() if row.writer)
 TOKEN_FORMATS = tuple(name for name, row in FORMATS.items() if row.is_token_rows)
+LORA_FORMATS = tuple(name for name in WRITABLE if name not in TOKEN_FORMATS)
 
 
 def find_format(shapes: Shapes) -> str | None:

@@ -1,0 +1,78 @@
+"""A training's entries in the header outlive conversions; entries about tensors are made anew."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_core.formats.training_metadata import carry_metadata
+from tests.merge_commands import call
+from tests.training_headers import TENSORS, TRAINING
+
+
+@pytest.fixture
+def trained(here):
+    """b.safetensors, a file with kohya's names, with the header of a training."""
+    save_file(load_file("b.safetensors"), "b.safetensors", TRAINING | TENSORS)
+    return here
+
+
+def header(path):
+    with safe_open(path, "np") as opened:
+        return opened.metadata()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "b.safetensors", "o.safetensors", "--to", "kohya"),
+        ("convert", "b.safetensors", "o.safetensors", "--to", "diffusers"),
+        ("resize", "b.safetensors", "o.safetensors", "--rank", "1"),
+        ("resize", "b.safetensors", "o.safetensors", "--energy", "0.9", "--format", "diffusers"),
+        ("mix", "0.5*b.safetensors", "--out", "o.safetensors"),
+        ("mix", "b.safetensors@unet", "--out", "o.safetensors", "--dtype", "bf16"),
+    ],
+)
+def test_training_metadata_outlives_commands_with_one_input(trained, words):
+    call(*words, "--model", "base")
+    found = header("o.safetensors")
+    assert TRAINING.items() <= found.items()
+    for key, value in TENSORS.items():
+        assert found.get(key) != value
+    if "diffusers" not in words:
+        ranks = {t.shape[0] for k, t in load_file("o.safetensors").items() if "lora_down" in k}
+        dim = str(*ranks) if len(ranks) == 1 else "Dynamic"
+        assert found["ss_network_dim"] == dim
+        assert found["ss_network_module"] == "networks.lora"
+        args = {"rank_dropout": "0.2", "loraplus_lr_ratio": "16"}
+        assert json.loads(found["ss_network_args"]) == args
+        assert found["ss_base_model_version"] == "sd_v1"
+
+
+def test_there_and_back_keeps_the_training(trained):
+    call("convert", "b.safetensors", "n.safetensors", "--to", "diffusers", "--model", "base")
+    call("convert", "n.safetensors", "k.safetensors", "--to", "kohya", "--model", "base")
+    assert TRAINING.items() <= header("k.safetensors").items()
+    assert "ss_network_dim" not in header("n.safetensors")
+
+
+def test_hashes_are_those_of_the_new_file(trained):
+    call("convert", "b.safetensors", "o.safetensors", "--to", "kohya", "--model", "base")
+    data = Path("o.safetensors").read_bytes()
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    assert header("o.safetensors")["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+
+
+@pytest.mark.parametrize("broken", ["{", "[1]", "[" * 5000, '"x"'])
+def test_a_broken_entry_of_arguments_is_left_out(broken):
+    own = {"ss_network_args": "{}"}
+    assert carry_metadata({"ss_network_args": broken}, own) == own
+
+
+def test_what_a_writer_does_not_know_is_not_taken_away():
+    old = {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.title": "x"}
+    own = {"ss_base_model_version": "", "ss_v2": "True", "modelspec.title": "o"}
+    assert carry_metadata(old, own) == old | {"ss_v2": "True"}
