@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from lora_core.errors import UserError, exit_status, print_help
+from lora_core.errors import UserError, exit_status, print_error, print_help
 from lora_core.option_types import REGISTRY
 from lora_core.text import check_unicode
 from merging.arguments import escape_word, place_words
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     if words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
-        print(f"error: there is no command {words[0]}; choose {known}", file=sys.stderr)
+        print_error(f"error: there is no command {words[0]}; choose {known}")
         return 2
     return run(words[0], words[1:])
 
