@@ -102,5 +102,8 @@ def _close_output() -> None:
 
 
 def print_error(text: str) -> None:
-    with suppress(OSError):  # SIGHUP: the terminal is gone; 2>&1 | head: the reader is
-        print(text, file=sys.stderr)
+    """Prints a line on stderr; where nobody reads it (SIGHUP, 2>&1 | head) it is lost quietly."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = None  # at exit Python would write to it once more
