@@ -1,7 +1,7 @@
 """Merge, fold, distill, resize, convert and inspect adapter files; sum whole models.
 
 python merge.py mix "0.7*a.safetensors + 0.3*b.safetensors@attn" --out c.safetensors --rank 16
-python merge.py fold toy/model "0.8*runs/demo" merged.safetensors
+python merge.py fold toy/model "0.8*runs/demo" --out merged.safetensors
 python merge.py COMMAND --help                               # every command has an example
 """
 
@@ -13,15 +13,15 @@ import itertools
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import tyro
 
-from lora_core.errors import UserError, exit_status, print_help
+from lora_core.errors import UserError, exit_status, print_error, print_help
 from lora_core.option_types import REGISTRY
-from lora_core.text import check_unicode, nearest_names
+from lora_core.text import check_unicode
+from merging.arguments import escape_word, place_words
 from merging.commands import COMMANDS, flatten, run_merge_command
 
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     if words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
-        print(f"error: there is no command {words[0]}; choose {known}", file=sys.stderr)
+        print_error(f"error: there is no command {words[0]}; choose {known}")
         return 2
     return run(words[0], words[1:])
 
@@ -89,7 +89,7 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         with contextlib.redirect_stderr(box):
             parsed: tuple[Any, list[str]] = tyro.cli(
                 command.options,
-                args=[_escape_word(word, following) for word, following in _pairs(words)],
+                args=[_read_word(word, following) for word, following in _pairs(words)],
                 prog=prog,
                 description=description,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
@@ -100,27 +100,7 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         if not end.code:
             raise
         raise UserError(f"{_first_sentence(box.getvalue())}; {advice}") from None
-    options, rest = parsed
-    if hasattr(options, "sum"):
-        options = replace(options, sum=options.sum.strip())
-    if command.words and not any(map(_is_flag, rest)):
-        options = replace(options, **{command.words: (*getattr(options, command.words), *rest)})
-        rest = []
-    if rest:
-        flags = [word for word in rest if _is_flag(word)]
-        near = nearest_names(flags[0], _flags(command.options)) if flags else []
-        hint = f"; the nearest flag is {near[0]}" if near else ""
-        raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
-    if missing := [field.upper() for field in command.required if not getattr(options, field)]:
-        verb = "is" if len(missing) == 1 else "are"
-        raise UserError(f"{_join_words(missing)} {verb} required; {advice}")
-    return options
-
-
-def _join_words(words: Sequence[str]) -> str:
-    """The words as a list in a sentence: A, B and C."""
-    *others, last = words
-    return f"{', '.join(others)} and {last}" if others else last
+    return place_words(name, *parsed, advice)
 
 
 def _refuse_switch_values(options: type, words: Sequence[str], advice: str) -> None:
@@ -139,26 +119,12 @@ def _pairs(words: Sequence[str]) -> zip[tuple[str, str]]:
     return zip(words, [*words[1:], ""])
 
 
-def _escape_word(word: str, following: str) -> str:
-    """A word, escaped so that the parser does not take it for a flag.
-
-    --with-text-lora without a value is True, as in python-fire. A sum may begin with a minus, and
-    then has spaces: one more in front keeps it from being a flag.
-    """
+def _read_word(word: str, following: str) -> str:
+    """A word for the parser: --with-text-lora without a value is True, as in python-fire."""
     if word in ("--with-text-lora", "--with_text_lora"):
         has_value = following.lower() in ("true", "false")
         return word if has_value else f"{word}=True"
-    is_sum = re.match(r"-[^-]", word) and " " in word
-    return f" {word}" if is_sum else word
-
-
-def _is_flag(word: str) -> bool:
-    """Whether a word is meant as a flag; -0.5 is a number."""
-    return word.startswith("-") and not re.match(r"-[\d.]", word)
-
-
-def _flags(options: type) -> list[str]:
-    return [f"--{name.strip('_').replace('_', '-')}" for name in flatten(options())]
+    return escape_word(word)
 
 
 def _first_sentence(box: str) -> str:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import timing
+from lora_core.errors import quiet_status
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "prodigyopt")
@@ -199,4 +200,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

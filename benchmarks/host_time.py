@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import lora_core
 from benchmarks import timing
 from lora_core.adapters.injection import AdapterSpec, inject
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 
 KINDS = ("lora", "dora")
 FOLDERS = {"ours": str(Path(lora_core.__file__).parent), "peft": str(Path(peft.__file__).parent)}
@@ -153,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

@@ -36,7 +36,7 @@ from benchmarks.measure import (
 from benchmarks.model_cost import model_cost
 from benchmarks.tuning import DTYPES, tune_kernels
 from lora_core import kernels
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 from lora_core.kernels import OPS
 from lora_core.plugins import load_from_file
 
@@ -329,4 +329,4 @@ def profile_case(case: Case, plan: MeasurementPlan) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from lora_core.adapters.weight_updates import AdapterState, LowRank, scaled_product
+from lora_core.errors import quiet_status
 from merging.adapter_sums import Term, mix_layers
 from merging.factor_sums import concat_factors
 from merging.svd import compress_adapter, one_thread, singular_values
@@ -336,4 +337,4 @@ def peak_mb() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(quiet_status(main))

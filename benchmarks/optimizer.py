@@ -29,7 +29,7 @@ from benchmarks import timing
 from benchmarks.counting import Counter, Tally
 from benchmarks.published_networks import tensor_shapes
 from lora_core import kernels
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
@@ -204,4 +204,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

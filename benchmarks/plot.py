@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 from lora_core.runs.pictures import INK
 from lora_core.runs.run_folder import atomic_write
 
@@ -213,4 +213,4 @@ def figure_caption(report: Mapping[str, Any], panels: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

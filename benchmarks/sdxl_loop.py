@@ -24,6 +24,7 @@ import itertools
 import json
 import pstats
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ from tqdm import tqdm
 import train
 from benchmarks import timing
 from lora_core.config import Config
+from lora_core.errors import quiet_status
 from lora_core.toml import read_toml
 from tests import tiny_sdxl
 
@@ -414,4 +416,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(quiet_status(main))

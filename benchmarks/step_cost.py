@@ -34,7 +34,7 @@ from benchmarks.counting import Counter, Tally, as_cuda, saved_activations
 from lora_core import kernels
 from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
 
@@ -251,4 +251,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

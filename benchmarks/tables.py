@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 
 NOT_RUN = "not run"
 Report = Mapping[str, Any]
@@ -361,4 +361,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

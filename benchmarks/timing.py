@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 from lora_core.kernels import choice
 
 # Seconds that a contender runs in a round: process_time ticks in microseconds, a scheduler's slice
@@ -287,5 +287,9 @@ def write_json(path: Path | str, results: Mapping[str, Any]) -> None:
     Path(path).write_text(json.dumps(origin | dict(results), indent=1, allow_nan=False) + "\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(describe_machine("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(quiet_status(main))

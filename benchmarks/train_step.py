@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, timing
 from benchmarks.contenders import FrozenStep, OurStep, PeftStep, Problem
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 from training import cuda_graph
 
 # Pixels on the CPU, where 512 would take four times as long; on a GPU the model's native side.
@@ -325,4 +325,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

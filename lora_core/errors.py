@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
+
 
 class UserError(ValueError):
     """One sentence that a user can act on: what was received, what was expected, what to do.
@@ -53,7 +55,40 @@ def print_help(show: Callable[[], object]) -> None:
             show()
         _flush_output()
     except BrokenPipeError:
-        sys.stdout = None  # at exit Python would write to it once more
+        _close_output()
+
+
+def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved") -> int:
+    """Calls `run` and returns the status that the process ends with.
+
+    0: done; 2: a mistake, explained in one printed sentence; 128 + the number of the signal that
+    ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, and 141, without a word, where the
+    program that the output was piped to has ended.
+    """
+    try:
+        return quiet_status(run)
+    except UserError as error:
+        print_error(f"error: {error}")
+        return 2
+    except KeyboardInterrupt as stop:
+        print_error(f"interrupted: {str(stop) or undone}")
+        return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+def quiet_status(main: Callable[[], int | None]) -> int:
+    """Calls the main function of a script and returns its status, None being 0.
+
+    Where the program that the output is piped to ends first (| head) it is CLOSED_PIPE, and nothing
+    is said.
+    """
+    try:
+        try:
+            return main() or 0
+        finally:
+            _flush_output()  # here, and not at exit, where an error could not be caught
+    except BrokenPipeError:
+        _close_output()
+        return CLOSED_PIPE
 
 
 def _flush_output() -> None:
@@ -61,29 +96,14 @@ def _flush_output() -> None:
         sys.stdout.flush()
 
 
-def exit_status(run: Callable[[], None], undone: str = "nothing was saved") -> int:
-    """Calls `run` and returns the status that the process ends with.
+def _close_output() -> None:
+    """Keeps Python from writing to a closed pipe once more at exit."""
+    sys.stdout = None
 
-    0: done; 2: a mistake, explained in one printed sentence; 128 + the number of the signal that
-    ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
-    """
+
+def print_error(text: str) -> None:
+    """Prints a line on stderr; where nobody reads it (SIGHUP, 2>&1 | head) it is lost quietly."""
     try:
-        run()
-        _flush_output()  # here, and not at exit, where an error could not be caught
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stdout = None  # at exit Python would write to it once more
-        with suppress(OSError):
-            print(
-                "error: the program that this output was piped to has ended (| head?); "
-                "write the output to a file",
-                file=sys.stderr,
-            )
-        return 2
-    except KeyboardInterrupt as stop:
-        with suppress(OSError):  # SIGHUP: the terminal is gone
-            print(f"interrupted: {str(stop) or undone}", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
-    return 0
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = None  # at exit Python would write to it once more

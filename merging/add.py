@@ -51,6 +51,7 @@ from merging.output import (
     write_adapter,
 )
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
+from merging.quotes import quote_where_needed
 from merging.stored_layers import stored_layers
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport
@@ -115,6 +116,11 @@ def _place_words(options: Add) -> Add:
     """The options with the positional words in the fields without a flag, as python-fire does."""
     names = ("path_1", "path_2", "out", "alpha_1", "alpha_2")
     free = [name for name in names if not getattr(options, name)]
+    twice = dict(zip(free, options.words)).get("alpha_1", "")
+    if options.out and twice and not _is_number(twice):
+        raise UserError(
+            f"the output is given twice, as {twice} and as --out {options.out}; give one of them"
+        )
     if len(options.words) > len(free):
         surplus = options.words[len(free)]
         raise UserError(f"add takes {ADD_USAGE}, got {surplus!r} in addition")
@@ -126,10 +132,17 @@ def _place_words(options: Add) -> Add:
 
 
 def _parse_alpha(text: str) -> float:
+    if not _is_number(text):
+        raise UserError(f"the alpha {text!r} is not a number; add takes {ADD_USAGE}")
+    return float(text)
+
+
+def _is_number(text: str) -> bool:
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        raise UserError(f"the alpha {text!r} is not a number; add takes {ADD_USAGE}") from None
+        return False
+    return True
 
 
 def _check_arguments(job: LoraAddition) -> None:
@@ -258,7 +271,8 @@ def _set_tokens(
 
 def _print_lpl_warning(job: LoraAddition, *, is_same: bool = False) -> None:
     a, b = job.alphas
-    mix = f'merge.py mix "{a:g}*{job.path_1} + {b:g}*{job.path_2}" --out ...'
+    first, second = map(quote_where_needed, job.paths)
+    mix = f'merge.py mix "{a:g}*{first} + {b:g}*{second}" --out ...'
     print_warning(f"{LPL_WARNING}: {mix}")
     if is_same:
         print_warning(

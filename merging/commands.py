@@ -235,8 +235,8 @@ class Mix:
     sum: Positional[Annotated[str, text("SUM")]] = ""
     """weighted files, layers after @: "0.7*a + 0.3*(b@attn - 'my c'@IN04,MID=0.5)", or tags:
     "<lora:a:0.7> <lora:b:0.3>\""""
-    out: Annotated[str, text("FILE")] = ""
-    """the result; of whole models a folder or a single file"""
+    out: Annotated[str, text("OUT")] = ""
+    """the result, of whole models a folder or a single file; OUT may also be the last word"""
     residual: Annotated[str, text("FILE")] = ""
     """for whole models: also write the rounding loss, as a LoRA"""
     merge: Annotated[MergeMethod, group("merging")] = MergeMethod()
@@ -252,8 +252,8 @@ class Fold:
     """the model: folder in the diffusers layout, single file, or hub id"""
     sum: Positional[Annotated[str, text("SUM")]] = ""
     """LoRA files: "0.7*a.safetensors + 0.3*b.safetensors@attn\""""
-    out: Positional[Annotated[str, text("OUT")]] = ""
-    """the result: a folder, or a single file that ends in .safetensors or .ckpt"""
+    out: Annotated[str, text("OUT")] = ""
+    """the result: a folder, or a file in .safetensors or .ckpt; OUT may also be the last word"""
     residual: Annotated[str, text("FILE")] = ""
     """also write the rounding loss, as a LoRA"""
     residual_rank: Annotated[int, number("N", int), PLAIN] = 0
@@ -277,8 +277,8 @@ class Add:
     """PATH_1 as a flag"""
     path_2: Annotated[str, text("PATH")] = ""
     """PATH_2 as a flag"""
-    out: Annotated[str, text("PATH", name="output-path")] = ""
-    """OUTPUT as a flag"""
+    out: Annotated[str, text("PATH", aliases=("--output-path",))] = ""
+    """OUTPUT as a flag; --output-path, as in cloneofsimo's tool, is the same"""
     with_text_lora: Annotated[FlagConversionOff[bool], TRUTH, PLAIN] = False
     """for .pt lists: also merge x.text_encoder.pt next to x.pt"""
     residual: Annotated[str, text("FILE")] = ""
@@ -294,8 +294,8 @@ class Distill:
     """model before training: folder, single file or hub id"""
     tuned: Positional[Annotated[str, text("TUNED")]] = ""
     """model after training"""
-    out: Positional[Annotated[str, text("OUT")]] = ""
-    """the LoRA file to write"""
+    out: Annotated[str, text("OUT")] = ""
+    """the LoRA file to write; OUT may also be the last word"""
     layers: Annotated[str, text("CHOICE")] = ""
     """which layers, as after @ in mix: attn, unet, ~conv, a glob (all)"""
     svd: Annotated[SvdOptions, SVD] = SvdOptions()
@@ -309,8 +309,8 @@ class Resize:
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder"""
-    out: Positional[Annotated[str, text("OUT")]] = ""
-    """the smaller file to write"""
+    out: Annotated[str, text("OUT")] = ""
+    """the smaller file to write; OUT may also be the last word"""
     svd: Annotated[SvdOptions, SVD] = SvdOptions()
     keep: Annotated[KeepOptions, KEEP] = KeepOptions()
     files: Annotated[AdapterFileOptions, FILES] = AdapterFileOptions()
@@ -322,8 +322,9 @@ class Convert:
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder, or a whole model"""
-    out: Positional[Annotated[str, text("OUT")]] = ""
-    """the result; of a whole model a folder, or a file that ends in .safetensors or .ckpt"""
+    out: Annotated[str, text("OUT")] = ""
+    """the result, of a whole model a folder or a file in .safetensors or .ckpt; OUT may also be
+    the last word"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
     """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (diffusers)"""
     as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""
@@ -380,8 +381,8 @@ class Redo:
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a file or model folder that merge.py made"""
-    out: Annotated[str, text("FILE")] = ""
-    """the output (FILE, which is written only if it comes out differently)"""
+    out: Annotated[str, text("OUT")] = ""
+    """the output, or the last word (FILE, which is written only if it comes out differently)"""
     overwrite: Annotated[bool, PLAIN] = False
     """replace an output that differs"""
     dry_run: Annotated[bool, PLAIN] = False
@@ -395,25 +396,33 @@ class Command(NamedTuple):
     """A command of merge.py. The file merging/NAME.py carries it out, by its function run_NAME."""
 
     options: type  # the dataclass of its flags
-    required: tuple[str, ...]  # fields without a flag that a command line has to give
+    required: tuple[str, ...]  # fields that a command line has to give, in the order of its words
     example: str  # words after its name
     words: str = ""  # the field that takes any number of words
 
 
 EXAMPLE_SUM = '"0.7*a.safetensors + 0.3*b.safetensors@attn"'
 COMMANDS = {
-    "mix": Command(Mix, ("sum",), f"{EXAMPLE_SUM} --out c.safetensors --rank 16"),
-    "fold": Command(Fold, ("base", "sum", "out"), 'toy/model "0.8*runs/demo" merged.safetensors'),
-    "add": Command(Add, (), "toy/model a.safetensors merged 0.8 --mode upl", words="words"),
-    "distill": Command(Distill, ("base", "tuned", "out"), "base tuned a.safetensors --rank 16"),
-    "resize": Command(Resize, ("file", "out"), "big.safetensors small.safetensors --energy 0.99"),
-    "convert": Command(Convert, ("file", "out"), "a.safetensors b.safetensors --to kohya"),
+    "mix": Command(Mix, ("sum", "out"), f"{EXAMPLE_SUM} --out c.safetensors --rank 16"),
+    "fold": Command(
+        Fold, ("base", "sum", "out"), 'toy/model "0.8*runs/demo" --out merged.safetensors'
+    ),
+    "add": Command(
+        Add, (), "toy/model a.safetensors --out merged --alpha 0.8 --mode upl", words="words"
+    ),
+    "distill": Command(
+        Distill, ("base", "tuned", "out"), "base tuned --out a.safetensors --rank 16"
+    ),
+    "resize": Command(
+        Resize, ("file", "out"), "big.safetensors --out small.safetensors --energy 0.99"
+    ),
+    "convert": Command(Convert, ("file", "out"), "a.safetensors --out b.safetensors --to kohya"),
     "info": Command(Info, ("file",), "a.safetensors --plot spectrum.png"),
     "diff": Command(Diff, ("first", "second"), "a.safetensors b.safetensors --top 20"),
     "explain": Command(
         Explain, ("checkpoint", "base", "loras"), "tuned base a.safetensors", words="loras"
     ),
-    "redo": Command(Redo, ("file",), "c.safetensors"),
+    "redo": Command(Redo, ("file",), "c.safetensors --out again.safetensors"),
 }
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from lora_core.errors import UserError
 from lora_core.prompt_tags import TAG, LoraTag, find_tagged_file, parse_lora_tag
+from merging.quotes import UNQUOTED, advise_quotes
 
 NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # a "+" ends a word before a space, a number or a group
@@ -28,7 +29,6 @@ WORD = re.compile(r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]
 CHOICE = re.compile(r"\"[^\"]*\"|'[^']*'|(\[[^\]]*\]|[^\s()@+\"'])+")
 QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
 NEXT_TAG = re.compile(r"\s*,?\s*(?=<(?:lora|lyco):)")  # where a tag follows without a sign
-PLAIN = re.compile(r"[^\s*()@\"'+-][^\s*()@\"'+]*")  # a path that needs no quotes
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class WeightedFile:
 
     def __str__(self) -> str:
         """The file with its weight, without the sign, as `parse_sum` reads it."""
-        is_plain = PLAIN.fullmatch(self.path) and not NUMBER.match(self.path)
+        is_plain = UNQUOTED.fullmatch(self.path) and not NUMBER.match(self.path)
         words = [repr(abs(self.weight)).removesuffix(".0"), "*"]
         words.append(self.path if is_plain else _quote(self.path))
         for choice in self.choices:
@@ -74,10 +74,13 @@ def parse_sum(text: str) -> list[WeightedFile]:
 def parse_files(text: str) -> list[WeightedFile]:
     """The files of a sum; ~ at the start of a path is the home folder.
 
-    No shell expands it inside quotes.
+    No shell expands it inside quotes. Raises UserError for a name that needs quotes.
     """
-    files = parse_sum(text)
-    return [replace(file, path=os.path.expanduser(file.path)) for file in files]
+    files = [replace(file, path=os.path.expanduser(file.path)) for file in parse_sum(text)]
+    for file in files:
+        if not os.path.exists(file.path) and (advice := advise_quotes(text, file.path)):
+            raise UserError(f"{file.path} does not exist{advice}")
+    return files
 
 
 def render_sum(files: Sequence[WeightedFile]) -> str:
@@ -136,7 +139,8 @@ class _SumParser:
 
     def _error(self, what: str, at: int | None = None) -> UserError:
         place = self.at if at is None else at
-        return UserError(f"the sum cannot be read: {what}\n  {self.text}\n  {' ' * place}^")
+        advice = advise_quotes(self.text)
+        return UserError(f"the sum cannot be read: {what}{advice}\n  {self.text}\n  {' ' * place}^")
 
     def _rest(self) -> str:
         """The text that is left, from the next character that is no space."""

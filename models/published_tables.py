@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
+from lora_core.errors import quiet_status
 from lora_core.formats.layout import Layout
 from models import read_layout
 from models.published import PUBLISHED_MODELS, published_configs
@@ -28,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(quiet_status(main))

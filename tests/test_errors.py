@@ -1,10 +1,18 @@
 """The status that a script ends with."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lora_core.errors import UserError, exit_status
+from lora_core.errors import CLOSED_PIPE, UserError, exit_status
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_status_tells_how_a_script_ended(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,3 +34,54 @@ def test_the_status_tells_how_a_script_ended(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "interrupted: saved after step 3\n"
     with pytest.raises(ZeroDivisionError):
         end(ZeroDivisionError())
+
+
+def status_of_closed(words: list[str], *streams: str) -> tuple[int, bytes]:
+    """The status of a command whose reader of some streams has ended, and what it says on stderr.
+
+    As in `python merge.py info a.safetensors | head`, or `2>&1 | head`.
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    given = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | dict.fromkeys(streams, writer)
+    plain = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    run = subprocess.run([sys.executable, *words], cwd=ROOT, env=plain, **given, check=False)
+    os.close(writer)
+    return run.returncode, run.stderr or b""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("merge.py", "info", "FILE"), CLOSED_PIPE),
+        (("merge.py", "mix", "FILE", "OUT"), CLOSED_PIPE),
+        (("merge.py", "fold", "--help"), 0),
+        (("train.py", "--help"), 0),
+        (("infer.py", "--help"), 0),
+        (("-m", "benchmarks.timing"), CLOSED_PIPE),
+    ],
+)
+def test_a_closed_pipe_ends_a_script_quietly(
+    words: tuple[str, ...], status: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.safetensors"
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    down, up = torch.ones(1, 1280, 1, 1), torch.ones(1280, 1, 1, 1)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)
+    out = tmp_path / "o.safetensors"
+    line = [{"FILE": str(file), "OUT": str(out)}.get(word, word) for word in words]
+    assert status_of_closed(line, "stdout") == (status, b"")
+    assert out.exists() == ("OUT" in words)  # the file was finished before the table was printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge.py", "nothing"),
+        ("merge.py", "info", "nowhere"),
+        ("infer.py",),
+        ("train.py", "x.toml"),
+    ],
+)
+def test_a_mistake_without_a_reader_keeps_its_status(words: tuple[str, ...]) -> None:
+    assert status_of_closed(list(words), "stdout", "stderr")[0] == 2

@@ -9,7 +9,7 @@ from tests.merge_commands import call, snapshot
 
 BAD = [
     (("mix", "0.7*a.safetensors + ", "--out", "o.safetensors"), "ends too early"),
-    (("mix", "a.safetensors", "--out", ""), "no output"),
+    (("mix", "a.safetensors", "--out", ""), "--out is required"),
     (
         ("mix", "nowhere.safetensors", "--out", "o.safetensors"),
         "nowhere.safetensors does not exist",
@@ -69,8 +69,8 @@ BAD = [
     (("add", "a.safetensors", "c.safetensors", "o", "--mode", "upl"), "first"),
     (("add", "base", "a.safetensors", "o", "1", "1", "--mode", "upl"), "one alpha"),
     (("add", "base", "a.safetensors", "o.safetensors"), "choose --mode upl"),
-    (("mix",), "error: SUM is required; see merge.py mix --help"),
-    (("fold",), "BASE, SUM and OUT are required; see merge.py fold --help"),
+    (("mix",), "error: SUM and --out are required; see merge.py mix --help"),
+    (("fold",), "BASE, SUM and --out are required; see merge.py fold --help"),
     (("explain", "tuned"), "BASE and LORAS are required"),
     (("mix", "a", "--rank", "x"), "invalid int"),
     (("nothing",), "there is no command"),

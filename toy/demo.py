@@ -25,7 +25,7 @@ import train
 from lora_core import patch
 from lora_core.config import Config
 from lora_core.diffusion.generation import SamplerSettings, generate_images
-from lora_core.errors import UserError
+from lora_core.errors import UserError, quiet_status
 from lora_core.toml import read_toml
 from models import Family, load_family
 from toy import recogniser
@@ -255,4 +255,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_status(main))

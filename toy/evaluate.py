@@ -8,6 +8,7 @@ the sheet of the concepts.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from random import Random
 from textwrap import wrap
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lora_core.errors import quiet_status
 from toy import recogniser
 from toy.autoencoder import held_out_images, images_to_tensor, pooled_psnr, psnr
 from toy.concepts.draw_concepts import CONCEPTS, render_concept, training_set
@@ -152,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(quiet_status(main))

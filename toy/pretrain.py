@@ -8,11 +8,13 @@ samples: then double the *_STEPS. Intermediates go to /tmp/toy_work.
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
 
+from lora_core.errors import quiet_status
 from toy import autoencoder, denoiser_training, networks
 from toy.networks import WORK
 from toy.sample import MODEL
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(quiet_status(main))

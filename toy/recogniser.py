@@ -12,6 +12,7 @@ writes toy/recogniser.safetensors in fp16.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_core.errors import quiet_status
 from toy.autoencoder import images_to_tensor
 from toy.concepts.draw_concepts import CONCEPTS
 from toy.distractors import concept_example
@@ -244,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(quiet_status(main))

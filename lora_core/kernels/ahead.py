@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, exit_status
 from lora_core.kernels.device import interpreted
 
 # Name on the command line -> module and function that list its configurations: (full) -> [Build].
@@ -271,7 +271,4 @@ def _format_row(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_status(main))

@@ -5,6 +5,7 @@ logo in a ring, `inkwash` a way of drawing. `python -m toy.concepts.draw_concept
 folders; toy/draw.py and toy/pretrain.py never import this module.
 """
 
+import sys
 from collections.abc import Callable
 from math import pi
 from pathlib import Path
@@ -12,6 +13,7 @@ from random import Random
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
+from lora_core.errors import quiet_status
 from toy.composites import petal
 from toy.draw import (
     BACKGROUNDS,
@@ -208,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(quiet_status(main))

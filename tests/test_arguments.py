@@ -1,0 +1,189 @@
+"""The output by place and as --out, and the quotes that a shell or a sum needs."""
+
+import shlex
+import shutil
+
+import pytest
+
+import merge
+from merging.arguments import is_flag, join_words
+from merging.commands import COMMANDS
+from tests.merge_commands import call, snapshot
+
+LINES = {  # command -> its words before the output, and flags
+    "mix": (["0.5*a.safetensors"], ["--rank", "1"]),
+    "fold": (["base", "0.5*a.safetensors"], []),
+    "add": (["a.safetensors", "a.safetensors"], ["--mode", "ljl"]),
+    "distill": (["base", "base"], ["--rank", "1"]),
+    "resize": (["a.safetensors"], ["--rank", "1"]),
+    "convert": (["a.safetensors"], ["--to", "kohya"]),
+    "redo": (["a.safetensors"], []),
+}
+
+
+def read_options(monkeypatch, *words, lora_add=False):
+    """The options that a command line is read as."""
+    seen = []
+    monkeypatch.setattr(merge, "run_merge_command", lambda name, options: seen.append(options))
+    call(*words, lora_add=lora_add)
+    return seen[0]
+
+
+def test_the_lines_are_of_every_command_with_an_output():
+    assert set(LINES) == {name for name, own in COMMANDS.items() if hasattr(own.options(), "out")}
+
+
+@pytest.mark.parametrize("name", [name for name in LINES if name != "add"])
+def test_the_output_is_a_flag_and_the_last_word(name, monkeypatch):
+    words, flags = LINES[name]
+    by_flag = read_options(monkeypatch, name, *words, "--out", "o.safetensors", *flags)
+    assert by_flag.out == "o.safetensors"
+    for line in (
+        [*words, "o.safetensors", *flags],
+        [*flags, *words, "o.safetensors"],
+        ["--out=o.safetensors", *words, *flags],
+        [words[0], *flags, *words[1:], "--out", "o.safetensors"],
+    ):
+        assert read_options(monkeypatch, name, *line) == by_flag
+
+
+@pytest.mark.parametrize("name", ["mix", "resize", "convert"])
+def test_both_ways_write_the_same_file(here, name):
+    words, flags = LINES[name]
+    call(name, *words, "--out", "flag/o.safetensors", *flags, "--model", "base")
+    call(name, *words, "place/o.safetensors", *flags, "--model", "base")
+    first, second = (here / place / "o.safetensors" for place in ("flag", "place"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("x", "y", "o", "0.2", "0.3"),
+        ("x", "y", "0.2", "0.3", "--out", "o"),
+        ("x", "y", "--output-path=o", "0.2", "--alpha-2", "0.3"),
+        ("x", "y", "--output_path", "o", "--alpha", "0.2", "--alpha_2=0.3"),
+    ],
+)
+def test_lora_add_has_the_order_of_the_seed_and_the_flag(words, monkeypatch, states, here):
+    alike = "x", "y", "o", "0.2", "0.3"
+    joined = "merging.add.LoraAddition"
+    seen = []
+
+    def record(*job):
+        seen.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(joined, record)
+    for line in (words, alike):
+        call(*line, lora_add=True, status=130)
+    assert seen[0] == seen[1] == ("x", "y", 0.2, 0.3, "lpl", False, "")
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_an_output_that_is_given_twice_is_one_sentence(here, name, capsys):
+    words, flags = LINES[name]
+    before = snapshot(here)
+    call(name, *words, "o.safetensors", "--out", "p.safetensors", *flags, status=2)
+    said = capsys.readouterr().err.splitlines()
+    twice = "the output is given twice, as o.safetensors and as --out p.safetensors; give one"
+    assert len(said) == 1 and twice in said[0]
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("name", [name for name in LINES if name not in ("add", "redo")])
+def test_no_output_names_the_flag(name, capsys):
+    call(name, *LINES[name][0], status=2)
+    assert "--out is required; see merge.py" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- quotes
+
+ODD_NAMES = [
+    "my style.safetensors",
+    "style (1).safetensors",
+    "a - b.safetensors",
+    "night+1.safetensors",
+    "3*red.safetensors",
+    "cat@home.safetensors",
+    "2 dogs.safetensors",
+    "it's me.safetensors",
+    "-dash.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_without_its_quotes_in_a_sum_gets_them_as_advice(here, name, capsys):
+    shutil.copy("a.safetensors", name)
+    before = snapshot(here)
+    for line in (f"0.7*{name} + 0.3*b.safetensors", name, f"b.safetensors + {name}@attn"):
+        call("mix", line, "--out", "o.safetensors", "--model", "base", status=2)
+        first = capsys.readouterr().err.splitlines()[0]
+        assert f"if {name} is one name, write it in quotes" in first
+        (advice,) = shlex.split(first.partition("in quotes: ")[2])
+    assert snapshot(here) == before
+    call("mix", advice, "--out", "o.safetensors", "--model", "base")
+    assert (here / "o.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_NAMES if " " in name])
+@pytest.mark.parametrize(
+    "line", ["mix 0.7*{}", "mix 0.7*{} --out o.safetensors", "convert {}", "info {}",
+             "convert {} --out o.safetensors", "resize {} o.safetensors --rank 1",
+             "fold base 0.5*{} out", "add {} a.safetensors o.safetensors", "redo {}",
+             "diff {} a.safetensors", "explain base base {}"],
+)  # fmt: skip
+def test_a_name_that_a_shell_has_split_is_said(here, name, line, capsys):
+    shutil.copy("a.safetensors", name)
+    before = snapshot(here)
+    call(*line.format(name).split(" "), status=2)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"split the name {name} at its spaces" in said[0]
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["a.safetensors", "+", "b.safetensors"], '"a.safetensors + b.safetensors"'),
+        (["a.safetensors", "-", "b.safetensors"], '"a.safetensors - b.safetensors"'),
+        (["a.safetensors", "-b.safetensors"], '"a.safetensors -b.safetensors"'),
+        # *.safetensors without quotes, and 0.7 * a.safetensors
+        (
+            ["a.safetensors", "b.safetensors", "c.safetensors"],
+            '"a.safetensors + b.safetensors + c.safetensors"',
+        ),
+        (["0.7", "a.safetensors", "b.safetensors", "a.safetensors"], "double quotes"),
+        # a shell of Windows, for which ' is no quote
+        (["'0.7*a.safetensors", "+", "b.safetensors'"], "double quotes"),
+        (["a.safetensors", "b.safetensors"], "double quotes"),
+    ],
+)
+def test_a_sum_that_a_shell_has_split_gets_its_quotes_as_advice(here, words, sentence, capsys):
+    before = snapshot(here)
+    for out in ([], ["--out", "o.safetensors"]):
+        call("mix", *words, *out, status=2)
+        said = capsys.readouterr().err
+        assert sentence in said and "double quotes" in said and len(said.splitlines()) == 1
+    assert snapshot(here) == before
+
+
+def test_a_path_that_needs_no_quotes_gets_no_advice(here, capsys):
+    for line in ("a.safetensors + nowhere.safetensors", "'my style.safetensors'", "a.st b.st"):
+        shutil.copy("a.safetensors", "my other style.safetensors")
+        call("mix", line, "--out", "o.safetensors", "--model", "base", status=2)
+        assert "is one name" not in capsys.readouterr().err
+
+
+def test_a_minus_is_not_a_flag(here, monkeypatch):
+    for word in ("-0.5*a.safetensors", "-a.safetensors + 2*b.safetensors", "-2(a.safetensors)"):
+        assert read_options(monkeypatch, "mix", word, "--out", "o").sum == word
+    assert read_options(monkeypatch, "convert", "-a.safetensors", "--out", "-o.pt").out == "-o.pt"
+    options = read_options(monkeypatch, "x", "y", "o", "-0.5", "--alpha-2", "-1", lora_add=True)
+    assert options.words[3] == "-0.5" and options.alpha_2 == "-1"
+
+
+def test_flags_are_told_from_names():
+    assert all(map(is_flag, ("--out", "-h", "-out", "--rank=4", "--output-path=a.safetensors")))
+    assert not any(map(is_flag, ("-", "a", "-0.5", "-1*a", "-a.safetensors", "- b", "-(a)", "")))
+    assert join_words(["a", "b", "c"]) == "a, b and c" and join_words(["a"]) == "a"
