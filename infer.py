@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_core.command_line import answer_help, parse_command_line
+from lora_core.command_line import answer_help, is_given, parse_command_line
 from lora_core.config import ModelConfig
 from lora_core.placeholders import bind_placeholders
 from lora_core.settings import AtLeast, SamplerSettings
@@ -45,6 +45,8 @@ class ImageRequest:
     """Text file with one prompt a line, instead of --prompt."""
     out: str = "out.png"
     """PNG to write; several images get _000, _001 ... before the ending."""
+    overwrite: bool = False
+    """Replace images that exist."""
     seed: int = 0
     """Seed of the first image; each further one adds 1. The noise at the start is that of diffusers
     with torch.Generator("cpu").manual_seed(seed)."""
@@ -71,7 +73,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
     of all LoRAs, lora0.strength, lora1.unet ..."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """PNG made by this program, whose recipe is repeated; flags win over it."""
+    """PNG made by this program, whose image is repeated: its prompt, models on this disk, seed,
+    sampler and size, which are printed. Flags win, and only they name files to write, start images,
+    and models to fetch."""
     init_image: str = ""
     """Image to start from (with --strength), or to paint in (with --mask and an inpainting
     model)."""
@@ -95,9 +99,9 @@ from lora_core.diffusion.generation import generate_images
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
-from lora_core.runs.destination import check_path_lengths
+from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, draw_axes, parse_axis
-from lora_core.runs.image_recipe import read_recipe, save_with_recipe
+from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
 from lora_core.runs.loras import (
     LoraSource,
     apply_loras,
@@ -275,7 +279,7 @@ def check_image_options(
     varies_guidance = any(axis.setting == "guidance" for axis in axes)
     if config.negative and config.guidance == 1 and not varies_guidance:
         raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")
-    _check_out(config.out, 1 if axes else len(prompts) * config.count)
+    _check_out(config, 1 if axes else len(prompts) * config.count)
     for axis in axes:
         number = re.match(r"lora(\d+)", axis.setting)
         is_strength = re.search(r"strength|unet|text", axis.setting)
@@ -296,25 +300,29 @@ def _check_seeds(config: Infer, axes: Sequence[Axis]) -> None:
         raise UserError(f"--seed {worst:g} is out of range; torch takes -2^63 to 2^64 - 1")
 
 
-def _check_out(out: str, count: int) -> None:
-    """Raises UserError where the images cannot be written to OUT."""
+def _check_out(config: Infer, count: int) -> None:
+    """Raises UserError where the images cannot be written to OUT, or would replace others."""
+    out = config.out
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png; the recipe is kept in the PNG's text")
     for parent in Path(out).parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--out {out} lies below {parent}, which is a file; name a folder")
-    check_path_lengths("--out", map(temporary_name, image_paths(out, count)))
+    paths = image_paths(out, count)
+    check_path_lengths("--out", map(temporary_name, paths))
+    check_free_names("--out", paths, overwrite=config.overwrite)
 
 
 def parse_arguments(words: Sequence[str]) -> Infer:
-    """The options of a command line; with --from, defaults are those of the image's recipe."""
+    """The options of a command line; with --from, the others are those of the image's recipe."""
     config = parse_command_line(Infer, words, prog="infer.py", example=EXAMPLE)
     if not config.source:
         return config
-    default = Infer()
-    values = {field.name: getattr(config, field.name) for field in fields(Infer)}
-    given = {name: value for name, value in values.items() if value != getattr(default, name)}
-    return replace(read_recipe(config.source, Infer), **given)
+    given = set()
+    for option in fields(Infer):
+        if getattr(config, option.name) != option.default or is_given(option.name, words):
+            given.add(option.name)
+    return apply_recipe(config, config.source, given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

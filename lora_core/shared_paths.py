@@ -1,0 +1,41 @@
+"""Paths in files that people share: recipes of images, headers of LoRA files, published configs.
+
+An absolute path tells a user's name and folders, so these files name it from their own folder, from
+the current one, or from the home folder as ~.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def shorten_path(path: str, folder: Path | str) -> str:
+    """The path as a file in `folder` names it: without its absolute part, where it has one.
+
+    Relative to the current folder or to `folder` where it lies below one of them, else from ~ below
+    the home folder. Hub ids, relative paths, and other absolute ones such as /data/models/base are
+    returned unchanged.
+    """
+    if not os.path.isabs(path):
+        return path
+    for start in (Path.cwd(), Path(os.path.abspath(folder))):
+        if len(start.parts) > 1 and Path(path).is_relative_to(start):
+            return Path(path).relative_to(start).as_posix()
+    if Path(path).is_relative_to(Path.home()):
+        return (Path("~") / Path(path).relative_to(Path.home())).as_posix()
+    return path
+
+
+def find_shared_path(name: str, folder: Path | str) -> str | None:
+    """The file or folder on this disk that a file in `folder` names; None where there is none.
+
+    The current folder is searched first. Devices, pipes and addresses of other machines
+    (//server/share, which Windows would log in to) are no files.
+    """
+    if not name or "\0" in name or name.startswith(("//", "\\\\")):
+        return None
+    for path in (os.path.expanduser(name), os.path.join(folder, name)):
+        if os.path.isdir(path) or os.path.isfile(path):
+            return path
+    return None
