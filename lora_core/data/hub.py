@@ -94,7 +94,7 @@ def _load_split(
             f"the dataset {name} needs the package datasets: pip install datasets"
         ) from None
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:
         # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError ... by version
         raise UserError(
