@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+from lora_core.escaped_output import escaped_output
+
 
 class UserError(ValueError):
     """One sentence that a user can act on: what was received, what was expected, what to do.
@@ -61,8 +63,9 @@ def _flush_output() -> None:
         sys.stdout.flush()
 
 
+@escaped_output()
 def exit_status(run: Callable[[], None], undone: str = "nothing was saved") -> int:
-    """Calls `run` and returns the status that the process ends with.
+    """Calls `run` and returns the status that the process ends with; what it prints is escaped.
 
     0: done; 2: a mistake, explained in one printed sentence; 128 + the number of the signal that
     ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
+from lora_core.escaped_output import is_terminal
 from lora_core.prodigy import read_distance
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
@@ -45,7 +46,7 @@ class Log:
     def progress(self, done: int) -> Iterator[None]:
         """The progress bar, from step `done` on; flushes the log when it ends."""
         settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
-        hidden = not sys.stderr.isatty()
+        hidden = not is_terminal(sys.stderr)
         with tqdm(total=self.config.steps, initial=done, disable=hidden, **settings) as self.bar:
             yield
         self.flush()
