@@ -28,9 +28,9 @@ def escape_controls(text: str) -> str:
     return CONTROLS.sub(_escape, text)
 
 
-def is_terminal(stream: Any) -> bool:
-    """Whether a stream, escaped or not, is written to a terminal."""
-    return bool(getattr(stream, "stream", stream).isatty())
+def hides_progress() -> bool:
+    """Whether progress bars are left out: standard error, escaped or not, is no terminal."""
+    return not getattr(sys.stderr, "stream", sys.stderr).isatty()
 
 
 class EscapedStream:

@@ -27,6 +27,15 @@ def shorten_path(path: str, folder: Path | str) -> str:
     return path
 
 
+def lies_within(path: Path | str, folder: Path | str) -> bool:
+    """Whether a path that a file in `folder` names lies in the folder, links of folders followed.
+
+    The last part may itself be a link: so the hub's cache keeps files, and so do users.
+    """
+    parent = os.path.realpath(os.path.dirname(path) or ".")
+    return Path(parent).is_relative_to(os.path.realpath(folder))
+
+
 def find_shared_path(name: str, folder: Path | str) -> str | None:
     """The file or folder on this disk that a file in `folder` names; None where there is none.
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from lora_core.formats.model_folders import weight_key
 from merging.adapter_sums import DenseOptions, LayerKey, MergedLayer, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
@@ -90,7 +91,7 @@ def _distill_layers(
     state = AdapterState()
     reports = {}
     with one_thread():
-        for key in tqdm(keys, desc="distil", unit="layer", disable=None, leave=False):
+        for key in tqdm(keys, desc="distil", unit="layer", disable=hides_progress(), leave=False):
             layer = _distill_pair(key, after(*key), before(*key), keep, dense)
             if layer and layer.adapter:
                 adapter, reports[key] = round_adapter(layer.adapter, layer.report, dtype)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
 from merging.adapter_sums import (
@@ -172,7 +173,9 @@ def merge_terms(
     title = f"{method.method} of {len(terms)}"
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense)
-        bar = tqdm(layers, total=count, desc=title, unit="layer", disable=None, leave=False)
+        bar = tqdm(
+            layers, total=count, desc=title, unit="layer", disable=hides_progress(), leave=False
+        )
         rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
         return adapter_sums.collect_layers(rounded)
 
