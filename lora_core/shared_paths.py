@@ -7,7 +7,12 @@ the current one, or from the home folder as ~.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+CACHED_FILES = ("model_index.json", "config.json")  # of a whole model, of one network
 
 
 def shorten_path(path: str, folder: Path | str) -> str:
@@ -22,9 +27,24 @@ def shorten_path(path: str, folder: Path | str) -> str:
     for start in (Path.cwd(), Path(os.path.abspath(folder))):
         if len(start.parts) > 1 and Path(path).is_relative_to(start):
             return Path(path).relative_to(start).as_posix()
-    if Path(path).is_relative_to(Path.home()):
-        return (Path("~") / Path(path).relative_to(Path.home())).as_posix()
-    return path
+    return hide_home(path)
+
+
+def hide_home(text: str) -> str:
+    """The text with ~ for the home folder at the start of every path in it."""
+    home = str(Path.home())
+    if len(Path(home).parts) < 2:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?=[/\\])", "~", text)
+
+
+def is_in_hub_cache(name: str) -> bool:
+    """Whether a model of the hub was fetched before. Asks no server."""
+    try:
+        found = [try_to_load_from_cache(name, file) for file in CACHED_FILES]
+    except ValueError:  # no repository has such a name
+        return False
+    return any(isinstance(path, str) for path in found)
 
 
 def lies_within(path: Path | str, folder: Path | str) -> bool:

@@ -22,7 +22,7 @@ from lora_core.errors import UserError
 from lora_core.runs.image_grid import parse_axis
 from lora_core.runs.loras import parse_lora
 from lora_core.runs.pictures import save_png
-from lora_core.shared_paths import find_shared_path, shorten_path
+from lora_core.shared_paths import find_shared_path, is_in_hub_cache, shorten_path
 from lora_core.text import parse_json
 from lora_core.toml import from_table, to_table
 
@@ -184,6 +184,8 @@ def _find_paths(taken: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def _find_path(name: str, folder: Path, flag: str, path: str) -> str:
     place = find_shared_path(name, folder)
+    if place is None and is_in_hub_cache(name):
+        return name
     if place is None:
         raise UserError(
             f"--from {path}: its recipe names {name}, which is not on this disk, and nothing that "
