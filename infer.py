@@ -15,14 +15,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain, product
+from itertools import chain, groupby, product
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_core.command_line import answer_help, parse_command_line
+from lora_core.command_line import answer_help, is_given, parse_command_line
 from lora_core.config import ModelConfig
-from lora_core.placeholders import bind_placeholders
+from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
@@ -40,11 +40,14 @@ class ImageRequest:
     PATH:unet=0.6,text=0.9. Repeat the flag for several; learned tokens next to a LoRA file are
     loaded with it."""
     prompt: str = ""
-    """Text to draw; it may hold the placeholder words of the LoRAs."""
+    """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
+    ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
     prompts: str = ""
     """Text file with one prompt a line, instead of --prompt."""
     out: str = "out.png"
     """PNG to write; several images get _000, _001 ... before the ending."""
+    overwrite: bool = False
+    """Replace images that exist."""
     seed: int = 0
     """Seed of the first image; each further one adds 1. The noise at the start is that of diffusers
     with torch.Generator("cpu").manual_seed(seed)."""
@@ -71,7 +74,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
     of all LoRAs, lora0.strength, lora1.unet ..."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """PNG made by this program, whose recipe is repeated; flags win over it."""
+    """PNG made by this program, whose image is repeated: its prompt, models on this disk, seed,
+    sampler and size, which are printed. Flags win, and only they name files to write, start images,
+    and models to fetch."""
     init_image: str = ""
     """Image to start from (with --strength), or to paint in (with --mask and an inpainting
     model)."""
@@ -95,18 +100,27 @@ from lora_core.diffusion.generation import generate_images
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
-from lora_core.runs.destination import check_path_lengths
+from lora_core.prompt_tags import TAG as LORA_TAG
+from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, draw_axes, parse_axis
-from lora_core.runs.image_recipe import read_recipe, save_with_recipe
+from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
 from lora_core.runs.loras import (
     LoraSource,
     apply_loras,
+    lora_text,
     parse_lora,
     read_run_settings,
     set_strengths,
     warn_of_whole_model,
 )
 from lora_core.runs.pictures import to_images
+from lora_core.runs.prompt_loras import (
+    TaggedPrompt,
+    combine_loras,
+    loras_of_prompt,
+    prompts_without_words,
+    read_tagged_prompt,
+)
 from lora_core.runs.run_folder import temporary_name
 from lora_core.settings import check_options
 from lora_core.text import read_lines
@@ -121,12 +135,18 @@ class Drawing:
     refiner: Family | None
     start: StartImages
     patches: Sequence[Patch]
+    loras: Sequence[LoraSource]  # those of --lora, then those of the prompts' tags
+
+    @property
+    def placeholders(self) -> list[Placeholder]:
+        """The words and learned tokens of all files."""
+        return list(chain.from_iterable(patch.placeholders for patch in self.patches))
 
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], config: Infer
     ) -> list[Image.Image]:
         """One image for each (prompt, seed)."""
-        placeholders = list(chain.from_iterable(patch.placeholders for patch in self.patches))
+        placeholders = self.placeholders
         pixels = generate_images(
             self.family,
             [bind_placeholders(prompt, placeholders) for prompt in prompts],
@@ -144,10 +164,11 @@ def infer(config: Infer) -> list[Path]:
 
     Raises UserError before any file is written when the options do not fit together.
     """
-    prompts = read_prompts(config)
+    prompts = [read_tagged_prompt(text) for text in read_prompts(config)]
+    given = [parse_lora(text) for text in config.lora]
+    loras = combine_loras(given, prompts)
     axes = [parse_axis(text) for text in config.grid]
-    loras = [parse_lora(text) for text in config.lora]
-    check_image_options(config, axes, prompts, len(loras))
+    check_image_options(config, axes, len(prompts), len(loras))
     for lora in loras:
         warn_of_whole_model(config.model, Path(lora.path))
     if config.threads:
@@ -157,9 +178,12 @@ def infer(config: Infer) -> list[Path]:
     start = read_start_images(config.init_image, config.mask, height, width)
     with ExitStack() as stack:
         patches = apply_loras(family, loras, stack)
-        drawing = Drawing(family, refiner, start, patches)
+        drawing = Drawing(family, refiner, start, patches, loras)
+        texts = [prompt.text for prompt in prompts]
+        if sentence := prompts_without_words(texts, drawing.placeholders):
+            print(f"note: {sentence}", file=sys.stderr)
         if axes:
-            return [write_grid(drawing, config, prompts[0], axes, loras)]
+            return [write_grid(drawing, config, prompts[0], axes)]
         return write_images(drawing, config, prompts)
 
 
@@ -203,35 +227,45 @@ def _latent_space(family: Family) -> tuple[int, int, str]:
     return family.latent_channels, family.factor, family.prediction
 
 
-def write_images(drawing: Drawing, config: Infer, prompts: Sequence[str]) -> list[Path]:
+def write_images(drawing: Drawing, config: Infer, prompts: Sequence[TaggedPrompt]) -> list[Path]:
     """Draws --count images of each prompt, --batch at a time, and writes each with its recipe."""
-    jobs = [(prompt, config.seed + i) for prompt, i in product(prompts, range(config.count))]
+    jobs = list(product(prompts, range(config.count)))
     images: list[Image.Image] = []
-    for first in range(0, len(jobs), config.batch):
-        some = jobs[first : first + config.batch]
-        images += drawing.draw([prompt for prompt, _ in some], [seed for _, seed in some], config)
+    for _, group in groupby(jobs, key=lambda job: job[0].loras):
+        alike = list(group)
+        own = loras_of_prompt(drawing.loras, len(config.lora), alike[0][0])
+        set_strengths(drawing.patches, own, {})
+        for first in range(0, len(alike), config.batch):
+            some = alike[first : first + config.batch]
+            texts = [prompt.text for prompt, _ in some]
+            images += drawing.draw(texts, [config.seed + i for _, i in some], config)
     paths = image_paths(config.out, len(jobs))
-    for image, path, (prompt, seed) in zip(images, paths, jobs):
-        alone = replace(config, prompt=prompt, prompts="", seed=seed, count=1)
-        save_with_recipe(image, path, alone)
+    for image, path, (prompt, i) in zip(images, paths, jobs):
+        alone = replace(config, seed=config.seed + i, count=1)
+        save_with_recipe(image, path, _without_tags(alone, prompt))
     return paths
 
 
-def write_grid(
-    drawing: Drawing, config: Infer, prompt: str, axes: Sequence[Axis], loras: Sequence[LoraSource]
-) -> Path:
+def write_grid(drawing: Drawing, config: Infer, prompt: TaggedPrompt, axes: Sequence[Axis]) -> Path:
     """Draws one sheet over the axes and writes it with its recipe."""
 
     def draw_cell(settings: Mapping[str, float]) -> Image.Image:
-        set_strengths(drawing.patches, loras, settings)
+        set_strengths(drawing.patches, drawing.loras, settings)
         changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
         for name in ("seed", "steps"):
             changed[name] = int(settings.get(name, getattr(config, name)))
-        return drawing.draw([prompt], [changed["seed"]], replace(config, **changed))[0]
+        return drawing.draw([prompt.text], [changed["seed"]], replace(config, **changed))[0]
 
     path = Path(config.out)
-    save_with_recipe(draw_axes(axes, draw_cell, title=prompt), path, config)
+    sheet = draw_axes(axes, draw_cell, title=prompt.text)
+    save_with_recipe(sheet, path, _without_tags(config, prompt))
     return path
+
+
+def _without_tags(config: Infer, prompt: TaggedPrompt) -> Infer:
+    """The options that draw a prompt by itself, with the LoRAs of its tags in --lora."""
+    loras = (*config.lora, *map(lora_text, prompt.loras))
+    return replace(config, prompt=prompt.text, prompts="", lora=loras)
 
 
 # ---------------------------------------------------------------- the command line
@@ -260,12 +294,13 @@ def image_paths(out: str, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}_{i:03d}{path.suffix}") for i in range(count)]
 
 
-def check_image_options(
-    config: Infer, axes: Sequence[Axis], prompts: Sequence[str], loras: int
-) -> None:
-    """Raises UserError for options that do not fit together; `loras` is their number."""
+def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras: int) -> None:
+    """Raises UserError for options that do not fit together.
+
+    `prompts` and `loras` are the numbers of prompts and of LoRAs, those of tags included.
+    """
     check_options(config, "--")
-    if len(axes) > 2 or (axes and (len(prompts) > 1 or config.count > 1)):
+    if len(axes) > 2 or (axes and (prompts > 1 or config.count > 1)):
         raise UserError(
             "a grid has one or two axes and one prompt; use --grid seed=0:4 for several images"
         )
@@ -275,7 +310,9 @@ def check_image_options(
     varies_guidance = any(axis.setting == "guidance" for axis in axes)
     if config.negative and config.guidance == 1 and not varies_guidance:
         raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")
-    _check_out(config.out, 1 if axes else len(prompts) * config.count)
+    if LORA_TAG.search(config.negative):
+        raise UserError("--negative has a <lora: ...> tag, which acts in --prompt only; move it")
+    _check_out(config, 1 if axes else prompts * config.count)
     for axis in axes:
         number = re.match(r"lora(\d+)", axis.setting)
         is_strength = re.search(r"strength|unet|text", axis.setting)
@@ -296,25 +333,29 @@ def _check_seeds(config: Infer, axes: Sequence[Axis]) -> None:
         raise UserError(f"--seed {worst:g} is out of range; torch takes -2^63 to 2^64 - 1")
 
 
-def _check_out(out: str, count: int) -> None:
-    """Raises UserError where the images cannot be written to OUT."""
+def _check_out(config: Infer, count: int) -> None:
+    """Raises UserError where the images cannot be written to OUT, or would replace others."""
+    out = config.out
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png; the recipe is kept in the PNG's text")
     for parent in Path(out).parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--out {out} lies below {parent}, which is a file; name a folder")
-    check_path_lengths("--out", map(temporary_name, image_paths(out, count)))
+    paths = image_paths(out, count)
+    check_path_lengths("--out", map(temporary_name, paths))
+    check_free_names("--out", paths, overwrite=config.overwrite)
 
 
 def parse_arguments(words: Sequence[str]) -> Infer:
-    """The options of a command line; with --from, defaults are those of the image's recipe."""
+    """The options of a command line; with --from, the others are those of the image's recipe."""
     config = parse_command_line(Infer, words, prog="infer.py", example=EXAMPLE)
     if not config.source:
         return config
-    default = Infer()
-    values = {field.name: getattr(config, field.name) for field in fields(Infer)}
-    given = {name: value for name, value in values.items() if value != getattr(default, name)}
-    return replace(read_recipe(config.source, Infer), **given)
+    given = set()
+    for option in fields(Infer):
+        if getattr(config, option.name) != option.default or is_given(option.name, words):
+            given.add(option.name)
+    return apply_recipe(config, config.source, given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,7 +66,7 @@ def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) 
             options += [f"stages.{i}.lr" for i in range(len(_read_option(config, "stages")))]
         left_out = []
         for each in options:
-            if _read_option(config, each) and not _is_given(each, words):
+            if _read_option(config, each) and not is_given(each, words):
                 left_out.append(each)
                 config = _replace_option(config, each, {})
         if left_out:
@@ -99,7 +99,7 @@ def _is_prodigy(optimizer: str) -> bool:
     return "prodigy" in optimizer.lower()
 
 
-def _is_given(option: str, words: Sequence[str]) -> bool:
+def is_given(option: str, words: Sequence[str]) -> bool:
     """Whether a flag sets the option; both spellings, --loss-arg and --loss_arg, are flags."""
     flag = f"--{option}".replace("_", "-")
     return any(word.partition("=")[0].replace("_", "-") == flag for word in words)

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+from lora_core.escaped_output import escaped_output
+
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 
 
@@ -58,8 +60,9 @@ def print_help(show: Callable[[], object]) -> None:
         _close_output()
 
 
+@escaped_output()
 def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved") -> int:
-    """Calls `run` and returns the status that the process ends with.
+    """Calls `run` and returns the status that the process ends with; what it prints is escaped.
 
     0: done; 2: a mistake, explained in one printed sentence; 128 + the number of the signal that
     ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, and 141, without a word, where the

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import models
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from lora_core.formats.layout import Layout
 from lora_core.formats.model_files import NetworkLocation
 from lora_core.formats.model_folders import Model, open_model_folder, weight_key
@@ -94,7 +95,7 @@ def layer_keys(base: BaseModel) -> list[tuple[str, str]]:
 def with_progress(model: Model, title: str) -> dict[str, Weights]:
     """The model with a progress bar over the tensors that are read, on a terminal only."""
     count = sum(len(weights.infos) for weights in model.values())
-    bar = tqdm(total=count, desc=title, unit="tensor", disable=None, leave=False)
+    bar = tqdm(total=count, desc=title, unit="tensor", disable=hides_progress(), leave=False)
 
     def count_reads(weights: Weights) -> Weights:
         def read(key: str) -> Tensor:

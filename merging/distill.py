@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from lora_core.formats.model_folders import weight_key
 from merging.adapter_sums import DenseOptions, layers_by_key, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
@@ -128,7 +129,8 @@ def _distill_layers(
     state = AdapterState()
     reports = {}
     with one_thread():
-        for key in tqdm(layers, desc="distil", unit="layer", disable=None, leave=False):
+        bar = tqdm(layers, desc="distil", unit="layer", disable=hides_progress(), leave=False)
+        for key in bar:
             delta = pair.stack_differences(key, layers[key])
             if delta is None:
                 continue

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from merging.adapter_sums import LayerKey, has_magnitude
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
 from merging.commands import Explain
@@ -60,7 +61,9 @@ def _sums_by_component(
     sums: dict[str, list[GramSums]] = {}
     with one_thread():
         keys = layer_keys(base)
-        for component, path in tqdm(keys, desc="explain", unit="layer", disable=None, leave=False):
+        for component, path in tqdm(
+            keys, desc="explain", unit="layer", disable=hides_progress(), leave=False
+        ):
             old, new = before(component, path), after(component, path)
             _check_shapes((component, path), old, new, base, tuned)
             adapters = [state.components.get(component, {}).get(path) for state in states]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from merging.adapter_sums import LayerKey, layers_by_key
 from merging.svd import one_thread, singular_values
 
@@ -71,7 +72,9 @@ def layer_spectra(state: AdapterState, path: str) -> Iterator[LayerSpectrum]:
     """The spectrum of every layer. `path` is for the progress bar and error messages."""
     layers = layers_by_key(state).items()
     with one_thread():
-        for key, lr in tqdm(layers, desc=Path(path).name, unit="layer", disable=None, leave=False):
+        for key, lr in tqdm(
+            layers, desc=Path(path).name, unit="layer", disable=hides_progress(), leave=False
+        ):
             try:
                 sigma = _spectrum(lr)
             except ValueError as error:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, delta_weight
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
@@ -201,7 +202,9 @@ def merge_terms(
     title = f"{method.method} of {len(terms)}"
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense, stored)
-        bar = tqdm(layers, total=count, desc=title, unit="layer", disable=None, leave=False)
+        bar = tqdm(
+            layers, total=count, desc=title, unit="layer", disable=hides_progress(), leave=False
+        )
         rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
         state, reports = adapter_sums.collect_layers(rounded)
         return stored.separate_layers(state), reports

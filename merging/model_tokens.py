@@ -18,6 +18,7 @@ from lora_core.formats.weights import Weights
 from merging.folding import with_embedding_rows
 from merging.output import print_note
 from merging.token_names import free_name
+from models.components import load_part
 
 EMBEDDING_TABLES = ("embeddings.token_embedding.weight", "shared.weight")  # CLIP's and T5's keys
 
@@ -35,7 +36,7 @@ def add_token_rows(
     for component, key in layout.encoders.items():
         if key not in tokens.tokens:
             continue
-        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZERS[component])
+        tokenizer = load_part(AutoTokenizer.from_pretrained, str(folder), TOKENIZERS[component])
         if not added:
             names = _rename_known(names, tokenizer)
         tokenizer.add_tokens(list(names))
@@ -57,7 +58,7 @@ def write_tokenizers(
     The model's configs get the new sizes of the vocabularies.
     """
     for component, names in added.items():
-        tokenizer = AutoTokenizer.from_pretrained(source / TOKENIZERS[component])
+        tokenizer = load_part(AutoTokenizer.from_pretrained, str(source), TOKENIZERS[component])
         tokenizer.add_tokens(list(names))
         tokenizer.save_pretrained(folder / TOKENIZERS[component])
         infos = model[component].infos

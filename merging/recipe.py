@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
+from lora_core.shared_paths import hide_home
 from merging.commands import flatten
 
 RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
@@ -22,13 +23,16 @@ LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # do not change
 
 
 def make_recipe(command: str, options: Any, inputs: Sequence[str]) -> dict[str, Any]:
-    """The recipe of a command: options that are not the defaults, and a digest of every input."""
+    """The recipe of a command: options that are not the defaults, and a digest of every input.
+
+    Paths below the home folder begin with ~, because people publish what they merge.
+    """
     default = flatten(type(options)())
     changed = {}
     for name, value in flatten(options).items():
         if name not in LEFT_OUT and value != default[name]:
-            changed[name] = value
-    digests = {path: sha256_digest(path) for path in inputs}
+            changed[name] = hide_home(value) if isinstance(value, str) else value
+    digests = {hide_home(path): sha256_digest(path) for path in inputs}
     return {"command": command, "options": changed, "inputs": digests}
 
 

@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
+from lora_core.shared_paths import is_in_hub_cache
 from merging.commands import COMMANDS, Redo, flatten, run_merge_command, unflatten
+from merging.expression import parse_files
+from merging.opening import FILE_ENDINGS
 from merging.recipe import LEFT_OUT, describe_recipe, read_merge_recipe, sha256_digest
+from models.published import PUBLISHED_MODELS
 
+INPUT_OPTIONS = ("base", "tuned", "file", "path_1", "path_2")  # that name what is read, with sum
+MODEL_OPTIONS = ("model", "model_config")
+# Globs of which a folder of a model or an adapter has a file.
+FOLDER_MARKS = ("model_index.json", "*.safetensors", "adapter_config.json", "*/adapter_config.json")
+# The largest folder that is hashed: twice the files of a large model take 3 minutes.
+MOST_FILES, MOST_BYTES = 10_000, 64 << 30
 REPEATABLE = ("mix", "fold", "distill", "resize", "convert", "add")
 
 
@@ -31,7 +41,9 @@ def run_redo(options: Redo) -> None:
         raise UserError(
             f"{out} is there already; pass --overwrite to replace it, or name another output"
         )
+    recipe = _expand_home(recipe)
     with contextlib.chdir(_input_folder(recipe, path)):
+        _check_names(recipe, path)
         _check_inputs(recipe, path)
         workshop = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
@@ -63,6 +75,69 @@ def repeat_recipe(recipe: dict[str, Any], out: str) -> None:
         run_merge_command(command, unflatten(COMMANDS[command].options, {**chosen, "out": out}))
     except (TypeError, AttributeError) as error:  # values that no command line can give
         raise UserError(f"the recipe is broken ({error}); make the file anew by hand") from None
+
+
+def _expand_home(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the home folder in place of a ~ at the start of names."""
+    options = dict(recipe["options"])
+    for option in (*INPUT_OPTIONS, *MODEL_OPTIONS):
+        if isinstance(options.get(option), str):
+            options[option] = os.path.expanduser(options[option])
+    inputs = {os.path.expanduser(name): digest for name, digest in recipe["inputs"].items()}
+    return recipe | {"options": options, "inputs": inputs}
+
+
+def _check_names(recipe: dict[str, Any], path: str) -> None:
+    """Raises UserError, before a file is opened, for names that a recipe may not have read.
+
+    It may be a stranger's: it reads the adapters and models that are its inputs, no other file or
+    folder of this disk, and fetches nothing.
+    """
+    options, inputs = recipe["options"], recipe["inputs"]
+    read = [options[option] for option in INPUT_OPTIONS if options.get(option)]
+    if "sum" in options:
+        read += [file.path for file in parse_files(str(options["sum"]))]
+    if others := [name for name in read if name not in inputs]:
+        raise UserError(
+            f"the recipe of {path} reads {others[0]}, which is not among its inputs; "
+            "run the command above by hand"
+        )
+    models = [options[option] for option in MODEL_OPTIONS if options.get(option)]
+    for name in (*inputs, *models):
+        if name in PUBLISHED_MODELS and not Path(name).exists():
+            continue
+        if reason := _why_not_read(str(name)):
+            raise UserError(
+                f"the recipe of {path} names {name}, {reason}; "
+                "to have it read, run the command above by hand"
+            )
+
+
+def _why_not_read(name: str) -> str:
+    """Why a recipe may not have a name read: no adapter or model of this disk; "" where it may."""
+    place = Path(name)
+    if place.is_dir():
+        if not any(map(any, (place.glob(mark) for mark in FOLDER_MARKS))):
+            return "a folder without a model or an adapter, and redo reads no other"
+        return _why_too_large(place)
+    if place.is_file():
+        is_weights = place.suffix in FILE_ENDINGS
+        return "" if is_weights else f"and redo reads files in {', '.join(FILE_ENDINGS)} only"
+    is_known = is_in_hub_cache(name)
+    return "" if is_known else "which is not on this disk, and redo fetches nothing"
+
+
+def _why_too_large(folder: Path) -> str:
+    """Why a folder is not hashed; "" for one of a usual size."""
+    size = 0
+    for count, file in enumerate(folder.rglob("*"), start=1):
+        size += file.stat().st_size if file.is_file() else 0
+        if count > MOST_FILES or size > MOST_BYTES:
+            return (
+                f"a folder of more than {MOST_FILES:,} files or {MOST_BYTES >> 30} GB, "
+                "which redo does not hash"
+            )
+    return ""
 
 
 def _check_inputs(recipe: dict[str, Any], path: str) -> None:

@@ -44,19 +44,21 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 def load_part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
     """One component of a model, loaded by its library's class.
 
-    Where `subfolder` is empty `path` itself is the component. Raises UserError with the reason.
+    Where `subfolder` is empty `path` itself is the component. Python files of the model are never
+    run, and transformers does not ask whether to. Raises UserError with the reason.
     """
     if subfolder and Path(path).is_dir() and not (Path(path) / subfolder).is_dir():
         raise UserError(
             f"the model folder {path} has no {subfolder}/; it must be in the diffusers layout"
         )
+    place = {"subfolder": subfolder} if subfolder else {}
     try:
-        return load(path, subfolder=subfolder, **settings) if subfolder else load(path, **settings)
+        return load(path, trust_remote_code=False, **place, **settings)
     except Exception as error:
         # OSError, SafetensorError, JSONDecodeError, EnvironmentError ... by library and version
         reason = first_line(error)
-        place = f"{subfolder}/ of {path}" if subfolder else path
-        raise UserError(f"cannot load {place}: {reason}") from None
+        shown = f"{subfolder}/ of {path}" if subfolder else path
+        raise UserError(f"cannot load {shown}: {reason}") from None
 
 
 def load_network(

@@ -347,7 +347,11 @@ def _load_clip_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
         for name in TOKENIZERS:
             try:
                 return CLIPTokenizer.from_pretrained(
-                    name, pad_token=pad, model_max_length=length, local_files_only=cached
+                    name,
+                    pad_token=pad,
+                    model_max_length=length,
+                    local_files_only=cached,
+                    trust_remote_code=False,
                 )
             except Exception as error:  # OSError, ValueError ... by library and version
                 reason = reason or first_line(error)

@@ -1,9 +1,11 @@
 """Captions: from text files, tables and file names that somebody wrote; what is none is refused."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lora_core.data.captions import looks_like_caption
 from lora_core.data.dataset import ImageDataset, ImageSettings
@@ -187,3 +189,52 @@ def test_what_no_table_can_hold_is_named(tmp_path: Path, row: str, sentence: str
     (tmp_path / "metadata.jsonl").write_text(row)
     with pytest.raises(UserError, match=sentence):
         scan_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{outside}/private.png",
+        "../outside/private.png",
+        "sub/../../outside/private.png",
+        "./../outside/private.png",
+        "linked/private.png",
+        "sub/linked/private.png",
+        "..",
+        "../photos/../outside/private.png",
+        unicodedata.normalize("NFD", "lié/private.png"),
+        unicodedata.normalize("NFD", "lié/../é.png"),
+    ],
+)
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv"])
+def test_a_table_names_files_in_its_folder_only(tmp_path: Path, name: str, table: str) -> None:
+    outside, photos = tmp_path / "outside", tmp_path / "photos"
+    save_gray_square(outside / "private.png")
+    save_gray_square(photos / "sub" / "own.png")
+    for link in ("linked", unicodedata.normalize("NFC", "lié")):
+        (photos / link).symlink_to(outside)
+    save_gray_square(tmp_path / unicodedata.normalize("NFC", "é.png"))
+    (photos / "sub" / "linked").symlink_to(outside)
+    name = name.format(outside=outside)
+    text = f"file_name,text\n{name},a face\n"
+    if table.endswith("jsonl"):
+        text = json.dumps({"file_name": name, "text": "a face"}) + "\n"
+    (photos / table).write_text(text)
+    with pytest.raises(UserError, match="which is not an image in"):
+        scan_folder(photos)
+
+
+@pytest.mark.parametrize(
+    "name", ["own.png", "./own.png", "sub/../own.png", "sub/own2.png", "{photos}/own.png", "li.png"]
+)
+def test_a_table_names_files_of_its_folder_in_any_way(tmp_path: Path, name: str) -> None:
+    """A link to one file is the user's own, or that of the hub's cache."""
+    photos = tmp_path / "photos"
+    save_gray_square(photos / "own.png")
+    save_gray_square(photos / "sub" / "own2.png", 3)
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "blob.png")
+    (photos / "li.png").symlink_to(tmp_path / "blob.png")
+    row = {"file_name": name.format(photos=photos), "text": "a face"}
+    (photos / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    captions = {r.path.name: r.captions for r in scan_folder(photos, caption="others")}
+    assert captions[Path(name).name] == ("a face",)

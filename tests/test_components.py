@@ -1,12 +1,30 @@
-"""The components of a model folder: a part that is missing is named."""
+"""The components of a model folder: a part that is missing is named, code in it is not run."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+import infer
+import merge
+from lora_core import formats
 from lora_core.errors import UserError
 from models import load_family
-from tests.tiny_pipeline import save_sd_pipeline
+from tests.tiny_pipeline import random_state, save_sd_pipeline
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).write_text("it ran")
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPTextConfig
+class Own(CLIPTextModel): pass
+class OwnTokenizer(CLIPTokenizer): pass
+class OwnConfig(CLIPTextConfig): pass
+"""
+AUTO_MAP = {
+    "AutoConfig": "code.OwnConfig",
+    "AutoModel": "code.Own",
+    "AutoTokenizer": ["code.OwnTokenizer", "code.OwnTokenizer"],
+}
 
 
 @pytest.mark.parametrize(
@@ -18,3 +36,31 @@ def test_a_missing_part_is_named(tmp_path: Path, missing: str) -> None:
     path.unlink() if path.is_file() else path.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=missing):
         load_family(str(tmp_path))
+
+
+@pytest.mark.parametrize("keeps_class", [True, False])
+def test_code_in_a_model_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, keeps_class: bool
+) -> None:
+    """Every config of the folder names a class in a Python file next to it."""
+    monkeypatch.chdir(tmp_path)
+    pipe = save_sd_pipeline(tmp_path / "model")
+    state = random_state(pipe)
+    state.tokens = {"clip_l": pipe.text_encoder.get_input_embeddings().weight[:1].detach().clone()}
+    state.token_names = ("<s0>",)
+    Path("run").mkdir()
+    formats.save_run(state, "run", layout=load_family("model").layout)
+    for config in Path("model").glob("*/*config.json"):
+        table = json.loads(config.read_text()) | {"auto_map": AUTO_MAP}
+        if not keeps_class:
+            table.pop("tokenizer_class", None)
+            table |= {"model_type": "own"} if config.parent.name == "text_encoder" else {}
+        config.write_text(json.dumps(table))
+        (config.parent / "code.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+    infer.main(["--model", "model", "--prompt", "a", "--steps", "1"])
+    merge.main(["fold", "model", "run", "folded"])
+    merge.main(["add", "model", "run", "grown", "0.5", "--mode", "upl"])
+    merge.main(["convert", "model", "whole.safetensors"])
+    merge.main(["info", "model"])
+    assert not Path("mark").exists()

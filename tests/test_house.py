@@ -216,6 +216,39 @@ def test_tests_mirror_the_source_by_name() -> None:
     assert not offenders
 
 
+def test_no_model_brings_code() -> None:
+    """transformers and datasets run a repository's Python files unless they are told not to; None,
+    their default, asks on the terminal.
+    """
+    loaders = {"from_pretrained", "load_dataset"}
+    offenders = []
+    for path in [*PRODUCT, *OTHERS]:
+        passed = set()  # handed to load_part, which says it
+        nodes = list(ast.walk(parse(path)))
+        for node in nodes:
+            if not isinstance(node, ast.Call):
+                continue
+            if ast.unparse(node.func) == "load_part":
+                passed.add(id(node.args[0]))
+            says = {k.arg for k in node.keywords if ast.unparse(k.value) == "False"}
+            if "trust_remote_code" in says:
+                passed.add(id(node.func))
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and node.attr in loaders and id(node) not in passed:
+                offenders.append(f"{short(path)}:{node.lineno}: {ast.unparse(node)}")
+    # these classes are diffusers' own, which look for no code
+    names = r"UNet2DConditionModel|AutoencoderKL|StableDiffusion(XL)?Pipeline"
+    owners = re.compile(rf": ({names})\.from_pretrained$")
+    assert not [line for line in offenders if not owners.search(line)]
+
+
+def test_networks_are_made_by_their_own_classes() -> None:
+    """AutoModel.from_config, and AutoConfig, look up classes in a model's own files."""
+    auto = re.compile(r"\bAuto(Model|Config|Processor|Pipeline|FeatureExtractor)\w*")
+    offenders = [short(path) for path in PRODUCT if auto.search(path.read_text(encoding="utf-8"))]
+    assert not offenders
+
+
 def test_the_loop_is_a_page() -> None:
     sizes = {}
     for node in parse(ROOT / "train.py").body:

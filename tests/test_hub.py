@@ -229,3 +229,15 @@ def test_what_is_missing_is_said_in_one_sentence(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"pip install datasets"):
         export_dataset(name, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["{outside}/private.png", "private.png", "../outside/private.png"])
+def test_a_row_names_no_file_of_this_computer(tmp_path, monkeypatch, name):
+    (tmp_path / "outside").mkdir()
+    monkeypatch.chdir(tmp_path / "outside")
+    noise(8, 8, 0).save("private.png")
+    cell = {"bytes": None, "path": name.format(outside=tmp_path / "outside")}
+    data = parquet(tmp_path / "data", image=[cell], text=["a face"])
+    with pytest.raises(UserError, match="which is no file of the dataset"):
+        export_dataset(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -39,7 +39,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw(folder: Path, out: str, *words: str) -> bytes:
     path = folder / out
     assert (
-        infer.main(["--model", str(folder / "model"), "--steps", "3", "--out", str(path), *words])
+        infer.main(
+            [
+                "--model",
+                str(folder / "model"),
+                "--steps",
+                "3",
+                "--overwrite",
+                "--out",
+                str(path),
+                *words,
+            ]
+        )
         == 0
     )
     return Image.open(path).tobytes()
@@ -169,7 +180,8 @@ def test_each_axis_changes_the_picture(folder: Path, axis: str) -> None:
     sheet = Image.open(folder / "grid.png")
     cells = [sheet.crop((14 + 202 * i, 48, 14 + 202 * i + 192, 240)).tobytes() for i in range(2)]
     assert cells[0] != cells[1]
-    assert infer.main(["--from", str(folder / "grid.png"), "--out", str(folder / "again.png")]) == 0
+    again = ["--from", str(folder / "grid.png"), "--out", str(folder / "again.png")]
+    assert infer.main([*again, "--overwrite"]) == 0
     assert Image.open(folder / "again.png").tobytes() == sheet.tobytes()
 
 
@@ -340,3 +352,29 @@ def test_a_clip_skip_that_is_given_wins_over_that_of_the_loras_run(
     monkeypatch.setattr(infer, "load_family", lambda path, options: opened.append(options))
     infer.open_models(infer.Infer(clip_skip=given), [])
     assert opened[0].clip_skip == used and opened[0].max_sequence_length == 77
+
+
+@pytest.mark.parametrize("many", [["--count", "2"], ["--grid", "seed=0:2"], []])
+def test_images_that_exist_are_not_replaced(
+    folder: Path, tmp_path: Path, many: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.png"
+    last = tmp_path / "x_001.png" if many[:1] == ["--count"] else out
+    last.write_bytes(b"a photo")
+    words = ["--model", str(folder / "model"), "--prompt", "a", "--steps", "1", *many]
+    assert infer.main([*words, "--out", str(out)]) == 2
+    assert f"{last} is there already; pass --overwrite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [last.name]
+    assert last.read_bytes() == b"a photo"
+    assert infer.main([*words, "--out", str(out), "--overwrite"]) == 0
+    Image.open(last).verify()
+
+
+def test_the_default_output_is_not_replaced_either(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(folder / "model"), "--prompt", "a", "--steps", "1"]
+    assert [infer.main(words), infer.main(words)] == [0, 2]
+    Path("dir.png").mkdir()
+    assert infer.main([*words, "--out", "dir.png", "--overwrite"]) == 2

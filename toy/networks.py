@@ -98,7 +98,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def make_autoencoder() -> AutoencoderKL:

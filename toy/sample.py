@@ -20,9 +20,11 @@ def load_networks(folder: Path = MODEL) -> tuple[Pair, AutoencoderKL, CLIPTokeni
     # the other way of loading needs accelerate
     whole = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", **whole)
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    text = CLIPTextModel.from_pretrained(
+        folder / "text_encoder", dtype=torch.float32, trust_remote_code=False
+    )
     vae = AutoencoderKL.from_pretrained(folder / "vae", **whole)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     return Pair(unet.eval(), text.eval()), vae.eval(), tokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lora_core.data import dataset
 from lora_core.data.dataset import ImageDataset
 from lora_core.data.listing import folder_for_new_images
 from lora_core.errors import UserError
+from lora_core.escaped_output import hides_progress
 from lora_core.runs.pictures import save_png
 
 
@@ -54,7 +54,7 @@ def open_class_images(
         )
     missing = [seed for seed in range(prior.count) if not _image_file(place, seed).exists()]
     missing = missing[: max(0, prior.count - there)]
-    for seed in tqdm(missing, desc="class images", disable=not sys.stderr.isatty()):
+    for seed in tqdm(missing, desc="class images", disable=hides_progress()):
         save_png(draw(seed), _image_file(place, seed))
     records = dataset.scan_folder(
         folder, captions="one", caption=prior.prompt, masks="none", is_prior=True

@@ -4,7 +4,6 @@ logged number is finite.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
+from lora_core.escaped_output import hides_progress
 from lora_core.prodigy import read_distance
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
@@ -45,8 +45,9 @@ class Log:
     def progress(self, done: int) -> Iterator[None]:
         """The progress bar, from step `done` on; flushes the log when it ends."""
         settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
-        hidden = not sys.stderr.isatty()
-        with tqdm(total=self.config.steps, initial=done, disable=hidden, **settings) as self.bar:
+        with tqdm(
+            total=self.config.steps, initial=done, disable=hides_progress(), **settings
+        ) as self.bar:
             yield
         self.flush()
 

@@ -151,9 +151,9 @@ def read_metadata(
 ) -> dict[Path, tuple[str, ...]]:
     """Image -> captions, from metadata.jsonl or metadata.csv.
 
-    File names are relative to the table's folder; table and disk may use different Unicode normal
-    forms. Raises UserError for a bad row, a missing column, a missing image and, unless
-    `may_be_empty`, an empty caption.
+    File names are relative to the table's folder and lead to files in it (`find_file`); table and
+    disk may use different Unicode normal forms. Raises UserError for a bad row, a missing column, a
+    missing image and, unless `may_be_empty`, an empty caption.
     """
     if not path.is_file():
         raise UserError(
@@ -168,7 +168,7 @@ def read_metadata(
         is_image = image is not None and image.suffix.lower() in IMAGE_SUFFIXES
         if image is None or not is_image or image.name.startswith("."):
             raise UserError(
-                f"{where} names {name}, which is not an image in {path.parent}; "
+                f"{where} names {name}, which is not an image in {path.parent} or below it; "
                 "correct file_name or add the image"
             )
         captions[image] = captions.get(image, ()) + texts

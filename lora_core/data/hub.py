@@ -9,17 +9,19 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import cached_assets_path
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import UnidentifiedImageError
 
 from lora_core.data.captions import CAPTION_COLUMNS
 from lora_core.data.images import READ_ERRORS, decode_image, to_srgb
 from lora_core.data.listing import METADATA_TABLES
 from lora_core.errors import UserError, first_line
+from lora_core.shared_paths import lies_within
 
 MARK = "dataset.json"  # the source of a complete export
 # Formats of encoded images that are copied as they are.
@@ -66,7 +68,16 @@ def export_dataset(
     try:
         partial.mkdir(parents=True)
         rows = []
-        for row in _write_images(data, **columns, folder=partial, may_be_empty=has_caption):
+        sources = _image_sources(name)
+        written = _write_images(
+            data,
+            partial,
+            image_column=image_column,
+            caption_column=caption_column,
+            sources=sources,
+            may_be_empty=has_caption,
+        )
+        for row in written:
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")
         if caption_column:
             (partial / METADATA_TABLES[0]).write_text("".join(rows), encoding="utf-8")
@@ -94,7 +105,7 @@ def _load_split(
             f"the dataset {name} needs the package datasets: pip install datasets"
         ) from None
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:
         # DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError ... by version
         raise UserError(
@@ -170,9 +181,18 @@ def _is_complete(folder: Path, mark: Mapping[str, Any]) -> bool:
 
 
 def _write_images(
-    data: Any, image_column: str, caption_column: str, folder: Path, *, may_be_empty: bool
+    data: Any,
+    folder: Path,
+    *,
+    image_column: str,
+    caption_column: str,
+    sources: Sequence[Path],
+    may_be_empty: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Writes each row's image and yields its row of metadata.jsonl."""
+    """Writes each row's image and yields its row of metadata.jsonl.
+
+    `sources`: the folders that may hold images which rows name.
+    """
     advice = "choose another column"
     if not may_be_empty:
         both = f"--data.caption in addition to --data.caption-column {caption_column}"
@@ -183,7 +203,7 @@ def _write_images(
         try:
             if not cell.get("bytes") and not cell["path"]:
                 raise ValueError("it is empty")
-            content = cell.get("bytes") or Path(cell["path"]).read_bytes()
+            content = cell.get("bytes") or _read_image_file(cell["path"], sources)
             image = decode_image(io.BytesIO(content))
             file = folder / f"{number:06d}{KEPT.get(image.format or '', '.png')}"
             if image.format in KEPT:
@@ -202,6 +222,21 @@ def _write_images(
                 f"{where} has {texts!r} in {caption_column!r}, expected a caption; {advice}"
             )
         yield {"file_name": file.name, "text": texts}
+
+
+def _read_image_file(path: str, sources: Sequence[Path]) -> bytes:
+    """The file that a row of a table names: it is of the dataset, and not of this computer."""
+    if not any(lies_within(path, source) for source in sources):
+        raise ValueError(f"it names {path}, which is no file of the dataset")
+    return Path(path).read_bytes()
+
+
+def _image_sources(name: str) -> list[Path]:
+    """The folders with the files of a dataset: its own, or the caches of the hub."""
+    import datasets
+
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+    return [Path(name)] if Path(name).exists() else [Path(cache) for cache in caches]
 
 
 def _are_captions(texts: Any, *, may_be_empty: bool) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_core.data.images import IMAGE_SUFFIXES, RAW_SUFFIXES, format_problem
 from lora_core.errors import UserError
+from lora_core.shared_paths import lies_within
 from lora_core.text import normalize_unicode
 
 METADATA_TABLES = ("metadata.jsonl", "metadata.csv")  # the datasets library's names for ImageFolder
@@ -185,13 +186,21 @@ def is_junk(path: Path) -> bool:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The file that a table calls `name`, in any normal form of Unicode; None without one."""
-    if not name:
-        return None
+    """The file in the folder that a table calls `name`, in any normal form of Unicode.
+
+    None without one, and for a name that leads out of the folder, by .., an absolute path or a
+    linked folder: a table that somebody else made would train on private images.
+    """
+    path = _find_any_form(folder, name) if name else None
+    return path if path is not None and lies_within(path, folder) else None
+
+
+def _find_any_form(folder: Path, name: str) -> Path | None:
+    """The file that a table calls `name`, wherever it lies."""
     path = _path_below(folder, name)
     if os.path.isfile(path):
         return path
-    for part in Path(name).parts:
+    for part in Path(os.path.relpath(path, folder)).parts:
         if not os.path.isdir(folder):
             return None
         exact, normal = folder / part, normalize_unicode(part)

@@ -120,6 +120,21 @@ def check_path_lengths(option: str, files: Iterable[Path]) -> None:
             )
 
 
+def check_free_names(option: str, files: Iterable[Path], *, overwrite: bool) -> None:
+    """Raises UserError for the first of `files` that exists, unless it may be replaced.
+
+    A folder of that name is never replaced. `option` is the one that the names come from.
+    """
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{option}: {file} is a folder; name a file")
+        if os.path.lexists(file) and not overwrite:
+            raise UserError(
+                f"{option}: {file} is there already; pass --overwrite to replace it, or name "
+                "another output"
+            )
+
+
 def _relation(folder: Path, path: Path) -> str:
     """Whether a folder "is", "holds" or "lies in" a path; "" where neither holds the other.
 

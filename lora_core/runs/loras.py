@@ -47,6 +47,13 @@ def parse_lora(text: str) -> LoraSource:
         ) from None
 
 
+def lora_text(lora: LoraSource) -> str:
+    """The text that `parse_lora` reads as this LoRA."""
+    if isinstance(lora.strength, dict):
+        return f"{lora.path}:{','.join(f'{name}={v}' for name, v in lora.strength.items())}"
+    return f"{lora.path}:{lora.strength}"
+
+
 def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -> list[Patch]:
     """Patches the model with every LoRA, in order, until the stack closes.
 

@@ -1,0 +1,70 @@
+"""Paths in files that people share: recipes of images, headers of LoRA files, published configs.
+
+An absolute path tells a user's name and folders, so these files name it from their own folder, from
+the current one, or from the home folder as ~.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+CACHED_FILES = ("model_index.json", "config.json")  # of a whole model, of one network
+
+
+def shorten_path(path: str, folder: Path | str) -> str:
+    """The path as a file in `folder` names it: without its absolute part, where it has one.
+
+    Relative to the current folder or to `folder` where it lies below one of them, else from ~ below
+    the home folder. Hub ids, relative paths, and other absolute ones such as /data/models/base are
+    returned unchanged.
+    """
+    if not os.path.isabs(path):
+        return path
+    for start in (Path.cwd(), Path(os.path.abspath(folder))):
+        if len(start.parts) > 1 and Path(path).is_relative_to(start):
+            return Path(path).relative_to(start).as_posix()
+    return hide_home(path)
+
+
+def hide_home(text: str) -> str:
+    """The text with ~ for the home folder at the start of every path in it."""
+    home = str(Path.home())
+    if len(Path(home).parts) < 2:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?=[/\\])", "~", text)
+
+
+def is_in_hub_cache(name: str) -> bool:
+    """Whether a model of the hub was fetched before. Asks no server."""
+    try:
+        found = [try_to_load_from_cache(name, file) for file in CACHED_FILES]
+    except ValueError:  # no repository has such a name
+        return False
+    return any(isinstance(path, str) for path in found)
+
+
+def lies_within(path: Path | str, folder: Path | str) -> bool:
+    """Whether a path that a file in `folder` names lies in the folder, links of folders followed.
+
+    The last part may itself be a link: so the hub's cache keeps files, and so do users.
+    """
+    parent = os.path.realpath(os.path.dirname(path) or ".")
+    return Path(parent).is_relative_to(os.path.realpath(folder))
+
+
+def find_shared_path(name: str, folder: Path | str) -> str | None:
+    """The file or folder on this disk that a file in `folder` names; None where there is none.
+
+    The current folder is searched first. Devices, pipes and addresses of other machines
+    (//server/share, which Windows would log in to) are no files.
+    """
+    if not name or "\0" in name or name.startswith(("//", "\\\\")):
+        return None
+    for path in (os.path.expanduser(name), os.path.join(folder, name)):
+        if os.path.isdir(path) or os.path.isfile(path):
+            return path
+    return None

@@ -1,0 +1,49 @@
+"""Paths in shared files: no user name is written, and only files of this disk are found."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lora_core.shared_paths import find_shared_path, shorten_path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / "home" / "alice"
+    (home / "work").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "work")
+    return home
+
+
+def test_a_users_folders_are_not_written(home: Path) -> None:
+    near = home.parent / "images"
+    assert shorten_path(str(home / "work" / "base"), near) == "base"
+    assert shorten_path(str(home / "models" / "base"), near) == "~/models/base"
+    assert shorten_path(str(near / "base"), near) == "base"
+    for unchanged in ("runwayml/sd15", "../base", "/data/models/base", "", "base:v1"):
+        assert shorten_path(unchanged, near) == unchanged
+
+
+def test_what_was_shortened_is_found_again(home: Path) -> None:
+    near = home.parent / "images"
+    for path in (home / "work" / "base", home / "models" / "b.safetensors", near / "c.safetensors"):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(b"x")
+        found = find_shared_path(shorten_path(str(path), near), near)
+        assert found is not None and Path(found).samefile(path)
+
+
+def test_devices_pipes_and_other_machines_are_no_files(home: Path) -> None:
+    os.mkfifo("pipe")
+    for name in (
+        "",
+        "pipe",
+        "/dev/zero",
+        "//server/share",
+        r"\\server\share",
+        "a\0b",
+        "~nobody9/x",
+    ):
+        assert find_shared_path(name, ".") is None
