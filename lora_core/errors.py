@@ -1,18 +1,25 @@
 """Errors that a user can fix, the exit status for them, and text that any output can encode."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
+
 
 class UserError(ValueError):
     """One sentence that a user can act on: what was received, what was expected, what to do.
 
-    Scripts print it and end with status 2.
+    Scripts print it and end with status 2. The middle of a sentence of more than LONGEST_SENTENCE
+    characters is left out.
     """
 
     def __init__(self, sentence: str) -> None:
+        if len(sentence) > LONGEST_SENTENCE:
+            half = LONGEST_SENTENCE // 2
+            sentence = f"{sentence[:half]} ... {sentence[-half:]}"
         super().__init__(printable(sentence))
 
 
@@ -56,6 +63,12 @@ def print_help(show: Callable[[], object]) -> None:
         sys.stdout = None  # at exit Python would write to it once more
 
 
+def describe_disk_error(error: OSError) -> str:
+    """The path and the reason of an error that the disk gave: "out.png: Permission denied"."""
+    reason = error.strerror or first_line(error)
+    return f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+
+
 def _flush_output() -> None:
     if sys.stdout is not None:
         sys.stdout.flush()
@@ -81,6 +94,12 @@ def exit_status(run: Callable[[], None], undone: str = "nothing was saved") -> i
                 "write the output to a file",
                 file=sys.stderr,
             )
+        return 2
+    except OSError as error:  # a disk that is full or read-only, a file that is gone or not ours
+        print(f"error: {printable(describe_disk_error(error))}; {undone}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"error: there is not enough memory for this; {undone}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # SIGHUP: the terminal is gone
