@@ -13,7 +13,12 @@ from lora_core.text import LONGEST_TABLE, parse_json, read_text, shorten_value
 Fields = Mapping[str, tuple[type, ...]]  # name -> types that its value may have
 INTEGER, NUMBER, TEXT, OBJECT = (int,), (int, float), (str,), (dict,)
 NONE: Fields = MappingProxyType({})
-WORDS = {INTEGER: "an integer", NUMBER: "a number", TEXT: "a text", OBJECT: "an object"}
+WORDS: dict[tuple[type, ...], str] = {
+    INTEGER: "an integer",
+    NUMBER: "a number",
+    TEXT: "a text",
+    OBJECT: "an object",
+}
 LARGEST_INTEGER = 2**63 - 1
 LARGEST_NUMBER = 1e100  # its square is a double too
 LONGEST_JSON = 1 << 26  # bytes of one value; the tokenizer of T5, the longest in a model, has 2 MB

@@ -7,6 +7,7 @@ import reprlib
 import sys
 import unicodedata
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ LONGEST_TEXT = 1 << 20  # bytes of captions next to an image, prompts or a confi
 LONGEST_TABLE = 1 << 27  # bytes of a table or a log: 500,000 rows of 250 bytes
 LONGEST_PROMPT = 1 << 14  # characters of a prompt or caption; 512 tokens of T5 are about 2,500
 DEEPEST_JSON = 100  # brackets in brackets; what is written here has 6
+LONGEST_NAME, MOST_NAMES = 200, 5_000  # that are compared to find the nearest one
 SHOWN = 80  # characters of a value that an error quotes
 SHORT_REPR = reprlib.Repr()
 SHORT_REPR.maxlevel, SHORT_REPR.maxstring, SHORT_REPR.maxother = 3, SHOWN, SHOWN
@@ -80,7 +82,7 @@ def parse_json(text: str, name: str, advice: str) -> Any:
     else:
         deep = text.count("[") + text.count("{") > DEEPEST_JSON and _is_deep(value)
     if deep:
-        raise UserError(f"{name} is JSON in more than {DEEPEST_JSON} brackets; {advice}")
+        raise UserError(f"{name} is JSON in too many brackets; {advice}")
     return value
 
 
@@ -124,9 +126,13 @@ def nearest_names(
 ) -> list[str]:
     """Up to `count` of the known names, the most similar first.
 
-    `cutoff`: the least similarity, from 0 (any) to 1 (the same), as difflib measures it.
+    `cutoff`: the least similarity, from 0 (any) to 1 (the same), as difflib measures it. Only the
+    beginnings of long names are compared, and none with the known names after the first thousands:
+    the time grows with the product of their lengths.
     """
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
+    beginnings = {other[:LONGEST_NAME]: other for other in islice(known, MOST_NAMES)}
+    found = difflib.get_close_matches(name[:LONGEST_NAME], beginnings, n=count, cutoff=cutoff)
+    return [beginnings[other] for other in found]
 
 
 def print_escaped(text: str) -> None:
