@@ -1,5 +1,6 @@
 """Errors that a user can fix, the exit status for them, and text that any output can encode."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -8,15 +9,20 @@ from contextlib import suppress
 from lora_core.escaped_output import escaped_output
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
+LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
 
 
 class UserError(ValueError):
     """One sentence that a user can act on: what was received, what was expected, what to do.
 
-    Scripts print it and end with status 2.
+    Scripts print it and end with status 2. The middle of a sentence of more than LONGEST_SENTENCE
+    characters is left out.
     """
 
     def __init__(self, sentence: str) -> None:
+        if len(sentence) > LONGEST_SENTENCE:
+            half = LONGEST_SENTENCE // 2
+            sentence = f"{sentence[:half]} ... {sentence[-half:]}"
         super().__init__(printable(sentence))
 
 
@@ -73,6 +79,12 @@ def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved"
     except UserError as error:
         print_error(f"error: {error}")
         return 2
+    except OSError as error:  # a disk that is full or read-only, a file that is gone or not ours
+        print_error(f"error: {printable(describe_disk_error(error))}; {undone}")
+        return 2
+    except MemoryError:
+        print_error(f"error: there is not enough memory for this; {undone}")
+        return 2
     except KeyboardInterrupt as stop:
         print_error(f"interrupted: {str(stop) or undone}")
         return 128 + getattr(stop, "number", signal.SIGINT)
@@ -92,6 +104,12 @@ def quiet_status(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         _close_output()
         return CLOSED_PIPE
+
+
+def describe_disk_error(error: OSError) -> str:
+    """The path and the reason of an error that the disk gave: "out.png: Permission denied"."""
+    reason = error.strerror or first_line(error)
+    return f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
 
 
 def _flush_output() -> None:

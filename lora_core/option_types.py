@@ -80,7 +80,7 @@ def parse_value(text: str) -> Any:
     """A number, a boolean or a list as TOML or Python writes it (false, False, .5), else text."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         pass
     if text in ("True", "False"):
         return text == "True"

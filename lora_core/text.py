@@ -3,23 +3,42 @@
 import codecs
 import difflib
 import json
+import reprlib
 import sys
 import unicodedata
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError, printable
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Limits of what is read from files that others wrote. A gigabyte of text would take 20 GB of memory
+# once it is lines, words and tokens.
+LONGEST_TEXT = 1 << 20  # bytes of captions next to an image, prompts or a config
+LONGEST_TABLE = 1 << 27  # bytes of a table or a log: 500,000 rows of 250 bytes
+LONGEST_PROMPT = 1 << 14  # characters of a prompt or caption; 512 tokens of T5 are about 2,500
+DEEPEST_JSON = 100  # brackets in brackets; what is written here has 6
+LONGEST_NAME, MOST_NAMES = 200, 5_000  # that are compared to find the nearest one
+SHOWN = 80  # characters of a value that an error quotes
+SHORT_REPR = reprlib.Repr()
+SHORT_REPR.maxlevel, SHORT_REPR.maxstring, SHORT_REPR.maxother = 3, SHOWN, SHOWN
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = LONGEST_TEXT) -> str:
     r"""The text of a UTF-8 file, with or without a byte order mark; \r\n and \r become \n.
 
-    Raises UserError for other encodings and for zero bytes, which no text has.
+    Raises UserError for other encodings, for zero bytes, which no text has, and for more than
+    `limit` bytes, of which none is kept.
     """
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(
+            f"{path} has more than {limit:,} bytes, the limit for such a text; "
+            "is it the right file? shorten or split it"
+        )
     if content.startswith(UTF16_MARKS):
         raise UserError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8")
     if b"\0" in content:
@@ -51,12 +70,55 @@ def parse_json(text: str, name: str, advice: str) -> Any:
     Raises UserError, which calls the text `name` and ends in `advice`, where it is not JSON.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         line = f" in line {error.lineno}" if "\n" in text.strip() else ""
         raise UserError(f"{name} is not JSON ({error.msg}{line}); {advice}") from error
+    except ValueError:  # Python reads integers of up to 4,300 digits
+        raise UserError(f"{name} has a number of thousands of digits; {advice}") from None
     except RecursionError:
-        raise UserError(f"{name} is JSON in too many brackets; {advice}") from None
+        value = None
+        deep = True
+    else:
+        deep = text.count("[") + text.count("{") > DEEPEST_JSON and _is_deep(value)
+    if deep:
+        raise UserError(f"{name} is JSON in too many brackets; {advice}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a JSON value has more than DEEPEST_JSON brackets in brackets."""
+    level = [value]
+    for _ in range(DEEPEST_JSON + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level = inner
+    return bool(level)
+
+
+def check_prompt_length(text: str, name: str) -> None:
+    """Raises UserError, which calls the text `name`, for one that is no prompt or caption."""
+    if len(text) > LONGEST_PROMPT:
+        raise UserError(
+            f"{name} has {len(text):,} characters, expected at most {LONGEST_PROMPT:,}; "
+            "text encoders read 77 to 512 tokens of it, shorten it"
+        )
+
+
+def shorten_value(value: Any) -> str:
+    """A value of a file as Python writes it, for quoting in an error: at most SHOWN characters.
+
+    Of lists in lists only the first are looked at: those of a pickle may hold one another, and
+    would be written 2^100 times.
+    """
+    try:
+        return SHORT_REPR.repr(value)[:SHOWN]
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a very long {type(value).__name__}"
 
 
 def nearest_names(
@@ -64,9 +126,13 @@ def nearest_names(
 ) -> list[str]:
     """Up to `count` of the known names, the most similar first.
 
-    `cutoff`: the least similarity, from 0 (any) to 1 (the same), as difflib measures it.
+    `cutoff`: the least similarity, from 0 (any) to 1 (the same), as difflib measures it. Only the
+    beginnings of long names are compared, and none with the known names after the first thousands:
+    the time grows with the product of their lengths.
     """
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
+    beginnings = {other[:LONGEST_NAME]: other for other in islice(known, MOST_NAMES)}
+    found = difflib.get_close_matches(name[:LONGEST_NAME], beginnings, n=count, cutoff=cutoff)
+    return [beginnings[other] for other in found]
 
 
 def print_escaped(text: str) -> None:

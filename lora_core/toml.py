@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -13,9 +14,13 @@ import tomli_w
 
 from lora_core.config import SCHEDULE_NAMES, Config, ScheduleName
 from lora_core.errors import UserError
-from lora_core.text import nearest_names, read_text
+from lora_core.text import nearest_names, read_text, shorten_value
 
 C = TypeVar("C")
+# Limits of TOML that others wrote: of 5,000 names in one key, tomllib makes 5,000 tables in tables.
+LONGEST_TOML = 1 << 18  # bytes of a config; one with every option has 8,000
+# Fifty names with dots between them.
+LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')\s*\.\s*){50}""")
 
 
 def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignment]
@@ -24,19 +29,33 @@ def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignmen
     Raises UserError when the file is missing, is no TOML, or has an unknown key.
     """
     try:
-        text = read_text(path)
+        text = read_text(path, LONGEST_TOML)
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
     except OSError as error:  # a folder, no permission
         raise UserError(
             f"cannot read the config {path}: {error.strerror}; name a TOML file"
         ) from None
+    table = parse_toml(text, str(path))
     try:
-        return from_table(tomllib.loads(text), cls)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not a TOML file: {error}") from None
+        return from_table(table, cls)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The table that a TOML text describes. Raises UserError, which calls it `name`, for others."""
+    if len(text) > LONGEST_TOML or LONG_KEY.search(text):
+        raise UserError(
+            f"{name} is not a TOML file of options: it has more than {LONGEST_TOML:,} characters "
+            "or a name in more than 50 parts"
+        )
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # also an integer of thousands of digits
+        raise UserError(f"{name} is not a TOML file: {error}") from None
+    except RecursionError:
+        raise UserError(f"{name} is not a TOML file of options: brackets in brackets") from None
 
 
 def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[assignment]
@@ -74,11 +93,16 @@ def to_toml(config: Any) -> str:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and _fits_double(value)
+
+
+def _fits_double(value: float) -> bool:
+    """Whether it is a float or an integer of a float's range; JSON can also write 10^400."""
+    return isinstance(value, float) or abs(value) < 2**1023
 
 
 def _is_schedule(value: Any) -> bool:
@@ -100,7 +124,7 @@ def _strict(kind: Any, accepts: Callable[[Any], bool], expected: str) -> Callabl
 
     def structure(value: Any, _: Any) -> Any:
         if not accepts(value):
-            raise ValueError(f"got {value!r}, expected {expected}")
+            raise ValueError(f"got {shorten_value(value)}, expected {expected}")
         return float(value) if kind is float else value
 
     return structure
@@ -127,7 +151,7 @@ def _check_keys(table: dict[str, Any], cls: type, prefix: str, known: dict[str, 
         kind, name = hints[key], prefix + key
         if is_dataclass(kind):
             if not isinstance(value, dict):
-                message = f"{name} is {value!r}, expected a table"
+                message = f"{name} is {shorten_value(value)}, expected a table"
                 raise UserError(f"{message}; write [{name}] and its options below")
             _check_keys(value, kind, f"{name}.", known)  # type: ignore[arg-type]
         for inner in filter(is_dataclass, get_args(kind)):
@@ -147,7 +171,7 @@ def _tables(value: Any, name: str) -> list[dict[str, Any]]:
     """The value of a list of tables. Raises UserError for anything else."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
-    message = f"{name} is {value!r}, expected a list of tables"
+    message = f"{name} is {shorten_value(value)}, expected a list of tables"
     raise UserError(f"{message}; write [[{name}]] in double brackets for each")
 
 

@@ -29,6 +29,8 @@ WORD = re.compile(r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]
 CHOICE = re.compile(r"\"[^\"]*\"|'[^']*'|(\[[^\]]*\]|[^\s()@+\"'])+")
 QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
 NEXT_TAG = re.compile(r"\s*,?\s*(?=<(?:lora|lyco):)")  # where a tag follows without a sign
+LONGEST_SUM = 100_000  # characters; a sum of 1,000 files has half as many
+DEEPEST_SUM = 50  # parentheses in parentheses, and signs or numbers before one file
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def parse_sum(text: str) -> list[WeightedFile]:
     Raises UserError for a text that is not a sum, with two more lines that point at the position,
     and for weights that cancel.
     """
+    if len(text) > LONGEST_SUM:
+        raise UserError(f"the sum has {len(text):,} characters, expected at most {LONGEST_SUM:,}")
     parser = _SumParser(text)
     files = parser.read_sum()
     parser.expect_end()
@@ -94,6 +98,7 @@ class _SumParser:
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
+        self.depth = 0  # of terms in terms
 
     def read_sum(self) -> list[WeightedFile]:
         sign = self._take_sign()
@@ -103,6 +108,14 @@ class _SumParser:
         return files
 
     def read_term(self) -> list[WeightedFile]:
+        self.depth += 1
+        if self.depth > DEEPEST_SUM:
+            raise self._error(f"more than {DEEPEST_SUM} parentheses, signs or numbers in a row")
+        files = self._read_term()
+        self.depth -= 1
+        return files
+
+    def _read_term(self) -> list[WeightedFile]:
         if self._take_sign() == -1:
             return _scale(-1.0, self.read_term())
         number = self._take_number()

@@ -15,6 +15,7 @@ from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from lora_core.formats.model_folders import Model
 from lora_core.formats.weights import Weights
+from lora_core.json_files import read_object
 from merging.folding import with_embedding_rows
 from merging.output import print_note
 from merging.token_names import free_name
@@ -68,7 +69,7 @@ def write_tokenizers(
 
 def edit_json(path: Path, **changes: object) -> None:
     """Changes entries of a JSON file."""
-    table = json.loads(path.read_text(encoding="utf-8")) | changes
+    table = read_object(path, "fetch the model again") | changes
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
+from lora_core.json_files import parse_object
 from lora_core.shared_paths import hide_home
+from lora_core.text import read_text
 from merging.commands import flatten
 
 RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
@@ -69,12 +71,13 @@ def read_merge_recipe(path: str) -> dict[str, Any]:
 
 def parse_recipe(text: str, source: str) -> dict[str, Any]:
     """A recipe from its JSON. Raises UserError for anything else."""
+    broken = f"the recipe of {source} is broken; expected a command, options and inputs"
     try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError):
-        recipe = None
+        recipe = parse_object(text, "it", "")
+    except UserError as error:
+        raise UserError(broken) from error
     if not _is_recipe(recipe):
-        raise UserError(f"the recipe of {source} is broken; expected a command, options and inputs")
+        raise UserError(broken)
     return recipe
 
 
@@ -117,12 +120,13 @@ def sha256_digest(path: str) -> str:
 def _recipe_text(place: Path) -> str:
     if place.is_dir():
         file = place / SIDECAR
-        return file.read_text(encoding="utf-8") if file.is_file() else ""
+        return read_text(file) if file.is_file() else ""
     with safe_open(place, "np") as opened:
         return (opened.metadata() or {}).get(RECIPE, "")
 
 
-def _is_recipe(value: Any) -> bool:
-    if not isinstance(value, dict) or {"command", "options", "inputs"} - set(value):
+def _is_recipe(value: Mapping[str, Any]) -> bool:
+    options, inputs = value.get("options"), value.get("inputs")
+    if not isinstance(options, dict) or not isinstance(inputs, dict):
         return False
-    return isinstance(value["options"], dict) and isinstance(value["inputs"], dict)
+    return all(isinstance(text, str) for text in (value.get("command"), *inputs.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,13 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from lora_core.errors import UserError, first_line
+from lora_core.json_files import read_object
+from lora_core.text import check_prompt_length, shorten_value
+
+# Limits of a network's config: one of 100 bytes can announce a billion layers.
+MOST_LAYERS = 200  # of one kind; Flux has 38
+LARGEST_AXIS = 1 << 20  # of a tensor; the vocabulary of Gemma has 256,000 words
+LONGEST_LIST = 64  # such as the channels of the blocks
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
@@ -31,14 +37,47 @@ def read_json(path: str, name: str) -> dict[str, Any]:
             raise UserError(
                 f"--model {path} is not a local folder, and the hub gave no {name} for it: {reason}"
             ) from None
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         raise UserError(
             f"the model folder {path} has no {name}; it must be in the diffusers layout"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+        )
+    table = read_object(file, "fetch the model again")
+    if name.endswith("/config.json"):
+        _check_sizes(table, str(file))
+    return table
+
+
+def _check_sizes(config: dict[str, Any], source: str) -> None:
+    """Raises UserError for more layers, or larger ones, than any network has."""
+    for key, value in config.items():
+        limit = MOST_LAYERS if "layers" in key else LARGEST_AXIS
+        waiting = [value]
+        while waiting:
+            item = waiting.pop()
+            size = abs(item) if isinstance(item, int) else 0
+            if isinstance(item, list):
+                waiting += item
+                size = len(item) * limit // LONGEST_LIST
+            if size > limit:
+                raise UserError(
+                    f"{source} has {shorten_value(value)} as {key}, expected at most {limit}, "
+                    f"or {LONGEST_LIST} values; fetch the model again"
+                )
+
+
+@contextmanager
+def config_errors(path: str) -> Iterator[None]:
+    """Turns errors of a library that builds networks from a model's configs into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # TypeError, KeyError, AttributeError, its own ... for a value of another type
+        raise UserError(
+            f"the configs of {path} make up no model: {type(error).__name__}, {first_line(error)}; "
+            "fetch it again"
+        ) from error
 
 
 def load_part(load: Callable[..., Any], path: str, subfolder: str, **settings: Any) -> Any:
@@ -142,6 +181,7 @@ def tokenize_prompts(
     for prompt in prompts:
         if prompt not in checked:
             checked.add(prompt)
+            check_prompt_length(prompt, "a prompt")
             _warn_of_truncation(tokenizer, prompt, length)
     return tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"

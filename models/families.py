@@ -150,7 +150,7 @@ def _find_family(path: str, config: str) -> FamilyFunctions:
     if not path:
         raise UserError("no base model; name a folder, a file or a hub id with --model")
     name = read_json(path, "model_index.json").get("_class_name", "")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         kind = name or "model without _class_name"
         known = ", ".join(FAMILIES)
         raise UserError(f"{path} is a {kind}, which is not supported; supported are {known}")

@@ -32,6 +32,7 @@ from lora_core.formats.layout import Layout, layout_of
 from lora_core.tokens import first_eos
 from models import sd
 from models.components import (
+    config_errors,
     decode_latents,
     encode_pixels,
     load_network,
@@ -363,7 +364,7 @@ def load(path: str, how: LoadOptions) -> Flux:
 
 def read_flux_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    with torch.device("meta"):
+    with torch.device("meta"), config_errors(path):
         transformer = FluxTransformer2DModel.from_config(read_json(path, "transformer/config.json"))
         clip = CLIPTextModel(read_encoder_config(path, "text_encoder", CLIPTextConfig))
         t5 = T5EncoderModel(read_encoder_config(path, "text_encoder_2", T5Config))

@@ -175,7 +175,7 @@ def _weight_size(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
     The tensors are those of a LoRA with or without a core, a LoHa, a LoKr, or a full difference.
     """
     if "up" in parts or "down" in parts:
-        out = parts["up"][0] if "up" in parts else None
+        out = next(iter(parts.get("up", ())), None)
         fan = None
         if "down" in parts:
             fan = prod(parts["down"][1:]) * prod(parts.get("mid", ())[2:])

@@ -22,6 +22,7 @@ from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layout import Layout, Numbering, layout_of
 from models.components import (
+    config_errors,
     decode_latents,
     encode_pixels,
     load_network,
@@ -235,7 +236,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusion:
 
 def read_sd_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    with torch.device("meta"):
+    with torch.device("meta"), config_errors(path):
         unet = UNet2DConditionModel.from_config(read_json(path, "unet/config.json"))
         text_encoder = CLIPTextModel(read_encoder_config(path, "text_encoder", CLIPTextConfig))
     return sd_layout(unet, text_encoder, read_json(path, "scheduler/scheduler_config.json"))

@@ -26,6 +26,7 @@ from lora_core.formats.layout import Component, Layout, layout_of
 from lora_core.tokens import first_eos
 from models import sd
 from models.components import (
+    config_errors,
     load_network,
     load_part,
     read_encoder_config,
@@ -198,7 +199,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusionXL:
 def read_sdxl_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
     names = present_encoders(path, read_json(path, "model_index.json"))
-    with torch.device("meta"):
+    with torch.device("meta"), config_errors(path):
         unet = UNet2DConditionModel.from_config(read_json(path, "unet/config.json"))
         encoders = {}
         for name in names:

@@ -37,7 +37,7 @@ from lora_core.formats.model_files import (
 )
 from lora_core.formats.weights import Weights, cast_weights, open_weights
 from models import sd, sdxl
-from models.components import load_network, load_part, read_encoder_config, read_json
+from models.components import config_errors, load_network, load_part, read_encoder_config, read_json
 from models.hub_models import download_configs, download_model
 from models.published import PUBLISHED_MODELS, published_configs
 
@@ -294,7 +294,7 @@ def config_folder(opened: OpenedSingleFile, path: str) -> Iterator[Path]:
 def build_meta_networks(folder: Path, locations: Sequence[NetworkLocation]) -> dict[str, nn.Module]:
     """The networks of `locations`, built on the meta device from the configs in a folder."""
     found: dict[str, nn.Module] = {}
-    with torch.device("meta"):
+    with torch.device("meta"), config_errors(str(folder)):
         for location in locations:
             name = location.component
             if name in sdxl.ENCODERS:

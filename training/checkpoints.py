@@ -13,19 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_core import formats, tokens
 from lora_core.adapters import injection
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import Run, flatten_state, unflatten_state
+from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
+from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
 from training import config_checks, nonfinite
 from training.log import Log
-from training.run_identity import identity_changes, run_identity
+from training.run_identity import EMPTY_IDENTITY, check_identity, identity_changes, run_identity
 from training.setup import Data, Model, Optimization
 from training.signals import Stopped
+
+# Part of a saved state -> types that it may have.
+PARTS: dict[str, tuple[type, ...]] = {
+    "groups": (dict,),
+    "optimizer": (dict,),
+    "optimizer_name": (str,),
+    "scaler": (dict, type(None)),
+    "average": (dict, type(None)),
+    "seconds": (int, float),
+}
 
 
 class Checkpoints:
@@ -63,7 +75,7 @@ class Checkpoints:
             if self.config.resume:
                 print(f"there is no checkpoint in {self.run.folder} yet: the run begins at step 0")
             return 0
-        tree = unflatten_state(found.tensors, found.meta)
+        tree = self._read_tree(found)
         accepted = self._accept_changes(tree, found.step)
         self.changes = [*tree.get("changes", ()), *accepted]
         with torch.no_grad():
@@ -80,6 +92,23 @@ class Checkpoints:
         self._write_missing_files(found.step)
         print(f"resumed after step {found.step}")
         return found.step
+
+    def _read_tree(self, found: Checkpoint) -> dict[str, Any]:
+        """The state in a checkpoint, with all its parts. Raises UserError where one is missing, or
+        has another type.
+        """
+        try:
+            tree = unflatten_state(found.tensors, found.meta)
+            if reason := _find_wrong_part(tree):
+                raise ValueError(reason)
+            check_identity(tree.get("identity", EMPTY_IDENTITY))
+        except ValueError as error:
+            folder = self.run.folder / "checkpoints" / str(found.step)
+            raise UserError(
+                f"checkpoint {folder} is damaged ({error}); remove it to go back to the one before "
+                "it, or start again with --overwrite"
+            ) from error
+        return tree
 
     def write(self, done: int, log: Log) -> None:
         """Write checkpoints/<done>/: the state that `restore` needs, and the LoRA and token files
@@ -218,6 +247,33 @@ class Checkpoints:
             with self.optimization.averaged():
                 formats.save_run(self.learned_state(step), folder, layout=layout)
             print(f"wrote the files that were missing in {folder}")
+
+
+def _find_wrong_part(tree: Any) -> str:
+    """The part of a saved state that is missing or of another type, in words; "" for none."""
+    if not isinstance(tree, dict):
+        return "it holds no table"
+    for name, types in PARTS.items():
+        if not isinstance(tree.get(name), types):
+            return f"its {name} is {shorten_value(tree.get(name))}"
+    if not all(isinstance(line, str) for line in tree.get("changes", [])):
+        return "its changes are no texts"
+    for name, params in tree["groups"].items():
+        if not isinstance(params, list) or not all(isinstance(p, Tensor) for p in params):
+            return f"its group {shorten_value(name)} holds no tensors"
+    scaler, average = tree["scaler"], tree["average"]
+    if scaler is not None:
+        tensors = [scaler.get(name) for name in ("current", "clean")]
+        numbers = [scaler.get(name) for name in ("growth", "backoff", "interval")]
+        is_whole = all(isinstance(t, Tensor) and t.numel() == 1 for t in tensors)
+        if not is_whole or not all(isinstance(n, int | float) for n in numbers):
+            return "its loss scale has no numbers"
+    if average is not None:
+        tensors, count = average.get("averages"), average.get("count")
+        is_list = isinstance(tensors, list) and all(isinstance(t, Tensor) for t in tensors)
+        if not is_list or type(count) is not int:
+            return "its moving average holds no tensors"
+    return ""
 
 
 def _shapes(groups: dict[str, Any]) -> dict[str, list[torch.Size]]:

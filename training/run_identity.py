@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_core.data.records import Record
 from lora_core.diffusion.noise import Schedule
+from lora_core.text import shorten_value
 
 WHERE_WRITTEN = "where the run is written, not its result"
 WHEN_LOOKED_AT = "when and how the run is observed"
@@ -65,6 +66,9 @@ SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples
 # Component -> the option for the precision that it is loaded in; for all others `precision`.
 PRECISION_OPTIONS = {"vae": "vae_precision", "scheduler": ""}
 VAE_UNITS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of its latents
+EMPTY_IDENTITY: dict[str, Any] = {
+    "settings": {}, "stages": [], "images": {}, "class images": {}, "model": {}
+}  # fmt: skip
 SAMPLED = 64  # numbers of each tensor
 SHOWN = 3  # names in a sentence
 
@@ -102,6 +106,21 @@ def model_identity(
     for tensor in (schedule.ts, schedule.alphas, schedule.sigmas):
         content.update(tensor.detach().cpu().double().numpy().tobytes())
     return found | {"scheduler": content.hexdigest()}
+
+
+def check_identity(identity: Any) -> None:
+    """Raises ValueError for what is no identity, such as that of a damaged checkpoint."""
+    is_table = isinstance(identity, dict)
+    for name, empty in EMPTY_IDENTITY.items():
+        part = identity.get(name) if is_table else None
+        if not isinstance(part, type(empty)):
+            raise ValueError(f"the {name} that it was made from are {shorten_value(part)}")
+    for stage in identity["stages"]:
+        if not isinstance(stage, dict) or type(stage.get("steps")) is not int:
+            raise ValueError(f"{shorten_value(stage)} is no stage")
+    for image in (*identity["images"].values(), *identity["class images"].values()):
+        if not isinstance(image, dict) or not image.keys() >= {"content", "captions", "repeats"}:
+            raise ValueError(f"{shorten_value(image)} is no image")
 
 
 def identity_changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:

@@ -11,6 +11,7 @@ read but not trained: see `DenseUpdate`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -19,6 +20,10 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
+
+# Numbers of an update: small factors announce products of terabytes. The largest weight of a known
+# model, the embedding of T5-XXL, has half as many.
+LARGEST_UPDATE = 1 << 28
 
 
 class LowRank(NamedTuple):
@@ -96,8 +101,17 @@ def scaled_product(lr: LowRank | DenseUpdate) -> Tensor:
     and each contributes its own block of rows. (peft keeps down dense over all inputs there,
     [r, in, kh, kw]; such an update has no weight of the base's shape, and peft cannot merge it.)
 
-    Raises ValueError when up does not fit down.
+    Raises ValueError when up does not fit down, UserError for more than LARGEST_UPDATE numbers.
     """
+    if isinstance(lr, DenseUpdate):
+        shape = lr.shape
+    else:
+        shape = (*lr.up.shape[:1], *lr.down.shape[1:])
+    if math.prod(shape) > LARGEST_UPDATE:
+        raise UserError(
+            f"an update has shape {list(shape)}, more than {LARGEST_UPDATE:,} numbers; "
+            "no model has such a layer, is the file damaged?"
+        )
     if isinstance(lr, DenseUpdate):
         return lr.build()
     up, down = factor_blocks(lr)

@@ -21,7 +21,15 @@ from lora_core.data.listing import (
     find_file,
 )
 from lora_core.errors import UserError, printable
-from lora_core.text import normalize_unicode, parse_json, read_lines, read_text
+from lora_core.text import (
+    LONGEST_TABLE,
+    check_prompt_length,
+    normalize_unicode,
+    parse_json,
+    read_lines,
+    read_text,
+    shorten_value,
+)
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
@@ -137,11 +145,12 @@ def read_captions(
 
 
 def check_texts(texts: Sequence[str], name: str) -> None:
-    """Raises UserError for a zero byte or half a character (\\ud83d).
+    """Raises UserError for a zero byte or half a character (\\ud83d) or megabytes.
 
     JSON can write both, and no tokenizer reads them.
     """
     for text in texts:
+        check_prompt_length(text, name)
         if "\0" in text or printable(text) != text:
             raise UserError(f"{name} has a zero byte or half a character: {text!a}; correct it")
 
@@ -287,7 +296,8 @@ def _complete(
             f"{len(missing)} of {len(part.images)} images lack {needed}, first {first}; add it, "
             "give --data.caption for those without, or choose other --data.captions"
         )
-    return {image: fallback if image in missing else own[image] for image in part.images}
+    lacking = set(missing)
+    return {image: fallback if image in lacking else own[image] for image in part.images}
 
 
 def _table(part: FolderContents) -> Path:
@@ -329,7 +339,7 @@ def _read_text_file(path: Path) -> tuple[str, ...]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(file and line for errors, row) of a JSON table."""
     advice = "write one object per line with file_name and text"
-    lines = read_text(path).split("\n")  # not splitlines: JSON texts may hold U+2028
+    lines = read_text(path, LONGEST_TABLE).split("\n")  # not splitlines: JSON texts may hold U+2028
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
@@ -341,9 +351,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     For a quoted text over several lines the last one is named.
     """
-    reader = csv.DictReader(
-        io.StringIO(read_text(path), newline=""), restkey="(columns without a name)", strict=True
-    )
+    text = io.StringIO(read_text(path, LONGEST_TABLE), newline="")
+    reader = csv.DictReader(text, restkey="(columns without a name)", strict=True)
     try:
         yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
     except csv.Error as error:
@@ -377,7 +386,8 @@ def _read_row(
     is_complete = bool(texts) and len(captions) == len(texts)
     if not are_texts or not (is_complete or may_be_empty):
         raise UserError(
-            f"{where} has the {found} {row[found]!r}, expected a caption or a list of captions"
+            f"{where} has the {found} {shorten_value(row[found])}, "
+            "expected a caption or a list of captions"
         )
     return row["file_name"], captions
 

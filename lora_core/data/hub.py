@@ -21,6 +21,7 @@ from lora_core.data.captions import CAPTION_COLUMNS
 from lora_core.data.images import READ_ERRORS, decode_image, to_srgb
 from lora_core.data.listing import METADATA_TABLES
 from lora_core.errors import UserError, first_line
+from lora_core.json_files import read_object
 from lora_core.shared_paths import lies_within
 
 MARK = "dataset.json"  # the source of a complete export
@@ -164,8 +165,8 @@ def _is_complete(folder: Path, mark: Mapping[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_object(folder / MARK, "remove it")
+    except UserError:
         raise UserError(
             f"{folder} holds something else than an exported dataset; choose another folder"
         ) from None

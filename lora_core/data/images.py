@@ -38,6 +38,15 @@ HEIC = (".heic", ".heif", ".hif")
 # ISO/IEC 23008-12: these follow "ftyp" in the file's first 12 bytes.
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 JPEG_2000 = (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
+# Pillow's names of the formats above. It knows others too, of which one (EPS) is a program that
+# another program would run, whatever the file is called.
+PILLOW_FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM",
+    "TGA", "QOI", "PSD", "PCX", "SGI",
+)  # fmt: skip
+# Width times height: a PNG of 0.2 MB can announce 169 million, which take 2 GB in three copies of 4
+# bytes. A medium-format camera's 11,648 x 8,736 are the most that photographs have.
+MOST_PIXELS = 102_000_000
 CODECS = {".avif": "avif", ".webp": "webp"} | dict.fromkeys(JPEG_2000, "jpg_2000")  # Pillow's names
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG file
@@ -91,7 +100,11 @@ def decode_image(source: Path | BinaryIO) -> Image.Image:
     Raises one of READ_ERRORS. Pillow scales a PNG's 2- and 4-bit greys and cuts its 16-bit colors
     to 8 bits, but not its one transparent grey or color, which is brought to the same depth here.
     """
-    with Image.open(source) as image:
+    with Image.open(source, formats=_known_formats()) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}; scale it down"
+            )
         rows = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
         image.load()
         key = image.info.get("transparency")
@@ -101,6 +114,13 @@ def decode_image(source: Path | BinaryIO) -> Image.Image:
             image.info["transparency"] = tuple(level >> 8 for level in key)
         ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of PILLOW_FORMATS that this Pillow can open."""
+    Image.init()
+    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
 
 
 def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> MaskedImage:

@@ -7,7 +7,6 @@ squared error of the network's output. The model before training is scored in th
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 from lora_core.diffusion.prediction import PREDICTIONS
 from lora_core.errors import UserError
+from lora_core.json_files import INTEGER, NUMBER, TEXT, read_rows
 
 # (x_t before c_in, level, indices of the examples [b]) -> raw output
 RawDenoise = Callable[[Tensor, NoiseLevel, Tensor], Tensor]
@@ -35,6 +35,12 @@ class Score(NamedTuple):
     bin: int
     t: float
     loss: float
+
+
+# Fields of a line of val.jsonl.
+SCORE_FIELDS = {
+    "step": INTEGER, "key": TEXT, "draw": INTEGER, "bin": INTEGER, "t": NUMBER, "loss": NUMBER
+}  # fmt: skip
 
 
 class ValidationSet(NamedTuple):
@@ -135,9 +141,10 @@ def read_scores(run: Path) -> dict[int, list[Score]]:
     if not file.is_file():
         raise UserError(f"{run} has no val.jsonl; is it the folder of a finished run?")
     steps: dict[int, list[Score]] = defaultdict(list)
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(file, "a run writes it; remove the line or train again", SCORE_FIELDS):
         steps[row["step"]].append(Score(*(row[name] for name in Score._fields)))
+    if not steps:
+        raise UserError(f"{file} is empty; was the run stopped before its first validation?")
     return steps
 
 
@@ -166,15 +173,17 @@ def compare_scores(run_a: Path, run_b: Path) -> list[PairedDifference]:
             f"{run_a} and {run_b} were validated on different images, timesteps or draws; "
             "give both the same [validation] and data"
         )
-    differences = []
-    for t in sorted({t for _, _, t in a}):
-        pairs = [(a[score], b[score]) for score in sorted(a) if score[2] == t]
-        differences.append(_difference(t, pairs))
+    by_timestep: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    by_image: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for key, draw, t in sorted(a):
+        pair = (a[key, draw, t], b[key, draw, t])
+        by_timestep[t].append(pair)
+        by_image[key, draw].append(pair)
+    differences = [_difference(t, by_timestep[t]) for t in sorted(by_timestep)]
     means = []
-    for image in sorted({score[:2] for score in a}):
-        own = [score for score in a if score[:2] == image]
-        mean_a = sum(a[score] for score in own) / len(own)
-        mean_b = sum(b[score] for score in own) / len(own)
+    for image in sorted(by_image):
+        own = by_image[image]
+        mean_a, mean_b = (sum(losses) / len(own) for losses in zip(*own))
         means.append((mean_a, mean_b))
     differences.append(_difference(math.nan, means))
     return differences

@@ -34,6 +34,7 @@ from lora_core.formats.layout import Layout
 from lora_core.formats.pickles import read_pickle
 from lora_core.formats.unpickler import Inert
 from lora_core.runs.run_folder import atomic_write
+from lora_core.text import shorten_value
 
 
 def is_pickled_embedding(data: Any) -> bool:
@@ -43,7 +44,7 @@ def is_pickled_embedding(data: Any) -> bool:
     if A1111_ROWS in data:
         return True
     values = all(isinstance(t, Tensor) and t.ndim < 3 for t in data.values())
-    return values and not any("." in str(key) for key in data)
+    return values and not any("." in key for key in data if isinstance(key, str))
 
 
 def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> AdapterState:
@@ -62,7 +63,7 @@ def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> A
     metadata = {}
     for key in (TOKEN_NAMES, PLACEHOLDERS):
         if isinstance(data.get(key), list | dict):
-            metadata[key] = json.dumps(data[key], ensure_ascii=False)
+            metadata[key] = json.dumps(_check_names(data[key], key, source), ensure_ascii=False)
     if A1111_ROWS in data:
         name = data.get("name")
         own = name.strip() if isinstance(name, str) else ""
@@ -118,6 +119,18 @@ def _save_pickle(content: Any, path: Path) -> None:
     torch.save(content, buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def _check_names(value: Any, key: str, source: str) -> Any:
+    """`value`, a list of texts or a dictionary of such lists.
+
+    Raises UserError for anything else: lists of a pickle may hold one another.
+    """
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    for names in lists:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{key} of {source} is {shorten_value(value)}, expected names")
+    return value
 
 
 def _a1111_parameter(value: Any, source: str) -> Tensor:

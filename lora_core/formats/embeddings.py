@@ -28,6 +28,7 @@ from lora_core.formats.container import check_finite
 from lora_core.formats.grammar import STRICT, DecodeOptions
 from lora_core.formats.known_formats import ENCODER_KEYS, ENCODER_SPELLINGS, SINGLE
 from lora_core.formats.layout import Layout, nearest_name
+from lora_core.text import parse_json, shorten_value
 
 # Width of rows -> encoder, used without a layout; models with width 1024 have one encoder.
 WIDTHS = {768: "clip_l", 1024: "clip_l", 1280: "clip_g", 4096: "t5"}
@@ -67,10 +68,10 @@ def placeholder_words(state: AdapterState, source: str = "the file") -> dict[str
         return {}
     known = set(state.token_names)
     entry = _header_json(state.metadata, PLACEHOLDERS, {}, source)
-    lists = entry.values() if isinstance(entry, dict) else [None]
-    if not all(isinstance(own, list) and own and set(map(str, own)) <= known for own in lists):
+    lists: Iterable[Any] = entry.values() if isinstance(entry, dict) else [None]
+    if not all(_are_texts(own) and set(own) <= known for own in lists):
         raise UserError(
-            f"the header entry {PLACEHOLDERS} of {source} is {entry}, "
+            f"the header entry {PLACEHOLDERS} of {source} is {shorten_value(entry)}, "
             f"expected words and their tokens out of {list(state.token_names)}"
         )
     return {word: tuple(names) for word, names in entry.items()}
@@ -84,10 +85,9 @@ def token_names(
     Raises UserError for anything but different names.
     """
     entry = _header_json(metadata, TOKEN_NAMES, list(default), source)
-    is_names = isinstance(entry, list) and entry and all(isinstance(n, str) and n for n in entry)
-    if not is_names or len(set(entry)) != len(entry):
+    if not _are_texts(entry) or len(set(entry)) != len(entry):
         raise UserError(
-            f"the header entry {TOKEN_NAMES} of {source} is {entry}, "
+            f"the header entry {TOKEN_NAMES} of {source} is {shorten_value(entry)}, "
             "expected a list of different names"
         )
     return tuple(entry)
@@ -147,7 +147,7 @@ def check_token_rows(data: Any, source: str) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 what = f"shape {list(value.shape)} and {value.dtype}"
             raise UserError(
-                f"{key!r:.80} in {source} has {what}; "
+                f"{shorten_value(key)} in {source} has {what}; "
                 "expected an embedding, floating-point token rows [d] or [n, d]"
             )
     check_finite(data, source)
@@ -371,10 +371,12 @@ def _token_state(
     return AdapterState(tokens=dict(rows), token_names=tokens, metadata=dict(metadata))
 
 
+def _are_texts(value: Any) -> bool:
+    """Whether it is a list of texts, none of them empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(n, str) and n for n in value)
+
+
 def _header_json(metadata: Mapping[str, str], key: str, default: Any, source: str) -> Any:
-    try:
-        return json.loads(metadata[key]) if key in metadata else default
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"the header entry {key} of {source} is not JSON ({error}); fix or remove it"
-        ) from None
+    if key not in metadata:
+        return default
+    return parse_json(metadata[key], f"the header entry {key} of {source}", "fix or remove it")

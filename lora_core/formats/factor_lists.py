@@ -21,6 +21,7 @@ from lora_core.formats.layer_numbering import list_pairs, numbered_components, p
 from lora_core.formats.layout import Layout
 from lora_core.formats.pickles import read_pickle
 from lora_core.runs.run_folder import atomic_write
+from lora_core.text import shorten_value
 
 FIRST = "unet"  # the network of x.pt
 
@@ -64,7 +65,11 @@ def read_list_shapes(path: Path, data: list[Any]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for i, factor in enumerate(data):
         role = ("up", "down")[i % 2]
-        shapes[f"{name}:{i // 2}:{role}"] = tuple(getattr(factor, "shape", ()))
+        if not isinstance(factor, Tensor):
+            raise UserError(
+                f"{path} is a pickle of a list with {shorten_value(factor)}, expected factors"
+            )
+        shapes[f"{name}:{i // 2}:{role}"] = tuple(factor.shape)
     return shapes
 
 

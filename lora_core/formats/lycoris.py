@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import DenseUpdate
+from lora_core.adapters.weight_updates import LARGEST_UPDATE, DenseUpdate
 from lora_core.errors import UserError
 from lora_core.formats.layout import Shape
 
@@ -88,7 +88,8 @@ def merge_core(down: Tensor, mid: Tensor, where: str) -> Tensor:
     Its down [r, in (, 1, 1)] is followed by a core [r, r, kh, kw].
     """
     fits = down.ndim >= 2 and mid.ndim == 4 and down.shape[2:].numel() == 1
-    if not fits or mid.shape[1] != down.shape[0]:
+    is_small = fits and mid.shape[0] * mid.shape[2:].numel() * down.shape[1] <= LARGEST_UPDATE
+    if not is_small or mid.shape[1] != down.shape[0]:
         raise UserError(
             f"{where} has down {list(down.shape)} and mid {list(mid.shape)}, "
             "expected [r, in, 1, 1] and [r, r, kh, kw]"

@@ -21,6 +21,7 @@ from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.embeddings import TOKEN_NAMES
 from lora_core.formats.layout import Layout, Shape, nearest_name
+from lora_core.text import shorten_value
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 # Header entry: JSON object, concept -> its tokens, one for each cross-attention layer.
@@ -41,13 +42,15 @@ def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) 
     params = data["params"]
     components = {}
     for name in ("text_encoder", "unet"):
-        if modules := _read_factors(params.get(name) or {}, layout, name, source):
+        entries = _check_table(params.get(name), name, source)
+        if modules := _read_factors(entries, layout, name, source):
             components[name] = modules
-    concepts = params["new_concept_embedding"] or {}
+    concepts = _check_table(params["new_concept_embedding"], "new_concept_embedding", source)
     for concept, rows in concepts.items():
         if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
             raise UserError(
-                f"the concept {concept!r} in {source} has no rows [layers, d]; is the file damaged?"
+                f"the concept {shorten_value(concept)} in {source} has no rows [layers, d]; "
+                "is the file damaged?"
             )
     check_finite(concepts, source)
     state = AdapterState(components)
@@ -62,6 +65,17 @@ def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) 
         state.token_names = tuple(names)
         state.metadata = {TOKEN_NAMES: json.dumps(names), PER_LAYER: json.dumps(tokens)}
     return state
+
+
+def _check_table(value: Any, name: str, source: str) -> dict[str, Any]:
+    """The value, a table of texts to anything; {} for none. Raises UserError for others."""
+    table = value or {}
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise UserError(
+            f"{name} of {source} is {shorten_value(value)}, expected a table of tensors; "
+            "is the file damaged?"
+        )
+    return table
 
 
 def _read_factors(
@@ -88,7 +102,7 @@ def _read_factors(
                 f"{source} adapts {component}.{path}, which this model lacks; "
                 f"nearest known: {nearest_name(path, known)}"
             )
-        shape = (up.shape[0], *down.shape[1:]) if known is None else known[path]
+        shape = (*up.shape[:1], *down.shape[1:]) if known is None else known[path]
         found[path] = _fit_factors(down, up, shape, f"{component}.{path} in {source}")
         check_finite({path + DOWN: down, path + UP: up}, source)
     return found
@@ -96,8 +110,8 @@ def _read_factors(
 
 def _fit_factors(down: Tensor, up: Tensor, shape: Shape, where: str) -> LowRank:
     """The factors, checked and reshaped for a base weight of `shape`. Raises UserError."""
-    out, *inner = shape
-    rank = down.shape[0]
+    out, *inner = shape or (0,)
+    rank = down.shape[0] if down.ndim else 0
     if down.numel() != rank * torch.Size(inner).numel() or up.numel() != out * rank or not rank:
         raise UserError(
             f"{where} has down {list(down.shape)} and up {list(up.shape)}, "

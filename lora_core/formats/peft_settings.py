@@ -8,7 +8,6 @@ fields into adapter_config.json, diffusers into a file's header with the compone
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +18,17 @@ from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import PEFT_HEADER
 from lora_core.formats.layout import COMPONENTS
+from lora_core.json_files import LARGEST_NUMBER, parse_object, read_object
+from lora_core.text import shorten_value
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT = 8  # peft's rank and alpha
+# Limits of regular expressions that others wrote. One that repeats a group, or repeats a dozen
+# times, can take longer than the universe is old; peft and diffusers write the layers' names.
+SLOW_PATTERN = re.compile(r"\)[*+?{]|([*+}].*){4}|\\[1-9]", re.DOTALL)
+LONGEST_PATTERN = 400
+MOST_PATTERNS = 5_000  # twice the layers of the largest model
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class PeftSettings:
 def header_settings(header: Mapping[str, str], source: str) -> dict[str, PeftSettings]:
     """Component -> settings in a file's header. Raises UserError for a broken one."""
     where = f"{source} has a broken header {PEFT_HEADER}"
-    fields = _parse_json(header[PEFT_HEADER], where)
+    fields = parse_object(header[PEFT_HEADER], where, "remove or fix it")
     settings = {}
     for name in COMPONENTS:
         start = f"{name}."
@@ -99,26 +105,12 @@ def folder_settings(file: Path) -> PeftSettings | None:
     path = file.parent / CONFIG
     if file.name not in WEIGHTS or not path.is_file():
         return None
-    try:
-        fields = _parse_json(path.read_text(encoding="utf-8"), f"{path} is broken")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch or save it again") from None
+    fields = read_object(path, "fetch or save it again")
     if (method := fields.get("peft_type", "LORA")) != "LORA":
         raise UserError(
             f"{path} is of a {method} adapter, expected LORA; other methods of peft are not read"
         )
     return _parse_settings(fields, f"{path} is broken")
-
-
-def _parse_json(text: str, broken: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{broken} ({error}); remove or fix it") from None
-    if not isinstance(fields, dict):
-        kind = type(fields).__name__
-        raise UserError(f"{broken} (expected a JSON object, got {kind}); remove or fix it")
-    return fields
 
 
 def _parse_settings(values: Mapping[str, Any], broken: str) -> PeftSettings:
@@ -132,23 +124,31 @@ def _parse_settings(values: Mapping[str, Any], broken: str) -> PeftSettings:
     alphas = values.get("alpha_pattern") or {}
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
         raise UserError(
-            f"{broken} (rank_pattern {ranks!r:.60}, alpha_pattern {alphas!r:.60}); "
-            "expected patterns and numbers"
+            f"{broken} (rank_pattern {shorten_value(ranks)}, "
+            f"alpha_pattern {shorten_value(alphas)}); expected patterns and numbers"
         )
     for number in (rank, *ranks.values()):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise UserError(f"{broken} (a rank of {number!r:.60}); expected a number above 0")
+            raise UserError(
+                f"{broken} (a rank of {shorten_value(number)}); expected a number above 0"
+            )
     for number in (alpha, *alphas.values()):
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not abs(number) < float("inf"):
-            raise UserError(f"{broken} (an alpha of {number!r:.60}); expected a finite number")
+        if not is_number or not abs(number) <= LARGEST_NUMBER:
+            raise UserError(
+                f"{broken} (an alpha of {shorten_value(number)}); expected a finite number"
+            )
+    if len(ranks) + len(alphas) > MOST_PATTERNS:
+        raise UserError(f"{broken} ({len(ranks) + len(alphas)} patterns); a layer has one of each")
     for pattern in (*ranks, *alphas):
         try:
+            if SLOW_PATTERN.search(pattern) or len(pattern) > LONGEST_PATTERN:
+                raise re.error("it may take for ever")
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise UserError(
-                f"{broken} (the pattern {pattern!r:.60} is not a regular expression: {error}); "
-                "remove or fix it"
+                f"{broken} (the pattern {shorten_value(pattern)} is not a regular expression: "
+                f"{error}); remove or fix it"
             ) from None
     return PeftSettings(
         rank,

@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_core.errors import UserError
 from lora_core.formats.container import check_tensors
 from lora_core.formats.unpickler import DAMAGE, Inert, Name, RestrictedUnpickler, Storage
+from lora_core.text import shorten_value
 
 MAGIC = 0x1950A86A20F9469CFC6C  # how torch < 1.6 begins a file
 PROTOCOL = 1001  # its second pickle; then come the system, the object and its storages
@@ -36,6 +37,12 @@ DTYPES = {  # storage class -> dtype of its elements
     "Bool": torch.bool,
     "Untyped": torch.uint8,
 }
+# Limits of what a small file may announce.
+LARGEST_DIRECTORY = 1 << 24  # bytes of a zip's directory: 100,000 entries
+MOST_VIEWS = 16  # times the file's size, of all its tensors: tied weights are stored once
+# Ends of a zip's directory, with its size in bytes; the second is of archives of 4 GB and more.
+ZIP_MARK, ZIP_END = b"PK\x05\x06", struct.Struct("<12xI6x")
+ZIP64_LOCATOR, ZIP64_MARK, ZIP64_END = b"PK\x06\x07", b"PK\x06\x06", struct.Struct("<40xQ8x")
 STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 
 
@@ -64,10 +71,16 @@ def read_pickle(path: str | Path) -> Any:
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
-        return _read_zip(path, view) if view[:2] == b"PK" else _read_sequence(view)
+        value = _read_zip(path, view) if view[:2] == b"PK" else _read_sequence(view)
+        if _total_bytes(value) > MOST_VIEWS * len(view):
+            raise UserError(
+                f"has tensors of more than {MOST_VIEWS} times its size, views of the same numbers; "
+                "write the tensors that are needed"
+            )
+        return value
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    except (*DAMAGE, zipfile.BadZipFile, NotImplementedError) as error:
+    except (*DAMAGE, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(
             f"{path} is truncated, damaged or not a file of torch.save ({reason}); "
@@ -90,10 +103,33 @@ def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
     for key, value in data.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(
-                f"{source} is a pickle with {_describe_value(value)} under {key!r:.80}, "
+                f"{source} is a pickle with {_describe_value(value)} under {shorten_value(key)}, "
                 "expected tensors only; nothing in it was executed"
             )
     return check_tensors(dict(data), source)
+
+
+def _total_bytes(value: Any) -> int:
+    """Bytes of the tensors in a pickle's value, as often as they occur in a list or dictionary."""
+    total = 0
+    seen: set[int] = set()  # lists in a file may hold one another
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            total += item.numel() * item.element_size()
+        elif id(item) in seen:
+            continue
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, Inert):
+            waiting += (item.args, item.state, item.items)
+        else:
+            continue
+        seen.add(id(item))
+    return total
 
 
 def _describe_value(value: Any) -> str:
@@ -107,6 +143,7 @@ def _describe_value(value: Any) -> str:
 
 def _read_zip(path: Path, view: mmap.mmap) -> Any:
     """torch >= 1.6: NAME/data.pkl and NAME/data/KEY for each storage, all uncompressed."""
+    _check_directory(view)
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in entries if _is_data_pickle(name)]
@@ -133,6 +170,24 @@ def _read_zip(path: Path, view: mmap.mmap) -> Any:
 
     data = io.BytesIO(_zip_entry(view, entries[pickles[0]]))
     return RestrictedUnpickler(data, load_storage).load()
+
+
+def _check_directory(view: mmap.mmap) -> None:
+    """Raises UserError for a zip with so many entries that listing them would fill the memory."""
+    tail = max(0, len(view) - (1 << 17))
+    place = view.rfind(ZIP_MARK, tail)
+    if place < 0 or place + ZIP_END.size > len(view):
+        return  # no zip, which zipfile says
+    (size,) = ZIP_END.unpack_from(view, place)
+    if view[max(0, place - 20) : max(0, place - 16)] == ZIP64_LOCATOR:
+        place = view.rfind(ZIP64_MARK, tail, place)
+        if place >= 0:
+            (size,) = ZIP64_END.unpack_from(view, place)
+    if size > LARGEST_DIRECTORY:
+        raise UserError(
+            f"is a zip with a directory of {size:,} bytes, expected at most "
+            f"{LARGEST_DIRECTORY:,}; is it a file of torch.save?"
+        )
 
 
 def _is_data_pickle(name: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, ClassVar, NamedTuple
 
@@ -34,8 +34,16 @@ UNTYPED_DTYPES = {  # dtypes without a storage class of their own
     f"torch.{name}": getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
 }
+# Limits of a pickle. Files of torch.save have some dozens of operations for each tensor.
+MOST_OPERATIONS = 500_000  # of the unpickler: half a second, and at most 216 bytes for each
+MOST_COPIED = 1_000_000  # entries that calls copy: a call of 5 bytes may copy a list of megabytes
+ENTRY_BYTES = 64  # of a text, which count as one entry
 LONGEST_KEY = 64  # entries of a tuple that is a dictionary's key
 DEEPEST_KEY = 3  # tuples in tuples
+# Entries of a dictionary or set with keys other than texts and 60-bit integers. Those can be made
+# to collide, and a dictionary of n keys that collide takes n^2 / 2 comparisons.
+MOST_ODD_KEYS = 1_000
+MOST_AXES = 64  # of a tensor, as in torch
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,22 @@ class Storage(NamedTuple):
     data: Any  # its bytes, a writable buffer; None where only the structure of a file is read
 
 
+class CountedOperations:
+    """A table of opcodes that counts how often it was asked.
+
+    ValueError after MOST_OPERATIONS: a byte of a pickle can make an object of 216 bytes.
+    """
+
+    def __init__(self, table: Mapping[int, Callable[[Any], None]]) -> None:
+        self.table, self.left = table, MOST_OPERATIONS
+
+    def __getitem__(self, opcode: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"it has more than {MOST_OPERATIONS:,} operations")
+        return self.table[opcode]
+
+
 class RestrictedUnpickler(pickle._Unpickler):
     """Reads one pickle as plain values; the file's position is then at the end of the pickle.
 
@@ -86,6 +110,9 @@ class RestrictedUnpickler(pickle._Unpickler):
     def __init__(self, file: IO[bytes], load_storage: Callable[[Any], Storage]):
         super().__init__(file, encoding="latin1")  # of strings that Python 2 wrote
         self.load_storage = load_storage
+        # An instance's own, which counts.
+        self.__dict__["dispatch"] = CountedOperations(RestrictedUnpickler.dispatch)
+        self.copied = 0  # entries of the arguments of calls
 
     def find_class(self, module: str, name: str) -> Any:
         return Name(f"{module}.{name}")
@@ -100,12 +127,12 @@ class RestrictedUnpickler(pickle._Unpickler):
         return self.load_storage(pid)
 
     def _instantiate(self, called: Any, args: Sequence[Any]) -> None:
-        self.append(rebuild(called, tuple(args)))
+        self.append(self._rebuild(called, tuple(args)))
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
         called = self.stack.pop()
-        self.append(rebuild(called, args))
+        self.append(self._rebuild(called, args))
 
     def load_newobj_ex(self) -> None:
         keywords = self.stack.pop()
@@ -147,10 +174,21 @@ class RestrictedUnpickler(pickle._Unpickler):
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 
+    def _rebuild(self, called: Any, args: Any) -> Any:
+        """`rebuild`, with the entries of its arguments counted, which it may copy."""
+        for arg in args if isinstance(args, tuple) else (args,):
+            if isinstance(arg, str):
+                self.copied += len(arg) // ENTRY_BYTES
+            else:
+                self.copied += len(arg) if isinstance(arg, list | tuple | dict | set) else 1
+        if self.copied > MOST_COPIED:
+            raise ValueError(f"its calls copy more than {MOST_COPIED:,} entries")
+        return rebuild(called, args)
+
     def _extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, set):
-            target |= to_set(values)
+            target |= to_set(values, len(target))
         elif isinstance(target, Inert):
             target.items.extend(values)
         elif isinstance(target, list):
@@ -164,7 +202,7 @@ class RestrictedUnpickler(pickle._Unpickler):
         if isinstance(target, Inert):
             target.items.extend(pairs)
         elif isinstance(target, dict):
-            target.update(to_dictionary(pairs))
+            target.update(to_dictionary(pairs, len(target)))
         else:
             raise ValueError("an item is set on something that is no dictionary")
 
@@ -199,25 +237,44 @@ def rebuild(called: Any, args: Any) -> Any:
     return Inert(f"result of {called!r:.80}" if isinstance(called, Inert) else "no name", args)
 
 
-def to_dictionary(pairs: Any = ()) -> dict[Any, Any]:
-    """A dictionary of (key, value) pairs or of another dictionary, its keys checked."""
+def to_dictionary(pairs: Any = (), filled: int = 0) -> dict[Any, Any]:
+    """A dictionary of (key, value) pairs or of another dictionary, its keys checked.
+
+    It is to be added to one of `filled` entries.
+    """
     items = pairs.items() if isinstance(pairs, dict) else pairs
-    return {check_key(key): value for key, value in items}
+    return {check_key(key, at): value for at, (key, value) in enumerate(items, filled)}
 
 
-def to_set(values: Any = ()) -> set[Any]:
-    return {check_key(value) for value in values}
+def to_set(values: Any = (), filled: int = 0) -> set[Any]:
+    return {check_key(value, at) for at, value in enumerate(values, filled)}
 
 
-def check_key(value: Any, depth: int = DEEPEST_KEY) -> Any:
-    """The value, if it may be a key. ValueError for a nest of tuples: hashing it may never end."""
+def check_key(value: Any, filled: int = 0) -> Any:
+    """The value, if it may be a key of a dictionary of `filled` entries. Raises ValueError.
+
+    Hashing a nest of tuples or sets may never end, and numbers and tuples can be made to collide.
+    """
+    if isinstance(value, str | bytes | None | Name | Inert | Tensor):
+        return value
+    if type(value) is int and abs(value) < 1 << 60:  # its hash is the number itself
+        return value
+    if filled >= MOST_ODD_KEYS:
+        kind = type(value).__name__
+        raise ValueError(f"a dictionary has more than {MOST_ODD_KEYS} keys, one is a {kind}")
+    return _check_odd_key(value, DEEPEST_KEY)
+
+
+def _check_odd_key(value: Any, depth: int) -> Any:
     if not isinstance(value, tuple):
+        if isinstance(value, frozenset):
+            raise ValueError("a key is a set")
         hash(value)
         return value
     if not depth or len(value) > LONGEST_KEY:
         raise ValueError("a key is a deep nest of tuples")
     for part in value:
-        check_key(part, depth - 1)
+        _check_odd_key(part, depth - 1)
     return value
 
 
@@ -225,7 +282,7 @@ def _rebuild_tensor(
     storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any
 ) -> Tensor:
     """A view of a storage. ValueError unless it lies within it and has no more numbers than it."""
-    described = isinstance(storage, Storage) and len(size) == len(stride)
+    described = isinstance(storage, Storage) and len(size) == len(stride) <= MOST_AXES
     if not described or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise ValueError("a tensor is not described by a storage, an offset, sizes and strides")
     if storage.data is None:
@@ -271,8 +328,16 @@ def _rebuild_size(sizes: Sequence[int] = ()) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def _rebuild_ordered(pairs: Any = ()) -> dict[Any, Any]:
+    return to_dictionary(pairs)
+
+
 def _rebuild_default(factory: Any = None, pairs: Any = ()) -> dict[Any, Any]:
     return to_dictionary(pairs)
+
+
+def _rebuild_set(values: Any = ()) -> set[Any]:
+    return to_set(values)
 
 
 def _rebuild_bytes(text: str, encoding: str) -> bytes:
@@ -290,11 +355,11 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
     "torch.Size": _rebuild_size,
-    "collections.OrderedDict": to_dictionary,
+    "collections.OrderedDict": _rebuild_ordered,
     "collections.defaultdict": _rebuild_default,
     "_codecs.encode": _rebuild_bytes,
-    "builtins.set": to_set,
-    "__builtin__.set": to_set,
-    "builtins.frozenset": to_set,
-    "__builtin__.frozenset": to_set,
+    "builtins.set": _rebuild_set,
+    "__builtin__.set": _rebuild_set,
+    "builtins.frozenset": _rebuild_set,
+    "__builtin__.frozenset": _rebuild_set,
 }

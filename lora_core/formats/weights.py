@@ -19,7 +19,9 @@ from lora_core.errors import UserError
 from lora_core.formats.container import DTYPE_CODES, Shape, is_pickle
 from lora_core.formats.known_formats import PICKLED
 from lora_core.formats.pickles import read_pickle
+from lora_core.json_files import OBJECT, read_object
 from lora_core.runs.run_folder import atomic_write
+from lora_core.text import shorten_value
 
 DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 LENGTH_BYTES = 8  # of the header's length, in front of it
@@ -161,12 +163,15 @@ def _tensor_reader(path: Path, infos: Mapping[str, TensorInfo]) -> Callable[[str
 
 
 def _open_shards(index: Path) -> Weights:
+    advice = "fetch the folder again"
+    places = read_object(index, advice, {"weight_map": OBJECT})["weight_map"]
+    if not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} names files that are no texts; {advice}")
+    names = [name for name in sorted(set(places.values())) if Path(name).name == name]
+    files = {name: open_weights(index.parent / name) for name in names}
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = [name for name in sorted(set(places.values())) if Path(name).name == name]
-        files = {name: open_weights(index.parent / name) for name in names}
         infos = {key: files[name].infos[key] for key, name in places.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise UserError(
             f"{index} does not fit the files next to it ({error}); fetch the folder again"
         ) from None
@@ -177,14 +182,16 @@ def _named_tensors(tree: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled state dict, by name."""
     found = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no named tensors but {found!r:.80}; expected a checkpoint")
+        raise UserError(
+            f"{path} holds no named tensors but {shorten_value(found)}; expected a checkpoint"
+        )
     tensors = {
         key: value
         for key, value in found.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
     if not tensors:
-        keys = ", ".join(map(str, list(found)[:3])) or "nothing"
+        keys = ", ".join(map(shorten_value, list(found)[:3])) or "nothing"
         raise UserError(
             f"{path} holds no named tensors but a dictionary of {keys}; expected a checkpoint"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_core.errors import UserError
+from lora_core.json_files import parse_object
 
 if sys.platform == "win32":
     import msvcrt
@@ -19,6 +20,7 @@ else:
     import fcntl
 
 LOCK = ".lock"
+LONGEST_HOLDER = 10_000  # bytes of the file of a lock
 LOCKED_BYTE = 2**30  # the byte that Windows locks: one that nobody reads
 SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 LAUNCHERS = {  # variable with the number of processes -> the launchers that set it
@@ -154,7 +156,7 @@ def _in_use_error(file: BinaryIO, folder: Path) -> UserError:
     with file:
         file.seek(0)
         try:
-            holder = json.loads(file.read())
+            holder = parse_object(file.read(LONGEST_HOLDER).decode(), "the lock", "")
             who = f"process {holder['process']} on {holder['machine']}"
         except (OSError, ValueError, KeyError, TypeError):  # it is being written
             who = "another process"

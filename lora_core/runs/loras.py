@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
@@ -18,6 +17,11 @@ from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.formats import embeddings
 from lora_core.settings import scheduler_changes
+from lora_core.text import shorten_value
+from lora_core.toml import parse_toml
+
+TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
+LARGEST_SETTING = 100_000  # layers or tokens
 
 
 class LoraSource(NamedTuple):
@@ -146,16 +150,33 @@ def read_run_settings(paths: Sequence[str]) -> RunSettings:
     scheduler: dict[str, Any] = {}
     text: dict[str, int] = {}
     for path in paths:
-        trained = tomllib.loads(read_headers(path).get("lora_core.config", ""))
-        noise = trained.get("noise", {})
+        where = f"the header entry {TRAINED_BY} of {path}"
+        trained = parse_toml(read_headers(path).get(TRAINED_BY, ""), where)
+        noise = _read_setting(trained, "noise", {}, where)
         scheduler |= scheduler_changes(
-            noise.get("prediction", "model"),
-            zero_terminal_snr=noise.get("zero_terminal_snr", False),
+            _read_setting(noise, "prediction", "model", where),
+            zero_terminal_snr=_read_setting(noise, "zero_terminal_snr", False, where),
         )
         for name in ("clip_skip", "max_sequence_length"):
-            if trained.get(name):
-                text[name] = trained[name]
+            if value := _read_setting(trained, name, 0, where):
+                text[name] = value
     return RunSettings(scheduler, text)
+
+
+def _read_setting(table: Mapping[str, Any], name: str, default: Any, where: str) -> Any:
+    """A setting of a config, the default where it is missing.
+
+    Raises UserError for a value of another type, and for integers that are no number of tokens.
+    """
+    value = table.get(name, default)
+    is_large = type(value) is int and not 0 <= value <= LARGEST_SETTING
+    if type(value) is not type(default) or is_large:
+        expected = type(default).__name__
+        raise UserError(
+            f"{where} has {shorten_value(value)} as {name}, expected a {expected}; "
+            "is the file damaged?"
+        )
+    return value
 
 
 def warn_of_whole_model(model: str, run: Path) -> None:

@@ -5,7 +5,6 @@ Values on the device are read many steps at a time, not at every step.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -20,6 +19,7 @@ from torch import Tensor
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.errors import UserError, first_line
+from lora_core.json_files import INTEGER, read_rows
 from lora_core.runs import pictures
 from lora_core.runs.run_folder import Run
 
@@ -170,8 +170,7 @@ def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
 def _read_columns(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Metric -> (steps, values), those that are finite."""
     columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_rows(path, "a run writes it; remove the line", {"step": INTEGER}):
         for name, value in _floats(entry).items():
             if math.isfinite(value):
                 columns[name][0].append(entry["step"])

@@ -23,13 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_core.errors import UserError
+from lora_core.json_files import INTEGER, LONGEST_JSON, parse_object
 from lora_core.runs.lock import LOCK, FolderLock
+from lora_core.text import read_text, shorten_value
 
 K = TypeVar("K", bound=Hashable)
 SUMS = "checksums.b2"  # of a checkpoint's two files, as b2sum writes and checks them
 LOGS = ("metrics", "val")  # names of the logs, which a resumed run cuts
 # Names in a run's folder; only the last ones where it ended at its very beginning.
 MARKS = ("config.toml", "metrics.jsonl", "checkpoints", LOCK, "class_images")
+STEP_FIELD = {"step": INTEGER}  # of a line of a log
+STATE_FIELDS = {"step": INTEGER, "bytes": INTEGER}  # of a checkpoint's state.json
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")  # names of `temporary_name`
 
 
@@ -46,19 +50,21 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """A temporary name in `path`'s folder, renamed to `path` once it is complete and on the disk.
 
     After an error it is removed, and an old `path` is unchanged. The name keeps the suffix, by
-    which image writers choose their format. Raises UserError in one sentence when the disk is full.
+    which image writers choose their format. Raises UserError where the disk refuses: it is full or
+    read-only, a limit of a file's size, a name too long, a folder in the place of a file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder could not be made
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:
@@ -320,34 +326,52 @@ def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def unflatten_state(tensors: dict[str, Tensor], meta: Any) -> Any:
-    """The inverse of `flatten_state`."""
+    """The inverse of `flatten_state`. Raises ValueError where a file has anything else."""
     if isinstance(meta, list):
         return [unflatten_state(tensors, item) for item in meta]
     if not isinstance(meta, dict):
         return meta
     if "$" not in meta:
         return {key: unflatten_state(tensors, value) for key, value in meta.items()}
-    if meta["$"] == "tensor":
-        return tensors[meta["name"]]
-    if meta["$"] == "float":
-        return float(meta["text"])
-    items = unflatten_state(tensors, meta["items"])
-    return tuple(items) if meta["$"] == "tuple" else {key: value for key, value in items}
+    kind, name, text, items = (meta.get(key) for key in ("$", "name", "text", "items"))
+    if kind == "tensor" and isinstance(name, str) and name in tensors:
+        return tensors[name]
+    if kind == "float" and isinstance(text, str):
+        return float(text)
+    if kind == "tuple" and isinstance(items, list):
+        return tuple(unflatten_state(tensors, items))
+    if kind == "dict" and isinstance(items, list):
+        return _unflatten_items(tensors, items)
+    raise ValueError(f"{shorten_value(meta)} is no part of a state")
+
+
+def _unflatten_items(tensors: dict[str, Tensor], items: list[Any]) -> dict[Any, Any]:
+    """The dictionary of a list of [key, value]; its keys are no texts alone."""
+    table = {}
+    for item in items:
+        if not isinstance(item, list) or len(item) != 2:
+            raise ValueError(f"{shorten_value(item)} is no key with its value")
+        key, value = unflatten_state(tensors, item)
+        if not isinstance(key, Hashable):
+            raise ValueError(f"{shorten_value(key)} is no key")
+        table[key] = value
+    return table
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises ValueError and others where it is damaged."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    text = read_text(folder / "state.json", LONGEST_JSON)
+    state = parse_object(text, "its state.json", "the file is damaged", STATE_FIELDS)
     size = (folder / "state.safetensors").stat().st_size
     if size != state["bytes"] or state["step"] != int(folder.name):
         raise ValueError("its files do not belong together")
     sums = folder / SUMS  # older checkpoints have none
-    if sums.is_file() and sums.read_text(encoding="utf-8") != _checksums(folder):
+    if sums.is_file() and sums.read_bytes() != _checksums(folder).encode():
         raise ValueError(f"its files are not those of {SUMS}")
     tensors = load_file(folder / "state.safetensors")
     if bad := nonfinite_names(tensors):
         raise ValueError(f"{bad[0]} holds NaN or infinity")
-    return Checkpoint(state["step"], tensors, state["meta"])
+    return Checkpoint(state["step"], tensors, state.get("meta"))
 
 
 def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -377,9 +401,11 @@ def _checksums(folder: Path) -> str:
 
 def _is_done_by(line: bytes, step: int) -> bool:
     """Whether a log line was written at or before `step`; False for an incomplete last line."""
+    if not line.endswith(b"\n"):
+        return False
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
+        return parse_object(line.decode(), "a line", "", STEP_FIELD)["step"] <= step
+    except ValueError:
         return False
 
 
@@ -423,20 +449,29 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns errors of a full or read-only disk into a UserError; others are raised unchanged."""
+    """Turns errors of the disk into a UserError that names the path and the reason."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        is_full = "No space left" in str(error)
-        code = getattr(error, "errno", errno.ENOSPC if is_full else None)
+        code = _error_number(error)
+        if code is None:
+            raise
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk is full: {path} was not written, existing files are untouched; "
                 "free some space and try again"
             ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(
-                f"{path} cannot be written ({os.strerror(code)}); "
-                "choose another folder or fix its permissions"
-            ) from error
-        raise
+        advice = "choose another folder or fix its permissions"
+        if code == errno.EFBIG:
+            advice = "raise the limit for a file's size (ulimit -f), or write to another disk"
+        elif code not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "existing files are untouched; choose another place"
+        raise UserError(f"{path} cannot be written ({os.strerror(code)}); {advice}") from error
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors writes it as "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
