@@ -17,8 +17,7 @@ from typing import Any
 
 from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.known_formats import PEFT_HEADER
-from lora_core.formats.layout import COMPONENTS
+from lora_core.formats.known_formats import COMPONENTS, PEFT_HEADER
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
