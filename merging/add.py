@@ -36,7 +36,13 @@ from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
 from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms
-from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
+from merging.opening import (
+    choose_output_format,
+    describe_path,
+    find_layout,
+    is_whole_model,
+    open_adapter,
+)
 from merging.output import (
     Output,
     check_adapter_output,
@@ -303,8 +309,8 @@ def _add_to_model(job: LoraAddition, output: Output, reading: OpenOptions) -> No
 
     if not is_whole_model(job.path_1):
         raise UserError(
-            f"{job.mode} adds a LoRA to a model, and {job.path_1} is none; give a folder in the "
-            "diffusers layout or a hub id first"
+            f"{job.mode} adds a LoRA to a model, and {job.path_1} is {describe_path(job.path_1)}; "
+            "give a folder in the diffusers layout or a hub id first"
         )
     if is_whole_model(job.path_2):
         raise UserError(

@@ -18,7 +18,7 @@ from lora_core.formats.model_files import NetworkLocation
 from lora_core.formats.model_folders import Model, open_model_folder, weight_key
 from lora_core.formats.weights import Weights
 from merging.commands import FileReadOptions
-from merging.opening import is_whole_model, open_layout
+from merging.opening import describe_path, is_whole_model, open_layout
 from models import hub_models, single_file
 
 
@@ -40,8 +40,8 @@ def open_base_model(path: str, reading: FileReadOptions) -> BaseModel:
     """
     if not is_whole_model(path):
         raise UserError(
-            f"{path} is not a whole model; give a folder in the diffusers layout, a single-file "
-            "checkpoint or a hub id"
+            f"{path} is not a whole model, it is {describe_path(path)}; give a folder in the "
+            "diffusers layout, a single-file checkpoint or a hub id"
         )
     if Path(path).is_file():
         model, locations = single_file.open_parts(path, reading.model_config)

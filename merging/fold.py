@@ -6,7 +6,7 @@ from lora_core.errors import UserError
 from merging.commands import Fold
 from merging.expression import WeightedFile, parse_files
 from merging.model_sums import FoldOptions, write_model_sum
-from merging.opening import is_whole_model
+from merging.opening import describe_path, is_whole_model
 from merging.output import make_output
 
 
@@ -15,8 +15,8 @@ def run_fold(options: Fold) -> None:
     files = parse_files(options.sum)
     if not is_whole_model(options.base):
         raise UserError(
-            f"{options.base} is not a whole model; give a folder in the diffusers layout, a "
-            "single-file checkpoint or a hub id first"
+            f"{options.base} is not a whole model, it is {describe_path(options.base)}; give a "
+            "folder in the diffusers layout, a single-file checkpoint or a hub id first"
         )
     if wrong := [file.path for file in files if is_whole_model(file.path)]:
         raise UserError(

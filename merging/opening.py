@@ -12,54 +12,47 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import models
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.known_formats import WRITABLE
+from lora_core.formats.known_formats import TOKEN_FORMATS, WRITABLE
 from lora_core.formats.layout import Layout
+from lora_core.formats.recognition import describe_kind, recognize_file
 from merging.commands import FileReadOptions, OpenOptions
 from models import known
 from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
-MODEL_KEY_PREFIXES = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.",
-    "conditioner.",
-    "double_blocks.",
-    "single_blocks.",
-)  # of keys in single-file models
 SPELLED_OUT = ("diffusers", "peft", "embeddings")  # formats that can be read without a layout
 NEAREST_WRITABLE = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers"}  # read only
 
 
 def is_whole_model(path: str) -> bool:
-    """Whether a path is a whole model, not an adapter; for a file its keys decide.
+    """Whether a path is a whole model, not an adapter.
 
     A path that does not exist and looks like NAME/NAME without a file's ending is a hub id, and so
     a model. Raises UserError for another path that does not exist.
     """
     place = Path(path)
-    if place.is_dir():
-        return (place / "model_index.json").is_file()
-    if not place.is_file():
+    if not place.exists():
         if HUB_ID.fullmatch(path) and place.suffix not in FILE_ENDINGS:
             return True
         raise UserError(f"{path} does not exist; give a file, a folder, or a model's id on the hub")
-    if place.suffix == ".ckpt":
-        return True
     try:
-        with safe_open(place, "np") as opened:
-            keys = opened.keys()
-    except (SafetensorError, OSError, RuntimeError):
-        return False  # a pickled adapter, or a damaged file that its reader refuses with its reason
-    found = [key for key in keys if key.startswith(MODEL_KEY_PREFIXES)]
-    return any(".lora" not in key for key in found)
+        return recognize_file(path).kind == "model"
+    except (UserError, OSError):
+        return False  # a damaged file, which its reader refuses with its reason
+
+
+def describe_path(path: str) -> str:
+    """What a path is, in words that follow "is", for errors where another kind is expected."""
+    try:
+        return describe_kind(recognize_file(path))
+    except (UserError, OSError):
+        return "no file that can be read"
 
 
 def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
@@ -101,7 +94,7 @@ def open_adapter(
     `merging` also reads updates that are not a product of two factors, as `DenseUpdate` among the
     components. Raises UserError for a whole model, and as `formats.load` does.
     """
-    if is_whole_model(path):
+    if is_whole_model(path):  # also a folder or a hub id, which `formats.load` does not know
         raise UserError(
             f"{path} is a whole model where an adapter is expected; distill makes an adapter of "
             "the difference of two models"
@@ -121,7 +114,7 @@ def choose_output_format(paths: Sequence[str]) -> str:
     """
     for path in paths:
         found = formats.detect_format(path)
-        if found != "embeddings":
+        if found not in TOKEN_FORMATS:
             return found if found in WRITABLE else NEAREST_WRITABLE.get(found, "diffusers")
     return "diffusers"
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.formats import joined_layers
-from lora_core.formats.adapter_files import detect_format, read_key_shapes
+from lora_core.formats.adapter_files import detect_format
 from lora_core.formats.known_formats import FORMATS
 from lora_core.formats.layout import Layout
+from lora_core.formats.recognition import read_key_shapes
 
 LayerKey = tuple[str, str]  # component, published path or name of a stored layer
 

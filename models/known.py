@@ -14,31 +14,38 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.formats import joined_layers, kohya, read_key_shapes
-from lora_core.formats.known_formats import ENCODER_SPELLINGS
-from lora_core.formats.layout import COMPONENTS, Component, Layout, Shape
+from lora_core.formats import read_key_shapes
+from lora_core.formats.grammar import find_leaves, spell_heads, spell_paths
+from lora_core.formats.known_formats import COMPONENTS, ENCODER_SPELLINGS, FORMATS, XLABS_LEAVES
+from lora_core.formats.layout import Layout, Shape
+from lora_core.formats.recognition import recognize_keys, refuse_other_kinds
 from models.published import PUBLISHED_MODELS
 from models.published_layouts import published_layout
 
-# Name of a layer, then of a tensor in it; old files have the attention processor between them.
-LEAF = re.compile(
-    r"(?P<name>.+?)(?:[._]lora(?:_linear_layer)?\d?)?[._]"
-    r"(?P<role>lora_(?:down|up|mid|A|B)|down|up"
-    r"|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?|diff)"
-    r"(?:\.\w+)?(?:\.weight)?"
-)
 # cloneofsimo's keys: component, number of the layer, factor.
 NUMBERED = re.compile(r"([^:.]+):(\d+):(up|down)")
-HALVES = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up", "lora_mid": "mid"}
-COMFYUI_ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
-# Beginnings of keys that name no component: peft's, LyCORIS', none.
-NAMELESS_HEADS = ("base_model_model_", "lycoris_", "")
 # Header entry -> field of a Layout.
 HEADER_FIELDS = {
     "ss_base_model_version": "base_model_version",
     "modelspec.architecture": "architecture",
 }
 
+# Models that are not supported -> a pattern in a key of their adapters.
+TOP = r"(?:^|\.|lora_unet_|lycoris_)"  # a module that is in no other
+OTHER_FAMILIES = {
+    "Qwen-Image": (  # its 60 blocks, or what they have and other models lack
+        r"(?<!single_)transformer_blocks[._]((19|[2-5]\d)[._]|\d+[._](img|txt)_(mlp|mod)[._])"
+    ),
+    "Stable Diffusion 3": r"joint_blocks[._]\d",
+    "Stable Cascade": r"lora_prior_",
+    "Anima": TOP + r"blocks[._]\d+[._]((self|cross)_attn[._][qkv]_proj|adaln_modulation)",
+    "Wan": TOP + r"blocks[._]\d+[._](self|cross)_attn[._][qkvo](_img)?\.",
+    "Krea 2": TOP + r"blocks[._]\d+[._]attn[._](gate|w[qkvo])[._]",
+    "Z-Image or Lumina": TOP + r"layers[._]\d+[._](attention|feed_forward)[._]",
+    "HunyuanVideo": r"double_blocks\.\d+\.(img|txt)_attn_",
+    "AnimateDiff": r"motion_modules[._]|temporal_transformer",
+}
+layout = published_layout  # its earlier name
 Test = Callable[[str], bool]  # name of a published model -> whether the file may belong to it
 
 
@@ -46,7 +53,7 @@ Test = Callable[[str], bool]  # name of a published model -> whether the file ma
 class LayerInFile:
     """An adapted weight, as far as the tensors of a file determine it."""
 
-    name: str  # dots as underscores
+    name: str  # its key without the leaf
     out: int | None  # None where it is unknown
     fan: int | None  # fan-in: inputs times the kernel's height and width
     axes: int  # of the down factor; 0 without one
@@ -78,6 +85,8 @@ def recognize_path(path: str | Path) -> Layout:
         raise UserError(
             f"{path} has no .safetensors file; give an adapter's file, or the folder of a run"
         )
+    refuse_other_kinds(recognize_keys(shapes), str(path))
+    _refuse_other_families(shapes, str(path))
     return recognize_adapter(shapes, header, str(path))
 
 
@@ -110,15 +119,15 @@ def recognize_kind(
 
 def _fitting_kinds(shapes: Mapping[str, Shape]) -> tuple[list[str], list[Test]]:
     """(models that have a file's layers or token rows, further tests to choose between them)."""
-    if layers := _layers_in_file(shapes):
-        found = {kind: _shapes_by_layer(kind, layers) for kind in PUBLISHED_MODELS}
+    format = recognize_keys(shapes).format
+    if layers := _layers_in_file(shapes, format):
+        found = {kind: _shapes_by_layer(kind, format, layers) for kind in PUBLISHED_MODELS}
         known = set().union(*found.values())
         named = [layer for layer in layers if layer.name in known]
         fitting = [kind for kind, own in found.items() if named and _all_fit(named, own)]
-        signs: list[Test] = [
-            lambda kind: _have_same_axes(named, found[kind]),
-            lambda kind: _has_written_prefixes(kind, named),
-        ]
+        signs: list[Test] = [lambda kind: _have_same_axes(named, found[kind])]
+        if format == "kohya":
+            signs.append(lambda kind: _has_written_prefixes(kind, named))
         return fitting, signs
     if numbered := _numbered_layers(shapes):
         return [kind for kind in PUBLISHED_MODELS if _has_numbered_layers(kind, numbered)], []
@@ -126,6 +135,18 @@ def _fitting_kinds(shapes: Mapping[str, Shape]) -> tuple[list[str], list[Test]]:
     count = len({ENCODER_SPELLINGS.get(key) for key in rows})
     fitting = [kind for kind in PUBLISHED_MODELS if _has_encoders(kind, rows)]
     return fitting, [lambda kind: len(published_layout(kind).encoders) == count]
+
+
+def _refuse_other_families(keys: Iterable[str], source: str) -> None:
+    """Raises UserError for an adapter of a model that is known by name only."""
+    for title, pattern in OTHER_FAMILIES.items():
+        key = next(filter(re.compile(pattern).search, keys), None)
+        if key is not None:
+            originals = [row.title for row in PUBLISHED_MODELS.values() if not row.like]
+            raise UserError(
+                f"{source} is an adapter for {title} (key {key}), which is not supported; "
+                f"the models are {', '.join(originals)}"
+            )
 
 
 def _header_tests(header: Mapping[str, str]) -> list[Test]:
@@ -154,14 +175,16 @@ def _undecided_error(source: str, keys: list[str], titles: list[str]) -> str:
 # ---------------------------------------------------------------- layers with names
 
 
-def _layers_in_file(shapes: Mapping[str, Shape]) -> list[LayerInFile]:
+def _layers_in_file(shapes: Mapping[str, Shape], format: str) -> list[LayerInFile]:
+    if format not in FORMATS or not FORMATS[format].reading_names:
+        return []
+    leaves = XLABS_LEAVES if format == "xlabs" else find_leaves(shapes, "the file")
+    longest_first = sorted(leaves, key=len, reverse=True)
     parts: dict[str, dict[str, Shape]] = {}
     for key, shape in shapes.items():
-        match = LEAF.fullmatch(key)
-        if match and shape:
-            name, role = match["name"], match["role"]
-            plain = name.removesuffix(".processor").replace(".processor.", ".").replace(".", "_")
-            parts.setdefault(plain, {})[HALVES.get(role, role)] = shape
+        leaf = next((leaf for leaf in longest_first if key.endswith(leaf)), None)
+        if leaf and shape:
+            parts.setdefault(key.removesuffix(leaf), {})[leaves[leaf]] = shape
     layers = []
     for name, own in parts.items():
         out, fan = _weight_size(own)
@@ -200,12 +223,14 @@ def _product_size(parts: Mapping[str, Shape], name: str) -> tuple[int | None, in
     return out, (b[1] * prod(core[2:]) if b else None)
 
 
-def _shapes_by_layer(kind: str, layers: Iterable[LayerInFile]) -> dict[str, list[Shape]]:
+def _shapes_by_layer(
+    kind: str, format: str, layers: Iterable[LayerInFile]
+) -> dict[str, list[Shape]]:
     """Name of a layer in the file -> shapes of the model's modules of that name."""
     found: dict[str, list[Shape]] = {}
-    for heads, names in _names_by_component(kind):
-        for layer in layers:
-            for head in heads:
+    for heads, names in _names_by_component(kind, format):
+        for head in heads:
+            for layer in layers:
                 if layer.name.startswith(head):
                     shape = names.get(layer.name[len(head) :])
                     if shape:
@@ -237,44 +262,25 @@ def _has_written_prefixes(kind: str, layers: Iterable[LayerInFile]) -> bool:
 
     Other prefixes are only read.
     """
-    written = tuple(heads[0] for heads, _ in _names_by_component(kind))
+    written = tuple(heads[0] for heads, _ in _names_by_component(kind, "kohya"))
     encoders = [layer.name for layer in layers if layer.name.startswith("lora_te")]
     return all(name.startswith(written) for name in encoders)
 
 
 @cache
-def _names_by_component(kind: str) -> list[tuple[tuple[str, ...], dict[str, Shape]]]:
+def _names_by_component(kind: str, format: str) -> list[tuple[list[str], dict[str, Shape]]]:
     """(beginnings of keys, layer name -> shape) of each network of a model.
 
-    A layer is listed under every name that files use for it.
+    A layer is listed under every name that the format's reader knows for it.
     """
-    layout = published_layout(kind)
+    grammar, stored = FORMATS[format].reading_names(published_layout(kind))  # type: ignore[misc]
     tables = []
-    for name, component in joined_layers.join_layout(layout).components.items():
-        comfyui = "diffusion_model"
-        if name in layout.encoders:
-            comfyui = f"text_encoders_{COMFYUI_ENCODERS[layout.encoders[name]]}_transformer"
-        heads = [f"{head}_" for head in (*component.prefixes, name, f"lora_{name}", comfyui)]
-        tables.append(((*heads, *NAMELESS_HEADS), _shapes_by_name(component)))
+    for name, component in stored.components.items():
+        names: dict[str, Shape] = {}
+        for path, spellings in spell_paths(grammar, component, component.shapes).items():
+            names |= dict.fromkeys(spellings, component.shapes[path])
+        tables.append((spell_heads(grammar, name, component), names))
     return tables
-
-
-def _shapes_by_name(component: Component) -> dict[str, Shape]:
-    originals = kohya.original_names(component)
-    names: dict[str, Shape] = {}
-    for path, shape in component.shapes.items():
-        installed = path.removeprefix(component.module_prefix)
-        for spelling in (path, installed, originals.get(path, path)):
-            plain = spelling.replace(".", "_")
-            names[plain] = shape
-            if plain.endswith("to_out_0"):
-                names[plain.removesuffix("_0")] = shape
-    # XLabs' processors: one of these layers a block, without the way into an MLP.
-    for original, (q, k, v, *_) in component.fused.items():
-        shapes = component.shapes
-        block = "_".join(original.split(".")[:2])
-        names[f"{block}_qkv"] = (shapes[q][0] + shapes[k][0] + shapes[v][0], *shapes[q][1:])
-    return names
 
 
 # ---------------------------------------------------------------- layers with numbers, token rows

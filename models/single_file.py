@@ -35,6 +35,7 @@ from lora_core.formats.model_files import (
     split_networks,
     write_folder_from_single_file,
 )
+from lora_core.formats.recognition import describe_kind, recognize_keys
 from lora_core.formats.weights import Weights, cast_weights, open_weights
 from models import sd, sdxl
 from models.components import config_errors, load_network, load_part, read_encoder_config, read_json
@@ -98,6 +99,12 @@ def open_single_file(
     weights = open_weights(path)
     facts = describe_single_file(weights.shapes)
     if facts.channels is None:
+        found = recognize_keys(weights.shapes)
+        if found.kind not in ("model", "unknown"):
+            raise UserError(
+                f"{path} is {describe_kind(found)} where a model is expected; "
+                "adapters go with --lora, models with --model"
+            )
         other = ""
         if any("double_blocks." in key for key in weights.infos):
             other = "; Flux is read from a folder in the diffusers layout"

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING
 from lora_core import load_names_lazily
 
 if TYPE_CHECKING:
-    from lora_core.formats.adapter_files import (
-        detect_format,
-        load,
-        read_key_shapes,
-        run_file_paths,
-        save,
-        save_run,
-    )
+    from lora_core.formats.adapter_files import detect_format, load, run_file_paths, save, save_run
     from lora_core.formats.embeddings import placeholder_header
     from lora_core.formats.known_formats import (
         CUSTOM,
@@ -30,6 +23,7 @@ if TYPE_CHECKING:
         run_file_names,
     )
     from lora_core.formats.layout import Component, Layout, layout_of
+    from lora_core.formats.recognition import read_key_shapes
 
 __all__ = [
     "CUSTOM",
@@ -56,6 +50,7 @@ MODULES = {  # public name -> its module
     **dict.fromkeys(KNOWN, "lora_core.formats.known_formats"),
     **dict.fromkeys(("Component", "Layout", "layout_of"), "lora_core.formats.layout"),
     "placeholder_header": "lora_core.formats.embeddings",
+    "read_key_shapes": "lora_core.formats.recognition",
 }
 
 __getattr__ = load_names_lazily(__name__, MODULES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, joined_layers
-from lora_core.formats.container import Shape, is_pickle, read_shapes, read_tensors, write_tensors
+from lora_core.formats.container import is_pickle, read_tensors, write_tensors
 from lora_core.formats.grammar import DecodeOptions
 from lora_core.formats.known_formats import (
     CUSTOM,
@@ -25,29 +24,21 @@ from lora_core.formats.known_formats import (
     READABLE,
     TOKEN_FORMATS,
     WRITABLE,
-    find_format,
     import_function,
     run_file_names,
 )
 from lora_core.formats.layout import Layout, nearest_name
+from lora_core.formats.recognition import (
+    model_of_run,
+    recognize_file,
+    recognize_keys,
+    refuse_other_kinds,
+)
 from lora_core.formats.training_metadata import carry_metadata
 
 HOW_TO_DISTILL = (
     "merge.py convert --as lora --model BASE makes a LoRA of it, merge.py fold puts it into a model"
 )
-FOREIGN = {  # pattern of a key -> kind of file that is recognized only to be refused by name
-    r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*norm_added_[qk]\.lora_.*": (
-        "a control LoRA, which also changes norms and adds input channels"
-    ),
-    r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
-    r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)": (
-        "an OFT adapter, which turns weights and has no update of its own"
-    ),
-    r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
-    r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*": (
-        "a whole checkpoint"
-    ),
-}
 
 
 # ---------------------------------------------------------------- reading
@@ -93,29 +84,10 @@ def detect_format(path: str | Path) -> str:
 
     "diffusers" for files that no format knows: its reader names the odd keys.
     """
-    place = Path(path)
-    if place.is_dir():
-        files = [place / NATIVE, *sorted(place.glob("*.safetensors"))]
-        place = next((file for file in files if file.is_file()), place)
-    if place.is_file() and is_pickle(place):
-        return import_function("pickled_adapters", "detect_pickled")(place)
     try:
-        shapes, _ = read_shapes(place)
+        return recognize_file(path).format or "diffusers"
     except (UserError, OSError):
         return "diffusers"
-    return find_format(shapes) or "diffusers"
-
-
-def read_key_shapes(file: Path) -> tuple[dict[str, Shape], dict[str, str]]:
-    """(key -> shape, header) of one adapter file; of a .safetensors file no tensor is read.
-
-    Raises UserError for a damaged file.
-    """
-    if file.is_file() and is_pickle(file):
-        return import_function("pickled_adapters", "read_pickled_shapes")(file), {}
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; give a file or a run's folder")
-    return read_shapes(file)
 
 
 def _load_file(path: Path, layout: Layout | None, options: DecodeOptions) -> AdapterState:
@@ -136,20 +108,14 @@ def _read_tensors(
     source: str,
     options: DecodeOptions,
 ) -> AdapterState:
-    for pattern, what in FOREIGN.items():
-        key = next(filter(re.compile(pattern).fullmatch, tensors), None)
-        if key is not None:
-            raise UserError(
-                f"{source} is {what} (key {key}), which is not read; "
-                f"the formats are {', '.join(READABLE)}"
-            )
+    found = recognize_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    refuse_other_kinds(found, source)
+    if found.kind == "unknown":
+        raise UserError(_unknown_file_error(list(tensors), source))
     rest, bundled = embeddings.split_bundled_tokens(tensors, layout, source)
     if bundled and not rest:
         return bundled
-    name = find_format({key: tuple(tensor.shape) for key, tensor in rest.items()})
-    if name is None:
-        raise UserError(_unknown_file_error(list(tensors), source))
-    state = FORMATS[name].read(rest, header, layout, source, options)
+    state = FORMATS[found.format].read(rest, header, layout, source, options)
     return _add_bundled_tokens(state, bundled, source) if bundled else state
 
 
@@ -255,9 +221,9 @@ def _find_run_files(folder: Path) -> list[Path]:
             raise UserError(
                 f"{folder} has {len(kind)} files to choose from ({names}); name one of them"
             )
-    if not loras and not rows and (folder / "model").is_dir():
+    if not loras and not rows and (model := model_of_run(folder)):
         raise UserError(
-            f"{folder} has no LoRA: its run trained the whole model, which is {folder / 'model'}; "
+            f"{folder} has no LoRA: its run trained the whole model, which is {model}; "
             "give that as the model"
         )
     if not loras and not rows:

@@ -27,6 +27,7 @@ from lora_core.formats.grammar import (
     list_known_keys,
     to_adapter_state,
 )
+from lora_core.formats.known_formats import XLABS_LEAVES
 from lora_core.formats.layout import Component, Layout
 
 DENOISER, ENCODER = "diffusion_model", "text_encoders.{}.transformer"
@@ -40,7 +41,6 @@ XLABS_NAMES = {  # end of a layer's name in the original code -> the trainer's o
     "linear1": "processor.qkv_lora",
     "linear2": "processor.proj_lora",
 }
-XLABS_LEAVES = {".down.weight": "down", ".up.weight": "up"}
 PARTS = 3  # q, k and v
 
 
@@ -61,8 +61,8 @@ def read_comfyui(
             f"{source} has ComfyUI's names, which can only be read against a model's layout; "
             "name the model it belongs to"
         )
-    stored = joined_layers.join_layout(layout)
-    known = list_known_keys(_comfyui_grammar(stored), stored, find_leaves(tensors, source))
+    grammar, stored = comfyui_names(layout)
+    known = list_known_keys(grammar, stored, find_leaves(tensors, source), tensors)
     found = decode_adapter(tensors, known, stored, source, options=options)
     return to_adapter_state(joined_layers.separate_layers(found, layout, source), header)
 
@@ -83,46 +83,57 @@ def read_xlabs(
             f"{source} has the names of XLabs' trainer, which can only be read against "
             "a model's layout; name the model it belongs to"
         )
-    narrow = {}
-    for name, part in layout.components.items():
-        if name not in layout.encoders:
-            fused = {joined: parts[:PARTS] for joined, parts in part.fused.items()}
-            narrow[name] = replace(part, fused=fused)
-    layout = replace(layout, components=narrow)
-    stored = joined_layers.join_layout(layout)
-    known = list_known_keys(_xlabs_grammar(), stored, XLABS_LEAVES)
+    grammar, stored = xlabs_names(layout)
+    known = list_known_keys(grammar, stored, XLABS_LEAVES, tensors)
     found = decode_adapter(tensors, known, stored, source, options=options)
-    return to_adapter_state(joined_layers.separate_layers(found, layout, source), header)
+    apart = joined_layers.separate_layers(found, _without_mlp_inputs(layout), source)
+    return to_adapter_state(apart, header)
 
 
-def _comfyui_grammar(layout: Layout) -> Grammar:
-    original = kohya.all_original_names(layout)
+def comfyui_names(layout: Layout) -> tuple[Grammar, Layout]:
+    """The grammar of ComfyUI's names, and the layout of files."""
+    stored = joined_layers.join_layout(layout)
+    original = kohya.other_names(stored)
 
     def heads(name: str, component: Component) -> tuple[str, ...]:
         if name not in layout.encoders:
-            return (DENOISER,)
+            return (DENOISER, f"model.{DENOISER}")
         key = layout.encoders[name]
         return tuple(ENCODER.format(own) for own in ENCODER_NAMES.get(key, (key,)))
 
-    return Grammar(
+    grammar = Grammar(
         heads=heads,
-        names=lambda component, path: (original.get(path, path), path),
+        names=lambda component, path: (*original.get(path, ()), path),
         leaves={},
         scale="alpha",
         magnitude=lambda out, ndim: (out,) + (1,) * (ndim - 1),
     )
+    return grammar, stored
 
 
-def _xlabs_grammar() -> Grammar:
+def xlabs_names(layout: Layout) -> tuple[Grammar, Layout]:
+    """The grammar of XLabs' names, and the layout of files."""
+
     def names(component: Component, path: str) -> tuple[str, ...]:
         original = component.names.get(path, path)
         ends = [end for end in XLABS_NAMES if original.endswith("." + end)]
         return tuple(original[: -len(end)] + XLABS_NAMES[end] for end in ends)
 
-    return Grammar(
+    grammar = Grammar(
         heads=lambda name, component: ("", DENOISER),
         names=names,
         leaves={},
         scale="folded",
         magnitude=lambda out, ndim: (out,),
     )
+    return grammar, joined_layers.join_layout(_without_mlp_inputs(layout))
+
+
+def _without_mlp_inputs(layout: Layout) -> Layout:
+    """The layout of the denoiser with q, k and v joined, without the input of an MLP."""
+    narrow = {}
+    for name, part in layout.components.items():
+        if name not in layout.encoders:
+            fused = {joined: parts[:PARTS] for joined, parts in part.fused.items()}
+            narrow[name] = replace(part, fused=fused)
+    return replace(layout, components=narrow)

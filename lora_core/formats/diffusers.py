@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.formats import joined_layers, kohya
 from lora_core.formats.grammar import (
     STRICT,
     DecodeOptions,
@@ -33,8 +35,8 @@ from lora_core.formats.grammar import (
     list_known_keys,
     to_adapter_state,
 )
-from lora_core.formats.known_formats import PEFT_HEADER, import_function
-from lora_core.formats.layout import COMPONENTS, ENCODERS, Component, Layout, missing_level
+from lora_core.formats.known_formats import COMPONENTS, PEFT_HEADER, PEFT_MODULE, import_function
+from lora_core.formats.layout import ENCODERS, Component, Layout, missing_level
 
 # End of a projection's path -> its names in attention processors, with and without that level.
 PROCESSORS = {
@@ -47,12 +49,15 @@ PROCESSORS = {
     "self_attn.v_proj": ("self_attn.to_v",),
     "self_attn.out_proj": ("self_attn.to_out",),
 }
+PROCESSOR_ENDS = tuple(PROCESSORS)
 PROCESSOR_KEY = re.compile(r"_lora\.(up|down)\.weight$|\.processor\.")
 
 
 def spell_path(component: Component, path: str) -> list[str]:
     """The path, then the names under which files of attention processors have the layer."""
     found = [path]
+    if not path.endswith(PROCESSOR_ENDS):
+        return found
     for end, names in PROCESSORS.items():
         if path == end or path.endswith("." + end):
             found += [path[: -len(end)] + name for name in names]
@@ -60,7 +65,7 @@ def spell_path(component: Component, path: str) -> list[str]:
 
 
 GRAMMAR = Grammar(
-    heads=lambda name, component: (name, f"{name}.base_model.model"),
+    heads=lambda name, component: (name, f"{name}.{PEFT_MODULE}", f"{PEFT_MODULE}.{name}"),
     names=spell_path,
     leaves={
         "down": ".lora_A.weight",
@@ -99,15 +104,41 @@ def read_diffusers(
             "which mean layers of a model's layout; name the model"
         )
     leaves = find_leaves(tensors, source)
+    stored = None
     if layout is None:
         known = _keys_without_layout(tensors, leaves)
     else:
-        known = list_known_keys(GRAMMAR, layout, leaves)
+        grammar, stored = diffusers_names(layout)
+        known = list_known_keys(grammar, stored, leaves, tensors)
     scales = {name: own.scale for name, own in settings.items()}
-    found = decode_adapter(tensors, known, layout, source, options=options, scales=scales)
+    found = decode_adapter(tensors, known, stored, source, options=options, scales=scales)
+    if layout is not None:
+        found = joined_layers.separate_layers(found, _with_original_swaps(layout), source)
     for name, own in settings.items():
         own.check(found.get(name, {}), f"{name} in {source}")
     return to_adapter_state(found, header)
+
+
+def diffusers_names(layout: Layout) -> tuple[Grammar, Layout]:
+    """The grammar with the original code's names, which are only read, and the layout of files.
+
+    OneTrainer writes `transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight`.
+    """
+    stored = joined_layers.join_layout(_with_original_swaps(layout))
+    original = kohya.other_names(stored)
+
+    def names(component: Component, path: str) -> list[str]:
+        return [*spell_path(component, path), *original.get(path, ())]
+
+    return replace(GRAMMAR, names=names), stored
+
+
+def _with_original_swaps(layout: Layout) -> Layout:
+    """The layout with halves swapped under the original code's names only, not under our own."""
+    components = {}
+    for name, part in layout.components.items():
+        components[name] = replace(part, swapped=part.swapped.intersection(part.names))
+    return replace(layout, components=components)
 
 
 def write_diffusers(
@@ -136,7 +167,9 @@ def _keys_without_layout(keys: Iterable[str], leaves: Mapping[str, str]) -> dict
     found: dict[str, TensorRole] = {}
     plain = sorted((leaf for leaf in leaves if leaf.startswith(".")), key=len, reverse=True)
     ends = "|".join(map(re.escape, plain))
-    pattern = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+?)({ends})")
+    wrapper = rf"(?:{re.escape(PEFT_MODULE)}\.)?"
+    networks = "|".join(COMPONENTS)
+    pattern = re.compile(rf"{wrapper}({networks})\.{wrapper}(.+?)({ends})")
     for key in keys:
         if match := pattern.fullmatch(key):
             component, path, leaf = match.groups()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,18 +62,24 @@ STRICT = DecodeOptions()
 
 
 def list_known_keys(
-    grammar: Grammar, layout: Layout, leaves: Mapping[str, str] | None = None
+    grammar: Grammar,
+    layout: Layout,
+    leaves: Mapping[str, str] | None = None,
+    keys: Collection[str] = (),
 ) -> dict[str, TensorRole]:
     """Every key that a file of this grammar can have -> the tensor's role.
 
-    With `leaves` (leaf -> role) only keys that end in one of them, else in any. Raises ValueError
-    when two modules would share a key.
+    With `leaves` (leaf -> role) only keys that end in one of them, else in any; with the `keys` of
+    a file only those that begin as some of them. Raises ValueError when two modules would share a
+    key.
     """
     leaves = ROLE_OF_LEAF if leaves is None else leaves
     known: dict[str, TensorRole] = {}
     for name, component in layout.components.items():
-        heads = _spell_heads(grammar, name, component)
-        for path, spellings in _spell_paths(grammar, component, component.shapes).items():
+        heads = spell_heads(grammar, name, component)
+        if keys:
+            heads = [head for head in heads if any(key.startswith(head) for key in keys)]
+        for path, spellings in spell_paths(grammar, component, component.shapes).items():
             for words in spellings:
                 for head in heads:
                     module = head + words
@@ -115,12 +121,13 @@ def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
     return {leaf: role for leaf, role in every.items() if leaf in found}
 
 
-def _spell_heads(grammar: Grammar, name: str, component: Component) -> list[str]:
+def spell_heads(grammar: Grammar, name: str, component: Component) -> list[str]:
+    """The beginnings of a component's keys, each with its separator."""
     heads = [f"{head}." if head else "" for head in grammar.heads(name, component)]
     return [head.replace(".", grammar.separator) for head in heads]
 
 
-def _spell_paths(
+def spell_paths(
     grammar: Grammar, component: Component, paths: Iterable[str]
 ) -> dict[str, list[str]]:
     """Path -> the names of the module, each with and without the level that installed ones lack."""
@@ -151,8 +158,8 @@ def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dic
         leaves = {
             role: grammar.written.get((name, role), leaf) for role, leaf in grammar.leaves.items()
         }
-        head = _spell_heads(grammar, name, component)[0]
-        spellings = _spell_paths(grammar, component, modules)
+        head = spell_heads(grammar, name, component)[0]
+        spellings = spell_paths(grammar, component, modules)
         for path, lr in modules.items():
             if path not in component.shapes:
                 layout.module_path(name, path)  # raises the error that names the nearest path

@@ -62,6 +62,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "diff": (".diff",),
     "scalar": (".scalar",),
 }
+XLABS_LEAVES = {".down.weight": "down", ".up.weight": "up"}  # the only ones of XLabs' trainer
 ROLE_OF_LEAF: dict[str, str] = {}
 for _role, _leaves in LEAVES.items():
     ROLE_OF_LEAF |= dict.fromkeys(_leaves, _role)
@@ -95,6 +96,9 @@ class Format:
     module: str  # in lora_core.formats
     reader: str  # names of functions in it
     writer: str = ""  # "": the format is only read
+    # Function reading_names(layout) -> (grammar, layout as files store it) of layers with names;
+    # "": layers have numbers, or there are none.
+    names: str = ""
     starts: tuple[str, ...] = ()  # beginnings of keys that end like a tensor of an adapter
     pattern: str = ""  # or a pattern of whole keys
     is_token_rows: bool = False  # rows of an embedding table, no factors
@@ -115,21 +119,32 @@ class Format:
         return import_function(self.module, self.reader)
 
     @property
+    def reading_names(self) -> Callable[..., Any] | None:
+        return import_function(self.module, self.names) if self.names else None
+
+    @property
     def write(self) -> Callable[..., Any] | None:
         return import_function(self.module, self.writer) if self.writer else None
 
 
+# Names in pipelines of the networks that are adapted.
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+PEFT_MODULE = "base_model.model"  # peft's wrapper of a network, where it was left in keys
+COMPONENT_HEADS = [f"{name}." for name in COMPONENTS]
+COMPONENT_HEADS += [f"{PEFT_MODULE}.{name}." for name in COMPONENTS]
 FORMATS = {  # in the order in which they are tried
     "diffusers": Format(
         "diffusers",
         "read_diffusers",
         "write_diffusers",
-        starts=("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
+        names="diffusers_names",
+        starts=tuple(COMPONENT_HEADS),
     ),
     "kohya": Format(
         "kohya",
         "read_kohya",
         "write_kohya",
+        names="kohya_names",
         starts=("lora_", "lycoris_"),
         has_hashes=True,
         joins_layers=True,
@@ -142,10 +157,18 @@ FORMATS = {  # in the order in which they are tried
         endings=(".safetensors", ".pt"),
     ),
     "xlabs": Format(
-        "comfy", "read_xlabs", pattern=r"(.+\.)?processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight"
+        "comfy",
+        "read_xlabs",
+        names="xlabs_names",
+        pattern=r"(.+\.)?processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight",
     ),
-    "comfyui": Format("comfy", "read_comfyui", starts=("diffusion_model.", "text_encoders.")),
-    "peft": Format("peft", "read_peft", starts=("",)),
+    "comfyui": Format(
+        "comfy",
+        "read_comfyui",
+        names="comfyui_names",
+        starts=("diffusion_model.", "model.diffusion_model.", "text_encoders."),
+    ),
+    "peft": Format("peft", "read_peft", names="peft_names", starts=("",)),
     "embeddings": Format("embeddings", "read_embeddings", "write_embeddings", is_token_rows=True),
     "a1111": Format(
         "embeddings",

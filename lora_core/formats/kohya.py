@@ -78,9 +78,9 @@ def read_kohya(
             f"{source} has kohya's names, which can only be read against a model's layout; "
             "name the model it belongs to"
         )
-    stored = joined_layers.join_layout(layout)
     options = replace(options, header_axis=_header_axis(header))
-    known = list_known_keys(_reading_grammar(stored), stored, find_leaves(tensors, source))
+    grammar, stored = kohya_names(layout)
+    known = list_known_keys(grammar, stored, find_leaves(tensors, source), tensors)
     found = decode_adapter(tensors, known, stored, source, options=options)
     return to_adapter_state(joined_layers.separate_layers(found, layout, source), header)
 
@@ -98,17 +98,25 @@ def original_names(component: Component) -> Mapping[str, str]:
     return names if one_to_one else {}  # a block that the original code does not have
 
 
-def all_original_names(layout: Layout) -> dict[str, str]:
-    """`original_names` of all networks."""
-    names: dict[str, str] = {}
+def other_names(layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Path -> its names in the original code, which are read in every format.
+
+    A part of a joined layer is `qkv.0`, `qkv.1` ..., as OneTrainer numbers them.
+    """
+    names: dict[str, tuple[str, ...]] = {}
     for component in layout.components.values():
-        names |= original_names(component)
+        for path, name in original_names(component).items():
+            names[path] = (name,)
+        for joined, parts in component.fused.items():
+            for i, path in enumerate(parts):
+                names[path] = (*names.get(path, ()), f"{joined}.{i}")
     return names
 
 
-def _reading_grammar(layout: Layout) -> Grammar:
-    """The grammar with the names and prefixes that are only read."""
-    original = all_original_names(layout)
+def kohya_names(layout: Layout) -> tuple[Grammar, Layout]:
+    """The grammar with the names and prefixes that are only read, and the layout of files."""
+    stored = joined_layers.join_layout(layout)
+    original = other_names(stored)
     counted = "clip_g" not in layout.encoders.values()
 
     def heads(name: str, component: Component) -> tuple[str, ...]:
@@ -119,9 +127,9 @@ def _reading_grammar(layout: Layout) -> Grammar:
 
     def names(component: Component, path: str) -> tuple[str, ...]:
         written = component.names.get(path, path)
-        return (written, path, original.get(path, path))
+        return (written, path, *original.get(path, ()))
 
-    return replace(GRAMMAR, heads=heads, names=names)
+    return replace(GRAMMAR, heads=heads, names=names), stored
 
 
 def _header_axis(header: Mapping[str, str]) -> str:

@@ -14,8 +14,6 @@ from torch import nn
 from lora_core.errors import UserError
 from lora_core.text import nearest_names
 
-# Names in pipelines of the networks that are adapted.
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Component -> key of its token rows, unless a family has others.
 ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
 # Network, or key of an encoder's token rows -> prefixes in kohya files; the first is written.

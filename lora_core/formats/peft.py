@@ -29,10 +29,10 @@ from lora_core.formats.grammar import (
     list_known_keys,
     to_adapter_state,
 )
+from lora_core.formats.known_formats import PEFT_MODULE
 from lora_core.formats.layout import Component, Layout
 from lora_core.formats.peft_settings import CONFIG, PeftSettings, folder_settings
 
-MODULE = "base_model.model"
 Found = dict[str, dict[str, Update]]  # component -> path -> update
 
 
@@ -53,8 +53,8 @@ def read_peft(
             "name the model"
         )
     settings = folder_settings(Path(source))
-    stored = joined_layers.join_layout(layout)
-    known = _keys_by_component(tensors, stored, source)
+    grammar, stored = peft_names(layout)
+    known = _keys_by_component(tensors, grammar, stored, source)
     name, found = _only_fitting(tensors, known, stored, source, options, settings)
     if settings:
         settings.check(found.get(name, {}), source)
@@ -70,15 +70,14 @@ def read_peft(
 def _has_no_strength(keys: Iterable[str]) -> bool:
     """Whether keys are peft's, which has no alphas."""
     keys = list(keys)
-    is_peft = any(key.startswith(MODULE) for key in keys)
+    is_peft = any(key.startswith(PEFT_MODULE) for key in keys)
     return is_peft and not any(key.endswith(".alpha") for key in keys)
 
 
 def _keys_by_component(
-    tensors: Mapping[str, Tensor], stored: Layout, source: str
+    tensors: Mapping[str, Tensor], grammar: Grammar, stored: Layout, source: str
 ) -> dict[str, dict[str, TensorRole]]:
     """Component -> the keys of a file that holds this component."""
-    grammar = _peft_grammar(stored)
     leaves = find_leaves(tensors, source)
     known = {}
     for name, part in stored.components.items():
@@ -120,16 +119,19 @@ def _only_fitting(
     return next(iter(fitting.items()))
 
 
-def _peft_grammar(layout: Layout) -> Grammar:
-    original = kohya.all_original_names(layout)
+def peft_names(layout: Layout) -> tuple[Grammar, Layout]:
+    """The grammar of names without a network, and the layout of files."""
+    stored = joined_layers.join_layout(layout)
+    original = kohya.other_names(stored)
 
     def names(component: Component, path: str) -> list[str]:
-        return [*spell_path(component, path), original.get(path, path)]
+        return [*spell_path(component, path), *original.get(path, ())]
 
-    return Grammar(
-        heads=lambda name, component: (MODULE, ""),
+    grammar = Grammar(
+        heads=lambda name, component: (PEFT_MODULE, ""),
         names=names,
         leaves={},
         scale="folded",
         magnitude=lambda out, ndim: (out,),
     )
+    return grammar, stored

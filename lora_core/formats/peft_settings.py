@@ -16,8 +16,7 @@ from typing import Any
 
 from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.known_formats import PEFT_HEADER
-from lora_core.formats.layout import COMPONENTS
+from lora_core.formats.known_formats import COMPONENTS, PEFT_HEADER
 from lora_core.json_files import LARGEST_NUMBER, parse_object, read_object
 from lora_core.text import shorten_value
 

@@ -13,6 +13,7 @@ from lora_core.formats.factor_lists import is_factor_list, read_factor_lists, re
 from lora_core.formats.layout import Layout
 from lora_core.formats.mixofshow import is_mixofshow, read_mixofshow
 from lora_core.formats.pickles import pickled_tensors, read_pickle
+from lora_core.formats.recognition import RecognizedFile, recognize_keys
 
 
 def load_pickled(path: Path, layout: Layout | None) -> AdapterState | dict[str, Tensor]:
@@ -30,9 +31,21 @@ def load_pickled(path: Path, layout: Layout | None) -> AdapterState | dict[str, 
     return pickled_tensors(data, str(path))
 
 
-def detect_pickled(path: Path) -> str:
-    """The name in FORMATS that corresponds to the format of a file of torch.save."""
-    return "cloneofsimo" if is_factor_list(read_pickle(path)) else "embeddings"
+def recognize_pickled(path: Path) -> RecognizedFile:
+    """What a file of torch.save is. Raises UserError for a damaged file."""
+    data = read_pickle(path)
+    if is_factor_list(data):
+        return RecognizedFile("adapter", "cloneofsimo")
+    if is_mixofshow(data):
+        return RecognizedFile("adapter", "mixofshow")
+    if is_pickled_embedding(data):
+        return RecognizedFile("tokens", "embeddings")
+    found = data.get("state_dict", data) if isinstance(data, dict) else {}
+    shapes = {}
+    for key, value in found.items() if isinstance(found, dict) else ():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            shapes[key] = tuple(value.shape)
+    return recognize_keys(shapes) if shapes else RecognizedFile("unknown")
 
 
 def read_pickled_shapes(path: Path) -> dict[str, Shape]:

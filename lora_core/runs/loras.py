@@ -16,6 +16,7 @@ from lora_core.adapters.patch import Patch, patch
 from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.formats import embeddings
+from lora_core.formats.recognition import model_of_run
 from lora_core.settings import scheduler_changes
 from lora_core.text import shorten_value
 from lora_core.toml import parse_toml
@@ -184,8 +185,8 @@ def warn_of_whole_model(model: str, run: Path) -> None:
 
     On another model the run's folder adds only its tokens.
     """
-    own = run / "model"
-    if own.is_dir() and Path(model).resolve() != own.resolve():
+    own = model_of_run(run)
+    if own and Path(model).resolve() != own.resolve():
         print(
             f"warning: {run} trained the whole model, which is {own}; "
             f"--model {model} lacks that, give --model {own}",

@@ -1,0 +1,185 @@
+"""What a file is: an adapter and its format, token rows, a whole model, or another kind of file.
+
+Every command and the library ask here, so that no two of them answer differently. The names of the
+tensors decide, with a few shapes; of a .safetensors file only the header is read. Which family an
+adapter belongs to follows from the names and shapes that its format's reader knows: see
+`models.known`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lora_core.errors import UserError
+from lora_core.formats.known_formats import (
+    EMBEDDINGS,
+    NATIVE,
+    TOKEN_FORMATS,
+    find_format,
+    import_function,
+)
+
+Kind = Literal["adapter", "tokens", "model", "foreign", "unknown"]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]  # key -> shape
+
+MODEL_PREFIXES = (  # of keys in models that are a single file
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
+    "text_encoders.",
+    "double_blocks.",
+    "single_blocks.",
+)
+BUNDLED = "bundle_emb."  # beginning of the keys of token rows in an adapter's file
+CONTROL = "a control LoRA, which also changes norms and takes a control image as further inputs"
+# Pattern of a key of an adapter for something else than a model -> what the file is.
+FOREIGN_KEYS = {
+    r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
+    r"lllite_.*": "a ControlNet-LLLite network, which reads a control image",
+    r"ip_adapter\..*|image_proj\..*": "an IP-Adapter, which reads an image as a prompt",
+    r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)": (
+        "an OFT adapter, which turns weights and has no update of its own"
+    ),
+    r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
+}
+# Keys that only control LoRAs have in addition to factors: whole norms, not changes of them.
+CONTROL_KEY = re.compile(
+    r".*norm\.(query|key)_norm\.(scale|lora_.*)|.*\.norm_(added_)?[qk]\.(weight|lora_.*)"
+)
+# The first layer of a transformer of packed latents: 64 inputs, with a control image 128.
+FIRST_LAYER = re.compile(r".*\b(lora_unet_)?(img_in|x_embedder)\.(lora_A|lora_down|lora\.down).*")
+CONTROL_INPUTS = 128
+
+
+class RecognizedFile(NamedTuple):
+    """What a file is, and the evidence."""
+
+    kind: Kind
+    format: str = ""  # of an adapter or token rows: a name in FORMATS, or mixofshow
+    what: str = ""  # of a foreign file: its description
+    key: str = ""  # of a foreign file or a model: the key that shows it
+
+
+def recognize_keys(shapes: Shapes) -> RecognizedFile:
+    """What a file with these tensors is.
+
+    A file with a single factor of an adapter is an adapter, whatever its other keys begin with:
+    adapters have the names of the layers that they change, and whole models have no factors.
+    """
+    own = {key: shape for key, shape in shapes.items() if not key.startswith(BUNDLED)}
+    if shapes and not own:
+        return RecognizedFile("tokens", "embeddings")
+    for pattern, what in FOREIGN_KEYS.items():
+        if key := next(filter(re.compile(pattern).fullmatch, own), None):
+            return RecognizedFile("foreign", what=what, key=key)
+    format = find_format(own)
+    if format in TOKEN_FORMATS:
+        return RecognizedFile("tokens", format or "")
+    if format:
+        if key := _control_key(own):
+            return RecognizedFile("foreign", what=CONTROL, key=key)
+        return RecognizedFile("adapter", format)
+    if key := next((key for key in own if key.startswith(MODEL_PREFIXES)), None):
+        return RecognizedFile("model", key=key)
+    return RecognizedFile("unknown")
+
+
+def recognize_file(path: str | Path) -> RecognizedFile:
+    """What a file is; of a folder of adapters, its first file. Nothing in a pickle is executed.
+
+    Raises UserError for a file that is missing, empty or damaged.
+    """
+    place = Path(path)
+    if place.is_dir():
+        if (place / "model_index.json").is_file():
+            return RecognizedFile("model", key="model_index.json")
+        place = _first_file(place)
+    if _is_pickle(place):
+        return import_function("pickled_adapters", "recognize_pickled")(place)
+    return recognize_keys(read_key_shapes(place)[0])
+
+
+def read_key_shapes(file: str | Path) -> tuple[dict[str, Shape], dict[str, str]]:
+    """(key -> shape, header) of one adapter file; of a .safetensors file no tensor is read.
+
+    Raises UserError for a damaged file.
+    """
+    file = Path(file)
+    if _is_pickle(file):
+        return import_function("pickled_adapters", "read_pickled_shapes")(file), {}
+    status = file.stat()
+    shapes, header = _read_header(file, status.st_mtime_ns, status.st_size)
+    return dict(shapes), dict(header)
+
+
+def is_adapter_file(path: str | Path) -> bool:
+    """Whether a file holds an adapter or token rows; False also for one that cannot be read."""
+    try:
+        return recognize_file(path).kind in ("adapter", "tokens")
+    except (UserError, OSError):
+        return False
+
+
+def model_of_run(folder: str | Path) -> Path | None:
+    """The whole model in the folder of a run that trained all weights; None in other folders."""
+    model = Path(folder) / "model"
+    return model if model.is_dir() else None
+
+
+def describe_kind(found: RecognizedFile) -> str:
+    """What a file is, in words that follow "is"."""
+    if found.kind == "model":
+        return f"a whole model (key {found.key})" if "." in found.key else "a whole model"
+    if found.kind == "foreign":
+        return f"{found.what} (key {found.key})"
+    if found.kind == "unknown":
+        return "neither an adapter nor a whole model"
+    return "a file of token rows" if found.kind == "tokens" else f"an adapter ({found.format})"
+
+
+def refuse_other_kinds(found: RecognizedFile, source: str) -> None:
+    """Raises UserError for a file that is recognized as something else than an adapter."""
+    if found.kind == "foreign":
+        raise UserError(
+            f"{source} is {describe_kind(found)}, which is not read; "
+            "give a LoRA, a LyCORIS file or token rows"
+        )
+    if found.kind == "model":
+        raise UserError(
+            f"{source} is {describe_kind(found)} where an adapter is expected; "
+            "merge.py distill makes an adapter of the difference of two models"
+        )
+
+
+def _control_key(shapes: Shapes) -> str:
+    """A key that shows that an adapter is for a control image; "" for other adapters."""
+    for key, shape in shapes.items():
+        takes = shape[1] if len(shape) > 1 else 0
+        if CONTROL_KEY.fullmatch(key) or (takes == CONTROL_INPUTS and FIRST_LAYER.fullmatch(key)):
+            return key
+    return ""
+
+
+def _is_pickle(file: Path) -> bool:
+    return import_function("container", "is_pickle")(file)  # refuses a missing or empty file
+
+
+@lru_cache(maxsize=8)  # a command asks several times about each of its files
+def _read_header(file: Path, changed: int, size: int) -> tuple[dict[str, Shape], dict[str, str]]:
+    return import_function("container", "read_shapes")(file)
+
+
+def _first_file(folder: Path) -> Path:
+    """The file that stands for a folder of adapters: diffusers' name before others, rows last."""
+    files = sorted(folder.glob("[!.]*.safetensors"))
+    files.sort(key=lambda file: (file.name != NATIVE, file.name.endswith(EMBEDDINGS)))
+    if not files:
+        for network in sorted(folder.iterdir()):
+            files += sorted(network.glob("adapter_model.safetensors"))
+    return files[0] if files else folder / NATIVE
