@@ -52,6 +52,7 @@ from merging.output import (
     round_adapter,
     write_adapter,
 )
+from merging.parameter_sums import sum_parameters
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 
@@ -168,13 +169,21 @@ def merge_terms(
     dense: DenseOptions,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     """The merge as one record, in the output's dtype, and its reports by layer."""
+    changes = sum_parameters(terms)
+    if any(changes.values()) and method.method != "sum":
+        raise UserError(
+            f"--method {method.method} is of layers, and these files also change norms and biases "
+            "(w_norm, b_norm, diff_b); add them up, without --method"
+        )
     count = len(weighted_layers(terms))
     title = f"{method.method} of {len(terms)}"
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense)
         bar = tqdm(layers, total=count, desc=title, unit="layer", disable=None, leave=False)
         rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
-        return adapter_sums.collect_layers(rounded)
+        state, reports = adapter_sums.collect_layers(rounded)
+    state.parameters = changes
+    return state, reports
 
 
 def dense_options(

@@ -16,6 +16,7 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import import_function
 from lora_core.formats.layout import Layout
+from lora_core.formats.parameter_changes import refuse_parameters
 from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
 from merging.opening import is_whole_model
@@ -132,10 +133,11 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     file itself if there are no factors. Raises UserError as `formats.save` does.
     """
     path = Path(output.path)
-    has_factors = any(state.components.values())
+    has_factors = bool(state.changed_components)
     if output.dry_run:
         return []
     if path.suffix == ".pt":
+        refuse_parameters(state, f"{path}, a list of factors,")
         return import_function("factor_lists", "write_factor_lists")(state, path, layout)
     if not has_factors and not state.tokens:
         raise UserError(f"nothing is left to write to {path}: no layer and no token")

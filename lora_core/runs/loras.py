@@ -64,7 +64,7 @@ def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -
         state = formats.load(lora.path, family.layout)
         strength = lora.strength
         if isinstance(strength, dict):
-            strength = _by_component(strength, state.components, lora.path)
+            strength = _by_component(strength, state.changed_components, lora.path)
         names = (*embeddings.placeholder_words(state, lora.path), *state.token_names)
         applied = patch(
             modules, lora.path, strength, layout=family.layout, rename=_free_names(names, patches)
