@@ -144,17 +144,7 @@ def patch(
     adapter = _unused_adapter_name(networks, Path(file).stem)
     result = Patch(modules, adapter, placeholders, _unexpected_facts(state, rename, source))
     try:
-        for name, adapted in state.components.items():
-            factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
-            injection.load_factors(networks[name], factors, result.name, strengths[name])
-            result.layered.append(name)
-            result.adapted.append(name)
-        for name, vectors in state.parameters.items():
-            prefix = layout.component(name).module_prefix
-            own = {path.removeprefix(prefix): vector for path, vector in vectors.items()}
-            changed_parameters.add_changes(networks[name], own, result.name, strengths[name])
-            if name not in result.adapted:
-                result.adapted.append(name)
+        _apply_state(state, networks, layout, strengths, result)
         for name, rows in encoders.items():
             every = (Placeholder("all tokens of the file", names, init="zero"),)
             tokenizer = modules[TOKENIZERS[name]]
@@ -167,6 +157,27 @@ def patch(
     for parameter in result.parameters():
         parameter.requires_grad_(False)
     return result
+
+
+def _apply_state(
+    state: AdapterState,
+    networks: Mapping[str, nn.Module],
+    layout: Layout,
+    strengths: Mapping[str, float],
+    result: Patch,
+) -> None:
+    """Puts a file's factors on the layers, and adds its changes to norms and biases."""
+    for name, adapted in state.components.items():
+        factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
+        injection.load_factors(networks[name], factors, result.name, strengths[name])
+        result.layered.append(name)
+        result.adapted.append(name)
+    for name, vectors in state.parameters.items():
+        prefix = layout.component(name).module_prefix
+        own = {path.removeprefix(prefix): vector for path, vector in vectors.items()}
+        changed_parameters.add_changes(networks[name], own, result.name, strengths[name])
+        if name not in result.adapted:
+            result.adapted.append(name)
 
 
 def _component_strengths(
