@@ -103,6 +103,7 @@ from lora_core.runs.loras import (
     apply_loras,
     parse_lora,
     read_run_settings,
+    refuse_other_files,
     set_strengths,
     warn_of_whole_model,
 )
@@ -148,6 +149,7 @@ def infer(config: Infer) -> list[Path]:
     axes = [parse_axis(text) for text in config.grid]
     loras = [parse_lora(text) for text in config.lora]
     check_image_options(config, axes, prompts, len(loras))
+    refuse_other_files(loras)
     for lora in loras:
         warn_of_whole_model(config.model, Path(lora.path))
     if config.threads:

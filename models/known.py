@@ -42,6 +42,7 @@ OTHER_FAMILIES = {
     "Wan": TOP + r"blocks[._]\d+[._](self|cross)_attn[._][qkvo](_img)?\.",
     "Krea 2": TOP + r"blocks[._]\d+[._]attn[._](gate|w[qkvo])[._]",
     "Z-Image or Lumina": TOP + r"layers[._]\d+[._](attention|feed_forward)[._]",
+    "Flux.2": r"(double|single)_stream_modulation|qkv_mlp_proj",
     "HunyuanVideo": r"double_blocks\.\d+\.(img|txt)_attn_",
     "AnimateDiff": r"motion_modules[._]|temporal_transformer",
 }

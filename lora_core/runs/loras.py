@@ -17,7 +17,7 @@ from lora_core.adapters.patch import Patch, patch
 from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.formats import embeddings
-from lora_core.formats.recognition import model_of_run
+from lora_core.formats.recognition import model_of_run, recognize_file, refuse_other_kinds
 from lora_core.settings import scheduler_changes
 
 
@@ -150,6 +150,16 @@ def read_run_settings(paths: Sequence[str]) -> RunSettings:
             if trained.get(name):
                 text[name] = trained[name]
     return RunSettings(scheduler, text)
+
+
+def refuse_other_files(loras: Sequence[LoraSource]) -> None:
+    """Raises UserError for a file that is no adapter, before a model is loaded.
+
+    Files that cannot be read are left to their reader.
+    """
+    for lora in loras:
+        if Path(lora.path).is_file():
+            refuse_other_kinds(recognize_file(lora.path), lora.path)
 
 
 def warn_of_whole_model(model: str, run: Path) -> None:
