@@ -110,6 +110,7 @@ from lora_core.runs.loras import (
     lora_text,
     parse_lora,
     read_run_settings,
+    refuse_other_files,
     set_strengths,
     warn_of_whole_model,
 )
@@ -169,6 +170,7 @@ def infer(config: Infer) -> list[Path]:
     loras = combine_loras(given, prompts)
     axes = [parse_axis(text) for text in config.grid]
     check_image_options(config, axes, len(prompts), len(loras))
+    refuse_other_files(loras)
     for lora in loras:
         warn_of_whole_model(config.model, Path(lora.path))
     if config.threads:

@@ -56,6 +56,7 @@ from merging.output import (
     settle_format,
     write_adapter,
 )
+from merging.parameter_sums import sum_parameters
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
 from merging.quotes import quote_where_needed
 from merging.stored_layers import stored_layers
@@ -186,6 +187,7 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     weight_1, weight_2 = job.alphas
     _print_lpl_warning(job, is_same=_hold_same_update(first, second))
     state = lpl_layers(first, second, weight_1, weight_2)
+    state.parameters = sum_parameters([Term(first, weight_1), Term(second, weight_2)])
     reports: dict[LayerKey, ApproximationReport] = {}
     for component, adapters in state.components.items():
         for path, lr in adapters.items():

@@ -78,7 +78,7 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
     check_adapter_output(output)
     layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading, merging=True)
-    has_layers = any(state.components.values())
+    has_layers = bool(state.changed_components)
     output = settle_format(output, layers=has_layers, tokens=bool(state.tokens))
     _refuse_unheld(state, output, layout)
     warn_of_dora_readers(state, output, reading)

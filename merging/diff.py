@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lora_core.adapters.weight_updates import DenseUpdate, LowRank
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.layout import Layout
 from merging.adapter_sums import LayerKey
-from merging.commands import Diff, OpenOptions
+from merging.commands import Diff
 from merging.compare import principal_angles
 from merging.factor_sums import cosine_similarity
 from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter
 from merging.output import align_columns, print_note
+from merging.parameter_sums import compare_parameters
 
 Spectra = Mapping[LayerKey, LayerSpectrum]
 
@@ -29,7 +29,8 @@ def run_diff(options: Diff) -> None:
                 "explain"
             )
     layout = find_layout(paths, options.files)
-    first, second = [_spectra_by_layer(path, layout, options.files) for path in paths]
+    states = [open_adapter(path, layout, options.files) for path in paths]
+    first, second = [_spectra_by_layer(path, own) for path, own in zip(paths, states)]
     if any(layer.adapter.magnitude is not None for layer in (*first.values(), *second.values())):
         print_note(
             "of a DoRA only the low-rank part is compared; the magnitudes act through the base "
@@ -44,6 +45,10 @@ def run_diff(options: Diff) -> None:
     ]
     for name in dict.fromkeys(key[0] for key in (*first, *second)):
         table.append((name, *_comparison_cells(name, first, second, products)))
+    a, b = [state.parameters for state in states]
+    for name in a | b:
+        cells = compare_parameters(a.get(name, {}), b.get(name, {}))
+        table.append((f"{name}, norms and biases", *cells))
     table.append(("total", *_comparison_cells("", first, second, products)))
     print(f"A = {options.first}\nB = {options.second}")
     print("\n".join(align_columns(table)))
@@ -55,9 +60,9 @@ def run_diff(options: Diff) -> None:
         print("\n".join(align_columns(_angle_table(first, second, products, options.top))))
 
 
-def _spectra_by_layer(path: str, layout: Layout | None, reading: OpenOptions) -> Spectra:
+def _spectra_by_layer(path: str, state: AdapterState) -> Spectra:
     spectra = {}
-    for layer in layer_spectra(open_adapter(path, layout, reading), path):
+    for layer in layer_spectra(state, path):
         if isinstance(layer.adapter, DenseUpdate):
             raise UserError(
                 f"{'.'.join(layer.key)} is a {layer.adapter.kind} update, not a product of two "

@@ -18,6 +18,7 @@ from merging.commands import Explain
 from merging.compare import GramSums, LeastSquaresFit, fit_coefficients, gram_sums
 from merging.opening import open_adapter
 from merging.output import align_columns
+from merging.parameter_sums import parameter_key, parameters_by_key, vector_sums
 from merging.svd import one_thread
 
 
@@ -56,7 +57,10 @@ def run_explain(options: Explain) -> None:
 def _sums_by_component(
     base: BaseModel, tuned: BaseModel, states: Sequence[AdapterState]
 ) -> dict[str, list[GramSums]]:
-    """The inner products of the difference and the adapters, layer by layer."""
+    """The inner products of the difference and the adapters, layer by layer.
+
+    Of norms and biases those that an adapter changes are compared.
+    """
     before, after = base_weight_reader(base), base_weight_reader(tuned)
     sums: dict[str, list[GramSums]] = {}
     with one_thread():
@@ -69,7 +73,18 @@ def _sums_by_component(
             adapters = [state.components.get(component, {}).get(path) for state in states]
             layer = gram_sums(new.double() - old.double(), adapters)
             sums.setdefault(component, []).append(layer)
+    vectors = [parameters_by_key(state) for state in states]
+    for key in dict.fromkeys(itertools.chain.from_iterable(vectors)):
+        old, new = [_read_parameter(model, key) for model in (base, tuned)]
+        _check_shapes(key, old, new, base, tuned)
+        given = [own.get(key) for own in vectors]
+        sums.setdefault(key[0], []).append(vector_sums(new.double() - old.double(), given))
     return sums
+
+
+def _read_parameter(model: BaseModel, key: LayerKey) -> Tensor:
+    weights = model.model[key[0]]
+    return weights.read(parameter_key(weights, model.layout, *key))
 
 
 def _check_shapes(

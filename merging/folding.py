@@ -23,6 +23,7 @@ from lora_core.formats.model_folders import Model, weight_key
 from lora_core.formats.weights import TensorInfo, Weights
 from merging.adapter_sums import LayerKey, Term, layer_generator, weighted_layers
 from merging.factor_sums import WeightedAdapters
+from merging.parameter_sums import WeightedVectors, add_vectors, parameter_key, weighted_parameters
 from merging.rounding import Rounding, add_updates, round_weight
 from merging.svd import distill_update
 from merging.truncation import ApproximationReport, Keep, total_report
@@ -30,6 +31,15 @@ from merging.truncation import ApproximationReport, Keep, total_report
 ONE_TOLERANCE = 1e-6  # a coefficient this near to 1 is 1
 # key of a weight -> the layer that it belongs to and the adapters to add
 Places = Mapping[str, tuple[LayerKey, WeightedAdapters]]
+
+
+@dataclass(frozen=True)
+class FoldedNetwork:
+    """One network of every model, and what is added to its weights, norms and biases."""
+
+    parts: Sequence[tuple[float, Weights]]
+    places: Places
+    vectors: Mapping[str, WeightedVectors]  # key -> what is added to it
 
 
 @dataclass
@@ -124,16 +134,17 @@ def fold_adapters(
     places: dict[str, dict[str, tuple[LayerKey, WeightedAdapters]]] = {name: {} for name in first}
     for key, weighted in weighted_layers(terms).items():
         component, path = key
-        if component not in first:
-            raise UserError(
-                f"the adapters change {component}, which the model does not have; it has "
-                f"{', '.join(first)}"
-            )
+        _require_component(component, first)
         name = weight_key(first[component], layout, component, path)
         places[component][name] = (key, weighted)
+    vectors: dict[str, dict[str, WeightedVectors]] = {name: {} for name in first}
+    for (component, path), changes in weighted_parameters(terms).items():
+        _require_component(component, first)
+        vectors[component][parameter_key(first[component], layout, component, path)] = changes
     folded = {}
     for name in first:
-        folded[name] = _fold_network(parts[name], places[name], statistics, dtype)
+        whole = FoldedNetwork(parts[name], places[name], vectors[name])
+        folded[name] = _fold_network(whole, statistics, dtype)
     return folded
 
 
@@ -158,13 +169,19 @@ def with_embedding_rows(weights: Weights, key: str, rows: Mapping[int, Tensor]) 
     return Weights(weights.source, infos, read)
 
 
+def _require_component(component: str, model: Model) -> None:
+    if component not in model:
+        raise UserError(
+            f"the adapters change {component}, which the model does not have; it has "
+            f"{', '.join(model)}"
+        )
+
+
 def _fold_network(
-    parts: Sequence[tuple[float, Weights]],
-    places: Places,
-    statistics: FoldStatistics,
-    dtype: torch.dtype | None,
+    whole: FoldedNetwork, statistics: FoldStatistics, dtype: torch.dtype | None
 ) -> Weights:
     """One network of the sum, from the same network of every model."""
+    parts, places = whole.parts, whole.places
     coefficient, first = parts[0]
     infos = {}
     for key, info in first.infos.items():
@@ -177,7 +194,9 @@ def _fold_network(
             return first.read(key)
         base = first.read(key) if is_alone else _sum_weights(parts, key)
         to = infos[key].dtype
-        if key not in places:
+        if key in whole.vectors:
+            result = _add_changes(base, whole.vectors[key], key).to(to)
+        elif key not in places:
             result = base.to(to)
         else:
             layer, weighted = places[key]
@@ -195,6 +214,17 @@ def _fold_network(
         return result
 
     return Weights(first.source, infos, read)
+
+
+def _add_changes(base: Tensor, changes: WeightedVectors, key: str) -> Tensor:
+    """A norm's weight or a bias with its changes, in fp32 or better."""
+    for _, change in changes:
+        if change.shape != base.shape:
+            raise UserError(
+                f"{key} is {list(base.shape)} and an adapter changes {list(change.shape)}; "
+                "is it for another model?"
+            )
+    return add_vectors(base, changes)
 
 
 def _sum_weights(parts: Sequence[tuple[float, Weights]], key: str) -> Tensor:

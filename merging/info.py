@@ -55,11 +55,12 @@ def run_info(options: Info) -> None:
             f"{len(spectra)} layers"
         )
         print("\n".join(align_columns(_layer_table(spectra, options.top))))
-    for line in (*_token_lines(state, path), *_header_lines(state)):
+    lines = [*_parameter_lines(state), *_token_lines(state, path), *_header_lines(state)]
+    for line in lines:
         print(line)
     if plot:
         if not spectra:
-            raise UserError(f"{path} holds tokens only, there is no spectrum to plot")
+            raise UserError(f"{path} adapts no layer, there is no spectrum to plot")
         _plot_spectra(spectra, Path(plot), Path(path).name)
         print(f"plot: {plot}")
 
@@ -119,6 +120,18 @@ def _layer_table(spectra: Sequence[LayerSpectrum], top: int) -> list[tuple[str, 
         sizes = f"{layer.norm:.4g}", f"{layer.sigma[0]:.4g}"
         table.append((".".join(layer.key), str(layer.rank), *sizes, *needed))
     return table
+
+
+def _parameter_lines(state: AdapterState) -> list[str]:
+    """The number and the norm of the vectors that are added to norms and biases."""
+    lines = []
+    for name, changes in state.parameters.items():
+        norm = math.sqrt(sum(float(change.double().square().sum()) for change in changes.values()))
+        lines.append(
+            f"norms and biases of {name}: {len(changes)} are changed, such as "
+            f"{next(iter(changes))}; |change| {norm:.4g}"
+        )
+    return lines
 
 
 def _token_lines(state: AdapterState, path: str) -> list[str]:

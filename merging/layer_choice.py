@@ -17,6 +17,7 @@ from lora_core.adapters.targets import matches_pattern, nearest_paths
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.layout import ENCODERS, Layout
+from lora_core.formats.parameter_changes import changed_modules
 from merging.adapter_sums import LayerFactor, layers_by_key
 from merging.block_weights import (
     BLOCK_PRESETS,
@@ -49,7 +50,9 @@ ALL_BLOCKS = {*BLOCKS, *OTHER_NAMES, *STREAM_BLOCKS}
 
 def choose_layers(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
     """The factor of each layer of a file, from all choices after its name in a sum."""
-    keys = layers_by_key(state)
+    keys = list(layers_by_key(state))
+    for component, changes in state.parameters.items():
+        keys += [(component, path) for path in changed_modules(changes)]
     if not keys:
         raise UserError(
             f"{file.path} holds token rows only, of which @{file.choices[0]} can choose nothing; "

@@ -58,6 +58,7 @@ from merging.output import (
     settle_format,
     write_adapter,
 )
+from merging.parameter_sums import sum_parameters
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
@@ -103,7 +104,7 @@ def mix_adapters(
     state, reports, notes = _merge_files(files, layout, output, reading, keep, method)
     output = settle_format(
         output,
-        layers=any(state.components.values()),
+        layers=bool(state.changed_components),
         tokens=bool(state.tokens),
         default=choose_output_format(paths),
     )
@@ -128,7 +129,7 @@ def _merge_files(
     A separate function, so that the inputs' memory is free when the sum is written.
     """
     states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
-    if not any(any(state.components.values()) for state in states):
+    if not any(state.changed_components for state in states):
         _refuse_idle_on_tokens(keep, method)
     terms = []
     for file, state in zip(files, states):
@@ -198,6 +199,12 @@ def merge_terms(
     stored: StoredLayers = OWN_LAYERS,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     """The merge as one record, in the output's dtype, and its reports by stored layer."""
+    changes = sum_parameters(terms)
+    if any(changes.values()) and method.method != "sum":
+        raise UserError(
+            f"--method {method.method} is of layers, and these files also change norms and biases "
+            "(w_norm, b_norm, diff_b); add them up, without --method"
+        )
     count = len(stored.group_parts(weighted_layers(terms)))
     title = f"{method.method} of {len(terms)}"
     with one_thread():
@@ -207,7 +214,9 @@ def merge_terms(
         )
         rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
         state, reports = adapter_sums.collect_layers(rounded)
-        return stored.separate_layers(state), reports
+        state = stored.separate_layers(state)
+    state.parameters = changes
+    return state, reports
 
 
 def dense_options(

@@ -36,6 +36,7 @@ from merging.output import (
     token_file_path,
     write_adapter,
 )
+from merging.parameter_sums import weighted_parameters
 from merging.recipe import write_sidecar
 from merging.token_names import describe_whole_rows, join_tokens
 
@@ -87,6 +88,8 @@ def write_model_sum(
         with model_configs(base, reading) as configs:
             written = write_diffusers_folder(model, base, tokens, output, configs)
     _print_fold_table(statistics)
+    if changed := len(weighted_parameters(terms)):
+        print(f"{changed} norms and biases are changed too")
     if fold.residual and statistics.residual.components:
         written += _write_residual(statistics, replace(output, path=fold.residual), base)
     print_written(written, output)

@@ -122,6 +122,9 @@ def choose_output_format(paths: Sequence[str]) -> str:
 def widest_dtype(states: Sequence[AdapterState]) -> torch.dtype | None:
     """The widest dtype of the factors in some adapters or, without any, of their token rows."""
     dtypes = {lr.down.dtype for lr in _all_factors(states)}
+    for state in states:
+        for changes in state.parameters.values():
+            dtypes |= {change.dtype for change in changes.values()}
     if not dtypes:
         for state in states:
             dtypes |= {rows.dtype for rows in state.tokens.values()}

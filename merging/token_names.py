@@ -46,7 +46,7 @@ def describe_whole_rows(
         if not state.tokens or weight == 1:
             continue
         acts = f"the weight {weight:g} acts on its layers only"
-        if not any(state.components.values()):
+        if not state.changed_components:
             acts = f"the weight {weight:g} changes nothing"
         sentences.append(f"the token rows of {path} are taken whole; {acts}")
     return sentences

@@ -107,6 +107,16 @@ DOUBLE_BLOCK = {  # names inside a double block
     "ff_context.net.2": "txt_mlp.2",
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+SINGLE_BLOCK = {
+    "proj_out": "linear2",
+    "norm.linear": "modulation.lin",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
 }
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -117,11 +127,7 @@ BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {
         DOUBLE_BLOCK,
         {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV},
     ),
-    "single_transformer_blocks": (
-        "single_blocks",
-        {"proj_out": "linear2", "norm.linear": "modulation.lin"},
-        {"linear1": (*QKV, "proj_mlp")},
-    ),
+    "single_transformer_blocks": ("single_blocks", SINGLE_BLOCK, {"linear1": (*QKV, "proj_mlp")}),
 }
 
 
@@ -473,7 +479,7 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
         architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
     )
     network = plain.components["transformer"]
-    named = replace(network, **_original_names(network.shapes), swapped=SWAPPED)
+    named = replace(network, **_original_names(network.modules), swapped=SWAPPED)
     components = {**plain.components, "transformer": named}
     return replace(plain, components=components, network_module="networks.lora_flux")
 

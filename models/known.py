@@ -42,6 +42,7 @@ OTHER_FAMILIES = {
     "Wan": TOP + r"blocks[._]\d+[._](self|cross)_attn[._][qkvo](_img)?\.",
     "Krea 2": TOP + r"blocks[._]\d+[._]attn[._](gate|w[qkvo])[._]",
     "Z-Image or Lumina": TOP + r"layers[._]\d+[._](attention|feed_forward)[._]",
+    "Flux.2": r"(double|single)_stream_modulation|qkv_mlp_proj",
     "HunyuanVideo": r"double_blocks\.\d+\.(img|txt)_attn_",
     "AnimateDiff": r"motion_modules[._]|temporal_transformer",
 }
@@ -195,7 +196,8 @@ def _layers_in_file(shapes: Mapping[str, Shape], format: str) -> list[LayerInFil
 def _weight_size(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
     """(out, fan-in) of the weight that a layer's tensors update; None where it is unknown.
 
-    The tensors are those of a LoRA with or without a core, a LoHa, a LoKr, or a full difference.
+    The tensors are those of a LoRA with or without a core, a LoHa, a LoKr, or a full difference, or
+    the vector that is added to a norm or a bias.
     """
     if "up" in parts or "down" in parts:
         out = next(iter(parts.get("up", ())), None)
@@ -208,7 +210,12 @@ def _weight_size(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
         return (a * c if a and c else None), (b * d if b and d else None)
     if any(role.startswith("hada") for role in parts):
         return _product_size(parts, "hada_w1")
-    return _product_size(parts, "diff")
+    if "diff" in parts:
+        return _product_size(parts, "diff")
+    for role in ("w_norm", "b_norm", "diff_b"):
+        if role in parts:
+            return parts[role][0], None
+    return None, None
 
 
 def _product_size(parts: Mapping[str, Shape], name: str) -> tuple[int | None, int | None]:
@@ -226,7 +233,7 @@ def _product_size(parts: Mapping[str, Shape], name: str) -> tuple[int | None, in
 def _shapes_by_layer(
     kind: str, format: str, layers: Iterable[LayerInFile]
 ) -> dict[str, list[Shape]]:
-    """Name of a layer in the file -> shapes of the model's modules of that name."""
+    """Name of a layer or norm in the file -> shapes of the model's modules of that name."""
     found: dict[str, list[Shape]] = {}
     for heads, names in _names_by_component(kind, format):
         for head in heads:
@@ -277,8 +284,9 @@ def _names_by_component(kind: str, format: str) -> list[tuple[list[str], dict[st
     tables = []
     for name, component in stored.components.items():
         names: dict[str, Shape] = {}
-        for path, spellings in spell_paths(grammar, component, component.shapes).items():
-            names |= dict.fromkeys(spellings, component.shapes[path])
+        for path, spellings in spell_paths(grammar, component, component.modules).items():
+            shape = component.shapes.get(path) or component.parameters[f"{path}.weight"]
+            names |= dict.fromkeys(spellings, shape)
         tables.append((spell_heads(grammar, name, component), names))
     return tables
 

@@ -65,6 +65,7 @@ def _decode_component(row: Json) -> Component:
     decoded = {
         "prefixes": tuple(row["prefixes"]),
         "shapes": _with_tuples(row["shapes"]),
+        "parameters": _with_tuples(row["parameters"]),
         "fused": _with_tuples(row["fused"]),
         "swapped": frozenset(row["swapped"]),
         "numbering": numbering,

@@ -277,13 +277,13 @@ def sd_layout(
         for name, component in found.components.items()
     }
     components["unet"] = replace(
-        components["unet"], blocks=block_indices(components["unet"].shapes)
+        components["unet"], blocks=block_indices(components["unet"].modules)
     )
     return replace(found, components=components, block_lists=(17, 26))
 
 
 def block_indices(paths: Iterable[str]) -> dict[str, int]:
-    """Path of a layer in one of the UNet's blocks -> its index into `block_weights.BLOCKS`.
+    """Path of a layer or norm in one of the UNet's blocks -> its index into `block_weights.BLOCKS`.
 
     From 1 (conv_in) in the down blocks, 13 in the middle block, from 14 in the up blocks.
     """

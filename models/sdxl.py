@@ -307,7 +307,7 @@ def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layo
     component: Component = found.components["unet"]
     named = replace(
         component,
-        names=unet_module_names(component.shapes),
-        blocks=sd.block_indices(component.shapes),
+        names=unet_module_names(component.modules),
+        blocks=sd.block_indices(component.modules),
     )
     return replace(found, components={**found.components, "unet": named}, block_lists=(12, 20, 26))

@@ -242,7 +242,7 @@ def test_a_fused_layer_gives_each_part_its_rows_and_a_turned_one_its_halves(tmp_
             {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 3), "lokr_w2": (4, 4), "alpha": (2,)},
             r"an alpha of shape \[2\]",
         ),
-        ({"diff": (8, 12), "diff_b": (8,)}, r"1 unknown key\(s\): lora_unet_a.diff_b"),
+        ({"diff": (8, 12), "diff_b": (7,)}, r"a change \[7\] of a.bias, expected \[8\]"),
     ],
 )
 def test_what_does_not_make_up_a_weight_is_refused(layout, tmp_path, parts, expected):

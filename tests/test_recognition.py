@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import infer
 from lora_core import formats
 from lora_core.adapters.weight_updates import scaled_product
 from lora_core.errors import UserError
@@ -128,6 +129,9 @@ def test_all_commands_refuse_a_control_lora_by_its_name(tmp_path, capsys, shown)
         call(file, file, out, "--mode", mode, status=2, lora_add=True)
         assert "control LoRA" in capsys.readouterr().err
     assert "control LoRA" in sentence(formats.load, file)
+    # before the model is looked for
+    assert infer.main(["--model", "nowhere", "--prompt", "a", "--lora", f"{file}:0.5"]) == 2
+    assert "control LoRA" in capsys.readouterr().err
     assert not out.exists()
 
 

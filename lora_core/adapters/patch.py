@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_core import formats, tokens
-from lora_core.adapters import injection
+from lora_core.adapters import changed_parameters, injection
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
@@ -50,7 +50,8 @@ class Patch:
         self.name = name
         self.placeholders = placeholders
         self.report = report
-        self.adapted: list[str] = []  # components with this patch's adapters
+        self.adapted: list[str] = []  # components with this patch's adapters or changes
+        self.layered: list[str] = []  # of these the ones with adapted layers
         self.embedded: dict[str, tokens.LearnedEmbedding] = {}  # component -> its learned rows
 
     def __enter__(self) -> Patch:
@@ -69,12 +70,14 @@ class Patch:
         Learned tokens have no strength.
         """
         for name, number in _component_strengths(strength, self.adapted, self.name).items():
-            injection.set_strength(self.modules[name], self.name, number)
+            if name in self.layered:
+                injection.set_strength(self.modules[name], self.name, number)
+            changed_parameters.set_change_strength(self.modules[name], self.name, number)
 
     def parameters(self) -> list[nn.Parameter]:
         """The factors and token rows on the networks."""
         found: list[nn.Parameter] = []
-        for name in self.adapted:
+        for name in self.layered:
             found += injection.adapter_parameters(self.modules[name], self.name)
         return found + [embedding.rows for embedding in self.embedded.values()]
 
@@ -93,8 +96,10 @@ class Patch:
         for name in list(self.embedded):
             tokens.uninstall_tokens(self.modules[name], self.modules[TOKENIZERS[name]])
             del self.embedded[name]
+        while self.layered:
+            injection.remove(self.modules[self.layered.pop()], self.name)
         while self.adapted:
-            injection.remove(self.modules[self.adapted.pop()], self.name)
+            changed_parameters.remove_changes(self.modules[self.adapted.pop()], self.name)
 
 
 def patch(
@@ -127,23 +132,19 @@ def patch(
     networks = {key: module for key, module in modules.items() if isinstance(module, nn.Module)}
     layout = layout or layout_of(networks)
     state = formats.load(file, layout, merging=True)
-    updates = state.updates()
-    for name in updates:
+    for name in state.changed_components:
         if name not in networks:
             given = ", ".join(networks) or "nothing"
             raise UserError(
                 f"{file} adapts {name}, but only {given} was given; pass its module too"
             )
-    strengths = _component_strengths(strength, updates, source)
+    strengths = _component_strengths(strength, state.changed_components, source)
     names, placeholders = _rename_tokens(state, rename, source)
     encoders = _token_rows_by_encoder(state, modules, layout, names, source)
     adapter = _unused_adapter_name(networks, Path(file).stem)
     result = Patch(modules, adapter, placeholders, _unexpected_facts(state, rename, source))
     try:
-        for name, adapted in updates.items():
-            factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
-            injection.load_factors(networks[name], factors, result.name, strengths[name])
-            result.adapted.append(name)
+        _apply_state(state, networks, layout, strengths, result)
         for name, rows in encoders.items():
             every = (Placeholder("all tokens of the file", names, init="zero"),)
             tokenizer = modules[TOKENIZERS[name]]
@@ -156,6 +157,27 @@ def patch(
     for parameter in result.parameters():
         parameter.requires_grad_(False)
     return result
+
+
+def _apply_state(
+    state: AdapterState,
+    networks: Mapping[str, nn.Module],
+    layout: Layout,
+    strengths: Mapping[str, float],
+    result: Patch,
+) -> None:
+    """Puts a file's factors on the layers, and adds its changes to norms and biases."""
+    for name, adapted in state.updates().items():
+        factors = {layout.module_path(name, path): lr for path, lr in adapted.items()}
+        injection.load_factors(networks[name], factors, result.name, strengths[name])
+        result.layered.append(name)
+        result.adapted.append(name)
+    for name, vectors in state.parameters.items():
+        prefix = layout.component(name).module_prefix
+        own = {path.removeprefix(prefix): vector for path, vector in vectors.items()}
+        changed_parameters.add_changes(networks[name], own, result.name, strengths[name])
+        if name not in result.adapted:
+            result.adapted.append(name)
 
 
 def _component_strengths(
@@ -289,6 +311,7 @@ def _unused_adapter_name(networks: Mapping[str, nn.Module], wanted: str) -> str:
     """
     taken: set[str] = set()
     for network in networks.values():
+        taken |= changed_parameters.names_of_changes(network)
         for layer in adapted_layers(network):
             taken.update(layer.adapters)
     first = name = f"patch_{wanted.replace('.', '_')}"

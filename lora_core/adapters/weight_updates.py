@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,9 @@ class AdapterState:
     tokens: dict[str, Tensor] = field(default_factory=dict)  # "clip_l" | "clip_g" | "t5": [n, d]
     token_names: tuple[str, ...] = ()  # n names, in the order of rows
     metadata: dict[str, str] = field(default_factory=dict)
+    # Component -> path of a norm's weight or of a bias -> what is added to it, unscaled (LyCORIS'
+    # w_norm, b_norm and diff_b).
+    parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     # Like components, in states that are read to be merged or applied only.
     dense: dict[str, dict[str, DenseUpdate]] = field(default_factory=dict)
 
@@ -91,6 +94,17 @@ class AdapterState:
             for name, own in modules.items():
                 found.setdefault(name, {}).update(own)
         return found
+
+    @property
+    def changed_components(self) -> list[str]:
+        """The components that the file changes, in layers, norms or biases."""
+        names = dict.fromkeys([*self.components, *self.dense, *self.parameters])
+        return [name for name in names if any(own.get(name) for own in self.all_changes)]
+
+    @property
+    def all_changes(self) -> tuple[dict[str, Any], ...]:
+        """The three tables of changes, each component -> path -> change."""
+        return self.components, self.dense, self.parameters
 
 
 def scaled_product(lr: LowRank | DenseUpdate) -> Tensor:

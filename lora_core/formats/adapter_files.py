@@ -28,6 +28,7 @@ from lora_core.formats.known_formats import (
     run_file_names,
 )
 from lora_core.formats.layout import Layout, nearest_name
+from lora_core.formats.parameter_changes import refuse_parameters
 from lora_core.formats.recognition import (
     model_of_run,
     recognize_file,
@@ -149,12 +150,13 @@ def _join_states(first: AdapterState, second: AdapterState, one: str, other: str
 
     Raises UserError for a network in both, and for tokens of another training.
     """
-    for name in (*second.components, *second.dense):
-        if first.components.get(name) or first.dense.get(name):
+    for name in second.changed_components:
+        if name in first.changed_components:
             raise UserError(f"{one} and {other} both adapt {name}; expected one of them")
     joined = replace(
         first,
         components=first.components | second.components,
+        parameters=first.parameters | second.parameters,
         dense=first.dense | second.dense,
         metadata=second.metadata | first.metadata,
     )
@@ -266,7 +268,9 @@ def save(
             f"{path} cannot be written: {_describe_first_dense(state)}; {HOW_TO_DISTILL}"
         )
     is_token_format = format in TOKEN_FORMATS
-    if not (state.tokens if is_token_format else any(state.components.values())):
+    if not is_token_format and not FORMATS[format].holds_parameters:
+        refuse_parameters(state, f"{path}, in the format {format},")
+    if not (state.tokens if is_token_format else state.changed_components):
         missing = "token rows" if is_token_format else "adapted modules"
         raise UserError(f"there is nothing to write to {path}: the state has no {missing}")
     path = Path(path)
@@ -338,5 +342,8 @@ def _cast_state(state: AdapterState, dtype: torch.dtype | None) -> AdapterState:
         for path, lr in modules.items():
             cast = LowRank(lr.down.to(dtype), lr.up.to(dtype), lr.scale, lr.magnitude)
             components[name][path] = cast
+    parameters = {}
+    for name, changes in state.parameters.items():
+        parameters[name] = {path: change.to(dtype) for path, change in changes.items()}
     tokens = {key: rows.to(dtype) for key, rows in state.tokens.items()}
-    return replace(state, components=components, tokens=tokens)
+    return replace(state, components=components, parameters=parameters, tokens=tokens)

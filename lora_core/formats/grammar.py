@@ -19,12 +19,14 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import lycoris
-from lora_core.formats.known_formats import ADAPTER_NAME, ROLE_OF_LEAF
+from lora_core.formats.known_formats import ADAPTER_NAME, PARAMETER_ROLES, ROLE_OF_LEAF
 from lora_core.formats.layout import Component, Layout, Shape, nearest_name
+from lora_core.formats.parameter_changes import changed_modules, encode_parameters, take_parameters
 
 MOST_COMPARED = 200  # names compared for the nearest one: comparing 10^5 takes a minute
-Update = LowRank | DenseUpdate
+Update = LowRank | DenseUpdate | Tensor  # a tensor: added to a norm or bias
 Scale = Callable[[str, int, str], float]  # (path, rank, where) -> the factor of up @ down
+NORM_ROLES = ("w_norm", "b_norm")  # roles that layers do not have
 TensorRole = tuple[str, str, str]  # (component, published path, role)
 
 
@@ -74,24 +76,48 @@ def list_known_keys(
     key.
     """
     leaves = ROLE_OF_LEAF if leaves is None else leaves
+    of_norms = {leaf: role for leaf, role in leaves.items() if role in PARAMETER_ROLES}
+    of_layers = {leaf: role for leaf, role in leaves.items() if role not in NORM_ROLES}
     known: dict[str, TensorRole] = {}
     for name, component in layout.components.items():
         heads = spell_heads(grammar, name, component)
         if keys:
             heads = [head for head in heads if any(key.startswith(head) for key in keys)]
-        for path, spellings in spell_paths(grammar, component, component.shapes).items():
-            for words in spellings:
-                for head in heads:
-                    module = head + words
-                    for leaf, role in leaves.items():
-                        meaning = (name, path, role)
-                        other = known.setdefault(module + leaf, meaning)
-                        if other != meaning:
-                            raise ValueError(
-                                f"{module} would name both {other[1]} and {path}; "
-                                "this grammar cannot spell the layout"
-                            )
+        modules = [(list(component.shapes), of_layers)]
+        if of_norms:
+            modules.append((component.norms, of_norms))
+        for paths, ends in modules:
+            for path, spellings in spell_paths(grammar, component, paths).items():
+                beginnings = _join_spellings(heads, spellings)
+                _add_keys(known, beginnings, ends, name, path)
     return known
+
+
+def _join_spellings(heads: Iterable[str], spellings: Sequence[str]) -> list[str]:
+    """The beginnings of a module's keys, up to the leaf."""
+    beginnings: list[str] = []
+    for head in heads:
+        beginnings += [head + words for words in spellings]
+    return beginnings
+
+
+def _add_keys(
+    known: dict[str, TensorRole],
+    beginnings: Iterable[str],
+    leaves: Mapping[str, str],
+    component: str,
+    path: str,
+) -> None:
+    """Adds the keys of one module in place. Raises ValueError for a key of another module."""
+    for module in beginnings:
+        for leaf, role in leaves.items():
+            meaning = (component, path, role)
+            other = known.setdefault(module + leaf, meaning)
+            if other != meaning:
+                raise ValueError(
+                    f"{module} would name both {other[1]} and {path}; "
+                    "this grammar cannot spell the layout"
+                )
 
 
 def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
@@ -171,6 +197,12 @@ def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dic
             module = head + spellings[path][0]
             for role, tensor in _tensors_to_write(lr, grammar).items():
                 tensors[module + leaves[role]] = tensor
+    for name, changes in state.parameters.items():
+        component = layout.component(name)
+        head = spell_heads(grammar, name, component)[0]
+        spelled = spell_paths(grammar, component, changed_modules(changes))
+        starts = {path: head + words[0] for path, words in spelled.items()}
+        tensors |= encode_parameters(changes, component, starts, grammar.leaves)
     return tensors
 
 
@@ -222,34 +254,44 @@ def decode_adapter(
         print(f"{_describe_unknown(leftover, source)}, left out", file=sys.stderr)
     components: dict[str, dict[str, Update]] = {}
     for (component, path), parts in sorted(_group_by_module(tensors, known, source).items()):
-        shape = layout.components[component].shapes[path] if layout else None
+        part = layout.components[component] if layout else None
         where = f"{component}.{path} in {source}"
+        changes = take_parameters(parts, part, path, where)
+        components.setdefault(component, {}).update(changes)
+        if changes and parts.keys() <= {"alpha"}:
+            continue
+        shape = part.shapes[path] if part else None
         is_lycoris = not lycoris.ROLES.isdisjoint(parts)
         if is_lycoris:
-            update: Update = lycoris.to_dense_update(parts, shape, where)
+            update: LowRank | DenseUpdate = lycoris.to_dense_update(parts, shape, where)
         else:
             update = _to_low_rank(parts, shape, where)
             if scales and component in scales and "alpha" not in parts:
                 update = update._replace(scale=scales[component](path, update.rank, where))
         if "magnitude" in parts or "dora_scale" in parts:
             update = _add_magnitude(update, parts, options, where)
-        components.setdefault(component, {})[path] = update
+        components[component][path] = update
     return components
 
 
 def to_adapter_state(
     components: Mapping[str, Mapping[str, Update]], header: Mapping[str, str]
 ) -> AdapterState:
-    """The state of decoded updates: factors in `components`, the rest in `dense`."""
+    """The state of decoded updates: factors in `components`, vectors in `parameters`, the rest
+    in `dense`.
+    """
     factors: dict[str, dict[str, LowRank]] = {}
     dense: dict[str, dict[str, DenseUpdate]] = {}
+    parameters: dict[str, dict[str, Tensor]] = {}
     for name, modules in components.items():
         for path, update in modules.items():
-            if isinstance(update, LowRank):
+            if isinstance(update, Tensor):
+                parameters.setdefault(name, {})[path] = update
+            elif isinstance(update, LowRank):
                 factors.setdefault(name, {})[path] = update
             else:
                 dense.setdefault(name, {})[path] = update
-    return AdapterState(factors, metadata=dict(header), dense=dense)
+    return AdapterState(factors, metadata=dict(header), parameters=parameters, dense=dense)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
@@ -321,8 +363,8 @@ def _to_low_rank(parts: Mapping[str, Tensor], shape: Shape | None, where: str) -
 
 
 def _add_magnitude(
-    update: Update, parts: Mapping[str, Tensor], options: DecodeOptions, where: str
-) -> Update:
+    update: LowRank | DenseUpdate, parts: Mapping[str, Tensor], options: DecodeOptions, where: str
+) -> LowRank | DenseUpdate:
     """The update with the file's DoRA magnitude: [out], or by columns [1, in (, 1, 1)]."""
     given = [role for role in ("magnitude", "dora_scale") if role in parts]
     if len(given) > 1:

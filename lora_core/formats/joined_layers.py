@@ -21,9 +21,11 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.layout import Component, Layout
+from lora_core.formats.parameter_changes import join_biases, joined_parameters, separate_biases
 
 Modules = Mapping[str, LowRank]  # path -> factors
-Update = LowRank | DenseUpdate
+LayerUpdate = LowRank | DenseUpdate
+Update = LayerUpdate | Tensor  # a tensor: added to a norm or bias
 
 
 def join_layout(layout: Layout) -> Layout:
@@ -69,7 +71,11 @@ def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
     components = {}
     for name, modules in state.components.items():
         components[name] = _join_modules(modules, layout.component(name))
-    return replace(state, components=components)
+    parameters = {}
+    for name, changes in state.parameters.items():
+        part = layout.component(name)
+        parameters[name] = join_biases(changes, part, _swapped_names(part))
+    return replace(state, components=components, parameters=parameters)
 
 
 def stored_names(component: Component) -> dict[str, str]:
@@ -138,7 +144,9 @@ def _join_component(component: Component) -> Component:
     for path, name in _swapped_names(component).items():
         shapes[name] = component.shapes[path]
     names = {path: own for path, own in component.names.items() if path not in component.swapped}
-    return replace(component, shapes=shapes, names=names)
+    biases = joined_parameters(component, _swapped_names(component))
+    parameters = {**component.parameters, **biases}
+    return replace(component, shapes=shapes, names=names, parameters=parameters)
 
 
 def _swapped_names(component: Component) -> dict[str, str]:
@@ -164,8 +172,9 @@ def _join_modules(modules: Modules, component: Component) -> dict[str, LowRank]:
 def _separate_modules(
     modules: Mapping[str, Update], component: Component, where: str
 ) -> dict[str, Update]:
-    found = dict(modules)
-    pieces: list[tuple[str, str, Update]] = []  # stored name, path, update
+    changes = {path: own for path, own in modules.items() if isinstance(own, Tensor)}
+    found = {path: own for path, own in modules.items() if not isinstance(own, Tensor)}
+    pieces: list[tuple[str, str, LayerUpdate]] = []  # stored name, path, update
     for joined, parts in component.fused.items():
         if joined in found:
             outs = [component.shapes[path][0] for path in parts]
@@ -180,17 +189,18 @@ def _separate_modules(
         if path in found:
             raise UserError(f"{where} has {path} twice, alone and in {name}; expected one")
         found[path] = piece
-    return dict(sorted(found.items()))
+    changes = separate_biases(changes, component, _swapped_names(component))
+    return {**dict(sorted(found.items())), **changes}
 
 
 # ---------------------------------------------------------------- one layer
 
 
-def _is_dora(update: Update | None) -> bool:
+def _is_dora(update: LayerUpdate | None) -> bool:
     return update is not None and update.magnitude is not None
 
 
-def _by_columns(update: Update) -> bool:
+def _by_columns(update: LayerUpdate) -> bool:
     return update.magnitude is not None and update.magnitude.ndim > 1
 
 
@@ -203,7 +213,7 @@ def _swap_halves(lr: LowRank) -> LowRank:
     return lr._replace(up=lr.up.roll(half, 0), magnitude=magnitude)
 
 
-def _swap_update(update: Update) -> Update:
+def _swap_update(update: LayerUpdate) -> LayerUpdate:
     if isinstance(update, DenseUpdate):
         return update.rolled(update.shape[0] // 2)
     return _swap_halves(update)
@@ -244,7 +254,7 @@ def _scale_up(up: Tensor, factor: float) -> Tensor:
     return up.to(torch.promote_types(up.dtype, torch.float32)) * factor
 
 
-def _unstack_parts(lr: Update, outs: list[int], where: str) -> Sequence[Update | None]:
+def _unstack_parts(lr: LayerUpdate, outs: list[int], where: str) -> Sequence[LayerUpdate | None]:
     """The layer's parts; None for one that is not adapted."""
     if _by_columns(lr):
         raise UserError(
@@ -263,7 +273,7 @@ def _unstack_parts(lr: Update, outs: list[int], where: str) -> Sequence[Update |
     # A magnitude changes a row even where up is 0.
     if columns is None or (lr.magnitude is not None and has_empty):
         columns = [list(range(lr.rank))] * len(outs)
-    found: list[Update | None] = []
+    found: list[LayerUpdate | None] = []
     for own, block, magnitude in zip(columns, blocks, magnitudes, strict=True):
         found.append(_take_columns(lr.down, block, own, lr.scale, magnitude) if own else None)
     return found

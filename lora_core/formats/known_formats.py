@@ -61,7 +61,13 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "lokr_t2": (".lokr_t2",),
     "diff": (".diff",),
     "scalar": (".scalar",),
+    "w_norm": (".w_norm", ".scale.diff"),  # the second: the original code's name of the weight
+    "b_norm": (".b_norm",),
+    "diff_b": (".diff_b",),
 }
+# Role of a tensor that is added to a parameter without factors -> the parameter of the module.
+# `diff` is one in norms only; in layers it is an update like the others.
+PARAMETER_ROLES = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
 XLABS_LEAVES = {".down.weight": "down", ".up.weight": "up"}  # the only ones of XLabs' trainer
 ROLE_OF_LEAF: dict[str, str] = {}
 for _role, _leaves in LEAVES.items():
@@ -102,6 +108,7 @@ class Format:
     starts: tuple[str, ...] = ()  # beginnings of keys that end like a tensor of an adapter
     pattern: str = ""  # or a pattern of whole keys
     is_token_rows: bool = False  # rows of an embedding table, no factors
+    holds_parameters: bool = False  # changes of norms and biases
     has_hashes: bool = False  # whether the header gets kohya's hashes of the file
     joins_layers: bool = False  # whether some layers are stored as one (joined_layers.py)
     endings: tuple[str, ...] = (".safetensors",)  # of the names of files that are written
@@ -146,6 +153,7 @@ FORMATS = {  # in the order in which they are tried
         "write_kohya",
         names="kohya_names",
         starts=("lora_", "lycoris_"),
+        holds_parameters=True,
         has_hashes=True,
         joins_layers=True,
     ),

@@ -50,6 +50,9 @@ GRAMMAR = Grammar(
         "up": ".lora_up.weight",
         "alpha": ".alpha",
         "magnitude": ".dora_scale",
+        "w_norm": ".w_norm",
+        "b_norm": ".b_norm",
+        "diff_b": ".diff_b",
     },
     separator="_",
     scale="alpha",
@@ -93,8 +96,8 @@ def original_names(component: Component) -> Mapping[str, str]:
     is_unet = any(map(UNET_PATH.match, component.shapes))
     if component.names or not is_unet:
         return component.names
-    names = compvis.unet_module_names(component.shapes)
-    one_to_one = len(set(names.values())) == len(component.shapes)
+    names = compvis.unet_module_names(component.modules)
+    one_to_one = len(set(names.values())) == len(component.modules)
     return names if one_to_one else {}  # a block that the original code does not have
 
 

@@ -56,6 +56,8 @@ class Component:
     shapes: Mapping[str, Shape]
     # the start of every path that the installed module lacks, e.g. "text_model."
     module_prefix: str = ""
+    # path of a norm's weight, or of the bias of a norm or a layer -> its shape
+    parameters: Mapping[str, Shape] = field(default_factory=dict)
     # path -> the dotted name that kohya's files have instead
     names: Mapping[str, str] = field(default_factory=dict)
     # such a name -> the paths whose outputs it stacks, in row order
@@ -66,6 +68,16 @@ class Component:
     # path -> its block, an index into the 26 of `block_weights.BLOCKS`
     blocks: Mapping[str, int] = field(default_factory=dict)
     width: int = 0  # of an embedding table's rows; 0 for a network without one
+
+    @property
+    def norms(self) -> list[str]:
+        """The paths of the norms."""
+        return norm_paths(self.shapes, self.parameters)
+
+    @property
+    def modules(self) -> list[str]:
+        """The paths of all layers and norms."""
+        return [*self.shapes, *self.norms]
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,8 @@ def layout_of(
             prefixes = NUMBERED_PREFIXES
         published = {level + path: shape for path, shape in shapes.items()}
         width = _embedding_width(module)
-        components[name] = Component(prefixes, published, level, width=width)
+        parameters = {level + path: shape for path, shape in vector_shapes(module)}
+        components[name] = Component(prefixes, published, level, parameters, width=width)
     own_encoders = {name: key for name, key in encoders.items() if name in modules}
     return Layout(family, base_model_version, components, own_encoders, presets or {}, architecture)
 
@@ -153,6 +166,26 @@ def weight_shapes(module: nn.Module, path: str = "") -> Iterator[tuple[str, Shap
             yield path + name, tuple(base.weight.shape)
         else:
             yield from weight_shapes(child, f"{path}{name}.")
+
+
+def vector_shapes(module: nn.Module, path: str = "") -> Iterator[tuple[str, Shape]]:
+    """(dotted path, shape) of every bias, and of the weights of norms; wrappers are looked through.
+
+    These are the parameters that LyCORIS' files change directly, without factors.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 1 and name in ("weight", "bias"):
+            yield path + name, tuple(parameter.shape)
+    for name, child in module.named_children():
+        base = getattr(child, "base", child)
+        inner = base if isinstance(base, nn.Linear | nn.Conv2d) else child
+        yield from vector_shapes(inner, f"{path}{name}.")
+
+
+def norm_paths(layers: Collection[str], parameters: Iterable[str]) -> list[str]:
+    """The modules of `parameters` that are no layers."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    return [path for path in modules if path not in layers]
 
 
 def missing_level(component: str, paths: Collection[str]) -> str:

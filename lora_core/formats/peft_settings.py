@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import COMPONENTS, PEFT_HEADER
@@ -52,9 +54,11 @@ class PeftSettings:
             )
         return alpha / rank ** (0.5 if self.rslora else 1)
 
-    def check(self, modules: Mapping[str, LowRank | DenseUpdate], where: str) -> None:
+    def check(self, modules: Mapping[str, LowRank | DenseUpdate | Tensor], where: str) -> None:
         """Raises UserError where use_dora is set and a magnitude is missing."""
         for path, update in modules.items():
+            if isinstance(update, Tensor):  # of a norm or bias
+                continue
             if self.dora and update.magnitude is None:
                 raise UserError(
                     f"{where} has no magnitude for {path}, but its settings have use_dora; "

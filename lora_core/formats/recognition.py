@@ -37,7 +37,8 @@ MODEL_PREFIXES = (  # of keys in models that are a single file
     "single_blocks.",
 )
 BUNDLED = "bundle_emb."  # beginning of the keys of token rows in an adapter's file
-CONTROL = "a control LoRA, which also changes norms and takes a control image as further inputs"
+CONTROL = "a control LoRA, which has whole norms and takes a control image as further inputs"
+WIDE = "a control LoRA, or one for another model: its first layer takes 128 inputs instead of 64"
 # Pattern of a key of an adapter for something else than a model -> what the file is.
 FOREIGN_KEYS = {
     r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
@@ -82,9 +83,7 @@ def recognize_keys(shapes: Shapes) -> RecognizedFile:
     if format in TOKEN_FORMATS:
         return RecognizedFile("tokens", format or "")
     if format:
-        if key := _control_key(own):
-            return RecognizedFile("foreign", what=CONTROL, key=key)
-        return RecognizedFile("adapter", format)
+        return _recognize_control(own) or RecognizedFile("adapter", format)
     if key := next((key for key in own if key.startswith(MODEL_PREFIXES)), None):
         return RecognizedFile("model", key=key)
     return RecognizedFile("unknown")
@@ -157,13 +156,15 @@ def refuse_other_kinds(found: RecognizedFile, source: str) -> None:
         )
 
 
-def _control_key(shapes: Shapes) -> str:
-    """A key that shows that an adapter is for a control image; "" for other adapters."""
+def _recognize_control(shapes: Shapes) -> RecognizedFile | None:
+    """The kind of an adapter for a control image; None for other adapters."""
     for key, shape in shapes.items():
+        if CONTROL_KEY.fullmatch(key):
+            return RecognizedFile("foreign", what=CONTROL, key=key)
         takes = shape[1] if len(shape) > 1 else 0
-        if CONTROL_KEY.fullmatch(key) or (takes == CONTROL_INPUTS and FIRST_LAYER.fullmatch(key)):
-            return key
-    return ""
+        if takes == CONTROL_INPUTS and FIRST_LAYER.fullmatch(key):
+            return RecognizedFile("foreign", what=WIDE, key=key)
+    return None
 
 
 def _is_pickle(file: Path) -> bool:

@@ -16,7 +16,7 @@ from lora_core.adapters.patch import Patch, patch
 from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.formats import embeddings
-from lora_core.formats.recognition import model_of_run
+from lora_core.formats.recognition import model_of_run, recognize_file, refuse_other_kinds
 from lora_core.settings import scheduler_changes
 from lora_core.text import shorten_value
 from lora_core.toml import parse_toml
@@ -75,7 +75,7 @@ def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -
         state = formats.load(lora.path, family.layout, merging=True)
         strength = lora.strength
         if isinstance(strength, dict):
-            strength = _by_component(strength, state.updates(), lora.path)
+            strength = _by_component(strength, state.changed_components, lora.path)
         names = (*embeddings.placeholder_words(state, lora.path), *state.token_names)
         applied = patch(
             modules, lora.path, strength, layout=family.layout, rename=_free_names(names, patches)
@@ -178,6 +178,16 @@ def _read_setting(table: Mapping[str, Any], name: str, default: Any, where: str)
             "is the file damaged?"
         )
     return value
+
+
+def refuse_other_files(loras: Sequence[LoraSource]) -> None:
+    """Raises UserError for a file that is no adapter, before a model is loaded.
+
+    Files that cannot be read are left to their reader.
+    """
+    for lora in loras:
+        if Path(lora.path).is_file():
+            refuse_other_kinds(recognize_file(lora.path), lora.path)
 
 
 def warn_of_whole_model(model: str, run: Path) -> None:
