@@ -1,13 +1,16 @@
 """merge.py in this process on a folder of small files, and the sums that it should give."""
 
+import json
 from dataclasses import replace
 
 import torch
+from safetensors.torch import save_file
 
 import merge
 from lora_core import formats
 from lora_core.adapters.weight_updates import scaled_product
 from lora_core.formats import embeddings
+from lora_core.formats.model_folders import open_model_folder
 from merging.adapter_sums import layers_by_key
 from tests.tiny_pipeline import pipeline, random_state
 
@@ -75,3 +78,25 @@ def snapshot(folder):
     return {
         str(path): path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")
     }
+
+
+def dora_on(folder, *, columns=False, path=SQUARE, factor=1.2):
+    """(a DoRA of one layer of the model as a kohya file, its update in fp64)."""
+    weight = open_model_folder(folder)["unet"].read(f"{path}.weight").double()
+    noise = torch.Generator().manual_seed(3)
+    down = 0.05 * torch.randn(2, weight.shape[1], generator=noise)
+    up = torch.randn(weight.shape[0], 2, generator=noise)
+    tuned = weight + up.double() @ down.double()
+    norm = tuned.norm(dim=0 if columns else 1, keepdim=True)
+    magnitude = factor * norm + 0.05 * torch.rand(norm.shape, generator=noise)
+    update = tuned * magnitude.float() / norm - weight
+    module = "lora_unet_" + path.replace(".", "_")
+    tensors = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    return tensors | {f"{module}.dora_scale": magnitude.float()}, update
+
+
+def save_dora(name, *, columns=False, folder="base", **more):
+    tensors, update = dora_on(folder, columns=columns, **more)
+    header = {"ss_network_args": json.dumps({"wd_on_output": str(not columns)})}
+    save_file(tensors, name, header)
+    return update

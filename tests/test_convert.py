@@ -1,8 +1,6 @@
 """merge.py convert: other names, the same updates and tokens."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import scaled_product
-from lora_core.formats.model_folders import open_model_folder
 from tests.adapter_checks import header
-from tests.merge_commands import SQUARE, assert_equal, call, deltas
+from tests.merge_commands import SQUARE, assert_equal, call, deltas, dora_on, save_dora
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "cloneofsimo"])
@@ -24,28 +21,6 @@ def test_convert_changes_names_only(here, states, layout, format):
         "o.safetensors" if format == "cloneofsimo" else "o_emb.safetensors", layout
     )
     assert torch.equal(tokens.tokens["clip_l"], states["c"].tokens["clip_l"])
-
-
-def dora_on(folder, *, columns=False, path=SQUARE, factor=1.2):
-    """(a DoRA of one layer of the model as a kohya file, its update in fp64)."""
-    weight = open_model_folder(folder)["unet"].read(f"{path}.weight").double()
-    noise = torch.Generator().manual_seed(3)
-    down = 0.05 * torch.randn(2, weight.shape[1], generator=noise)
-    up = torch.randn(weight.shape[0], 2, generator=noise)
-    tuned = weight + up.double() @ down.double()
-    norm = tuned.norm(dim=0 if columns else 1, keepdim=True)
-    magnitude = factor * norm + 0.05 * torch.rand(norm.shape, generator=noise)
-    update = tuned * magnitude.float() / norm - weight
-    module = "lora_unet_" + path.replace(".", "_")
-    tensors = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
-    return tensors | {f"{module}.dora_scale": magnitude.float()}, update
-
-
-def save_dora(name, *, columns=False, folder="base", **more):
-    tensors, update = dora_on(folder, columns=columns, **more)
-    header = {"ss_network_args": json.dumps({"wd_on_output": str(not columns)})}
-    save_file(tensors, name, header)
-    return update
 
 
 @pytest.mark.parametrize("words", [("--rank", "5"), ("--max-error", "0.05"), ()])
@@ -125,47 +100,6 @@ def test_as_lora_needs_weights_and_not_only_names(here, capsys):
     words = ("--as", "lora", "--model", "sd1")
     call("convert", "e.safetensors", "o.safetensors", *words, status=2)
     assert "--model sd1 is the name of a model's layers, without weights" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["convert", "mix"])
-def test_a_dora_under_kohyas_names_is_warned_of(here, command, capsys):
-    """With A1111's and ComfyUI's own errors where the base model is there."""
-    update = save_dora("e.safetensors")
-    words = ("e.safetensors", "o.safetensors", "--to", "kohya")
-    if command == "mix":
-        words = ("e.safetensors", "--out", "o.safetensors", "--format", "kohya")
-    call(command, *words, "--model", "base")
-    said = capsys.readouterr().err
-    saved = load_file("o.safetensors")
-    down, up, scale = (
-        next(tensor.double() for key, tensor in saved.items() if key.endswith(end))
-        for end in ("down.weight", "up.weight", "dora_scale")
-    )
-    weight = open_model_folder("base")["unet"].read(f"{SQUARE}.weight").double()
-    tuned = weight + up @ down
-    readers = {
-        "A1111": tuned * (scale / tuned.norm(dim=0, keepdim=True)) - weight,
-        "ComfyUI": tuned * (scale / weight.norm(dim=1, keepdim=True)) - weight,
-    }
-    for name, wrong in readers.items():
-        error = float((wrong - update).norm() / update.norm())
-        assert f"{100 * error:.3g} % in {name}" in said
-    assert said.startswith("warning: A1111 and ComfyUI apply a DoRA")
-    Path("configs").mkdir()
-    for part in ("unet", "text_encoder", "vae", "scheduler", "tokenizer"):
-        if (Path("base") / part).is_dir():
-            shutil.copytree(Path("base") / part, Path("configs") / part,
-                            ignore=shutil.ignore_patterns("*.safetensors"))  # fmt: skip
-    shutil.copy("base/model_index.json", "configs")
-    call(command, *words, "--model", "configs", "--overwrite")
-    assert "was wrong by 187 to 543 % in A1111" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("columns, format", [(True, "kohya"), (False, "diffusers")])
-def test_a_dora_that_is_applied_alike_is_not_warned_of(here, columns, format, capsys):
-    save_dora("e.safetensors", columns=columns)
-    call("convert", "e.safetensors", "o.safetensors", "--to", format, "--model", "base")
-    assert not capsys.readouterr().err
 
 
 def test_a_dora_by_columns_stays_in_kohyas_format_and_nowhere_else(here, capsys):

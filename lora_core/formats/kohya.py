@@ -8,8 +8,8 @@ names, and each module has its own rank and alpha (see `joined_layers`). From su
 give it the native file, `pytorch_lora_weights.safetensors`.
 
 A DoRA magnitude is LyCORIS' `dora_scale` by rows, [out, 1 (, 1, 1)], over the row norm of
-W + delta W. Other readers differ: ComfyUI divides by the norm of W, A1111 by columns, and diffusers
-0.42.1 leaves dora_scale out with a warning; give it the native file.
+W + delta W. Other readers differ (see `dora_readers`), and diffusers 0.42.1 leaves dora_scale out
+with a warning; give it the native file.
 
 Also read: a magnitude by columns, [1, in (, 1, 1)] (older LyCORIS); a text encoder's names under
 its numbered prefix (lora_te1, as diffusers exports it) and without the text_model level; a UNet's
