@@ -193,7 +193,9 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
             "model's weights: --model MODEL"
         )
     terms = [Term(state) for state in states]
-    state, reports = merge_terms(terms, KeepOptions(), MergeMethod(), output.dtype, DenseOptions())
+    state, reports, _ = merge_terms(
+        terms, KeepOptions(), MergeMethod(), output.dtype, DenseOptions()
+    )
     order = [sorted(own.token_names) for own in states]
     tokens, notes = join_tokens(
         states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -45,15 +46,18 @@ from merging.opening import (
 )
 from merging.output import (
     Output,
+    align_columns,
     check_adapter_output,
     make_output,
     print_note,
+    print_warning,
     print_written,
     report_table,
     round_adapter,
     settle_format,
     write_adapter,
 )
+from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 
@@ -94,7 +98,8 @@ def mix_adapters(
     check_adapter_output(output)
     paths = [file.path for file in files]
     layout = find_layout(paths, reading)
-    state, reports, notes = _merge_files(files, layout, output, reading, keep, method)
+    merged, notes = _merge_files(files, layout, output, reading, keep, method)
+    state = merged.state
     output = settle_format(
         output,
         layers=any(state.components.values()),
@@ -103,8 +108,9 @@ def mix_adapters(
     )
     for note in notes:
         print_note(note)
-    if reports and output.format not in TOKEN_FORMATS:
-        print(report_table(reports))
+    if merged.reports and output.format not in TOKEN_FORMATS:
+        print(report_table(merged.reports))
+        _print_shares(files, merged.shares)
     print_written(write_adapter(state, output, layout), output)
 
 
@@ -115,8 +121,8 @@ def _merge_files(
     reading: OpenOptions,
     keep: KeepOptions,
     method: MergeMethod,
-) -> tuple[AdapterState, dict[LayerKey, ApproximationReport], list[str]]:
-    """(the sum, its reports by layer, notes about its header and tokens).
+) -> tuple[Merge, list[str]]:
+    """(the sum, notes about its header and tokens).
 
     A separate function, so that the inputs' memory is free when the sum is written.
     """
@@ -130,17 +136,33 @@ def _merge_files(
     if keep and dtype is None:  # a truncated sum is not written wider than its inputs
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
-    state, reports = merge_terms(terms, keep, method, dtype, dense)
+    merged = merge_terms(terms, keep, method, dtype, dense)
+    state = merged.state
     paths, weights = [file.path for file in files], [file.weight for file in files]
     state.metadata, notes = join_metadata(states, paths)
     if not any(own.tokens for own in states):
-        return state, reports, notes
+        return merged, notes
     from merging.token_names import describe_whole_rows, join_tokens
 
     joined, renamed = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata |= joined.metadata
-    return state, reports, notes + renamed + describe_whole_rows(states, paths, weights)
+    return merged, notes + renamed + describe_whole_rows(states, paths, weights)
+
+
+def _print_shares(files: Sequence[WeightedFile], shares: Sequence[float]) -> None:
+    """How much of each input is left, with a warning for one of which much is lost."""
+    rows = [("of each input", "kept")]
+    for file, share in zip(files, shares):
+        rows.append((f"{file.weight:g}*{file.path}", f"{100 * share:.4f} %"))
+    if shares:
+        print("\n".join(align_columns(rows)))
+    for file, share in zip(files, shares):
+        if share < FAITHFUL:
+            print_warning(
+                f"only {100 * share:.1f} % of {file.path} is left in the result, which keeps the "
+                "strongest directions of the sum; keep more, or give it a larger weight"
+            )
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
@@ -181,21 +203,30 @@ def _refuse_idle_on_tokens(keep: KeepOptions, method: MergeMethod) -> None:
 # ---------------------------------------------------------------- methods
 
 
+class Merge(NamedTuple):
+    """The result of a merge, and what it lost."""
+
+    state: AdapterState
+    reports: dict[LayerKey, ApproximationReport]
+    shares: list[float]  # of each input's energy that is kept; none where nothing is lost
+
+
 def merge_terms(
     terms: Sequence[Term],
     keep: KeepOptions,
     method: MergeMethod,
     dtype: torch.dtype | None,
     dense: DenseOptions,
-) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
-    """The merge as one record, in the output's dtype, and its reports by layer."""
+) -> Merge:
+    """The merge as one record, in the output's dtype, with its reports."""
     count = len(weighted_layers(terms))
     title = f"{method.method} of {len(terms)}"
+    tally = SurvivalTally(len(terms))
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense)
         bar = tqdm(layers, total=count, desc=title, unit="layer", disable=None, leave=False)
-        rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
-        return adapter_sums.collect_layers(rounded)
+        state, reports = adapter_sums.collect_layers(_finish_layers(bar, terms, dtype, tally))
+    return Merge(state, reports, tally.shares())
 
 
 def dense_options(
@@ -303,7 +334,7 @@ def _distill_dense_layers(
             distilled = distill_update(update, keep, generator=sketch_generator(key, dense))
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
-        yield MergedLayer(*key, *distilled)
+        yield MergedLayer(*key, *distilled, energies_of_dense(parts, distilled[0]))
 
 
 def _slerp_layers(terms: Sequence[Term], criterion: Keep | None) -> Iterator[MergedLayer]:
@@ -321,7 +352,25 @@ def _slerp_layers(terms: Sequence[Term], criterion: Keep | None) -> Iterator[Mer
     return adapter_sums.mix_layers_slerp(first.state, second.state, weights[1], criterion)
 
 
-def _round_layer(layer: MergedLayer, dtype: torch.dtype | None) -> MergedLayer:
+def _finish_layers(
+    layers: Iterable[MergedLayer],
+    terms: Sequence[Term],
+    dtype: torch.dtype | None,
+    tally: SurvivalTally,
+) -> Iterator[MergedLayer]:
+    """The layers in the output's dtype; what is left of each input is added to the tally."""
+    sources = adapter_sums.layer_sources(terms)
+    for layer in layers:
+        finished = layer if dtype is None else _round_layer(layer, dtype)
+        if layer.inputs is not None and len(terms) > 1:
+            rounded = None
+            if layer.adapter is not None and finished.adapter is not layer.adapter:
+                rounded = rounding_shares(layer.adapter, finished.adapter)
+            tally.add_layer(sources[layer.component, layer.path], layer.inputs, rounded)
+        yield finished
+
+
+def _round_layer(layer: MergedLayer, dtype: torch.dtype) -> MergedLayer:
     if layer.adapter is None:
         return layer
     try:
