@@ -29,6 +29,7 @@ from merging.factor_sums import WeightedAdapters, double_blocks
 from merging.truncation import ApproximationReport
 
 FAITHFUL = 0.9  # share of an input below which a warning is printed
+ROUNDING = 5e-7  # of fp32 factors: singular values below this share of an input's norm are noise
 
 
 class InputEnergies(NamedTuple):
@@ -55,19 +56,25 @@ def energies_of_factors(weighted: WeightedAdapters, total: LowRank) -> tuple[flo
 
 
 def energies_of_core(
-    weighted: WeightedAdapters, left: Tensor, right: Tensor, u: Tensor, vh: Tensor, steps: int
+    weighted: WeightedAdapters,
+    factors: tuple[Tensor, Tensor],
+    triples: tuple[Tensor, Tensor, Tensor],
+    steps: int,
 ) -> InputEnergies:
     """The energies of the inputs of a sum that is cut after `steps` triples of each group.
 
-    left, right [g, k, r]: the triangular factors of the sum's up and down^T; u [g, k, m] and
-    vh [g, m, k]: the singular vectors of the core left right^T, all in fp64.
+    factors: left and right [g, k, r], the triangular factors of the sum's up and down^T;
+    triples: u [g, k, m], sigma [g, m] and vh [g, m, k] of the core left right^T. All in fp64.
     """
+    (left, right), (u, sigma, vh) = factors, triples
     rows, columns = u.mT @ left, vh @ right  # U^T D_i V is the product of these over its columns
     products = (left.mT @ left) * (right.mT @ right)
-    whole, lost, along = [], [], []
+    whole = [products[:, own, own].sum() for own in _columns_of(weighted)]
+    noise = ROUNDING * float(torch.stack(whole).max()) ** 0.5
+    cut_rows, cut_columns = rows[:, steps:], columns[:, steps:] * (sigma[:, steps:, None] > noise)
+    lost, along = [], []
     for own in _columns_of(weighted):
-        whole.append(products[:, own, own].sum())
-        cut = rows[:, steps:, own] @ columns[:, steps:, own].mT
+        cut = cut_rows[..., own] @ cut_columns[..., own].mT
         lost.append(cut.square().sum())
         along.append((rows[:, :steps, own] * columns[:, :steps, own]).sum(2).square())
     return InputEnergies(torch.stack(whole), torch.stack(lost), torch.stack(along))

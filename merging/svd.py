@@ -95,9 +95,8 @@ def compress_sum(
     with one_thread():
         core = _decompose_core(lr)
         steps = keep.steps(core.sigma.square().sum(0), len(core.sigma))
-        inputs = energies_of_core(
-            weighted, core.r1.double(), core.r2.double(), core.u, core.vh, steps
-        )
+        factors = core.r1.double(), core.r2.double()
+        inputs = energies_of_core(weighted, factors, (core.u, core.sigma, core.vh), steps)
         triples = core.singular_triples()
     return *_truncate(*triples, lr.down.shape[2:], steps, lr.rank), inputs
 
