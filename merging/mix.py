@@ -36,14 +36,9 @@ from merging.commands import (
 )
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
+from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
-from merging.opening import (
-    choose_output_format,
-    find_layout,
-    is_whole_model,
-    open_adapter,
-    widest_dtype,
-)
+from merging.opening import choose_output_format, find_layout, is_whole_model, widest_dtype
 from merging.output import (
     Output,
     align_columns,
@@ -126,7 +121,7 @@ def _merge_files(
 
     A separate function, so that the inputs' memory is free when the sum is written.
     """
-    states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
+    states = open_adapters([file.path for file in files], layout, reading, merging=True)
     if not any(any(state.components.values()) for state in states):
         _refuse_idle_on_tokens(keep, method)
     terms = []

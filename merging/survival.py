@@ -71,7 +71,8 @@ def energies_of_core(
     products = (left.mT @ left) * (right.mT @ right)
     whole = [products[:, own, own].sum() for own in _columns_of(weighted)]
     noise = ROUNDING * float(torch.stack(whole).max()) ** 0.5
-    cut_rows, cut_columns = rows[:, steps:], columns[:, steps:] * (sigma[:, steps:, None] > noise)
+    is_real = sigma[:, steps:, None] > noise
+    cut_rows, cut_columns = rows[:, steps:] * is_real, columns[:, steps:] * is_real
     lost, along = [], []
     for own in _columns_of(weighted):
         cut = cut_rows[..., own] @ cut_columns[..., own].mT
