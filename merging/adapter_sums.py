@@ -19,7 +19,8 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weigh
 from lora_core.errors import UserError
 from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp_weights
 from merging.stored_layers import OWN_LAYERS, LayerKey, StoredLayers
-from merging.svd import compress_adapter, distill_update
+from merging.survival import InputEnergies, energies_of_dense, energies_of_factors, energies_of_one
+from merging.svd import compress_adapter, compress_sum, distill_update
 from merging.truncation import ApproximationReport, Keep
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class MergedLayer(NamedTuple):
     path: str
     adapter: LowRank | None  # None where a budget gives the layer rank 0
     report: ApproximationReport
+    inputs: InputEnergies | None = None  # of a sum: what is kept of each file that has the layer
+    sources: Sequence[int] = ()  # the numbers of these files
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,15 @@ def _join_term(term: Term, stored: StoredLayers) -> Term:
     return Term(state, term.weight, lambda *key: joined[key][0])
 
 
+def layer_sources(terms: Sequence[Term]) -> dict[LayerKey, list[int]]:
+    """The numbers of the terms that `weighted_layers` takes each layer from, in its order."""
+    found: dict[LayerKey, list[int]] = {}
+    for number, term in enumerate(terms):
+        for key in weighted_layers([term]):
+            found.setdefault(key, []).append(number)
+    return found
+
+
 def mix_layers(
     terms: Sequence[Term],
     keep: Keep | Mapping[LayerKey, int] | None = None,
@@ -136,13 +148,14 @@ def mix_layers(
     criterion, and for shapes that do not fit.
     """
     is_table = isinstance(keep, Mapping)
+    sources = layer_sources(terms)
     for key, weighted in weighted_layers(terms).items():
         wanted: Any = _keep_rank(keep[key]) if is_table else keep  # type: ignore[index]
         try:
-            merged = _merge_layer(key, weighted, wanted, dense)
+            adapter, report, inputs = _merge_layer(key, weighted, wanted, dense)
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
-        yield MergedLayer(*key, *merged)
+        yield MergedLayer(*key, adapter, report, inputs, sources[key])
 
 
 def mix_layers_dense(
@@ -239,10 +252,10 @@ def collect_layers(
     """(the merge without tokens or header, the reports of all layers, dropped ones included)."""
     state = AdapterState()
     reports = {}
-    for component, path, adapter, report in merged:
-        reports[component, path] = report
-        if adapter is not None:
-            state.components.setdefault(component, {})[path] = adapter
+    for layer in merged:
+        reports[layer.component, layer.path] = layer.report
+        if layer.adapter is not None:
+            state.components.setdefault(layer.component, {})[layer.path] = layer.adapter
     return state, reports
 
 
@@ -261,20 +274,27 @@ def layer_generator(seed: int, key: LayerKey, purpose: str) -> torch.Generator:
 
 def _merge_layer(
     key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
-) -> tuple[LowRank | None, ApproximationReport]:
-    """The adapter of one layer and its report; `keep` is 0 where a budget gives it rank 0."""
+) -> tuple[LowRank | None, ApproximationReport, InputEnergies | None]:
+    """The adapter of one layer, its report and what is kept of each input.
+
+    `keep` is 0 where a budget gives the layer rank 0.
+    """
     for weight, lr in weighted:
         if lr.magnitude is not None:
             if len(weighted) == 1 and weight == 1 and keep is None:
-                return lr, _exact_report(lr._replace(magnitude=None))
+                return lr, _exact_report(lr._replace(magnitude=None)), None
             return _distill_layer(key, weighted, keep, dense)
+    if isinstance(keep, Keep) and len(weighted) > 1:
+        return compress_sum(weighted, keep)
     lr = concat_factors(weighted)
     if isinstance(keep, Keep):
-        return compress_adapter(lr, keep)
-    exact = _exact_report(lr)
+        kept, report = compress_adapter(lr, keep)
+        return kept, report, energies_of_one(report, kept)
+    norm, inputs = energies_of_factors(weighted, lr)
+    exact = ApproximationReport(lr.rank, lr.rank, norm, 0.0)
     if keep is None:
-        return lr, exact
-    return None, exact._replace(rank=0, lost=exact.norm)
+        return lr, exact, inputs
+    return None, exact._replace(rank=0, lost=norm), inputs._replace(lost=inputs.whole)
 
 
 def _keep_rank(rank: int) -> Keep | int:
@@ -288,8 +308,8 @@ def _exact_report(lr: LowRank) -> ApproximationReport:
 
 def _distill_layer(
     key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
-) -> tuple[LowRank, ApproximationReport]:
-    """The nearest adapter of a layer whose sum is only known as a dense update."""
+) -> tuple[LowRank, ApproximationReport, InputEnergies]:
+    """`_merge_layer` of a layer whose sum is only known as a dense update."""
     if dense.base is None:
         raise UserError(
             "a sum with a DoRA in it depends on the base weight; give the base model, or fold the "
@@ -301,9 +321,10 @@ def _distill_layer(
             "files into the base model"
         )
     weight = dense.base(*key)
-    update = torch.stack([strength * delta_weight(lr, weight) for strength, lr in weighted]).sum(0)
+    parts = [strength * delta_weight(lr, weight) for strength, lr in weighted]
     groups, sketch = _group_count(weighted[0][1]), sketch_generator(key, dense)
-    return distill_update(update, keep, groups=groups, generator=sketch)
+    kept, report = distill_update(torch.stack(parts).sum(0), keep, groups=groups, generator=sketch)
+    return kept, report, energies_of_dense(parts, kept)
 
 
 def _group_count(lr: LowRank) -> int:

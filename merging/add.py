@@ -34,6 +34,7 @@ from merging.adapter_sums import (
 from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
+from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms
 from merging.opening import (
@@ -183,7 +184,7 @@ def _check_arguments(job: LoraAddition) -> None:
 def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     check_adapter_output(output)
     layout = find_layout(job.paths, reading)
-    first, second = [open_adapter(path, layout, reading) for path in job.paths]
+    first, second = open_adapters(job.paths, layout, reading)
     weight_1, weight_2 = job.alphas
     _print_lpl_warning(job, is_same=_hold_same_update(first, second))
     state = lpl_layers(first, second, weight_1, weight_2)
@@ -208,7 +209,7 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
 def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     check_adapter_output(output)
     layout = find_layout(job.paths, reading)
-    states = [open_adapter(path, layout, reading) for path in job.paths]
+    states = open_adapters(job.paths, layout, reading)
     if any(has_magnitude(state) for state in states):
         raise UserError(
             "ljl joins plain LoRAs and one of these files is a DoRA; mix takes it, with the base "
@@ -220,7 +221,7 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     )
     terms = [Term(state) for state in states]
     own = DenseOptions(), stored_layers(output.format, layout)
-    state, reports = merge_terms(terms, KeepOptions(), MergeMethod(), output.dtype, *own)
+    state, reports, _ = merge_terms(terms, KeepOptions(), MergeMethod(), output.dtype, *own)
     order = [sorted(own.token_names) for own in states]
     joined, notes = join_tokens(
         states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>"

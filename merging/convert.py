@@ -121,7 +121,7 @@ def convert_to_lora(
     dense = dense_options(terms, reading, method, keep)
     stored = stored_layers(output.format, layout)
     dtype = output.dtype or widest_dtype([state])
-    found, reports = merge_terms(terms, keep, method, dtype, dense, stored)
+    found, reports, _ = merge_terms(terms, keep, method, dtype, dense, stored)
     print(report_table(reports))
     state = replace(state, components=found.components)
     print_written(write_adapter(state, output, layout), output)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, delta_weight
@@ -39,19 +40,16 @@ from merging.commands import (
 from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
+from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
-from merging.opening import (
-    choose_output_format,
-    find_layout,
-    is_whole_model,
-    open_adapter,
-    widest_dtype,
-)
+from merging.opening import choose_output_format, find_layout, is_whole_model, widest_dtype
 from merging.output import (
     Output,
+    align_columns,
     check_adapter_output,
     make_output,
     print_note,
+    print_warning,
     print_written,
     report_table,
     round_adapter,
@@ -60,6 +58,7 @@ from merging.output import (
 )
 from merging.parameter_sums import sum_parameters
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
+from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 from models.published import PUBLISHED_MODELS
@@ -101,7 +100,8 @@ def mix_adapters(
     check_adapter_output(output)
     paths = [file.path for file in files]
     layout = find_layout(paths, reading)
-    state, reports, notes = _merge_files(files, layout, output, reading, keep, method)
+    merged, notes = _merge_files(files, layout, output, reading, keep, method)
+    state = merged.state
     output = settle_format(
         output,
         layers=bool(state.changed_components),
@@ -111,8 +111,9 @@ def mix_adapters(
     warn_of_dora_readers(state, output, reading)
     for note in notes:
         print_note(note)
-    if reports and output.format not in TOKEN_FORMATS:
-        print(report_table(reports))
+    if merged.reports and output.format not in TOKEN_FORMATS:
+        print(report_table(merged.reports))
+        _print_shares(files, merged.shares)
     print_written(write_adapter(state, output, layout), output)
 
 
@@ -123,12 +124,12 @@ def _merge_files(
     reading: OpenOptions,
     keep: KeepOptions,
     method: MergeMethod,
-) -> tuple[AdapterState, dict[LayerKey, ApproximationReport], list[str]]:
-    """(the sum, its reports by layer, notes about its header and tokens).
+) -> tuple[Merge, list[str]]:
+    """(the sum, notes about its header and tokens).
 
     A separate function, so that the inputs' memory is free when the sum is written.
     """
-    states = [open_adapter(file.path, layout, reading, merging=True) for file in files]
+    states = open_adapters([file.path for file in files], layout, reading, merging=True)
     if not any(state.changed_components for state in states):
         _refuse_idle_on_tokens(keep, method)
     terms = []
@@ -140,16 +141,32 @@ def _merge_files(
     dense = dense_options(terms, reading, method, keep)
     paths, weights = [file.path for file in files], [file.weight for file in files]
     stored = stored_layers(output.format or choose_output_format(paths), layout)
-    state, reports = merge_terms(terms, keep, method, dtype, dense, stored)
+    merged = merge_terms(terms, keep, method, dtype, dense, stored)
+    state = merged.state
     state.metadata, notes = join_metadata(states, paths)
     if not any(own.tokens for own in states):
-        return state, reports, notes
+        return merged, notes
     from merging.token_names import describe_whole_rows, join_tokens
 
     joined, renamed = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata |= joined.metadata
-    return state, reports, notes + renamed + describe_whole_rows(states, paths, weights)
+    return merged, notes + renamed + describe_whole_rows(states, paths, weights)
+
+
+def _print_shares(files: Sequence[WeightedFile], shares: Sequence[float]) -> None:
+    """How much of each input is left, with a warning for one of which much is lost."""
+    rows = [("of each input", "kept")]
+    for file, share in zip(files, shares):
+        rows.append((f"{file.weight:g}*{file.path}", f"{100 * share:.4f} %"))
+    if shares:
+        print("\n".join(align_columns(rows)))
+    for file, share in zip(files, shares):
+        if share < FAITHFUL:
+            print_warning(
+                f"only {100 * share:.1f} % of {file.path} is left in the result, which keeps the "
+                "strongest directions of the sum; keep more, or give it a larger weight"
+            )
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
@@ -190,6 +207,14 @@ def _refuse_idle_on_tokens(keep: KeepOptions, method: MergeMethod) -> None:
 # ---------------------------------------------------------------- methods
 
 
+class Merge(NamedTuple):
+    """The result of a merge, and what it lost."""
+
+    state: AdapterState
+    reports: dict[LayerKey, ApproximationReport]
+    shares: list[float]  # of each input's energy that is kept; none where nothing is lost
+
+
 def merge_terms(
     terms: Sequence[Term],
     keep: KeepOptions,
@@ -197,8 +222,8 @@ def merge_terms(
     dtype: torch.dtype | None,
     dense: DenseOptions,
     stored: StoredLayers = OWN_LAYERS,
-) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
-    """The merge as one record, in the output's dtype, and its reports by stored layer."""
+) -> Merge:
+    """The merge as one record, in the output's dtype, with its reports by stored layer."""
     changes = sum_parameters(terms)
     if any(changes.values()) and method.method != "sum":
         raise UserError(
@@ -207,16 +232,16 @@ def merge_terms(
         )
     count = len(stored.group_parts(weighted_layers(terms)))
     title = f"{method.method} of {len(terms)}"
+    tally = SurvivalTally(len(terms))
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense, stored)
         bar = tqdm(
             layers, total=count, desc=title, unit="layer", disable=hides_progress(), leave=False
         )
-        rounded = bar if dtype is None else (_round_layer(layer, dtype) for layer in bar)
-        state, reports = adapter_sums.collect_layers(rounded)
+        state, reports = adapter_sums.collect_layers(_finish_layers(bar, dtype, tally))
         state = stored.separate_layers(state)
     state.parameters = changes
-    return state, reports
+    return Merge(state, reports, tally.shares())
 
 
 def dense_options(
@@ -266,10 +291,13 @@ def _merge_layers(
     if whole and (method.method != "sum" or criterion is None):
         _refuse_dense_layers(whole)
     if method.method == "sum":
+        sources = adapter_sums.layer_sources(terms) if whole else {}
         factors = [term._replace(factor=_excluding(term.factor, whole)) for term in terms]
         terms = adapter_sums.join_terms(factors if whole else terms, stored)
         sums = adapter_sums.mix_layers(terms, _ranks_or_share(keep, terms, dtype), dense)
-        return itertools.chain(sums, _distill_dense_layers(whole, criterion, dense, stored))
+        return itertools.chain(
+            sums, _distill_dense_layers(whole, sources, criterion, dense, stored)
+        )
     if keep.budget:
         raise UserError(
             f"--budget is for --method sum; {method.method} takes --rank, --max-error or --energy"
@@ -342,6 +370,7 @@ def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
 
 def _distill_dense_layers(
     whole: Mapping[LayerKey, WeightedAdapters],
+    sources: Mapping[LayerKey, Sequence[int]],
     criterion: Keep | None,
     dense: DenseOptions,
     stored: StoredLayers,
@@ -349,17 +378,19 @@ def _distill_dense_layers(
     """The nearest adapters of layers with an update that is not a product of two factors."""
     keep = criterion or Keep(energy=1.0)
     for key, parts in stored.group_parts(whole).items():
-        updates = {}
+        by_file: dict[int, dict[LayerKey, Tensor]] = {}
         try:
             for part in parts:
                 weight = dense.base(*part) if dense.base else None
-                scaled = [strength * delta_weight(lr, weight) for strength, lr in whole[part]]
-                updates[part] = torch.stack(scaled).sum(0)
-            update = stored.stack_dense(key, updates)
-            distilled = distill_update(update, keep, generator=sketch_generator(key, dense))
+                for number, (strength, lr) in zip(sources[part], whole[part]):
+                    update = strength * delta_weight(lr, weight)
+                    by_file.setdefault(number, {})[part] = update
+            updates = [stored.stack_dense(key, own) for own in by_file.values()]
+            total = torch.stack(updates).sum(0)
+            distilled = distill_update(total, keep, generator=sketch_generator(key, dense))
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
-        yield MergedLayer(*key, *distilled)
+        yield MergedLayer(*key, *distilled, energies_of_dense(updates, distilled[0]), [*by_file])
 
 
 def _slerp_layers(
@@ -379,7 +410,21 @@ def _slerp_layers(
     return adapter_sums.mix_layers_slerp(first.state, second.state, weights[1], criterion, stored)
 
 
-def _round_layer(layer: MergedLayer, dtype: torch.dtype | None) -> MergedLayer:
+def _finish_layers(
+    layers: Iterable[MergedLayer], dtype: torch.dtype | None, tally: SurvivalTally
+) -> Iterator[MergedLayer]:
+    """The layers in the output's dtype; what is left of each input is added to the tally."""
+    for layer in layers:
+        finished = layer if dtype is None else _round_layer(layer, dtype)
+        if layer.inputs is not None and tally.count > 1:
+            rounded = None
+            if layer.adapter is not None and finished.adapter is not layer.adapter:
+                rounded = rounding_shares(layer.adapter, finished.adapter)
+            tally.add_layer(layer.sources, layer.inputs, rounded)
+        yield finished
+
+
+def _round_layer(layer: MergedLayer, dtype: torch.dtype) -> MergedLayer:
     if layer.adapter is None:
         return layer
     try:

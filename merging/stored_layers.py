@@ -95,7 +95,10 @@ OWN_LAYERS = StoredLayers()
 
 def stored_layers(format: str, layout: Layout | None) -> StoredLayers:
     """The stored layers of a format of adapter files and a model."""
-    return StoredLayers(layout if FORMATS[format].joins_layers else None)
+    if layout is None or not FORMATS[format].joins_layers:
+        return OWN_LAYERS
+    has_joined = any(part.fused or part.swapped for part in layout.components.values())
+    return StoredLayers(layout) if has_joined else OWN_LAYERS
 
 
 def layers_in_file(path: str, layout: Layout | None) -> StoredLayers:

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank, factor_blocks, from_blocks, refuse_dora
+from merging.factor_sums import WeightedAdapters, concat_factors
+from merging.survival import InputEnergies, energies_of_core
 from merging.truncation import ApproximationReport, Keep
 
 ITERATIONS = 32  # of the randomized SVD; Gaussian matrices, which have no gap at all, take 5 to 15
@@ -32,13 +35,33 @@ def factor_svd(lr: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     k = min(r / g, out / g, fan in). Raises UserError for a DoRA.
     """
     refuse_dora(lr)
-    up, down = factor_blocks(lr)
     with one_thread():
-        q1, r1 = torch.linalg.qr(up)
-        q2, r2 = torch.linalg.qr(down.mT)
-        core = lr.scale * (r1.double() @ r2.double().mT)
-        u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
-        return q1 @ u.to(up.dtype), sigma, vh.to(up.dtype) @ q2.mT
+        core = _decompose_core(lr)
+        return core.singular_triples()
+
+
+class _Core(NamedTuple):
+    """up = q1 r1, down^T = q2 r2 of each group, and the SVD of scale r1 r2^T, in fp64."""
+
+    q1: Tensor
+    r1: Tensor
+    q2: Tensor
+    r2: Tensor
+    u: Tensor
+    sigma: Tensor
+    vh: Tensor
+
+    def singular_triples(self) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = self.q1.dtype
+        return self.q1 @ self.u.to(dtype), self.sigma, self.vh.to(dtype) @ self.q2.mT
+
+
+def _decompose_core(lr: LowRank) -> _Core:
+    up, down = factor_blocks(lr)
+    q1, r1 = torch.linalg.qr(up)
+    q2, r2 = torch.linalg.qr(down.mT)
+    core = lr.scale * (r1.double() @ r2.double().mT)
+    return _Core(q1, r1, q2, r2, *torch.linalg.svd(core, full_matrices=False))
 
 
 def singular_values(lr: LowRank) -> Tensor:
@@ -62,6 +85,20 @@ def compress_adapter(lr: LowRank, keep: Keep) -> tuple[LowRank, ApproximationRep
     u, sigma, vh = factor_svd(lr)
     steps = keep.steps(sigma.square().sum(0), len(sigma))
     return _truncate(u, sigma, vh, lr.down.shape[2:], steps, lr.rank)
+
+
+def compress_sum(
+    weighted: WeightedAdapters, keep: Keep
+) -> tuple[LowRank, ApproximationReport, InputEnergies]:
+    """`compress_adapter` of a weighted sum, and the energies of its inputs (see survival.py)."""
+    lr = concat_factors(weighted)
+    with one_thread():
+        core = _decompose_core(lr)
+        steps = keep.steps(core.sigma.square().sum(0), len(core.sigma))
+        factors = core.r1.double(), core.r2.double()
+        inputs = energies_of_core(weighted, factors, (core.u, core.sigma, core.vh), steps)
+        triples = core.singular_triples()
+    return *_truncate(*triples, lr.down.shape[2:], steps, lr.rank), inputs
 
 
 def distill_update(
