@@ -24,6 +24,43 @@ from lora_core.formats.layout import Component, Layout, Numbering, Shape
 
 Pair = tuple[Tensor, Tensor]  # up, down
 
+ATTENTION_LAYERS = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
+RESNET_LAYERS = (
+    "*.resnets.*.conv1",
+    "*.resnets.*.conv2",
+    "*.resnets.*.time_emb_proj",
+    "*.conv_shortcut",
+)
+# Class of a module, under its old and new name in diffusers and transformers -> its layers.
+CLASSES = {
+    "CrossAttention": ATTENTION_LAYERS,
+    "Attention": ATTENTION_LAYERS,
+    "GEGLU": ("*.ff.net.0.proj",),
+    "ResnetBlock2D": RESNET_LAYERS,
+    "CLIPAttention": ("*.self_attn.*_proj",),
+}
+# Order of registration: the middle block last, attentions before residual blocks.
+AROUND = ("down_blocks", "up_blocks", "mid_block", "attentions", "resnets")
+WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
+# Component -> the order of its layers in cloneofsimo's files. When they were made, diffusers
+# registered feed-forward layers between the attentions; now it registers them last.
+NUMBERINGS = {
+    "unet": Numbering(
+        CLASSES,
+        targets=(
+            ("CrossAttention", "Attention", "GEGLU"),
+            ("CrossAttention", "Attention", "GEGLU", "ResnetBlock2D"),
+        ),
+        orders=(
+            (*AROUND, "attn1", "ff", "attn2", *WITHIN),
+            (*AROUND, "attn1", "attn2", "ff", *WITHIN),
+        ),
+    ),
+    "text_encoder": Numbering(
+        CLASSES, targets=(("CLIPAttention",),), orders=(("k_proj", "v_proj", "q_proj", "out_proj"),)
+    ),
+}
+
 
 # ---------------------------------------------------------------- reading
 
