@@ -123,14 +123,32 @@ def _merge_files(
     dense = dense_options(terms, reading, method, keep)
     state, reports = merge_terms(terms, keep, method, dtype, dense)
     state.metadata = dict(states[0].metadata) if len(states) == 1 else {}
+    paths = [file.path for file in files]
+    notes = output_order(state, states, paths, output, layout)
     if not any(own.tokens for own in states):
-        return state, reports, []
+        return state, reports, notes
     from merging.token_names import join_tokens
 
-    joined, notes = join_tokens(states, [file.path for file in files])
+    joined, renamed = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata |= joined.metadata
-    return state, reports, notes
+    return state, reports, notes + renamed
+
+
+def output_order(
+    merged: AdapterState,
+    states: Sequence[AdapterState],
+    paths: Sequence[str],
+    output: Output,
+    layout: Layout | None,
+) -> list[str]:
+    """Puts the layers into the order of the inputs where the output numbers them; returns notes."""
+    is_numbered = output.format == "cloneofsimo" or output.path.endswith(".pt")
+    if layout is None or not is_numbered:
+        return []
+    from merging.layer_order import keep_layer_order
+
+    return keep_layer_order(merged, states, paths, layout)
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import scaled_product
 from lora_core.formats.factor_lists import write_factor_lists
 from lora_core.formats.model_folders import open_model_folder
 from tests.merge_commands import SQUARE, assert_equal, call, deltas, summed
+from tests.numbered_files import PLAIN, TEXT, file_of, old_order, walk
 from tests.tiny_pipeline import pipeline, random_state
 
 
@@ -34,7 +35,7 @@ def test_lpl_of_a_file_with_itself(here, states, layout, alpha, times, suffix, c
     said = capsys.readouterr()
     assert "warning: lpl adds factors" in said.err and "mix" in said.err
     if suffix == "safetensors":
-        assert f"lpl gives {times:g} times" in said.err
+        assert f"lpl gives {times:g} times; the sum would be {2 * alpha:g} times" in said.err
     assert_equal(deltas(formats.load(f"o.{suffix}", layout)), exact, 1e-5)
 
 
@@ -180,3 +181,123 @@ def test_upl_ckpt_writes_a_checkpoint_and_an_embedding(here, states, capsys):
 def test_flags_of_python_fire_are_understood(here, states, layout, words):
     call(*words, "--model", "base", lora_add=True)
     assert_equal(deltas(formats.load("o.safetensors", layout)), deltas(states["c"]), 1e-5)
+
+
+def save_numbered(layout, name, seed, **changes):
+    """A file for the layers of c.safetensors, of other random factors."""
+    state = random_state(
+        pipeline(),
+        rank=3,
+        seed=seed,
+        unet=("*attn?.to_*", "*ff.net.0.proj"),
+        text=("*self_attn*proj",),
+        **changes,
+    )
+    formats.save(state, name, format="cloneofsimo", layout=layout)
+    return state
+
+
+def test_files_of_one_update_are_told_from_unrelated_ones(here, states, layout, capsys):
+    """By the cosine of the updates: factors of the same product may differ."""
+    e = save_numbered(layout, "e.safetensors", 7)
+    modules = {}
+    for component, own in e.components.items():
+        modules[component] = {}
+        for path, lr in own.items():
+            turn = torch.linalg.qr(torch.randn(lr.rank, lr.rank)).Q
+            down = torch.einsum("ij,j...->i...", turn.T, lr.down)
+            up = torch.einsum("oi...,ij->oj...", lr.up, turn)
+            modules[component][path] = lr._replace(up=up, down=down)
+    formats.save(replace(e, components=modules), "t.safetensors", format="cloneofsimo",
+                 layout=layout)  # fmt: skip
+    doubled = {c: {p: lr._replace(scale=2 * lr.scale) for p, lr in own.items()}
+               for c, own in e.components.items()}  # fmt: skip
+    formats.save(replace(e, components=doubled), "w.safetensors", format="cloneofsimo",
+                 layout=layout)  # fmt: skip
+    formats.save(e, "h.safetensors", format="cloneofsimo", layout=layout, dtype=torch.bfloat16)
+    said = {}
+    for name in "cethw":
+        call("e.safetensors", f"{name}.safetensors", f"o{name}.safetensors", "1", "1",
+             "--model", "base", lora_add=True)  # fmt: skip
+        said[name] = capsys.readouterr().err
+    assert {name for name, text in said.items() if "same update" in text} == set("ethw")
+    assert "lpl gives 4 times; the sum would be 2 times" in said["e"]
+    assert "lpl gives 6 times; the sum would be 3 times" in said["w"]  # (1 + 2)(1 + 1) and 1 + 2
+    sums = {name: deltas(formats.load(f"o{name}.safetensors", layout)) for name in "et"}
+    own = deltas(e)
+    square = sum(float((value**2).sum()) for value in own.values())
+    times = sum(float((sums["t"][key] * value).sum()) for key, value in own.items()) / square
+    assert f"lpl gives {times:.3g} times" in said["t"]
+
+
+def test_files_without_a_common_layer_are_not_the_same_update(here, states, layout, capsys):
+    """Which was said of them before they were refused."""
+    for name, targets in (("p", "*attn1.to_q"), ("q", "*attn2.to_k")):
+        state = random_state(pipeline(), rank=2, unet=(targets,), text=())
+        formats.save(state, f"{name}.safetensors", layout=layout)
+    call("p.safetensors", "q.safetensors", "o.safetensors", lora_add=True, status=2)
+    said = capsys.readouterr().err
+    assert "same update" not in said and "lpl needs the same layers" in said
+
+
+def unet_keys(path):
+    """The shapes of a numbered file's UNet layers, which tell their order."""
+    tensors = load_file(path)
+    count = sum(key.startswith("unet:") for key in tensors) // 2
+    return [tuple(tensors[f"unet:{i}:{role}"].shape) for i in range(count)
+            for role in ("up", "down")]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["lpl", "ljl", "mix", "resize", "convert", "pt"])
+@pytest.mark.parametrize("old", [True, False])
+def test_the_output_numbers_layers_as_the_inputs_do(here, layout, command, old, capsys):
+    """Files by cloneofsimo's own walk over either order of registration."""
+    classes = {"unet": ["CrossAttention", "Attention", "GEGLU"], "text_encoder": ["CLIPAttention"]}
+    pipe = pipeline()
+    unet = old_order(pipe.unet) if old else pipe.unet
+    encoder = ["text_model." + path for path in walk(pipe.text_encoder, ["CLIPAttention"])]
+    walks = {"unet": walk(unet, classes["unet"]), "text_encoder": encoder}
+    for seed, name in enumerate(("m", "n")):
+        state = random_state(pipeline(), rank=2, scale=1.0, seed=seed, unet=PLAIN, text=TEXT)
+        if name == "n":  # its tool writes layers that were not trained as zeros
+            skipped = next(iter(state.components["unet"].values()))
+            skipped.up.zero_(), skipped.down.zero_()
+        tensors, header = file_of(state, walks, classes)
+        save_file(tensors, f"{name}.safetensors", header)
+    lines = {
+        "lpl": ("add", "m.safetensors", "m.safetensors", "o.safetensors"),
+        "ljl": ("add", "n.safetensors", "m.safetensors", "o.safetensors", "--mode", "ljl"),
+        "mix": ("mix", "n.safetensors + m.safetensors", "o.safetensors"),
+        "resize": ("resize", "m.safetensors", "o.safetensors", "--rank", "1"),
+        "convert": ("convert", "m.safetensors", "o.safetensors", "--to", "cloneofsimo"),
+        "pt": ("mix", "n.safetensors + m.safetensors", "o.pt"),
+    }
+    call(*lines[command], "--model", "base")
+    assert "different orders" not in capsys.readouterr().err
+    if command == "pt":
+        written = [tuple(part.shape) for part in torch.load("o.pt")]
+    else:
+        written = unet_keys("o.safetensors")
+    outer = [(up[0], down[1]) for up, down in zip(written[::2], written[1::2])]
+    expected = unet_keys("m.safetensors")
+    assert outer == [(up[0], down[1]) for up, down in zip(expected[::2], expected[1::2])]
+
+
+def test_of_two_orders_the_first_is_taken_and_said(here, layout, capsys):
+    classes = {"unet": ["CrossAttention", "Attention", "GEGLU"]}
+    for name, unet in (("m", pipeline().unet), ("n", old_order(pipeline().unet))):
+        state = random_state(pipeline(), rank=2, scale=1.0, unet=PLAIN, text=())
+        tensors, header = file_of(state, {"unet": walk(unet, classes["unet"])}, classes)
+        save_file(tensors, f"{name}.safetensors", header)
+    shown = {"m": "m.safetensors (attn2, ff)", "n": "n.safetensors (ff, attn2)"}
+    for first, second in (("m", "n"), ("n", "m")):
+        for line in (
+            ("mix", f"{first}.safetensors + {second}.safetensors", "o.safetensors"),
+            ("add", f"{first}.safetensors", f"{second}.safetensors", "o.safetensors"),
+        ):
+            call(*line, "--model", "base", "--overwrite")
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"different orders by {shown[first]} and {shown[second]}" in said
+            assert f"the output is numbered as {first}.safetensors" in said
+            outer = [shape[0] for shape in unet_keys("o.safetensors")[::2]]
+            assert outer == [shape[0] for shape in unet_keys(f"{first}.safetensors")[::2]]

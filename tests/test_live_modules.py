@@ -18,7 +18,7 @@ from models import known
 from tests import tiny_flux, tiny_pipeline, tiny_sdxl
 from tests.numbered_files import EXTENDED, PLAIN, TEXT, file_of, old_order, walk
 
-DISNEY = Path("/work/shared/data/lora_disney.safetensors")
+DISNEY = Path(__file__).parents[2] / "shared" / "data" / "lora_disney.safetensors"
 PIPELINES = {"sd": tiny_pipeline.pipeline, "sdxl": tiny_sdxl.pipeline, "flux": tiny_flux.pipeline}
 UNET_CLASSES = ["CrossAttention", "Attention", "GEGLU"]
 

@@ -2,8 +2,9 @@
 
 A number is the position of a layer in a walk through the modules of a few classes. The order of the
 walk depends on the library's version at the time of writing, which the file does not record: a
-`Numbering` lists the known orders, and the shapes decide. The older order is written, because
-published files have it. Every layer of the classes has a number: layers without an adapter are
+`Numbering` lists the known orders, and the shapes decide. A state whose layers are in one of the
+orders, as those of a file are, is written in it; others in the older one, because published files
+have it. Every layer of the classes has a number: layers without an adapter are
 written as zeros of the others' rank, and layers whose two factors are zero are left out on reading.
 """
 
@@ -141,7 +142,7 @@ def _possible_walks(
     for names in [classes] if classes else numbering.targets:
         paths = _layers_of(part, numbering, names)
         for order in numbering.orders:
-            walks.append(_in_order(paths, order))
+            walks.append(sort_layers(paths, order))
     for walk in list(walks):
         walks.append([path for path in walk if len(part.shapes[path]) == 2])
     return [list(walk) for walk in dict.fromkeys(map(tuple, walks))]
@@ -162,8 +163,9 @@ def list_pairs(
     for path, lr in modules.items():
         layout.module_path(component, path)  # raises for a path that does not exist
         _check_writable(lr, part.shapes[path], f"{component}.{path}")
+    order = find_order(modules, numbering) or numbering.orders[0]
     for classes in numbering.targets:
-        walk = _in_order(_layers_of(part, numbering, classes), numbering.orders[0])
+        walk = sort_layers(_layers_of(part, numbering, classes), order)
         if modules.keys() <= set(walk):
             break
     else:
@@ -181,6 +183,31 @@ def list_pairs(
         else:
             pairs.append(_zero_pair(part.shapes[path], rank, dtype))
     return classes, pairs
+
+
+def find_order(paths: Iterable[str], numbering: Numbering) -> tuple[str, ...] | None:
+    """The only order of a numbering that the layers are in; None for none, and for several."""
+    layers = list(paths)
+    found = [order for order in numbering.orders if sort_layers(layers, order) == layers]
+    return found[0] if len(found) == 1 else None
+
+
+def sort_layers(paths: Iterable[str], order: Sequence[str]) -> list[str]:
+    """The paths in the order in which a walk meets them; `order` ranks the words of paths."""
+    rank = {word: i for i, word in enumerate(order)}
+
+    def place(path: str) -> list[tuple[int, int, str]]:
+        places = []
+        for word in path.split("."):
+            if word.isdecimal():
+                places.append((0, int(word), ""))
+            elif word in rank:
+                places.append((1, rank[word], ""))
+            else:
+                places.append((2, 0, word))
+        return places
+
+    return sorted(paths, key=place)
 
 
 def numbered_components(state: AdapterState) -> list[tuple[str, dict[str, LowRank]]]:
@@ -241,21 +268,3 @@ def _layers_of(component: Component, numbering: Numbering, classes: Iterable[str
             globs |= dict.fromkeys(own)
     pattern = "|".join(map(fnmatch.translate, globs))
     return list(filter(re.compile(pattern).match, component.shapes))
-
-
-def _in_order(paths: Iterable[str], order: Sequence[str]) -> list[str]:
-    """The paths in the order in which a walk meets them; `order` ranks the words of paths."""
-    rank = {word: i for i, word in enumerate(order)}
-
-    def place(path: str) -> list[tuple[int, int, str]]:
-        places = []
-        for word in path.split("."):
-            if word.isdecimal():
-                places.append((0, int(word), ""))
-            elif word in rank:
-                places.append((1, rank[word], ""))
-            else:
-                places.append((2, 0, word))
-        return places
-
-    return sorted(paths, key=place)
