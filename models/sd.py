@@ -49,7 +49,7 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "unet": {
         "attention": ATTENTION,  # 128 modules, diffusers' scripts
         "cloneofsimo": (*ATTENTION, "*.ff.net.0.proj"),  # 144, lora_pti
-        # lora_pti --use_extended_lora
+        # lora_pti --use_extended_lora with ResnetBlock2D among the classes
         "extended": (*ATTENTION, "*.ff.net.0.proj", *RESNETS, "*.conv_shortcut"),
         "kohya": TRANSFORMER,  # 192, networks.lora
         "all": (*TRANSFORMER, *RESNETS, "*.conv_shortcut"),
