@@ -26,7 +26,7 @@ from tests.tiny_sdxl import full_size
 FOLDER = Path(__file__).parent.parent / "configs"
 FLUX_ATTENTION = ["attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"]
 FLUX_ADDED = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"]
-FLUX_MLP = [f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for layer in ("0.proj", "2")]
+FLUX_MLP = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 FLUX_REST = ["norm1_context.linear", "norm1.linear", "norm.linear", "proj_mlp", "proj_out"]
 CLASSES = ["CrossAttention", "Attention", "GEGLU"]
 
@@ -41,8 +41,9 @@ def networks() -> dict[str, nn.Module]:
 
 def by_peft(network: nn.Module, names: list[str]) -> set[str]:
     """The layers whose path is one of the names or ends in it after a dot."""
+    ends = tuple(f".{name}" for name in names)
     layers = [path for path, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return {path for path in layers for name in names if f".{path}".endswith(f".{name}")}
+    return {path for path in layers if f".{path}".endswith(ends)}
 
 
 def by_blocks(network: nn.Module, *blocks: str) -> set[str]:
