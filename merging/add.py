@@ -33,10 +33,10 @@ from merging.adapter_sums import (
 )
 from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
-from merging.factor_sums import LPL_WARNING
+from merging.factor_sums import LPL_WARNING, inner_product
 from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
-from merging.mix import merge_terms
+from merging.mix import merge_terms, output_order
 from merging.opening import (
     choose_output_format,
     describe_path,
@@ -63,6 +63,8 @@ from merging.quotes import quote_where_needed
 from merging.stored_layers import stored_layers
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport
+
+SAME_COSINE = 0.999  # of two updates: rounding to bf16 turns them by less
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,10 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     layout = find_layout(job.paths, reading)
     first, second = open_adapters(job.paths, layout, reading)
     weight_1, weight_2 = job.alphas
-    _print_lpl_warning(job, is_same=_hold_same_update(first, second))
+    _print_lpl_warning(job)
     state = lpl_layers(first, second, weight_1, weight_2)
     state.parameters = sum_parameters([Term(first, weight_1), Term(second, weight_2)])
+    _warn_of_same_update(first, second, state, job.alphas)
     reports: dict[LayerKey, ApproximationReport] = {}
     for component, adapters in state.components.items():
         for path, lr in adapters.items():
@@ -201,6 +204,8 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     output = settle_format(
         output, layers=True, tokens=bool(state.tokens), default=choose_output_format(job.paths)
     )
+    for note in output_order(state, [first, second], job.paths, output, layout):
+        print_note(note)
     exact = f"the exact sum {weight_1:g}*a + {weight_2:g}*b"
     print(report_table(reports, extra=f"the error is against {exact}"))
     print_written(write_adapter(state, output, layout), output)
@@ -227,6 +232,8 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
         states, ["0", "1"], lambda i, _, name: f"<s{i}-{order[i].index(name)}>"
     )
     _set_tokens(state, states, job, joined, notes)
+    for note in output_order(state, states, job.paths, output, layout):
+        print_note(note)
     print(report_table(reports))
     print_written(write_adapter(state, output, layout), output)
 
@@ -278,28 +285,35 @@ def _set_tokens(
         print_note(note)
 
 
-def _print_lpl_warning(job: LoraAddition, *, is_same: bool = False) -> None:
+def _print_lpl_warning(job: LoraAddition) -> None:
     a, b = job.alphas
     first, second = map(quote_where_needed, job.paths)
     mix = f'merge.py mix "{a:g}*{first} + {b:g}*{second}" --out ...'
     print_warning(f"{LPL_WARNING}: {mix}")
-    if is_same:
+
+
+def _warn_of_same_update(
+    first: AdapterState, second: AdapterState, merged: AdapterState, alphas: tuple[float, float]
+) -> None:
+    """Says how many times lpl gives an update that both files hold: not the sum of the weights."""
+    square, shared = _inner_product(first, first), _inner_product(first, second)
+    sizes = (square * _inner_product(second, second)) ** 0.5
+    if sizes and shared / sizes >= SAME_COSINE:
+        times = _inner_product(merged, first) / square
+        exact = alphas[0] + alphas[1] * shared / square
         print_warning(
-            f"both files hold the same update, which lpl gives {(a + b) ** 2:g} times; the sum "
-            f"would be {a + b:g} times"
+            f"both files hold the same update (cosine {shared / sizes:.4f}), which lpl gives "
+            f"{times:.3g} times; the sum would be {exact:.3g} times"
         )
 
 
-def _hold_same_update(first: AdapterState, second: AdapterState) -> bool:
-    """Whether two files agree in every layer that they share with equal shapes."""
+def _inner_product(first: AdapterState, second: AdapterState) -> float:
+    """The inner product of two adapters as one vector of all layers, which both have."""
     others = layers_by_key(second)
+    total = 0.0
     for key, lr in layers_by_key(first).items():
-        other = others.get(key)
-        if other is None or other.up.shape != lr.up.shape:
-            continue
-        if not (torch.equal(lr.up, other.up) and torch.equal(lr.down, other.down)):
-            return False
-    return True
+        total += inner_product(lr, others[key])
+    return total
 
 
 # ---------------------------------------------------------------- model + LoRA

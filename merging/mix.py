@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -140,10 +141,12 @@ def _merge_files(
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
     paths, weights = [file.path for file in files], [file.weight for file in files]
-    stored = stored_layers(output.format or choose_output_format(paths), layout)
+    written = replace(output, format=output.format or choose_output_format(paths))
+    stored = stored_layers(written.format, layout)
     merged = merge_terms(terms, keep, method, dtype, dense, stored)
     state = merged.state
     state.metadata, notes = join_metadata(states, paths)
+    notes += output_order(state, states, paths, written, layout)
     if not any(own.tokens for own in states):
         return merged, notes
     from merging.token_names import describe_whole_rows, join_tokens
@@ -167,6 +170,22 @@ def _print_shares(files: Sequence[WeightedFile], shares: Sequence[float]) -> Non
                 f"only {100 * share:.1f} % of {file.path} is left in the result, which keeps the "
                 "strongest directions of the sum; keep more, or give it a larger weight"
             )
+
+
+def output_order(
+    merged: AdapterState,
+    states: Sequence[AdapterState],
+    paths: Sequence[str],
+    output: Output,
+    layout: Layout | None,
+) -> list[str]:
+    """Puts the layers into the order of the inputs where the output numbers them; returns notes."""
+    is_numbered = output.format == "cloneofsimo" or output.path.endswith(".pt")
+    if layout is None or not is_numbered:
+        return []
+    from merging.layer_order import keep_layer_order
+
+    return keep_layer_order(merged, states, paths, layout)
 
 
 def layer_factor(file: WeightedFile, state: AdapterState, layout: Layout | None) -> LayerFactor:
@@ -418,7 +437,7 @@ def _finish_layers(
         finished = layer if dtype is None else _round_layer(layer, dtype)
         if layer.inputs is not None and tally.count > 1:
             rounded = None
-            if layer.adapter is not None and finished.adapter is not layer.adapter:
+            if layer.adapter and finished.adapter and finished.adapter is not layer.adapter:
                 rounded = rounding_shares(layer.adapter, finished.adapter)
             tally.add_layer(layer.sources, layer.inputs, rounded)
         yield finished

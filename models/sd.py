@@ -20,7 +20,8 @@ from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.compvis import unet_module_names
-from lora_core.formats.layout import Layout, Numbering, layout_of
+from lora_core.formats.layer_numbering import NUMBERINGS
+from lora_core.formats.layout import Layout, layout_of
 from models.components import (
     config_errors,
     decode_latents,
@@ -49,7 +50,7 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "unet": {
         "attention": ATTENTION,  # 128 modules, diffusers' scripts
         "cloneofsimo": (*ATTENTION, "*.ff.net.0.proj"),  # 144, lora_pti
-        # lora_pti --use_extended_lora
+        # lora_pti --use_extended_lora with ResnetBlock2D among the classes
         "extended": (*ATTENTION, "*.ff.net.0.proj", *RESNETS, "*.conv_shortcut"),
         "kohya": TRANSFORMER,  # 192, networks.lora
         "all": (*TRANSFORMER, *RESNETS, "*.conv_shortcut"),
@@ -59,35 +60,6 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
         "kohya": ("*.self_attn.*_proj", "*.mlp.fc?"),  # 72
         "all-linear": ("*.self_attn.*_proj", "*.mlp.fc?"),
     },
-}
-# Class of a module, under its old and new name in diffusers and transformers -> its layers.
-CLASSES = {
-    "CrossAttention": ATTENTION,
-    "Attention": ATTENTION,
-    "GEGLU": ("*.ff.net.0.proj",),
-    "ResnetBlock2D": (*RESNETS, "*.conv_shortcut"),
-    "CLIPAttention": ("*.self_attn.*_proj",),
-}
-# Order of registration: the middle block last, attentions before residual blocks.
-AROUND = ("down_blocks", "up_blocks", "mid_block", "attentions", "resnets")
-WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
-# The order of layers in cloneofsimo's files. When they were made, diffusers registered feed-forward
-# layers between the attentions; now it registers them last.
-NUMBERINGS = {
-    "unet": Numbering(
-        CLASSES,
-        targets=(
-            ("CrossAttention", "Attention", "GEGLU"),
-            ("CrossAttention", "Attention", "GEGLU", "ResnetBlock2D"),
-        ),
-        orders=(
-            (*AROUND, "attn1", "ff", "attn2", *WITHIN),
-            (*AROUND, "attn1", "attn2", "ff", *WITHIN),
-        ),
-    ),
-    "text_encoder": Numbering(
-        CLASSES, targets=(("CLIPAttention",),), orders=(("k_proj", "v_proj", "q_proj", "out_proj"),)
-    ),
 }
 
 

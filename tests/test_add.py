@@ -34,7 +34,7 @@ def test_lpl_of_a_file_with_itself(here, states, layout, alpha, times, suffix, c
     said = capsys.readouterr()
     assert "warning: lpl adds factors" in said.err and "mix" in said.err
     if suffix == "safetensors":
-        assert f"lpl gives {times:g} times" in said.err
+        assert f"lpl gives {times:g} times; the sum would be {2 * alpha:g} times" in said.err
     assert_equal(deltas(formats.load(f"o.{suffix}", layout)), exact, 1e-5)
 
 
@@ -180,3 +180,60 @@ def test_upl_ckpt_writes_a_checkpoint_and_an_embedding(here, states, capsys):
 def test_flags_of_python_fire_are_understood(here, states, layout, words):
     call(*words, "--model", "base", lora_add=True)
     assert_equal(deltas(formats.load("o.safetensors", layout)), deltas(states["c"]), 1e-5)
+
+
+def save_numbered(layout, name, seed, **changes):
+    """A file for the layers of c.safetensors, of other random factors."""
+    state = random_state(
+        pipeline(),
+        rank=3,
+        seed=seed,
+        unet=("*attn?.to_*", "*ff.net.0.proj"),
+        text=("*self_attn*proj",),
+        **changes,
+    )
+    formats.save(state, name, format="cloneofsimo", layout=layout)
+    return state
+
+
+def test_files_of_one_update_are_told_from_unrelated_ones(here, states, layout, capsys):
+    """By the cosine of the updates: factors of the same product may differ."""
+    e = save_numbered(layout, "e.safetensors", 7)
+    modules = {}
+    for component, own in e.components.items():
+        modules[component] = {}
+        for path, lr in own.items():
+            turn = torch.linalg.qr(torch.randn(lr.rank, lr.rank)).Q
+            down = torch.einsum("ij,j...->i...", turn.T, lr.down)
+            up = torch.einsum("oi...,ij->oj...", lr.up, turn)
+            modules[component][path] = lr._replace(up=up, down=down)
+    formats.save(replace(e, components=modules), "t.safetensors", format="cloneofsimo",
+                 layout=layout)  # fmt: skip
+    doubled = {c: {p: lr._replace(scale=2 * lr.scale) for p, lr in own.items()}
+               for c, own in e.components.items()}  # fmt: skip
+    formats.save(replace(e, components=doubled), "w.safetensors", format="cloneofsimo",
+                 layout=layout)  # fmt: skip
+    formats.save(e, "h.safetensors", format="cloneofsimo", layout=layout, dtype=torch.bfloat16)
+    said = {}
+    for name in "cethw":
+        call("e.safetensors", f"{name}.safetensors", f"o{name}.safetensors", "1", "1",
+             "--model", "base", lora_add=True)  # fmt: skip
+        said[name] = capsys.readouterr().err
+    assert {name for name, text in said.items() if "same update" in text} == set("ethw")
+    assert "lpl gives 4 times; the sum would be 2 times" in said["e"]
+    assert "lpl gives 6 times; the sum would be 3 times" in said["w"]  # (1 + 2)(1 + 1) and 1 + 2
+    sums = {name: deltas(formats.load(f"o{name}.safetensors", layout)) for name in "et"}
+    own = deltas(e)
+    square = sum(float((value**2).sum()) for value in own.values())
+    times = sum(float((sums["t"][key] * value).sum()) for key, value in own.items()) / square
+    assert f"lpl gives {times:.3g} times" in said["t"]
+
+
+def test_files_without_a_common_layer_are_not_the_same_update(here, states, layout, capsys):
+    """Which was said of them before they were refused."""
+    for name, targets in (("p", "*attn1.to_q"), ("q", "*attn2.to_k")):
+        state = random_state(pipeline(), rank=2, unet=(targets,), text=())
+        formats.save(state, f"{name}.safetensors", layout=layout)
+    call("p.safetensors", "q.safetensors", "o.safetensors", lora_add=True, status=2)
+    said = capsys.readouterr().err
+    assert "same update" not in said and "lpl needs the same layers" in said

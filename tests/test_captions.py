@@ -1,5 +1,6 @@
 """Captions: from text files, tables and file names that somebody wrote; what is none is refused."""
 
+import hashlib
 import json
 import unicodedata
 from pathlib import Path
@@ -84,10 +85,20 @@ def test_captions_in_file_names_one_for_all_and_templates(tmp_path):
     )
     for kind in ("object", "style"):
         captions = scan_folder(tmp_path, captions=kind, caption="TOK")[0].captions
-        assert len(set(captions)) == len(captions) >= 10 and all(
-            c.split().count("TOK") == 1 and "{" not in c for c in captions
-        )
-        assert "style of TOK" in " ".join(captions) or kind == "object"
+        assert all(c.split().count("TOK") == 1 and "{" not in c for c in captions)
+        assert all(c.endswith(" in the style of TOK") for c in captions) == (kind == "style")
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "different", "digest"),
+    [("object", 27, 27, "5995bccf7defdb77"), ("style", 19, 17, "1bd6a744a586167e")],
+)
+def test_templates_are_those_of_lora_pti(tmp_path, kind, count, different, digest):
+    """The digest is that of the sorted list in lora_diffusion/dataset.py of cloneofsimo/lora."""
+    save_image(noise_image(8, 8), tmp_path / "1.png")
+    captions = scan_folder(tmp_path, captions=kind, caption="{}")[0].captions
+    assert (len(captions), len(set(captions))) == (count, different)
+    assert hashlib.sha256("\n".join(sorted(captions)).encode()).hexdigest()[:16] == digest
 
 
 def test_a_named_column_and_a_csv_table(image_folder):

@@ -39,11 +39,12 @@ DISNEY = (
 def test_written_files_have_the_older_order_and_read_back_bit_for_bit(
     layout, tmp_path, patterns, dtype
 ):
+    """Of layers in the order of their names, as files of other formats have them."""
     pipe = pipeline()
     state = random_state(pipe, mixed=True, unet=patterns, text=TEXT, scale=0.5)
     state = AdapterState(
         {
-            c: {p: lr._replace(up=lr.up.to(dtype), down=lr.down.to(dtype)) for p, lr in m.items()}
+            c: {p: m[p]._replace(up=m[p].up.to(dtype), down=m[p].down.to(dtype)) for p in sorted(m)}
             for c, m in state.components.items()
         }
     )

@@ -1,8 +1,8 @@
 """Put a LoRA file on networks in memory in one call, and take it off again.
 
-modules = {"unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}
-with patch(modules, "runs/dog", 0.8) as p:
-    prompt = p.bind("a photo of TOK")
+pipe = StableDiffusionPipeline.from_pretrained(...)
+with patch(pipe, "runs/dog", 0.8) as p:
+    image = pipe(p.bind("a photo of TOK")).images[0]
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from lora_core import formats, tokens
 from lora_core.adapters import changed_parameters, injection
 from lora_core.adapters.adapted_layer import adapted_layers
+from lora_core.adapters.live_modules import collect_modules, live_layout, networks_of
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, mixofshow
-from lora_core.formats.layout import Layout, layout_of
+from lora_core.formats.layout import Layout
 from lora_core.placeholders import Placeholder, bind_placeholders
 
 TOKENIZERS = {  # text encoder -> the key of its tokenizer
@@ -103,7 +104,7 @@ class Patch:
 
 
 def patch(
-    modules: Mapping[str, Any],
+    modules: Any,
     file: str | Path,
     strength: float | Mapping[str, float] = 1.0,
     *,
@@ -112,12 +113,14 @@ def patch(
 ) -> Patch:
     """Put a file on the given networks; nothing is copied, and several patches add up.
 
-    modules: {"unet": ..., "text_encoder": ..., "tokenizer": ...}, published component names; it may
-        have components that the file does not touch.
+    modules: a diffusers pipeline, one network, or {"unet": ..., "text_encoder": ..., "tokenizer":
+        ...} with the names that components have in pipelines; what the file does not touch may be
+        among them.
     file: a .safetensors LoRA or embedding, or a run's folder (LoRA and token rows).
     strength: one number, or one for each component that the file adapts,
         {"unet": 0.6, "text_encoder": 0.9}. Tokens are on or off.
-    layout: a family's names, where they differ from what `layout_of(modules)` finds.
+    layout: a family's names, where they differ from what `live_layout` finds, as in kohya's files
+        for Flux: models.known.recognize_path(file) is the layout of the published model.
     rename: token or placeholder word in the file -> its name here. Two files from separate runs
         both have <s0>: a token that the tokenizer already knows is refused, because a prompt would
         then mean the other file's token; {"<s0>": "<dog0>", "TOK": "DOG"} keeps both.
@@ -129,15 +132,10 @@ def patch(
     """
     source = str(file)
     rename = rename or {}
-    networks = {key: module for key, module in modules.items() if isinstance(module, nn.Module)}
-    layout = layout or layout_of(networks)
-    state = formats.load(file, layout, merging=True)
-    for name in state.changed_components:
-        if name not in networks:
-            given = ", ".join(networks) or "nothing"
-            raise UserError(
-                f"{file} adapts {name}, but only {given} was given; pass its module too"
-            )
+    modules = collect_modules(modules)
+    networks = networks_of(modules)
+    layout = layout or live_layout(networks)
+    state = _load_for(file, layout, networks)
     strengths = _component_strengths(strength, state.changed_components, source)
     names, placeholders = _rename_tokens(state, rename, source)
     encoders = _token_rows_by_encoder(state, modules, layout, names, source)
@@ -178,6 +176,29 @@ def _apply_state(
         changed_parameters.add_changes(networks[name], own, result.name, strengths[name])
         if name not in result.adapted:
             result.adapted.append(name)
+
+
+def _load_for(file: str | Path, layout: Layout, networks: Collection[str]) -> AdapterState:
+    """The state of a file. Raises UserError, also for a network that it adapts and is not given."""
+    try:
+        state = formats.load(file, layout, merging=True)
+        adapted = set(state.changed_components)
+    except UserError as error:
+        try:
+            adapted = set(
+                formats.load(file, merging=True).changed_components
+            )  # names of networks that were not given
+        except UserError:
+            raise error from None
+        if adapted <= set(networks):
+            raise
+    for name in sorted(adapted - set(networks)):
+        given = ", ".join(networks) or "nothing"
+        raise UserError(
+            f"{file} adapts {name}, but only {given} was given; pass its module too, or the "
+            "whole pipeline"
+        )
+    return state
 
 
 def _component_strengths(

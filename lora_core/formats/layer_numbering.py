@@ -2,8 +2,9 @@
 
 A number is the position of a layer in a walk through the modules of a few classes. The order of the
 walk depends on the library's version at the time of writing, which the file does not record: a
-`Numbering` lists the known orders, and the shapes decide. The older order is written, because
-published files have it. Every layer of the classes has a number: layers without an adapter are
+`Numbering` lists the known orders, and the shapes decide. A state whose layers are in one of the
+orders, as those of a file are, is written in it; others in the older one, because published files
+have it. Every layer of the classes has a number: layers without an adapter are
 written as zeros of the others' rank, and layers whose two factors are zero are left out on reading.
 """
 
@@ -23,6 +24,43 @@ from lora_core.formats.grammar import scale_tensor
 from lora_core.formats.layout import Component, Layout, Numbering, Shape
 
 Pair = tuple[Tensor, Tensor]  # up, down
+
+ATTENTION_LAYERS = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
+RESNET_LAYERS = (
+    "*.resnets.*.conv1",
+    "*.resnets.*.conv2",
+    "*.resnets.*.time_emb_proj",
+    "*.conv_shortcut",
+)
+# Class of a module, under its old and new name in diffusers and transformers -> its layers.
+CLASSES = {
+    "CrossAttention": ATTENTION_LAYERS,
+    "Attention": ATTENTION_LAYERS,
+    "GEGLU": ("*.ff.net.0.proj",),
+    "ResnetBlock2D": RESNET_LAYERS,
+    "CLIPAttention": ("*.self_attn.*_proj",),
+}
+# Order of registration: the middle block last, attentions before residual blocks.
+AROUND = ("down_blocks", "up_blocks", "mid_block", "attentions", "resnets")
+WITHIN = ("to_q", "to_k", "to_v", "to_out", "conv1", "time_emb_proj", "conv2", "conv_shortcut")
+# Component -> the order of its layers in cloneofsimo's files. When they were made, diffusers
+# registered feed-forward layers between the attentions; now it registers them last.
+NUMBERINGS = {
+    "unet": Numbering(
+        CLASSES,
+        targets=(
+            ("CrossAttention", "Attention", "GEGLU"),
+            ("CrossAttention", "Attention", "GEGLU", "ResnetBlock2D"),
+        ),
+        orders=(
+            (*AROUND, "attn1", "ff", "attn2", *WITHIN),
+            (*AROUND, "attn1", "attn2", "ff", *WITHIN),
+        ),
+    ),
+    "text_encoder": Numbering(
+        CLASSES, targets=(("CLIPAttention",),), orders=(("k_proj", "v_proj", "q_proj", "out_proj"),)
+    ),
+}
 
 
 # ---------------------------------------------------------------- reading
@@ -104,7 +142,7 @@ def _possible_walks(
     for names in [classes] if classes else numbering.targets:
         paths = _layers_of(part, numbering, names)
         for order in numbering.orders:
-            walks.append(_in_order(paths, order))
+            walks.append(sort_layers(paths, order))
     for walk in list(walks):
         walks.append([path for path in walk if len(part.shapes[path]) == 2])
     return [list(walk) for walk in dict.fromkeys(map(tuple, walks))]
@@ -125,8 +163,9 @@ def list_pairs(
     for path, lr in modules.items():
         layout.module_path(component, path)  # raises for a path that does not exist
         _check_writable(lr, part.shapes[path], f"{component}.{path}")
+    order = find_order(modules, numbering) or numbering.orders[0]
     for classes in numbering.targets:
-        walk = _in_order(_layers_of(part, numbering, classes), numbering.orders[0])
+        walk = sort_layers(_layers_of(part, numbering, classes), order)
         if modules.keys() <= set(walk):
             break
     else:
@@ -144,6 +183,31 @@ def list_pairs(
         else:
             pairs.append(_zero_pair(part.shapes[path], rank, dtype))
     return classes, pairs
+
+
+def find_order(paths: Iterable[str], numbering: Numbering) -> tuple[str, ...] | None:
+    """The only order of a numbering that the layers are in; None for none, and for several."""
+    layers = list(paths)
+    found = [order for order in numbering.orders if sort_layers(layers, order) == layers]
+    return found[0] if len(found) == 1 else None
+
+
+def sort_layers(paths: Iterable[str], order: Sequence[str]) -> list[str]:
+    """The paths in the order in which a walk meets them; `order` ranks the words of paths."""
+    rank = {word: i for i, word in enumerate(order)}
+
+    def place(path: str) -> list[tuple[int, int, str]]:
+        places = []
+        for word in path.split("."):
+            if word.isdecimal():
+                places.append((0, int(word), ""))
+            elif word in rank:
+                places.append((1, rank[word], ""))
+            else:
+                places.append((2, 0, word))
+        return places
+
+    return sorted(paths, key=place)
 
 
 def numbered_components(state: AdapterState) -> list[tuple[str, dict[str, LowRank]]]:
@@ -204,21 +268,3 @@ def _layers_of(component: Component, numbering: Numbering, classes: Iterable[str
             globs |= dict.fromkeys(own)
     pattern = "|".join(map(fnmatch.translate, globs))
     return list(filter(re.compile(pattern).match, component.shapes))
-
-
-def _in_order(paths: Iterable[str], order: Sequence[str]) -> list[str]:
-    """The paths in the order in which a walk meets them; `order` ranks the words of paths."""
-    rank = {word: i for i, word in enumerate(order)}
-
-    def place(path: str) -> list[tuple[int, int, str]]:
-        places = []
-        for word in path.split("."):
-            if word.isdecimal():
-                places.append((0, int(word), ""))
-            elif word in rank:
-                places.append((1, rank[word], ""))
-            else:
-                places.append((2, 0, word))
-        return places
-
-    return sorted(paths, key=place)
