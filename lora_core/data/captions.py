@@ -34,6 +34,7 @@ FALLBACK = "--data.caption, where an image has no text of its own"
 TEMPLATE = "sentence templates with --data.caption"
 FILE_NAME = "file names"
 FOLDER_NAME = "the folder's name"
+TYPED = (ONE, FALLBACK, TEMPLATE)  # sources that are options, and not files of training images
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": (

@@ -23,7 +23,8 @@ from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs.run_folder import atomic_write
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
-IGNORED = ("checkpoints/*", "class_images/*", "*.tmp*", ".*")  # files that `push_to_hub` leaves out
+# Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
+IGNORED = ("checkpoints/*", "class_images/*", "*.tmp*", ".*", "wandb/*", "tensorboard/*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,6 +50,7 @@ class ModelCard:
     validation: Sequence[tuple[str, float, float]] = ()  # (timestep, loss before, loss after)
     scored: str = "loss"  # that loss in words: held-out loss, loss on the training images
     repo: str = ""  # hub repository that the card is for; empty: this disk
+    shows_images: bool = True  # the samples, if no private image is in them
     rerun: str = ""  # why config.toml alone does not repeat the run; empty: it does
 
 
@@ -58,7 +60,13 @@ def write_card(card: ModelCard, folder: str | Path) -> Path:
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
-    environment.filters |= {"code": _code, "cell": _cell, "json": _json, "repr": repr}
+    environment.filters |= {
+        "code": _code,
+        "cell": _cell,
+        "json": _json,
+        "path": _path,
+        "repr": repr,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(card=card, **_file_facts(card, folder), **_prompts(card, folder))
     with atomic_write(folder / "README.md") as temporary:
@@ -83,21 +91,31 @@ def check_push_target(repo_id: str) -> None:
         ) from None
 
 
-def push_to_hub(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGNORED) -> str:
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    ignore: Sequence[str] = IGNORED,
+    texts: Mapping[str, str] | None = None,
+) -> str:
     """Uploads a run folder to a hub repository, created if missing; returns its address.
 
-    `ignore`: globs on paths relative to the folder. Raises UserError when the hub refuses or cannot
-    be reached; the folder is not changed.
+    `ignore`: globs on paths relative to the folder. `texts`: files that have another text in the
+    repository. Raises UserError when the hub refuses or cannot be reached; the folder is not
+    changed.
     """
+    texts = texts or {}
     try:
         api = HfApi()
         url = api.create_repo(repo_id, repo_type="model", exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
-            ignore_patterns=list(ignore),
+            ignore_patterns=[*ignore, *texts],
             commit_message=f"Upload the run {Path(folder).resolve().name}",
         )
+        for name, text in texts.items():
+            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=repo_id)
     except Exception as error:
         # The hub's client raises a dozen classes: no network, no token, no right to write, a bad
         # id, a card that it does not accept.
@@ -115,7 +133,7 @@ def _file_facts(card: ModelCard, folder: Path) -> dict[str, object]:
     """The variables of the template that depend on the files in the folder."""
     name = folder.name
     rows = _token_rows(folder)
-    images = _image_files(folder)
+    images = _image_files(folder) if card.shows_images else []
     return {
         "name": name,
         "front_matter": _front_matter(card, folder, rows, images).to_yaml(),
@@ -241,6 +259,11 @@ def _code(text: str) -> str:
 def _cell(value: object) -> str:
     """A value as it can be written in a cell of a table."""
     return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _path(name: str) -> str:
+    """A model as Python code names it; no library expands a ~ itself."""
+    return f"os.path.expanduser({_json(name)})" if name.startswith("~") else _json(name)
 
 
 def _json(value: object) -> str:
