@@ -101,7 +101,7 @@ def save_family(
     for name in index:
         if name in states:
             _save_network(family.modules[name], states[name], folder / name)
-        elif Path(name).name == name and (source / name).is_dir():  # ../x would be another folder
+        elif Path(name).name == name != ".." and (source / name).is_dir():  # one of its own
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
 
 

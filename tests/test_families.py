@@ -1,6 +1,7 @@
 """Families: found by the name of a pipeline, imported when needed; other models are refused."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from lora_core.errors import UserError
 from models import FAMILIES, load_family
+from models.families import save_family
 from tests.tiny_pipeline import save_sd_pipeline
 
 
@@ -48,3 +50,19 @@ def test_a_family_is_imported_when_a_model_of_it_is_opened() -> None:
     code = f"PREFIXES = {prefixes}; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["../private", "{private}", "vae/../../private", ".", ".."])
+def test_a_model_copies_no_folder_but_its_own(tmp_path: Path, name: str) -> None:
+    """model_index.json of a stranger's model names the folders that a whole model is made of."""
+    save_sd_pipeline(tmp_path / "model")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    index = tmp_path / "model" / "model_index.json"
+    table = json.loads(index.read_text()) | {name.format(private=tmp_path / "private"): ["a", "b"]}
+    index.write_text(json.dumps(table))
+    family = load_family(str(tmp_path / "model"))
+    states = {"unet": family.unet.state_dict()}
+    save_family(family, str(tmp_path / "model"), tmp_path / "deep" / "out", states)
+    assert [path.parent.name for path in tmp_path.rglob("key")] == ["private"]
+    assert str(tmp_path) not in (tmp_path / "deep" / "out" / "unet" / "config.json").read_text()
