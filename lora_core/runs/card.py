@@ -199,6 +199,9 @@ def _contents(folder: Path, rows: Sequence[str]) -> str:
 def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict[str, str]:
     """Name -> description of the files that are there."""
     own = "the adapter's own parameters, which have no low-rank form"
+    settings = "the run's settings: `python train.py config.toml` repeats it"
+    if card.repo:
+        settings = "the run's settings, without the folders of its images"
     known = {
         NATIVE: "LoRA under diffusers' names",
         f"{folder.name}.safetensors": "the same LoRA under kohya's names, for A1111 and ComfyUI",
@@ -206,7 +209,7 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
         f"{folder.name}{CUSTOM_ADAPTER_ENDING}": f"{own}: "
         "lora_core.adapters.custom_files.load_adapters reads them",
         "model": "the whole model with all updates folded in, in the diffusers layout",
-        "config.toml": card.rerun or "the run's settings: `python train.py config.toml` repeats it",
+        "config.toml": card.rerun or settings,
     }
     return {name: description for name, description in known.items() if (folder / name).exists()}
 
