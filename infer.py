@@ -3,7 +3,7 @@
     python infer.py --model toy/model --lora runs/demo:0.8 --out toy.png --count 4 \
         --prompt "a photo of TOK on a yellow background"
     python infer.py --model toy/model --lora runs/demo --prompt "a photo of TOK" \
-        --grid strength=0:1.2:0.3 --grid seed=0:4 --out grid.png
+        --grid strength=0:1.2:0.3 --grid seed=0:4 --out sheet.png
     python infer.py --from toy_000.png --seed 7 --out again.png    # its recipe, with one change
 """
 

@@ -228,6 +228,9 @@ class SamplesConfig(SamplingMethod):
     words of the initializer, or nothing."""
     new_prompts: tuple[str, ...] = ()
     """Prompts in new places, the last row of before_after.png."""
+    show_data: bool = False
+    """Show training images in before_after.png, and their captions there, in samples/ and in
+    README.md. People publish these files, which otherwise hold neither."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ def escape_controls(text: str) -> str:
     return CONTROLS.sub(_escape, text)
 
 
+def one_line(text: str) -> str:
+    r"""The text with line feeds as \n, for lines that quote what a stranger wrote."""
+    return text.replace("\n", r"\n")
+
+
 def hides_progress() -> bool:
     """Whether progress bars are left out: standard error, escaped or not, is no terminal."""
     return not getattr(sys.stderr, "stream", sys.stderr).isatty()

@@ -23,6 +23,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.embedding_pickles import write_pickled_embedding
+from merging.adapter_families import open_adapters
 from merging.adapter_sums import (
     DenseOptions,
     LayerKey,
@@ -34,7 +35,6 @@ from merging.adapter_sums import (
 from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING, inner_product
-from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms, output_order
 from merging.opening import (

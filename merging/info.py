@@ -13,6 +13,7 @@ import torch
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.escaped_output import one_line
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from merging.commands import FileReadOptions, Info
@@ -57,7 +58,7 @@ def run_info(options: Info) -> None:
         print("\n".join(align_columns(_layer_table(spectra, options.top))))
     lines = [*_parameter_lines(state), *_token_lines(state, path), *_header_lines(state)]
     for line in lines:
-        print(line)
+        print(one_line(line))
     if plot:
         if not spectra:
             raise UserError(f"{path} adapts no layer, there is no spectrum to plot")

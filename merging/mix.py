@@ -18,6 +18,7 @@ from lora_core.escaped_output import hides_progress
 from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
+from merging.adapter_families import open_adapters
 from merging.adapter_sums import (
     DenseOptions,
     LayerFactor,
@@ -41,7 +42,6 @@ from merging.commands import (
 from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
-from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
 from merging.opening import choose_output_format, find_layout, is_whole_model, widest_dtype
 from merging.output import (

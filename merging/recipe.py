@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
+from lora_core.escaped_output import one_line
 from lora_core.json_files import parse_object
 from lora_core.shared_paths import hide_home
 from lora_core.text import read_text
@@ -90,7 +91,7 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
         if value is not True:
             words.append(shlex.join(map(str, value if isinstance(value, list) else [value])))
     inputs = ", ".join(f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items())
-    return f"made by: {' '.join(words)}   (sha256 of {inputs} ...)"
+    return one_line(f"made by: {' '.join(words)}   (sha256 of {inputs} ...)")
 
 
 def sha256_digest(path: str) -> str:

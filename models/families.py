@@ -101,7 +101,7 @@ def save_family(
     for name in index:
         if name in states:
             _save_network(family.modules[name], states[name], folder / name)
-        elif Path(name).name == name and (source / name).is_dir():  # ../x would be another folder
+        elif Path(name).name == name != ".." and (source / name).is_dir():  # one of its own
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
 
 
@@ -129,7 +129,9 @@ def _save_network(network: Any, state: Mapping[str, torch.Tensor], folder: Path)
     """
     with torch.device("meta"):
         if hasattr(network, "from_config"):
-            bare = type(network).from_config(network.config)
+            config = dict(network.config)
+            config.pop("_name_or_path", None)  # a folder of this computer, which people publish
+            bare = type(network).from_config(config)
         else:
             bare = type(network)(network.config)
     bare.load_state_dict(dict(state), assign=True)

@@ -71,6 +71,24 @@ def test_headers_tokens_and_words(
     assert escape_controls(evil) in printed(capsys)
 
 
+def test_what_is_quoted_stays_in_its_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "x\nwritten: important.safetensors"
+    header = {
+        "author": forged,
+        "lora_core.merge": json.dumps(
+            {"command": forged, "options": {"sum": forged}, "inputs": {forged: forged}}
+        ),
+    }
+    save_file(load_file("a.safetensors"), "evil.safetensors", header)
+    call("info", "evil.safetensors", "--model", "base")
+    call("redo", "evil.safetensors", status=2)
+    save_png(Image.new("RGB", (8, 8)), here / "s.png", {CHUNK: json.dumps({"prompt": forged})})
+    infer.main(["--from", str(here / "s.png")])
+    both = capsys.readouterr()
+    assert r"x\nwritten" in both.out and r"x\nwritten" in both.err
+    assert not [line for line in both.out.splitlines() if line.startswith("written")]
+
+
 def test_keys(here: Path, evil: str, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file("a.safetensors") | {f"unet.{evil}.to_q.lora_A.weight": torch.ones(2, 2)}
     save_file(tensors, "keys.safetensors")

@@ -1,108 +1,68 @@
-"""Files of different models are not merged: published ones by name, unknown ones by shapes."""
+"""Families: found by the name of a pipeline, imported when needed; other models are refused."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-import merge
-
-BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
-TEXT = "text_encoder.text_model.encoder.layers"
-FILES = {  # name -> layer -> (out, in); all under diffusers' names
-    "sd1": {f"unet.{BLOCK}.attn2.to_k": (640, 768)},
-    "sd1b": {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (1280, 768)},
-    "sd2": {f"unet.{BLOCK}.attn2.to_k": (640, 1024)},
-    "sdxl": {f"unet.{BLOCK}.attn2.to_k": (640, 2048)},
-    "flux": {"transformer.single_transformer_blocks.3.proj_mlp": (12288, 3072)},
-    # of small models that nobody published
-    "small": {f"unet.{BLOCK}.attn1.to_q": (16, 16), f"unet.{BLOCK}.attn2.to_k": (16, 24)},
-    "small_up": {"unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q": (32, 32)},
-    "small_text": {f"{TEXT}.1.self_attn.q_proj": (24, 24)},
-    "wide": {f"unet.{BLOCK.replace('attentions.0', 'attentions.1')}.attn1.to_q": (24, 24)},
-    "pair": {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (32, 56)},
-    "other_text": {f"{TEXT}.0.self_attn.q_proj": (48, 48)},
-    "streams": {"transformer.transformer_blocks.0.attn.to_q": (16, 16)},
-    "streams_b": {"transformer.transformer_blocks.5.attn.to_q": (16, 16)},
-    "wide_streams": {"transformer.transformer_blocks.7.attn.to_q": (20, 20)},
-}
+from lora_core.errors import UserError
+from models import FAMILIES, load_family
+from models.families import save_family
+from tests.tiny_pipeline import save_sd_pipeline
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, layers in FILES.items():
-        tensors = {}
-        for layer, (out, fan) in layers.items():
-            tensors[f"{layer}.lora_A.weight"] = torch.ones(2, fan)
-            tensors[f"{layer}.lora_B.weight"] = torch.ones(out, 2)
-        save_file(tensors, f"{name}.safetensors")
-    return tmp_path
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    save_sd_pipeline(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(
+        index.read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline")
+    )
+    with pytest.raises(
+        UserError, match=r"StableDiffusion3Pipeline.*supported are StableDiffusionPipeline"
+    ):
+        load_family(str(tmp_path))
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
+        load_family("model.safetensors")
+    with pytest.raises(UserError, match="--model"):
+        load_family("")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 20)
+    index.write_text(
+        index.read_text().replace("StableDiffusion3Pipeline", "StableDiffusionPipeline")
+    )
+    with pytest.raises(UserError, match="unet"):
+        load_family(str(tmp_path))
 
 
-def mix(*names, more=()):
-    text = " + ".join(f"{name}.safetensors" for name in names)
-    return merge.main(["mix", text, "--out", "o.safetensors", *more])
+def test_every_pipeline_of_a_family_is_found_by_its_name() -> None:
+    by_file: dict[str, list[str]] = {}
+    for name, file in FAMILIES.items():
+        by_file.setdefault(file, []).append(name)
+    for file, names in by_file.items():
+        assert tuple(names) == importlib.import_module(file).PIPELINES
 
 
-@pytest.mark.parametrize(
-    ("names", "titles"),
-    [
-        (("sd1", "sdxl"), ("Stable Diffusion 1.x", "Stable Diffusion XL")),
-        (("flux", "sd1"), ("Flux.1 dev", "Stable Diffusion 1.x")),
-        (("sd2", "sd1"), ("Stable Diffusion 2.x", "Stable Diffusion 1.x")),
-        (("sd1", "sd1b", "flux"), ("Stable Diffusion 1.x", "Flux.1 dev")),
-    ],
-)
-@pytest.mark.parametrize("more", [(), ("--model", "sd1")])
-def test_published_families_are_named(folder, names, titles, more, capsys):
-    assert mix(*names, more=more) == 2
-    said = capsys.readouterr().err
-    for name, title in zip((names[0], names[-1]), titles):
-        assert f"{name}.safetensors is for {title}" in said
-    assert not (folder / "o.safetensors").exists()
+def test_a_family_is_imported_when_a_model_of_it_is_opened() -> None:
+    code = "import sys, models; print([name for name in sys.modules if name.startswith(PREFIXES)])"
+    prefixes = ("diffusers", "transformers", "models.sd", "models.flux", "models.single_file")
+    code = f"PREFIXES = {prefixes}; {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("mode", [["--mode", "ljl"], ["--mode", "lpl"]])
-def test_add_names_them_too(folder, mode, capsys):
-    assert merge.main(["add", "sd1.safetensors", "flux.safetensors", "o.safetensors", *mode]) == 2
-    assert "sd1.safetensors is for Stable Diffusion 1.x" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [
-        (("small", "streams"), "the denoiser is a unet in one and a transformer in the other"),
-        (("small", "pair"), "cross-attention reads is 24 wide in one and 56 wide in the other"),
-        (("small", "wide"), r"attn1.to_q is 16 x 16 in one and 24 x 24 in the other"),
-        (("small_text", "other_text"), r"q_proj is 24 x 24 in one and 48 x 48 in the other"),
-        (("streams", "wide_streams"), r"attn.to_q is 16 x 16 in one and 20 x 20 in the other"),
-        (("small", "small_up", "pair"), "cross-attention reads"),
-    ],
-)
-def test_unknown_models_of_two_families_are_told_apart(folder, names, reason, capsys):
-    assert mix(*names) == 2
-    said = capsys.readouterr().err
-    assert reason in said and f"{names[-1]}.safetensors are for different models" in said
-    assert not (folder / "o.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("small", "small_up"),
-        ("small", "small_text", "small_up"),
-        ("streams", "streams_b"),
-        ("sd1", "sd1b"),
-    ],
-)
-def test_files_of_one_model_are_merged(folder, names):
-    assert mix(*names) == 0
-
-
-def test_damage_is_said_before_families(folder, capsys):
-    tensors = {
-        f"unet.{BLOCK}.attn2.to_k.lora_{x}.weight": torch.full((2, 2), float("nan")) for x in "AB"
-    }
-    save_file(tensors, "nan.safetensors")
-    assert mix("small", "nan") == 2
-    assert "NaN" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["../private", "{private}", "vae/../../private", ".", ".."])
+def test_a_model_copies_no_folder_but_its_own(tmp_path: Path, name: str) -> None:
+    """model_index.json of a stranger's model names the folders that a whole model is made of."""
+    save_sd_pipeline(tmp_path / "model")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    index = tmp_path / "model" / "model_index.json"
+    table = json.loads(index.read_text()) | {name.format(private=tmp_path / "private"): ["a", "b"]}
+    index.write_text(json.dumps(table))
+    family = load_family(str(tmp_path / "model"))
+    states = {"unet": family.unet.state_dict()}
+    save_family(family, str(tmp_path / "model"), tmp_path / "deep" / "out", states)
+    assert [path.parent.name for path in tmp_path.rglob("key")] == ["private"]
+    assert str(tmp_path) not in (tmp_path / "deep" / "out" / "unet" / "config.json").read_text()

@@ -51,7 +51,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path) -> Path:
     """A folder of a user's files, and the current one, in which everything is drawn in a moment."""
     (tmp_path / "model").symlink_to(base)
     (tmp_path / "secret.txt").write_text("the password is 1234\n")
-    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "face.png")
+    exif = Image.Exif()
+    exif[0x010E] = "at home"
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "face.png", exif=exif)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -163,7 +165,9 @@ def test_a_recipe_names_no_users_folders(
     words = ["--prompt", "a", "--steps", "1", "--init-image", str(place / "face.png")]
     words += ["--strength", "1.0", "--out", str(place / "sub" / "x.png")]
     assert infer.main(["--model", str(base), *words]) == 0
-    info = Image.open(place / "sub" / "x.png").info
+    image = Image.open(place / "sub" / "x.png")
+    info = image.info
+    assert not image.getexif() and "at home" not in str(info)
     assert str(place) not in str(info) and str(base.parent) not in str(info)
     recipe = json.loads(info[CHUNK])
     assert (recipe["model"], recipe["init_image"]) == ("~/model", "face.png")

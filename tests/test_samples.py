@@ -53,7 +53,10 @@ def test_all_prompts_of_the_config_are_drawn_before_and_after(
     )
     s = open_parts(
         replace(
-            config, samples=SamplesConfig(steps=1, guidance=1.0, prompts=prompts, new_prompts=new)
+            config,
+            samples=SamplesConfig(
+                steps=1, guidance=1.0, prompts=prompts, new_prompts=new, show_data=True
+            ),
         )
     )
     sheets: list[list[ImageRow]] = []

@@ -27,6 +27,7 @@ from training import config_checks, nonfinite
 from training.log import Log
 from training.run_identity import EMPTY_IDENTITY, check_identity, identity_changes, run_identity
 from training.setup import Data, Model, Optimization
+from training.shared_config import shared_config
 from training.signals import Stopped
 
 # Part of a saved state -> types that it may have.
@@ -148,7 +149,8 @@ class Checkpoints:
         }
         names = next((e.names for e in model.embeddings.values()), ())
         words = formats.placeholder_header({p.word: p.names for p in model.placeholders})
-        header = {"lora_core.config": to_toml(self.config.recorded), "lora_core.steps": str(done)}
+        shared = shared_config(self.config, self.run.folder)
+        header = {"lora_core.config": to_toml(shared), "lora_core.steps": str(done)}
         if self.changes:
             header["lora_core.changes"] = "\n".join(self.changes)
         return AdapterState(components, rows, names, header | words)

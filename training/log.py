@@ -22,6 +22,7 @@ from lora_core.toml import to_table
 from training import nonfinite
 from training.scores import Scorer, on_common_images
 from training.setup import Model, Optimization
+from training.shared_config import shared_config
 from training.step_inputs import StepInputs
 
 
@@ -31,7 +32,7 @@ class Log:
     def __init__(self, run: Run, config: Config, model: Model, optimization: Optimization) -> None:
         self.run, self.config, self.model = run, config, model
         self.optimizer, self.scaler = optimization.optimizer, optimization.scaler
-        self.book = LogBook(run, config.report, to_table(config))
+        self.book = LogBook(run, config.report, to_table(shared_config(config, run.folder)))
         self.scores: dict[int, list[Score]] = {}  # steps done -> validation
         if (run.folder / "val.jsonl").is_file():  # the run goes on
             self.scores = validation.read_scores(run.folder)

@@ -18,12 +18,15 @@ from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.kinds import KINDS, DoRA
 from lora_core.config import Config
+from lora_core.data.captions import TYPED
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.validation import Score
 from lora_core.formats import dora_readers
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.settings import scheduler_changes
+from lora_core.shared_paths import hide_home
+from lora_core.toml import to_toml
 from models import read_schedule, save_family
 from training import config_checks, nonfinite
 from training.checkpoints import Checkpoints
@@ -31,6 +34,7 @@ from training.log import Log
 from training.samples import SampleImages, before_after_grid, save_sample_grid
 from training.scores import Scorer, comparable_scores, loss_table, losses_by_timestep
 from training.setup import Model
+from training.shared_config import shared_config
 
 Before = tuple[Sequence[Score], Sequence[Score]]  # scores before and after
 
@@ -80,7 +84,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     own = replace(_make_card(log, checkpoints, samples, scores), dora_errors=dora_errors)
     card.write_card(own, run.folder)
     if config.push_to_hub:
-        print(f"uploaded: {card.push_to_hub(run.folder, config.push_to_hub)}")
+        print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder
 
 
@@ -164,6 +168,29 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
 # ---------------------------------------------------------------- the run's README.md
 
 
+def _upload_run(folder: Path, config: Config, samples: SampleImages) -> str:
+    """Uploads the run's files, with the shared form of its config; returns the address."""
+    ignore = list(card.IGNORED)
+    if not _shows_images(samples):
+        ignore += ["samples/*", "before_after.png"]
+    texts = {"config.toml": to_toml(shared_config(config, folder))}
+    return card.push_to_hub(folder, config.push_to_hub, ignore=ignore, texts=texts)
+
+
+def _shows_images(samples: SampleImages) -> bool:
+    """Whether README.md shows the images: those of an inpainting model have the surroundings of
+    the validation images, which may be private.
+    """
+    return samples.config.samples.show_data or not samples.model.family.inpainting
+
+
+def _typed_caption(samples: SampleImages) -> str:
+    """The first caption where it is an option of the run, or shown on demand; else ""."""
+    first = samples.data.training.records[0]
+    is_shown = first.source in TYPED or samples.config.samples.show_data
+    return first.captions[0] if is_shown else ""
+
+
 def _make_card(
     log: Log, checkpoints: Checkpoints, samples: SampleImages, scores: Before | None
 ) -> ModelCard:
@@ -176,13 +203,14 @@ def _make_card(
             if encoder.config.eos_token_id == 2:  # type: ignore[union-attr]
                 ends[name] = family.tokenizers[name].eos_token_id
     return ModelCard(
-        config.model,
+        hide_home(config.model),
         family.pipeline,
         encoders={name: family.layout.encoders[name] for name in model.embeddings},
         ends=ends,
         words={p.word: p.names for p in model.placeholders},
-        prompts=samples.prompts,
-        instance_prompt=data.training.records[0].captions[0],
+        prompts=samples.public_prompts,
+        instance_prompt=_typed_caption(samples),
+        shows_images=_shows_images(samples),
         sampling={"num_inference_steps": look.steps, "guidance_scale": look.guidance},
         training=_training_table(log, checkpoints, samples),
         validation=losses_by_timestep(*scores) if scores else (),
@@ -216,7 +244,7 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
     )
     table["loss"] = described.removeprefix("loss: ")
     if c.step:
-        table["step"] = c.step
+        table["step"] = hide_home(c.step)
     if checkpoints.changes:
         table["resumed with changes"] = "; ".join(checkpoints.changes)
     if log.skipped.total:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_core import tokens
 from lora_core.config import Config
+from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
 from lora_core.diffusion import generation
@@ -95,8 +96,36 @@ class SampleImages:
     @property
     def prompts(self) -> list[str]:
         """The prompts of the config, else the captions of the first training images."""
-        captions = [record.captions[0] for record in self.data.training.records]
-        return list(self.config.samples.prompts) or list(dict.fromkeys(captions))[:COLUMNS]
+        return list(self._prompts())
+
+    @property
+    def shown_prompts(self) -> list[str]:
+        """The prompts as sheets of images show them: captions of files have a number instead,
+        without --samples.show-data.
+        """
+        shown = []
+        for number, (prompt, is_private) in enumerate(self._prompts().items(), start=1):
+            shown.append(f"training caption {number}" if is_private else prompt)
+        return shown
+
+    @property
+    def public_prompts(self) -> list[str]:
+        """The prompts that README.md shows: those that are options of the run, else one with the
+        first placeholder.
+        """
+        public = [prompt for prompt, is_private in self._prompts().items() if not is_private]
+        words = [placeholder.word for placeholder in self.model.placeholders]
+        return public or [f"a photo of {word}" for word in words[:1]]
+
+    def _prompts(self) -> dict[str, bool]:
+        """Prompt -> whether it is private: a caption from a file, without --samples.show-data."""
+        if self.config.samples.prompts:
+            return dict.fromkeys(self.config.samples.prompts, False)
+        found: dict[str, bool] = {}
+        for record in self.data.training.records:
+            is_private = record.source not in TYPED and not self.config.samples.show_data
+            found.setdefault(record.captions[0], is_private)
+        return dict(list(found.items())[:COLUMNS])
 
     def ordinary_prompt(self, prompt: str) -> str:
         """The prompt for the base model: each placeholder replaced by --samples.base-word, else by
@@ -114,8 +143,7 @@ def save_sample_grid(
     samples: SampleImages, run: Run, done: int, drawn: Sequence[Image.Image] = ()
 ) -> None:
     """Write OUT/samples/step_NNNNNN.png, of `drawn` where the images exist already."""
-    prompts = samples.prompts
-    row = ImageRow("", drawn or samples.draw(prompts), prompts)
+    row = ImageRow("", drawn or samples.draw(samples.prompts), samples.shown_prompts)
     sheet = pictures.draw_grid(list(wrap_row(row)), title=f"after {done} steps")
     pictures.save_png(sheet, run.folder / "samples" / f"step_{done:06d}.png")
 
@@ -123,14 +151,15 @@ def save_sample_grid(
 def before_after_grid(
     samples: SampleImages, drawn: Sequence[Image.Image], title: str
 ) -> Image.Image:
-    """A grid with one row each for: training images, base model, tokens alone, everything trained
-    (`drawn`), and everything trained on further prompts.
+    """A grid with one row each for: training images (with --samples.show-data), base model, tokens
+    alone, everything trained (`drawn`), and everything trained on further prompts.
 
     More than COLUMNS prompts continue in further rows below, before and after of one prompt one
     above the other.
     """
     model, config, prompts = samples.model, samples.config, samples.prompts
-    ordinary = [samples.ordinary_prompt(prompt) for prompt in prompts]
+    shown = samples.shown_prompts
+    ordinary = [samples.ordinary_prompt(prompt) for prompt in shown]
     rows = [ImageRow("before: the base model", samples.draw(prompts, base=True), ordinary)]
     learned = []
     if model.placeholders:
@@ -139,9 +168,12 @@ def before_after_grid(
         learned.append(config.adapter.kind.split(":")[-1])
     if len(learned) == 2:
         alone = samples.draw(prompts, only_tokens=True)
-        rows.append(ImageRow("learned tokens alone", alone, prompts))
-    rows.append(ImageRow(f"after: {' + '.join(learned)}", drawn, prompts))
-    sheet = [ImageRow("what it learned from", _reference_images(samples.data.training.records))]
+        rows.append(ImageRow("learned tokens alone", alone, shown))
+    rows.append(ImageRow(f"after: {' + '.join(learned)}", drawn, shown))
+    sheet = []
+    if config.samples.show_data:
+        images = _reference_images(samples.data.training.records)
+        sheet.append(ImageRow("what it learned from", images))
     for together in zip(*[wrap_row(row) for row in rows], strict=True):
         sheet += together
     new = list(config.samples.new_prompts)

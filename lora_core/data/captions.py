@@ -42,6 +42,7 @@ FALLBACK = "--data.caption, where an image has no text of its own"
 TEMPLATE = "sentence templates with --data.caption"
 FILE_NAME = "file names"
 FOLDER_NAME = "the folder's name"
+TYPED = (ONE, FALLBACK, TEMPLATE)  # sources that are options, and not files of training images
 
 # The prompt templates of textual inversion (arXiv 2208.01618), 27 and 19 as in lora_pti. Two of the
 # 19 stand twice, and so are drawn twice as often.

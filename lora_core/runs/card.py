@@ -25,7 +25,8 @@ from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs.run_folder import atomic_write
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
-IGNORED = ("checkpoints/*", "class_images/*", "*.tmp*", ".*")  # files that `push_to_hub` leaves out
+# Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
+IGNORED = ("checkpoints/*", "class_images/*", "*.tmp*", ".*", "wandb/*", "tensorboard/*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,6 +54,7 @@ class ModelCard:
     repo: str = ""  # hub repository that the card is for; empty: this disk
     # Tool -> relative error of its update of a DoRA under kohya's names (formats.dora_readers)
     dora_errors: Mapping[str, float] = field(default_factory=dict)
+    shows_images: bool = True  # the samples, if no private image is in them
     rerun: str = ""  # why config.toml alone does not repeat the run; empty: it does
 
 
@@ -62,7 +64,13 @@ def write_card(card: ModelCard, folder: str | Path) -> Path:
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
-    environment.filters |= {"code": _code, "cell": _cell, "json": _json, "repr": repr}
+    environment.filters |= {
+        "code": _code,
+        "cell": _cell,
+        "json": _json,
+        "path": _path,
+        "repr": repr,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(card=card, **_file_facts(card, folder), **_prompts(card, folder))
     with atomic_write(folder / "README.md") as temporary:
@@ -87,21 +95,31 @@ def check_push_target(repo_id: str) -> None:
         ) from None
 
 
-def push_to_hub(folder: str | Path, repo_id: str, *, ignore: Sequence[str] = IGNORED) -> str:
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    ignore: Sequence[str] = IGNORED,
+    texts: Mapping[str, str] | None = None,
+) -> str:
     """Uploads a run folder to a hub repository, created if missing; returns its address.
 
-    `ignore`: globs on paths relative to the folder. Raises UserError when the hub refuses or cannot
-    be reached; the folder is not changed.
+    `ignore`: globs on paths relative to the folder. `texts`: files that have another text in the
+    repository. Raises UserError when the hub refuses or cannot be reached; the folder is not
+    changed.
     """
+    texts = texts or {}
     try:
         api = HfApi()
         url = api.create_repo(repo_id, repo_type="model", exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
-            ignore_patterns=list(ignore),
+            ignore_patterns=[*ignore, *texts],
             commit_message=f"Upload the run {Path(folder).resolve().name}",
         )
+        for name, text in texts.items():
+            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=repo_id)
     except Exception as error:
         # The hub's client raises a dozen classes: no network, no token, no right to write, a bad
         # id, a card that it does not accept.
@@ -119,7 +137,7 @@ def _file_facts(card: ModelCard, folder: Path) -> dict[str, object]:
     """The variables of the template that depend on the files in the folder."""
     name = folder.name
     rows = _token_rows(folder)
-    images = _image_files(folder)
+    images = _image_files(folder) if card.shows_images else []
     return {
         "name": name,
         "front_matter": _front_matter(card, folder, rows, images).to_yaml(),
@@ -186,6 +204,9 @@ def _contents(folder: Path, rows: Sequence[str]) -> str:
 def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict[str, str]:
     """Name -> description of the files that are there."""
     own = "the adapter's own parameters, which have no low-rank form"
+    settings = "the run's settings: `python train.py config.toml` repeats it"
+    if card.repo:
+        settings = "the run's settings, without the folders of its images"
     known = {
         NATIVE: "LoRA under diffusers' names",
         f"{folder.name}.safetensors": "the same LoRA under kohya's names, for A1111 and ComfyUI",
@@ -193,7 +214,7 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
         f"{folder.name}{CUSTOM_ADAPTER_ENDING}": f"{own}: "
         "lora_core.adapters.custom_files.load_adapters reads them",
         "model": "the whole model with all updates folded in, in the diffusers layout",
-        "config.toml": card.rerun or "the run's settings: `python train.py config.toml` repeats it",
+        "config.toml": card.rerun or settings,
     }
     return {name: description for name, description in known.items() if (folder / name).exists()}
 
@@ -263,6 +284,11 @@ def _code(text: str) -> str:
 def _cell(value: object) -> str:
     """A value as it can be written in a cell of a table."""
     return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _path(name: str) -> str:
+    """A model as Python code names it; no library expands a ~ itself."""
+    return f"os.path.expanduser({_json(name)})" if name.startswith("~") else _json(name)
 
 
 def _json(value: object) -> str:

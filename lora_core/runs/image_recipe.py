@@ -19,6 +19,7 @@ from PIL import Image
 
 from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.errors import UserError
+from lora_core.escaped_output import one_line
 from lora_core.runs.image_grid import parse_axis
 from lora_core.runs.loras import parse_lora
 from lora_core.runs.pictures import save_png
@@ -105,7 +106,7 @@ def _print_options(start: str, options: Mapping[str, Any]) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             words.append(f"--{name.replace('_', '-')} {shlex.quote(str(item))}")
     if words:
-        print(start, " ".join(words), file=sys.stderr)
+        print(start, one_line(" ".join(words)), file=sys.stderr)
 
 
 # ---------------------------------------------------------------- reading
