@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 IMAGES ?= ../shared/data/monster_toy
 
-.PHONY: ready wanted demo demo-photos test test-other-cpu test-all lint docs
+.PHONY: ready wanted demo demo-photos test fuzz test-other-cpu test-all lint docs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
@@ -42,6 +42,9 @@ demo-photos: ready   ## the same run on photographs: make demo-photos IMAGES=fol
 
 test: ready          ## all tests that need no GPU
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+fuzz: ready          ## every command on 10,000 damaged files; FUZZ_SEED=7 make fuzz takes others
+	FUZZ_CASES=$${FUZZ_CASES:-10000} $(PY) -m pytest -n 0 tests/test_fuzz.py tests/test_corrupt.py $(ARGS)
 
 test-all: ready      ## and every kernel configuration compiled for every GPU generation: some minutes more
 	$(PY) -m pytest -n 2 --dist loadfile -m "full or not full" $(ARGS)

@@ -32,8 +32,8 @@ TESTED_BY = {
     "lora_core/kernels/optimizer_kernels.py": "test_optimizers.py",
 }
 THEMES = {  # test files that are named after what cuts across many modules
-    "advice", "bad_input", "config_layers", "configs", "damage", "docs", "dropped",
-    "families_load", "files_load", "house", "installation", "objectives", "resume", "toy",
+    "advice", "bad_input", "config_layers", "configs", "corrupt", "damage", "docs", "dropped",
+    "families_load", "files_load", "fuzz", "house", "installation", "objectives", "resume", "toy",
     "trained_files", "traps",
 }  # fmt: skip
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}

@@ -20,7 +20,7 @@ from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
 from training import nonfinite
-from training.scores import Scorer, on_common_images
+from training.scores import Scorer, on_common_images, relative_change
 from training.setup import Model, Optimization
 from training.shared_config import shared_config
 from training.step_inputs import StepInputs
@@ -85,7 +85,8 @@ class Log:
         before, after = on_common_images(self.scores[min(self.scores)], scores)
         values = {"val_loss": validation.mean_loss(scores)}
         if after:  # none where the run was resumed with other images
-            values["val_change"] = validation.mean_loss(after) / validation.mean_loss(before) - 1
+            change = relative_change(validation.mean_loss(before), validation.mean_loss(after))
+            values["val_change"] = change
         self.book.add(done, **values)
         self.flush()
 

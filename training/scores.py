@@ -4,6 +4,7 @@ before and after training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -115,11 +116,18 @@ def comparable_scores(
     if not before:
         why = f"the validation after {done} steps has none of the images of the first one"
         return None, f"no loss before and after: {why}"
+    if {score.t for score in before} != {score.t for score in after}:
+        return None, "no loss before and after: the two validations are at different timesteps"
     if len(before) == len(first) and len(after) == len(last):
         return (first, last), ""
     both = len({score.key for score in before})
     images = f"the {both} image{'s' * (both != 1)} that both validations have"
     return (before, after), f"before and after are those of {images}"
+
+
+def relative_change(before: float, after: float) -> float:
+    """after / before - 1; nan for a loss that was 0."""
+    return after / before - 1 if before else math.nan
 
 
 def losses_by_timestep(
@@ -138,5 +146,5 @@ def loss_table(first: Sequence[Score], last: Sequence[Score], words: str) -> str
     head = f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}"
     lines = [f"{head}   {words} at fixed timesteps and noise"]
     for name, before, after in losses_by_timestep(first, last):
-        lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {after / before - 1:+8.1%}")
+        lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {relative_change(before, after):+8.1%}")
     return "\n".join(lines)
