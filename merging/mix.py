@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
@@ -52,7 +53,6 @@ from merging.output import (
     round_adapter,
     write_adapter,
 )
-from merging.parameter_sums import sum_parameters
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 
@@ -169,12 +169,7 @@ def merge_terms(
     dense: DenseOptions,
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     """The merge as one record, in the output's dtype, and its reports by layer."""
-    changes = sum_parameters(terms)
-    if any(changes.values()) and method.method != "sum":
-        raise UserError(
-            f"--method {method.method} is of layers, and these files also change norms and biases "
-            "(w_norm, b_norm, diff_b); add them up, without --method"
-        )
+    changes = _merge_parameters(terms, method)
     count = len(weighted_layers(terms))
     title = f"{method.method} of {len(terms)}"
     with one_thread():
@@ -184,6 +179,20 @@ def merge_terms(
         state, reports = adapter_sums.collect_layers(rounded)
     state.parameters = changes
     return state, reports
+
+
+def _merge_parameters(terms: Sequence[Term], method: MergeMethod) -> dict[str, dict[str, Tensor]]:
+    """The sums of the changes of norms and biases, of which most files have none."""
+    if not any(term.state.parameters for term in terms):
+        return {}
+    if method.method != "sum":
+        raise UserError(
+            f"--method {method.method} is of layers, and these files also change norms and biases "
+            "(w_norm, b_norm, diff_b); add them up, without --method"
+        )
+    from merging.parameter_sums import sum_parameters
+
+    return sum_parameters(terms)
 
 
 def dense_options(

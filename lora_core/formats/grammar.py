@@ -7,6 +7,7 @@ format is a `Grammar`, a family a `Layout`. Keys are looked up, never parsed.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -82,34 +83,27 @@ def list_known_keys(
     for name, component in layout.components.items():
         heads = spell_heads(grammar, name, component)
         if keys:
-            heads = [head for head in heads if any(key.startswith(head) for key in keys)]
+            # of the keys' beginnings, cut where the heads end: one look for all keys
+            heads = [head for head in heads if head in {key[: len(head)] for key in keys}]
         modules = [(list(component.shapes), of_layers)]
         if of_norms:
             modules.append((component.norms, of_norms))
         for paths, ends in modules:
             for path, spellings in spell_paths(grammar, component, paths).items():
-                beginnings = _join_spellings(heads, spellings)
-                _add_keys(known, beginnings, ends, name, path)
+                _add_keys(known, itertools.product(heads, spellings), ends, name, path)
     return known
-
-
-def _join_spellings(heads: Iterable[str], spellings: Sequence[str]) -> list[str]:
-    """The beginnings of a module's keys, up to the leaf."""
-    beginnings: list[str] = []
-    for head in heads:
-        beginnings += [head + words for words in spellings]
-    return beginnings
 
 
 def _add_keys(
     known: dict[str, TensorRole],
-    beginnings: Iterable[str],
+    beginnings: Iterable[tuple[str, str]],
     leaves: Mapping[str, str],
     component: str,
     path: str,
 ) -> None:
     """Adds the keys of one module in place. Raises ValueError for a key of another module."""
-    for module in beginnings:
+    for head, words in beginnings:
+        module = head + words
         for leaf, role in leaves.items():
             meaning = (component, path, role)
             other = known.setdefault(module + leaf, meaning)
