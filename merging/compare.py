@@ -7,7 +7,7 @@ for a given update.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,6 +86,31 @@ def gram_sums(delta: Tensor, adapters: Sequence[LowRank | None]) -> GramSums:
         for j, other in present:
             gram[i, j] = inner_product(lr, other) if j <= i else 0.0
     return GramSums(gram + gram.tril(-1).T, products, float(delta.double().square().sum()))
+
+
+def vector_sums(delta: Tensor, vectors: Sequence[Tensor | None]) -> GramSums:
+    """`gram_sums` of one parameter: of its difference and what each file adds to it."""
+    rows = torch.zeros(len(vectors), delta.numel(), dtype=torch.float64)
+    for i, vector in enumerate(vectors):
+        if vector is not None:
+            rows[i] = vector.double()
+    flat = delta.double().flatten()
+    return GramSums(rows @ rows.mT, rows @ flat, float(flat.square().sum()))
+
+
+def compare_parameters(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """The cells of diff's table for the vectors that two files add to one network."""
+    shared = first.keys() & second.keys()
+    norm_a = math.sqrt(sum(float(change.double().square().sum()) for change in first.values()))
+    norm_b = math.sqrt(sum(float(change.double().square().sum()) for change in second.values()))
+    inner = sum(float(first[path].double() @ second[path].double()) for path in shared)
+    distance = math.sqrt(max(0.0, norm_a**2 + norm_b**2 - 2 * inner))
+    counts = len(shared), len(first) - len(shared), len(second) - len(shared)
+    cosine = f"{inner / (norm_a * norm_b):.4f}" if norm_a * norm_b else "-"
+    relative = f"{distance / norm_a:.4g}" if norm_a else "-"
+    return (*map(str, counts), f"{norm_a:.4g}", f"{norm_b:.4g}", cosine, relative)
 
 
 def fit_coefficients(layers: Iterable[GramSums]) -> LeastSquaresFit:

@@ -9,12 +9,11 @@ from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from merging.adapter_sums import LayerKey
 from merging.commands import Diff
-from merging.compare import principal_angles
+from merging.compare import compare_parameters, principal_angles
 from merging.factor_sums import cosine_similarity
 from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter
 from merging.output import align_columns, print_note
-from merging.parameter_sums import compare_parameters
 
 Spectra = Mapping[LayerKey, LayerSpectrum]
 

@@ -12,13 +12,14 @@ from tqdm import tqdm
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
+from lora_core.formats.model_folders import parameter_key
 from merging.adapter_sums import LayerKey, has_magnitude
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
 from merging.commands import Explain
-from merging.compare import GramSums, LeastSquaresFit, fit_coefficients, gram_sums
+from merging.compare import GramSums, LeastSquaresFit, fit_coefficients, gram_sums, vector_sums
 from merging.opening import open_adapter
 from merging.output import align_columns
-from merging.parameter_sums import parameter_key, parameters_by_key, vector_sums
+from merging.parameter_sums import parameters_by_key
 from merging.svd import one_thread
 
 

@@ -19,11 +19,11 @@ from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.compvis import TEXT_MODEL_LEVEL
 from lora_core.formats.layout import Layout
-from lora_core.formats.model_folders import Model, weight_key
+from lora_core.formats.model_folders import Model, parameter_key, weight_key
 from lora_core.formats.weights import TensorInfo, Weights
 from merging.adapter_sums import LayerKey, Term, layer_generator, weighted_layers
 from merging.factor_sums import WeightedAdapters
-from merging.parameter_sums import WeightedVectors, add_vectors, parameter_key, weighted_parameters
+from merging.parameter_sums import WeightedVectors, add_vectors, weighted_parameters
 from merging.rounding import Rounding, add_updates, round_weight
 from merging.svd import distill_update
 from merging.truncation import ApproximationReport, Keep, total_report

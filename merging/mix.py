@@ -57,7 +57,6 @@ from merging.output import (
     settle_format,
     write_adapter,
 )
-from merging.parameter_sums import sum_parameters
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
 from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
 from merging.svd import distill_update, one_thread
@@ -243,12 +242,7 @@ def merge_terms(
     stored: StoredLayers = OWN_LAYERS,
 ) -> Merge:
     """The merge as one record, in the output's dtype, with its reports by stored layer."""
-    changes = sum_parameters(terms)
-    if any(changes.values()) and method.method != "sum":
-        raise UserError(
-            f"--method {method.method} is of layers, and these files also change norms and biases "
-            "(w_norm, b_norm, diff_b); add them up, without --method"
-        )
+    changes = _merge_parameters(terms, method)
     count = len(stored.group_parts(weighted_layers(terms)))
     title = f"{method.method} of {len(terms)}"
     tally = SurvivalTally(len(terms))
@@ -261,6 +255,20 @@ def merge_terms(
         state = stored.separate_layers(state)
     state.parameters = changes
     return Merge(state, reports, tally.shares())
+
+
+def _merge_parameters(terms: Sequence[Term], method: MergeMethod) -> dict[str, dict[str, Tensor]]:
+    """The sums of the changes of norms and biases, of which most files have none."""
+    if not any(term.state.parameters for term in terms):
+        return {}
+    if method.method != "sum":
+        raise UserError(
+            f"--method {method.method} is of layers, and these files also change norms and biases "
+            "(w_norm, b_norm, diff_b); add them up, without --method"
+        )
+    from merging.parameter_sums import sum_parameters
+
+    return sum_parameters(terms)
 
 
 def dense_options(

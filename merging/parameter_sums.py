@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats.layout import Layout, nearest_name
-from lora_core.formats.weights import Weights
 from merging.adapter_sums import LayerKey, Term
-from merging.compare import GramSums
 
 WeightedVectors = list[tuple[float, Tensor]]
 
@@ -68,41 +64,3 @@ def add_vectors(base: Tensor | None, weighted: WeightedVectors) -> Tensor:
         wide = torch.promote_types(change.dtype, total.dtype)
         total = total.to(wide) + weight * change.to(wide)
     return total
-
-
-def parameter_key(weights: Weights, layout: Layout, component: str, path: str) -> str:
-    """The key of a norm's weight or of a bias in a network's weights.
-
-    It is with or without a level that one library version drops. Raises UserError for a parameter
-    that does not exist.
-    """
-    for name in (path, path.removeprefix(layout.component(component).module_prefix)):
-        if name in weights.infos:
-            return name
-    near = nearest_name(path, weights.infos)
-    raise UserError(f"{weights.source} has no {component} parameter {path}; nearest: {near}")
-
-
-def vector_sums(delta: Tensor, vectors: Sequence[Tensor | None]) -> GramSums:
-    """`compare.gram_sums` of one parameter: of its difference and what each file adds to it."""
-    rows = torch.zeros(len(vectors), delta.numel(), dtype=torch.float64)
-    for i, vector in enumerate(vectors):
-        if vector is not None:
-            rows[i] = vector.double()
-    flat = delta.double().flatten()
-    return GramSums(rows @ rows.mT, rows @ flat, float(flat.square().sum()))
-
-
-def compare_parameters(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor]
-) -> tuple[str, ...]:
-    """The cells of diff's table for the vectors that two files add to one network."""
-    shared = first.keys() & second.keys()
-    norm_a = math.sqrt(sum(float(change.double().square().sum()) for change in first.values()))
-    norm_b = math.sqrt(sum(float(change.double().square().sum()) for change in second.values()))
-    inner = sum(float(first[path].double() @ second[path].double()) for path in shared)
-    distance = math.sqrt(max(0.0, norm_a**2 + norm_b**2 - 2 * inner))
-    counts = len(shared), len(first) - len(shared), len(second) - len(shared)
-    cosine = f"{inner / (norm_a * norm_b):.4f}" if norm_a * norm_b else "-"
-    relative = f"{distance / norm_a:.4g}" if norm_a else "-"
-    return (*map(str, counts), f"{norm_a:.4g}", f"{norm_b:.4g}", cosine, relative)

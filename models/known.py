@@ -181,11 +181,15 @@ def _layers_in_file(shapes: Mapping[str, Shape], format: str) -> list[LayerInFil
         return []
     leaves = XLABS_LEAVES if format == "xlabs" else find_leaves(shapes, "the file")
     longest_first = sorted(leaves, key=len, reverse=True)
+    ends = tuple(longest_first)
     parts: dict[str, dict[str, Shape]] = {}
     for key, shape in shapes.items():
-        leaf = next((leaf for leaf in longest_first if key.endswith(leaf)), None)
-        if leaf and shape:
-            parts.setdefault(key.removesuffix(leaf), {})[leaves[leaf]] = shape
+        if not shape or not key.endswith(ends):
+            continue
+        for leaf in longest_first:
+            if key.endswith(leaf):
+                parts.setdefault(key.removesuffix(leaf), {})[leaves[leaf]] = shape
+                break
     layers = []
     for name, own in parts.items():
         out, fan = _weight_size(own)

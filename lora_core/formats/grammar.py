@@ -7,6 +7,7 @@ format is a `Grammar`, a family a `Layout`. Keys are looked up, never parsed.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -82,42 +83,39 @@ def list_known_keys(
     for name, component in layout.components.items():
         heads = spell_heads(grammar, name, component)
         if keys:
-            heads = [head for head in heads if any(key.startswith(head) for key in keys)]
-        modules = [(list(component.shapes), of_layers)]
+            # of the keys' beginnings, cut where the heads end: one look for all keys
+            heads = [head for head in heads if head in {key[: len(head)] for key in keys}]
+        if not heads:
+            continue
+        _add_keys(known, name, heads, spell_paths(grammar, component, component.shapes), of_layers)
         if of_norms:
-            modules.append((component.norms, of_norms))
-        for paths, ends in modules:
-            for path, spellings in spell_paths(grammar, component, paths).items():
-                beginnings = _join_spellings(heads, spellings)
-                _add_keys(known, beginnings, ends, name, path)
+            spelled = spell_paths(grammar, component, component.norms)
+            _add_keys(known, name, heads, spelled, of_norms)
     return known
-
-
-def _join_spellings(heads: Iterable[str], spellings: Sequence[str]) -> list[str]:
-    """The beginnings of a module's keys, up to the leaf."""
-    beginnings: list[str] = []
-    for head in heads:
-        beginnings += [head + words for words in spellings]
-    return beginnings
 
 
 def _add_keys(
     known: dict[str, TensorRole],
-    beginnings: Iterable[str],
-    leaves: Mapping[str, str],
     component: str,
-    path: str,
+    heads: Sequence[str],
+    spelled: Mapping[str, Sequence[str]],
+    leaves: Mapping[str, str],
 ) -> None:
-    """Adds the keys of one module in place. Raises ValueError for a key of another module."""
-    for module in beginnings:
-        for leaf, role in leaves.items():
-            meaning = (component, path, role)
-            other = known.setdefault(module + leaf, meaning)
-            if other != meaning:
-                raise ValueError(
-                    f"{module} would name both {other[1]} and {path}; "
-                    "this grammar cannot spell the layout"
-                )
+    """Adds the keys of modules in place; `spelled` has the names of each path.
+
+    Raises ValueError for a key of two modules.
+    """
+    for path, spellings in spelled.items():
+        for head, words in itertools.product(heads, spellings):
+            module = head + words
+            for leaf, role in leaves.items():
+                meaning = (component, path, role)
+                other = known.setdefault(module + leaf, meaning)
+                if other != meaning:
+                    raise ValueError(
+                        f"{module} would name both {other[1]} and {path}; "
+                        "this grammar cannot spell the layout"
+                    )
 
 
 def find_leaves(keys: Iterable[str], source: str) -> dict[str, str]:
@@ -256,10 +254,12 @@ def decode_adapter(
     for (component, path), parts in sorted(_group_by_module(tensors, known, source).items()):
         part = layout.components[component] if layout else None
         where = f"{component}.{path} in {source}"
-        changes = take_parameters(parts, part, path, where)
-        components.setdefault(component, {}).update(changes)
-        if changes and parts.keys() <= {"alpha"}:
-            continue
+        own = components.setdefault(component, {})
+        if not PARAMETER_ROLES.keys().isdisjoint(parts):
+            changes = take_parameters(parts, part, path, where)
+            own.update(changes)
+            if changes and parts.keys() <= {"alpha"}:
+                continue
         shape = part.shapes[path] if part else None
         is_lycoris = not lycoris.ROLES.isdisjoint(parts)
         if is_lycoris:
@@ -270,7 +270,7 @@ def decode_adapter(
                 update = update._replace(scale=scales[component](path, update.rank, where))
         if "magnitude" in parts or "dora_scale" in parts:
             update = _add_magnitude(update, parts, options, where)
-        components[component][path] = update
+        own[path] = update
     return components
 
 

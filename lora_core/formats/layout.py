@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -69,12 +70,12 @@ class Component:
     blocks: Mapping[str, int] = field(default_factory=dict)
     width: int = 0  # of an embedding table's rows; 0 for a network without one
 
-    @property
+    @cached_property
     def norms(self) -> list[str]:
         """The paths of the norms."""
         return norm_paths(self.shapes, self.parameters)
 
-    @property
+    @cached_property
     def modules(self) -> list[str]:
         """The paths of all layers and norms."""
         return [*self.shapes, *self.norms]
@@ -184,8 +185,12 @@ def vector_shapes(module: nn.Module, path: str = "") -> Iterator[tuple[str, Shap
 
 def norm_paths(layers: Collection[str], parameters: Iterable[str]) -> list[str]:
     """The modules of `parameters` that are no layers."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    return [path for path in modules if path not in layers]
+    modules: dict[str, None] = {}
+    for name in parameters:
+        path = name.rpartition(".")[0]
+        if path not in layers:
+            modules[path] = None
+    return list(modules)
 
 
 def missing_level(component: str, paths: Collection[str]) -> str:

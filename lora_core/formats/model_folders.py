@@ -107,6 +107,19 @@ def weight_key(weights: Weights, layout: Layout, component: str, path: str) -> s
     raise UserError(f"{weights.source} has no {component} layer {path}; nearest: {near}")
 
 
+def parameter_key(weights: Weights, layout: Layout, component: str, path: str) -> str:
+    """The key of a norm's weight or of a bias in a network's weights.
+
+    It is with or without a level that one library version drops. Raises UserError for a parameter
+    that does not exist.
+    """
+    for name in (path, path.removeprefix(layout.component(component).module_prefix)):
+        if name in weights.infos:
+            return name
+    near = nearest_name(path, weights.infos)
+    raise UserError(f"{weights.source} has no {component} parameter {path}; nearest: {near}")
+
+
 def network_stem(component: str) -> str:
     """The name of a network's file of weights in its folder, without its ending."""
     return "model" if component in ENCODERS else "diffusion_pytorch_model"

@@ -99,9 +99,9 @@ def recognize_file(path: str | Path) -> RecognizedFile:
         if (place / "model_index.json").is_file():
             return RecognizedFile("model", key="model_index.json")
         place = _first_file(place)
-    if _is_pickle(place):
-        return import_function("pickled_adapters", "recognize_pickled")(place)
-    return recognize_keys(read_key_shapes(place)[0])
+    is_pickle = _is_pickle(place)  # refuses a missing or empty file
+    status = place.stat()
+    return _recognize_content(place, status.st_mtime_ns, status.st_size, is_pickle)
 
 
 def read_key_shapes(file: str | Path) -> tuple[dict[str, Shape], dict[str, str]]:
@@ -159,7 +159,7 @@ def refuse_other_kinds(found: RecognizedFile, source: str) -> None:
 def _recognize_control(shapes: Shapes) -> RecognizedFile | None:
     """The kind of an adapter for a control image; None for other adapters."""
     for key, shape in shapes.items():
-        if CONTROL_KEY.fullmatch(key):
+        if "norm" in key and CONTROL_KEY.fullmatch(key):
             return RecognizedFile("foreign", what=CONTROL, key=key)
         takes = shape[1] if len(shape) > 1 else 0
         if takes == CONTROL_INPUTS and FIRST_LAYER.fullmatch(key):
@@ -168,10 +168,17 @@ def _recognize_control(shapes: Shapes) -> RecognizedFile | None:
 
 
 def _is_pickle(file: Path) -> bool:
-    return import_function("container", "is_pickle")(file)  # refuses a missing or empty file
+    return import_function("container", "is_pickle")(file)
 
 
-@lru_cache(maxsize=8)  # a command asks several times about each of its files
+@lru_cache(maxsize=64)  # a command asks several times about each of its files
+def _recognize_content(file: Path, changed: int, size: int, is_pickle: bool) -> RecognizedFile:
+    if is_pickle:
+        return import_function("pickled_adapters", "recognize_pickled")(file)
+    return recognize_keys(_read_header(file, changed, size)[0])
+
+
+@lru_cache(maxsize=8)
 def _read_header(file: Path, changed: int, size: int) -> tuple[dict[str, Shape], dict[str, str]]:
     return import_function("container", "read_shapes")(file)
 
