@@ -174,6 +174,7 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     output = replace(output, format=output.format or choose_output_format(job.paths))
     check_adapter_output(output, tokens=bool(state.tokens))
     exact = f"the exact sum {weight_1:g}*a + {weight_2:g}*b"
+    reports = stored_layers(output.format, layout).join_reports(reports, state)
     print(report_table(reports, extra=f"the error is against {exact}"))
     print_written(write_adapter(state, output, layout), output)
 

@@ -18,6 +18,7 @@ from lora_core.formats import joined_layers
 from lora_core.formats.adapter_files import detect_format, read_key_shapes
 from lora_core.formats.known_formats import FORMATS
 from lora_core.formats.layout import Layout
+from merging.truncation import ApproximationReport, total_report
 
 LayerKey = tuple[str, str]  # component, published path or name of a stored layer
 
@@ -69,6 +70,20 @@ class StoredLayers:
             own[path] = lr if is_plain else _multiply_into_up(lr, weight * lr.scale)
         joined = joined_layers.stack_factors(own, key[1], self.layout.component(key[0]))
         return (weights.pop() if is_plain else 1.0), joined
+
+    def join_reports(
+        self, reports: Mapping[LayerKey, ApproximationReport], state: AdapterState
+    ) -> dict[LayerKey, ApproximationReport]:
+        """The reports of a state's layers by stored layer, with the ranks that are stored."""
+        joined = {}
+        for key, parts in self.group_parts(reports).items():
+            total = total_report(reports[part] for part in parts)
+            if len(parts) > 1:
+                factors = [state.components[component][path] for component, path in parts]
+                rank = joined_layers.stored_rank(factors)
+                total = total._replace(rank=rank, full=total.full * rank // total.rank)
+            joined[key] = total
+        return joined
 
     def join_layers(self, state: AdapterState) -> AdapterState:
         """The state in stored layers. Raises UserError for DoRAs that cannot be joined."""
