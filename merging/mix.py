@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, delta_weight
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
@@ -35,7 +35,6 @@ from merging.commands import (
     Mix,
     OpenOptions,
 )
-from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
 from merging.opening import (
@@ -99,7 +98,10 @@ def mix_adapters(
     output = replace(output, format=output.format or choose_output_format(paths))
     state, reports, notes = _merge_files(files, layout, output, reading, keep, method)
     check_adapter_output(output, tokens=bool(state.tokens))
-    warn_of_dora_readers(state, output, reading)
+    if output.format == "kohya" and has_magnitude(state):
+        from merging.dora_warning import warn_of_dora_readers
+
+        warn_of_dora_readers(state, output, reading)
     for note in notes:
         print_note(note)
     if reports:
@@ -283,11 +285,11 @@ def _dense_layers(
     layers = weighted_layers(terms)
     found: dict[LayerKey, WeightedAdapters] = {}
     for key, parts in stored.group_parts(layers).items():
-        updates: list[LowRank | DenseUpdate] = []
+        is_dense = has_dora = False
         for part in parts:
-            updates += [update for _, update in layers[part]]
-        is_dense = any(isinstance(update, DenseUpdate) for update in updates)
-        has_dora = any(update.magnitude is not None for update in updates)
+            for _, update in layers[part]:
+                is_dense = is_dense or isinstance(update, DenseUpdate)
+                has_dora = has_dora or update.magnitude is not None
         if is_dense or (joins_doras and has_dora and stored.holds(key, parts)):
             found |= {part: layers[part] for part in parts}
     return found

@@ -31,6 +31,8 @@ class StoredLayers:
 
     def group_parts(self, keys: Iterable[LayerKey]) -> dict[LayerKey, list[LayerKey]]:
         """Stored layer -> our layers that it holds, in the order of first appearance."""
+        if self.layout is None:
+            return {key: [key] for key in keys}
         names: dict[str, dict[str, str]] = {}
         groups: dict[LayerKey, list[LayerKey]] = {}
         for component, path in keys:
@@ -109,7 +111,10 @@ OWN_LAYERS = StoredLayers()
 
 def stored_layers(format: str, layout: Layout | None) -> StoredLayers:
     """The stored layers of a format of adapter files and a model."""
-    return StoredLayers(layout if FORMATS[format].joins_layers else None)
+    if layout is None or not FORMATS[format].joins_layers:
+        return OWN_LAYERS
+    is_joined = any(part.fused or part.swapped for part in layout.components.values())
+    return StoredLayers(layout) if is_joined else OWN_LAYERS
 
 
 def layers_in_file(path: str, layout: Layout | None) -> StoredLayers:
