@@ -207,6 +207,7 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     for note in output_order(state, [first, second], job.paths, output, layout):
         print_note(note)
     exact = f"the exact sum {weight_1:g}*a + {weight_2:g}*b"
+    reports = stored_layers(output.format, layout).join_reports(reports, state)
     print(report_table(reports, extra=f"the error is against {exact}"))
     print_written(write_adapter(state, output, layout), output)
 

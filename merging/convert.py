@@ -82,17 +82,15 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
     output = settle_format(output, layers=has_layers, tokens=bool(state.tokens))
     _refuse_unheld(state, output, layout)
     warn_of_dora_readers(state, output, reading)
-    stored = stored_layers(output.format, layout)
-    state = stored.join_layers(state)
     reports = {}
     for component, adapters in state.components.items():
         for name, lr in adapters.items():
             size = frobenius_norm(lr._replace(magnitude=None))
             report = ApproximationReport(lr.rank, lr.rank, size, 0.0)
             adapters[name], reports[component, name] = round_adapter(lr, report, output.dtype)
-    state = stored.separate_layers(state)
     if reports and output.format not in TOKEN_FORMATS:
-        print(report_table(reports))
+        stored = stored_layers(output.format, layout)
+        print(report_table(stored.join_reports(reports, state)))
     print_written(write_adapter(state, output, layout), output)
 
 

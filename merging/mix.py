@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank, delta_weight
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.formats.known_formats import TOKEN_FORMATS
@@ -39,7 +39,6 @@ from merging.commands import (
     Mix,
     OpenOptions,
 )
-from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
 from merging.joint_metadata import join_metadata
@@ -108,7 +107,10 @@ def mix_adapters(
         tokens=bool(state.tokens),
         default=choose_output_format(paths),
     )
-    warn_of_dora_readers(state, output, reading)
+    if output.format == "kohya" and has_magnitude(state):
+        from merging.dora_warning import warn_of_dora_readers
+
+        warn_of_dora_readers(state, output, reading)
     for note in notes:
         print_note(note)
     if merged.reports and output.format not in TOKEN_FORMATS:
@@ -371,11 +373,11 @@ def _dense_layers(
     layers = weighted_layers(terms)
     found: dict[LayerKey, WeightedAdapters] = {}
     for key, parts in stored.group_parts(layers).items():
-        updates: list[LowRank | DenseUpdate] = []
+        is_dense = has_dora = False
         for part in parts:
-            updates += [update for _, update in layers[part]]
-        is_dense = any(isinstance(update, DenseUpdate) for update in updates)
-        has_dora = any(update.magnitude is not None for update in updates)
+            for _, update in layers[part]:
+                is_dense = is_dense or isinstance(update, DenseUpdate)
+                has_dora = has_dora or update.magnitude is not None
         if is_dense or (joins_doras and has_dora and stored.holds(key, parts)):
             found |= {part: layers[part] for part in parts}
     return found

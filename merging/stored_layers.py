@@ -19,6 +19,7 @@ from lora_core.formats.adapter_files import detect_format
 from lora_core.formats.known_formats import FORMATS
 from lora_core.formats.layout import Layout
 from lora_core.formats.recognition import read_key_shapes
+from merging.truncation import ApproximationReport, total_report
 
 LayerKey = tuple[str, str]  # component, published path or name of a stored layer
 
@@ -31,6 +32,8 @@ class StoredLayers:
 
     def group_parts(self, keys: Iterable[LayerKey]) -> dict[LayerKey, list[LayerKey]]:
         """Stored layer -> our layers that it holds, in the order of first appearance."""
+        if self.layout is None:
+            return {key: [key] for key in keys}
         names: dict[str, dict[str, str]] = {}
         groups: dict[LayerKey, list[LayerKey]] = {}
         for component, path in keys:
@@ -71,6 +74,20 @@ class StoredLayers:
         joined = joined_layers.stack_factors(own, key[1], self.layout.component(key[0]))
         return (weights.pop() if is_plain else 1.0), joined
 
+    def join_reports(
+        self, reports: Mapping[LayerKey, ApproximationReport], state: AdapterState
+    ) -> dict[LayerKey, ApproximationReport]:
+        """The reports of a state's layers by stored layer, with the ranks that are stored."""
+        joined = {}
+        for key, parts in self.group_parts(reports).items():
+            total = total_report(reports[part] for part in parts)
+            if len(parts) > 1:
+                factors = [state.components[component][path] for component, path in parts]
+                rank = joined_layers.stored_rank(factors)
+                total = total._replace(rank=rank, full=total.full * rank // total.rank)
+            joined[key] = total
+        return joined
+
     def join_layers(self, state: AdapterState) -> AdapterState:
         """The state in stored layers. Raises UserError for DoRAs that cannot be joined."""
         if self.layout is None:
@@ -97,8 +114,8 @@ def stored_layers(format: str, layout: Layout | None) -> StoredLayers:
     """The stored layers of a format of adapter files and a model."""
     if layout is None or not FORMATS[format].joins_layers:
         return OWN_LAYERS
-    has_joined = any(part.fused or part.swapped for part in layout.components.values())
-    return StoredLayers(layout) if has_joined else OWN_LAYERS
+    is_joined = any(part.fused or part.swapped for part in layout.components.values())
+    return StoredLayers(layout) if is_joined else OWN_LAYERS
 
 
 def layers_in_file(path: str, layout: Layout | None) -> StoredLayers:

@@ -58,7 +58,7 @@ def choices(kind: Any) -> tuple[str, ...]:
 def merge_flags() -> Iterator[str]:
     for command in COMMANDS.values():
         for name in flatten(command.options()):
-            yield name.replace("_", "-")
+            yield name.strip("_").replace("_", "-")  # as_ is --as
     yield from ("alpha", "output-path")  # other names of lora_add's
 
 

@@ -124,3 +124,13 @@ def test_a_lycoris_update_cannot_be_renamed_and_what_to_do_is_said(here, capsys)
     call("convert", "l.safetensors", "x.safetensors", "--to", "kohya", "--model", "base", status=2)
     said = capsys.readouterr().err
     assert "is a full update, not a product of two factors; --as lora" in said
+
+
+def test_as_lora_is_repeated_from_its_recipe(here, capsys):
+    save_dora("e.safetensors")
+    words = ("--as", "lora", "--model", "base", "--rank", "3")
+    call("convert", "e.safetensors", "o.safetensors", *words)
+    capsys.readouterr()
+    call("redo", "o.safetensors")
+    shown = capsys.readouterr().out
+    assert "--as lora" in shown and "the same as before: o.safetensors" in shown

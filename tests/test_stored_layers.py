@@ -94,9 +94,10 @@ def files(tmp_path, monkeypatch, flux_folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_shared_down_stays_shared(files, dtype):
+def test_a_shared_down_stays_shared(files, dtype, capsys):
     tensors = shared_file("x.safetensors", rank=4, dtype=dtype)
     call("convert", "x.safetensors", "y.safetensors", "--to", "kohya", "--model", "base")
+    assert re.search(r"transformer +5 +20 +20 ", capsys.readouterr().out)
     again = load_file("y.safetensors")
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
@@ -296,10 +297,11 @@ def test_distill_cuts_the_stored_layer(files):
         assert float((found[name] - value).norm()) == pytest.approx(best, rel=1e-2), name
 
 
-def test_lpl_of_shared_files_stays_shared(files):
+def test_lpl_of_shared_files_stays_shared(files, capsys):
     call("a.safetensors", "b.safetensors", "--output-path", "l.safetensors", "--model", "base",
          "--alpha", "1", lora_add=True)  # fmt: skip
     assert set(ranks("l.safetensors").values()) == {6}
+    assert re.search(r"transformer +5 +30 +", capsys.readouterr().out)
     call("a.safetensors", "b.safetensors", "j.safetensors", "--mode", "ljl", "--model", "base",
          lora_add=True)  # fmt: skip
     assert set(ranks("j.safetensors").values()) == {12}
@@ -323,3 +325,46 @@ def test_without_a_layout_every_layer_is_its_own():
     assert OWN_LAYERS.group_parts(keys) == {key: [key] for key in keys}
     state = AdapterState()
     assert StoredLayers().join_layers(state) is state
+
+
+def renamed(tensors, rules):
+    found = {}
+    for key, tensor in tensors.items():
+        for before, after in rules.items():
+            key = key.replace(before, after)
+        found[key] = tensor
+    return found
+
+
+COMFYUI = {
+    "lora_unet_": "diffusion_model.",
+    "_blocks_": "_blocks.",
+    "_img_attn_": ".img_attn.",
+    "_txt_attn_": ".txt_attn.",
+    "_linear1": ".linear1",
+    "_adaLN_modulation_": ".adaLN_modulation.",
+}
+PEFTS_LEAVES = {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B."}
+
+
+@pytest.mark.parametrize("leaves", [{}, PEFTS_LEAVES])
+def test_comfyuis_names_stay_shared(files, leaves):
+    save_file(renamed(files["a"], COMFYUI | leaves), "c.safetensors")
+    call("mix", "c.safetensors", "--out", "k.safetensors", "--model", "base")
+    assert set(ranks("k.safetensors").values()) == {6}
+    close(stacked(load_file("k.safetensors")), stacked(files["a"]))
+    call("resize", "c.safetensors", "r.safetensors", "--rank", "2", "--model", "base")
+    assert set(ranks("r.safetensors").values()) == {2}
+
+
+def test_xlabs_layers_stay_shared(files, capsys):
+    """XLabs' trainer has q, k and v of a single block alone: the MLP's rows are zeros."""
+    down, up = torch.randn(3, WIDTH), torch.randn(96, 3)
+    module = "diffusion_model.single_blocks.1.processor.qkv_lora"
+    save_file({f"{module}.down.weight": down, f"{module}.up.weight": up}, "x.safetensors")
+    call("info", "x.safetensors", "--model", "base")
+    assert re.search(r"transformer +1 +0 +0 +3 +3 ", capsys.readouterr().out)
+    call("convert", "x.safetensors", "k.safetensors", "--to", "kohya", "--model", "base")
+    assert ranks("k.safetensors") == {"single_blocks_1_linear1": 3}
+    whole = torch.cat([up.double() @ down.double(), torch.zeros(128, WIDTH)])
+    close(stacked(load_file("k.safetensors")), {"single_blocks_1_linear1": whole})

@@ -115,6 +115,11 @@ def stack_factors(parts: Mapping[str, LowRank], name: str, component: Component)
     return _stack_parts([parts.get(path) for path in paths], outs)
 
 
+def stored_rank(parts: Sequence[LowRank]) -> int:
+    """The rank of a joined layer of these parts: that of one where all have the same down."""
+    return parts[0].rank if _share_down(parts) else sum(lr.rank for lr in parts)
+
+
 def separate_layers(
     components: Mapping[str, Mapping[str, Update]], layout: Layout, source: str
 ) -> dict[str, dict[str, Update]]:
@@ -226,7 +231,7 @@ def _stack_parts(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRan
     """
     given = [lr for lr in parts if lr is not None]
     scale = next((lr.scale for lr in given if lr.scale), 0.0)
-    is_shared = all(_is_same(lr.down, given[0].down) for lr in given)
+    is_shared = _share_down(given)
     downs = [given[0].down] if is_shared else [lr.down for lr in given]
     dtype = functools.reduce(torch.promote_types, [lr.up.dtype for lr in given])
     up = given[0].up.new_zeros(sum(outs), sum(map(len, downs)), dtype=dtype)
@@ -240,6 +245,10 @@ def _stack_parts(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRan
     magnitudes = [lr.magnitude for lr in given if lr.magnitude is not None]
     magnitude = torch.cat(magnitudes) if magnitudes else None
     return LowRank(torch.cat(downs), up, scale, magnitude)
+
+
+def _share_down(parts: Sequence[LowRank]) -> bool:
+    return all(_is_same(lr.down, parts[0].down) for lr in parts)
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
