@@ -207,7 +207,8 @@ class AdapterFormat:
     """The format of an adapter file."""
 
     format: Annotated[str, choice("F", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's)"""
+    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's; token
+    rows by the ending)"""
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,8 @@ class Convert:
     out: Positional[Annotated[str, text("OUT")]] = ""
     """the result; of a whole model a folder, or a file that ends in .safetensors or .ckpt"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (diffusers)"""
+    """diffusers, kohya, cloneofsimo; of token rows embeddings, a1111, textual_inversion (diffusers,
+    embeddings; .pt: cloneofsimo, a1111; .bin: textual_inversion)"""
     files: Annotated[FileOptions, FILES] = FileOptions()
 
 
