@@ -124,10 +124,10 @@ def mix_layers(
     for key, weighted in weighted_layers(terms).items():
         wanted: Any = _keep_rank(keep[key]) if is_table else keep  # type: ignore[index]
         try:
-            merged = _merge_layer(key, weighted, wanted, dense)
+            adapter, report, inputs = _merge_layer(key, weighted, wanted, dense)
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
-        yield MergedLayer(*key, *merged)
+        yield MergedLayer(*key, adapter, report, inputs)
 
 
 def mix_layers_dense(

@@ -34,7 +34,6 @@ from merging.adapter_sums import (
 from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
 from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
-from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms
 from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
@@ -52,6 +51,7 @@ from merging.output import (
     write_adapter,
 )
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
+from merging.shared_model import open_adapters
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport
 

@@ -36,7 +36,6 @@ from merging.commands import (
 )
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
-from merging.families import open_adapters
 from merging.joint_metadata import join_metadata
 from merging.opening import choose_output_format, find_layout, is_whole_model, widest_dtype
 from merging.output import (
@@ -52,6 +51,7 @@ from merging.output import (
     settle_format,
     write_adapter,
 )
+from merging.shared_model import open_adapters
 from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
@@ -359,7 +359,7 @@ def _finish_layers(
         finished = layer if dtype is None else _round_layer(layer, dtype)
         if layer.inputs is not None and len(terms) > 1:
             rounded = None
-            if layer.adapter is not None and finished.adapter is not layer.adapter:
+            if layer.adapter and finished.adapter and finished.adapter is not layer.adapter:
                 rounded = rounding_shares(layer.adapter, finished.adapter)
             tally.add_layer(sources[layer.component, layer.path], layer.inputs, rounded)
         yield finished
