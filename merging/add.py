@@ -23,7 +23,6 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.embedding_pickles import write_pickled_embedding
-from merging.adapter_families import open_adapters
 from merging.adapter_sums import (
     DenseOptions,
     LayerKey,
@@ -60,6 +59,7 @@ from merging.output import (
 from merging.parameter_sums import sum_parameters
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
 from merging.quotes import quote_where_needed
+from merging.shared_model import open_adapters
 from merging.stored_layers import stored_layers
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport

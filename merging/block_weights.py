@@ -71,7 +71,7 @@ class BlockTable(NamedTuple):
     lengths: tuple[int, ...]  # of the lists that are in use with it
     block_of: BlockOf
 
-    def index(self, name: str) -> int | None:
+    def find_block(self, name: str) -> int | None:
         """The block of a name; None for another word."""
         name = OTHER_NAMES.get(name, name)
         return self.names.index(name) if name in self.names else None

@@ -207,7 +207,8 @@ class AdapterFormat:
     """The format of an adapter file."""
 
     format: Annotated[str, choice("F", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's)"""
+    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's; token
+    rows by the ending)"""
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,8 @@ class Convert:
     """the result, of a whole model a folder or a file in .safetensors or .ckpt; OUT may also be
     the last word"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (diffusers)"""
+    """diffusers, kohya, cloneofsimo; of token rows embeddings, a1111, textual_inversion (diffusers,
+    embeddings; .pt: cloneofsimo, a1111; .bin: textual_inversion)"""
     as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""
     """lora: the update of a DoRA as a plain LoRA, nearest to it at the DoRA's rank"""
     svd: Annotated[SvdOptions, SVD] = SvdOptions()

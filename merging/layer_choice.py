@@ -160,7 +160,7 @@ def _nearest_names(name: str, keys: LayerKeys) -> str:
 def _layer_test(name: str, layout: Layout | None) -> LayerTest:
     if name in ALL_BLOCKS:
         table = _require_blocks(name, layout)
-        if (index := table.index(name)) is not None:
+        if (index := table.find_block(name)) is not None:
             return lambda component, path: table.block_of(component, path) == index
     if layout is not None and name not in LAYER_GROUPS:
         presets = {owner: own[name] for owner, own in layout.presets.items() if name in own}

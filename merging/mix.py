@@ -18,7 +18,6 @@ from lora_core.escaped_output import hides_progress
 from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from merging import adapter_sums
-from merging.adapter_families import open_adapters
 from merging.adapter_sums import (
     DenseOptions,
     LayerFactor,
@@ -56,6 +55,7 @@ from merging.output import (
     settle_format,
     write_adapter,
 )
+from merging.shared_model import open_adapters
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
 from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
 from merging.svd import distill_update, one_thread
