@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lora_core.errors import UserError
+from lora_core.formats.adapter_files import read_key_shapes
 from lora_core.formats.layer_numbering import CLASSES, NUMBERINGS
 from lora_core.formats.layout import COMPONENTS, ENCODERS, Layout, layout_of
 
@@ -22,6 +24,11 @@ NETWORK_CLASSES = {
     "SD3Transformer2DModel": "transformer",
     "CLIPTextModelWithProjection": "text_encoder_2",
     "CLIPTextModel": "text_encoder",
+}
+# Component -> how keys of files begin that adapt it.
+KEY_BEGINNINGS = {name: (f"{name}.", f"{name}:") for name in COMPONENTS} | {
+    "text_encoder": ("text_encoder.", "text_encoder:", "lora_te_", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
 }
 T5_CLASSES = ("T5EncoderModel", "UMT5EncoderModel")
 NOT_ADAPTED = ("vae", "safety_checker", "image_encoder", "feature_extractor", "scheduler")
@@ -68,6 +75,19 @@ def live_layout(networks: Mapping[str, nn.Module]) -> Layout:
         if name in components and _has_numbered_classes(networks[name]):
             components[name] = replace(components[name], numbering=numbering)
     return replace(found, components=components)
+
+
+def networks_in_file(path: str | Path) -> list[str]:
+    """The components that the keys of a file, or of the files in a run's folder, name."""
+    place = Path(path)
+    files = sorted(place.glob("[!.]*.safetensors")) if place.is_dir() else [place]
+    found: dict[str, None] = {}
+    for file in files:
+        for key in read_key_shapes(file)[0]:
+            for name, beginnings in KEY_BEGINNINGS.items():
+                if key.startswith(beginnings):
+                    found[name] = None
+    return list(found)
 
 
 def _component_of(network: nn.Module) -> str:
