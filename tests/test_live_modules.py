@@ -129,10 +129,16 @@ def test_one_network_says_what_a_file_needs_besides(tmp_path):
     state, layout = trained_state(pipe)
     formats.save(state, tmp_path / "a.safetensors", layout=layout)
     formats.save(state, tmp_path / "t.safetensors", format="embeddings", layout=layout)
+    formats.save(state, tmp_path / "k.safetensors", format="kohya", layout=layout)
+    numbered = tiny_pipeline.random_state(pipe, unet=PLAIN, text=TEXT)
+    formats.save(numbered, tmp_path / "n.safetensors", format="cloneofsimo", layout=layout)
     before = contents(pipe)
     for given, file, sentence in (
         (pipe.unet, "a", "adapts text_encoder, but only unet was given; .* the whole pipeline"),
+        (pipe.unet, "k", "adapts text_encoder, but only unet was given; .* the whole pipeline"),
+        (pipe.unet, "n", "adapts text_encoder, but only unet was given; .* the whole pipeline"),
         (pipe.text_encoder, "a", "adapts unet, but only text_encoder was given"),
+        (pipe.text_encoder, "n", "adapts unet, but only text_encoder was given"),
         (pipe.text_encoder, "t", "needs a tokenizer in the modules"),
         (pipe.vae, "a", "the class AutoencoderKL does not tell"),
         (nn.Linear(2, 2), "a", 'the class Linear does not tell .* pass {"unet": network}'),

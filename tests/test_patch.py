@@ -311,7 +311,7 @@ def broken(run, tmp_path, kind):
         ),
         "component": (
             {"text_encoder_2.text_model.x.lora_A.weight": torch.ones(1, 2)},
-            "text_encoder_2.text_model.x.lora_A.weight",
+            "adapts text_encoder_2, but only unet, text_encoder was given",
         ),
     }
     change, expected = changes[kind]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from lora_core.errors import UserError
 from lora_core.formats.known_formats import COMPONENTS
 from lora_core.formats.layer_numbering import CLASSES, NUMBERINGS
 from lora_core.formats.layout import ENCODERS, Layout, layout_of
+from lora_core.formats.recognition import read_key_shapes
 
 # Class of a network in diffusers or transformers -> its component; the first that fits counts.
 NETWORK_CLASSES = {
@@ -23,6 +25,11 @@ NETWORK_CLASSES = {
     "SD3Transformer2DModel": "transformer",
     "CLIPTextModelWithProjection": "text_encoder_2",
     "CLIPTextModel": "text_encoder",
+}
+# Component -> how keys of files begin that adapt it.
+KEY_BEGINNINGS = {name: (f"{name}.", f"{name}:") for name in COMPONENTS} | {
+    "text_encoder": ("text_encoder.", "text_encoder:", "lora_te_", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
 }
 T5_CLASSES = ("T5EncoderModel", "UMT5EncoderModel")
 NOT_ADAPTED = ("vae", "safety_checker", "image_encoder", "feature_extractor", "scheduler")
@@ -69,6 +76,19 @@ def live_layout(networks: Mapping[str, nn.Module]) -> Layout:
         if name in components and _has_numbered_classes(networks[name]):
             components[name] = replace(components[name], numbering=numbering)
     return replace(found, components=components)
+
+
+def networks_in_file(path: str | Path) -> list[str]:
+    """The components that the keys of a file, or of the files in a run's folder, name."""
+    place = Path(path)
+    files = sorted(place.glob("[!.]*.safetensors")) if place.is_dir() else [place]
+    found: dict[str, None] = {}
+    for file in files:
+        for key in read_key_shapes(file)[0]:
+            for name, beginnings in KEY_BEGINNINGS.items():
+                if key.startswith(beginnings):
+                    found[name] = None
+    return list(found)
 
 
 def _component_of(network: nn.Module) -> str:

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from lora_core import formats, tokens
 from lora_core.adapters import changed_parameters, injection
 from lora_core.adapters.adapted_layer import adapted_layers
-from lora_core.adapters.live_modules import collect_modules, live_layout, networks_of
+from lora_core.adapters.live_modules import (
+    collect_modules,
+    live_layout,
+    networks_in_file,
+    networks_of,
+)
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings, mixofshow
@@ -182,22 +187,21 @@ def _load_for(file: str | Path, layout: Layout, networks: Collection[str]) -> Ad
     """The state of a file. Raises UserError, also for a network that it adapts and is not given."""
     try:
         state = formats.load(file, layout, merging=True)
-        adapted = set(state.changed_components)
+        adapted = state.changed_components
     except UserError as error:
         try:
-            adapted = set(
-                formats.load(file, merging=True).changed_components
-            )  # names of networks that were not given
+            adapted = networks_in_file(file)  # to name a network that is missing
         except UserError:
             raise error from None
-        if adapted <= set(networks):
+        if set(adapted) <= set(networks):
             raise
-    for name in sorted(adapted - set(networks)):
-        given = ", ".join(networks) or "nothing"
-        raise UserError(
-            f"{file} adapts {name}, but only {given} was given; pass its module too, or the "
-            "whole pipeline"
-        )
+    for name in adapted:
+        if name not in networks:
+            given = ", ".join(networks) or "nothing"
+            raise UserError(
+                f"{file} adapts {name}, but only {given} was given; pass its module too, or the "
+                "whole pipeline"
+            )
     return state
 
 
