@@ -176,3 +176,25 @@ def test_a_recipe_names_no_users_folders(
 def test_every_option_is_in_one_of_the_three_tables() -> None:
     tables = (*IMAGE_OPTIONS, *START_OPTIONS, *CALL_OPTIONS)
     assert sorted(tables) == sorted(option.name for option in fields(infer.Infer))
+
+
+def test_the_strength_comes_with_a_start_image_that_is_given(place: Path) -> None:
+    save_recipe(place / "s.png", prompt="a", model="model", steps=4, strength=0.5, guidance=1.0)
+    words = ["--from", "s.png", "--init-image", "face.png"]
+    assert infer.main([*words, "--out", "x.png"]) == 0
+    assert infer.main([*words, "--out", "y.png", "--strength", "1.0"]) == 0
+    recorded = [json.loads(Image.open(name).info[CHUNK])["strength"] for name in ("x.png", "y.png")]
+    assert recorded == [0.5, 1.0]
+
+
+def test_a_model_that_was_fetched_before_is_taken(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner named it then: the hub's cache has it."""
+    opened: list[str] = []
+    monkeypatch.setattr("lora_core.shared_paths.try_to_load_from_cache", lambda name, file: file)
+    monkeypatch.setattr("infer.open_models", lambda config, _: opened.append(config.model) or 1 / 0)
+    save_recipe(place / "s.png", prompt="a", model="mine/model")
+    with pytest.raises(ZeroDivisionError):
+        infer.main(["--from", "s.png", "--out", "x.png"])
+    assert opened == ["mine/model"]

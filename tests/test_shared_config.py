@@ -92,6 +92,10 @@ def test_nothing_private_is_published(
     if kind == "full":
         private = replace(private, adapter=AdapterConfig(kind="full", targets=("all",)))
     run = train.train(private)
+    for logs in ("wandb", "tensorboard"):
+        (run / logs).mkdir()
+        (run / logs / "events.0.alices-machine").write_text("alice")
+    cards.push_to_hub(run, "me/run", texts={"config.toml": ""})  # once more, by hand
     assert {"README.md", "config.toml", "before_after.png"} <= uploaded.keys()
     for name, content in uploaded.items():
         for secret in SECRETS:

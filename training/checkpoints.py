@@ -25,7 +25,13 @@ from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
 from training import config_checks, nonfinite
 from training.log import Log
-from training.run_identity import EMPTY_IDENTITY, check_identity, identity_changes, run_identity
+from training.run_identity import (
+    EMPTY_IDENTITY,
+    check_identity,
+    hide_image_names,
+    identity_changes,
+    run_identity,
+)
 from training.setup import Data, Model, Optimization
 from training.shared_config import shared_config
 from training.signals import Stopped
@@ -212,7 +218,7 @@ class Checkpoints:
         accepted = [f"from step {step} on: {change}" for change in found]
         for line in accepted:
             print(f"resumed with a change {line}")
-        return accepted
+        return [hide_image_names(line) for line in accepted]
 
     def _refusal(self, tree: dict[str, Any], step: int) -> str:
         """Why the state of a checkpoint does not fit this run, as a sentence; "" where it does."""

@@ -5,6 +5,7 @@ the differences between two identities.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from lora_core.data.records import Record
 from lora_core.diffusion.noise import Schedule
+from lora_core.shared_paths import hide_home
 from lora_core.text import shorten_value
 
 WHERE_WRITTEN = "where the run is written, not its result"
@@ -269,3 +271,10 @@ def _hash_weights(module: nn.Module) -> str:
     for part in samples.values():
         content.update(torch.cat(part).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
+
+
+def hide_image_names(change: str) -> str:
+    """A change as headers and README.md, which people publish, list it: how many images, and not
+    which; ~ for the home folder.
+    """
+    return hide_home(re.sub(r"\b(images? (?:added|removed|changed)): .*", r"\1", change))
