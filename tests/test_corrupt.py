@@ -84,15 +84,15 @@ def test_a_crafted_image_is_refused(here: Path, ended: Ended, name: str) -> None
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_crafted_config_is_refused(here: Path, ended: Ended, name: str) -> None:
     Path(name).write_bytes(FILES[name]())
-    assert name in ended(train.main, f"{name} --out run")
-    assert not Path("run").exists()
+    assert name in ended(train.main, f"{name} --out new")
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "(" * 2_000 + "a.safetensors" + ")" * 2_000,
-        "-" * 2_000 + "a.safetensors",
+        "(" + "-" * 2_000 + "a.safetensors)",
         "2*" * 2_000 + "a.safetensors",
         " + ".join(["a.safetensors"] * 20_000),
     ],
@@ -106,7 +106,7 @@ def test_a_gigabyte_of_text_is_not_read(here: Path, ended: Ended) -> None:
     limit = f"{LONGEST_TEXT:,}"
     assert limit in ended(infer.main, "--model base --prompts prompts.txt --out out.png")
     save_photos(Path("data"), count=3)
-    train_words = "--model base --data.images data --data.resolution 16 --adapter.rank 2 --out run"
+    train_words = "--model base --data.images data --data.resolution 16 --adapter.rank 2 --out new"
     others.write_sparse(Path("data/0.txt"))
     assert limit in ended(train.main, train_words)
     Path("data/0.txt").write_text("word " * 50_000)
@@ -138,7 +138,7 @@ def test_a_crafted_model_is_refused(here: Path, ended: Ended, name: str, content
     Path("broken", name).write_text(content)
     assert ended(merge.main, "fold broken a.safetensors out")
     assert ended(infer.main, "--model broken --prompt a --out out.png --steps 1")
-    assert ended(train.main, "--model broken --data.images x --out run")
+    assert ended(train.main, "--model broken --data.images x --out new")
     assert not Path("out").exists() and not Path("out.png").exists()
 
 
