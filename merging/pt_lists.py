@@ -11,8 +11,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
-from lora_core.formats.pickles import read_pickle
-from lora_core.runs.run_folder import atomic_write
+from lora_core.formats.pickles import read_pickle, write_pickle
 from merging.factor_sums import concat_factors, frobenius_norm, lpl
 from merging.truncation import ApproximationReport
 
@@ -48,8 +47,7 @@ def lpl_of_lists(
 def save_list(tensors: Sequence[Tensor], path: Path, dtype: torch.dtype | None) -> None:
     """Writes a list, in its own dtypes or in `dtype`, whole or not at all."""
     cast = [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
-    with atomic_write(path) as temporary, temporary.open("wb") as opened:
-        torch.save(cast, opened)
+    write_pickle(path, cast)
 
 
 def compare_with_sum(

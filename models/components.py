@@ -42,7 +42,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
             f"the model folder {path} has no {name}; it must be in the diffusers layout"
         )
     table = read_object(file, "fetch the model again")
-    if name.endswith("/config.json"):
+    if file.name == "config.json":
         _check_sizes(table, str(file))
     return table
 
@@ -109,6 +109,7 @@ def load_network(
     dependency here, and warns twice without it. The other way leaves weights that the files lack
     uninitialized, and transformers initializes them at random: both are refused. Raises UserError.
     """
+    read_json(path, f"{subfolder}/config.json".lstrip("/"))  # checked before anything is made
     if kind.__module__.startswith("diffusers."):
         settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     else:

@@ -22,6 +22,7 @@ from tests.corrupt import others, pickles
 
 SECONDS = 10  # of the processor
 KILOBYTES = 2_000_000
+SMALL = 100_000  # bytes
 FILES: dict[str, Callable[[], bytes]] = {**pickles.FILES, **others.FILES}
 ADAPTERS = [name for name in FILES if name.endswith((".ckpt", ".pt", ".bin", ".safetensors"))]
 IMAGES = [name for name in FILES if name.endswith(".png")]
@@ -29,7 +30,7 @@ CONFIGS = [name for name in FILES if name.endswith(".toml")]
 # Files that are fine where a command does not read what is wrong in them.
 HARMLESS = {
     "slow_pattern.safetensors", "broken_config.safetensors", "dotted_config.safetensors",
-    "typed_config.safetensors", "deep_entry.safetensors", "huge_product.safetensors",
+    "typed_config.safetensors", "huge_product.safetensors",
 }  # fmt: skip
 
 Ended = Callable[..., str]
@@ -56,12 +57,14 @@ def ended(capsys: pytest.CaptureFixture[str]) -> Ended:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_crafted_adapter_is_refused(here: Path, ended: Ended, name: str) -> None:
-    Path(name).write_bytes(FILES[name]())
+    content = FILES[name]()
+    Path(name).write_bytes(content)
     before = set(os.listdir())
     for words in (f"info {name}", f"convert {name} out.safetensors --model base"):
         assert ended(merge.main, words) or name in HARMLESS, words
-    ended(merge.main, f"resize {name} out2.safetensors --rank 1 --model base")
-    ended(merge.lora_add, f"{name} a.safetensors out3.safetensors 0.5")
+    if len(content) < SMALL:  # the others take a second or two each time
+        ended(merge.main, f"resize {name} out2.safetensors --rank 1 --model base")
+        ended(merge.lora_add, f"{name} a.safetensors out3.safetensors 0.5")
     refused = ended(infer.main, f"--model base --lora {name} --out out.png --prompt a --steps 1")
     assert refused
     assert not Path(pickles.EXECUTED).exists()
@@ -84,15 +87,15 @@ def test_a_crafted_image_is_refused(here: Path, ended: Ended, name: str) -> None
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_crafted_config_is_refused(here: Path, ended: Ended, name: str) -> None:
     Path(name).write_bytes(FILES[name]())
-    assert name in ended(train.main, f"{name} --out run")
-    assert not Path("run").exists()
+    assert name in ended(train.main, f"{name} --out new")
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "(" * 2_000 + "a.safetensors" + ")" * 2_000,
-        "-" * 2_000 + "a.safetensors",
+        "(" + "-" * 2_000 + "a.safetensors)",
         "2*" * 2_000 + "a.safetensors",
         " + ".join(["a.safetensors"] * 20_000),
     ],
@@ -106,11 +109,11 @@ def test_a_gigabyte_of_text_is_not_read(here: Path, ended: Ended) -> None:
     limit = f"{LONGEST_TEXT:,}"
     assert limit in ended(infer.main, "--model base --prompts prompts.txt --out out.png")
     save_photos(Path("data"), count=3)
-    train_words = "--model base --data.images data --data.resolution 16 --adapter.rank 2 --out run"
+    train_words = "--model base --data.images data --data.resolution 16 --adapter.rank 2 --out new"
     others.write_sparse(Path("data/0.txt"))
     assert limit in ended(train.main, train_words)
     Path("data/0.txt").write_text("word " * 50_000)
-    assert "50,000" in ended(train.main, train_words) or "250" in ended(train.main, train_words)
+    assert "249,999 characters" in ended(train.main, train_words)
     for content in ("[" * others.DEPTH, json.dumps({"file_name": "0.png", "text": "x" * 10**6})):
         Path("data/metadata.jsonl").write_text(content)
         assert ended(train.main, train_words)
@@ -138,7 +141,7 @@ def test_a_crafted_model_is_refused(here: Path, ended: Ended, name: str, content
     Path("broken", name).write_text(content)
     assert ended(merge.main, "fold broken a.safetensors out")
     assert ended(infer.main, "--model broken --prompt a --out out.png --steps 1")
-    assert ended(train.main, "--model broken --data.images x --out run")
+    assert ended(train.main, "--model broken --data.images x --out new")
     assert not Path("out").exists() and not Path("out.png").exists()
 
 

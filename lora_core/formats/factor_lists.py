@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState
@@ -19,8 +18,7 @@ from lora_core.formats.container import check_finite
 from lora_core.formats.embeddings import check_token_rows
 from lora_core.formats.layer_numbering import list_pairs, numbered_components, place_pairs
 from lora_core.formats.layout import Layout
-from lora_core.formats.pickles import read_pickle
-from lora_core.runs.run_folder import atomic_write
+from lora_core.formats.pickles import read_pickle, write_pickle
 from lora_core.text import shorten_value
 
 FIRST = "unet"  # the network of x.pt
@@ -104,8 +102,7 @@ def write_factor_lists(
             named = {str(i): tensor for i, tensor in enumerate(content)}
         check_finite(named, f"what should become {file}")
     for file, content in contents.items():
-        with atomic_write(file) as temporary, temporary.open("wb") as opened:
-            torch.save(content, opened)
+        write_pickle(file, content)
     return list(contents)
 
 

@@ -29,6 +29,7 @@ from lora_core.formats.model_folders import (
     refuse_existing,
     write_model_folder,
 )
+from lora_core.formats.pickles import write_pickle
 from lora_core.formats.weights import (
     TensorInfo,
     Weights,
@@ -37,7 +38,6 @@ from lora_core.formats.weights import (
     open_weights,
     write_weights,
 )
-from lora_core.runs.run_folder import atomic_write
 
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> key in the diffusers layout -> shape
 
@@ -180,9 +180,8 @@ def write_checkpoint_file(
         if path.suffix == ".safetensors":
             write_weights(path, single, {"format": "pt", **(header or {})})
         else:
-            with atomic_write(path) as temporary:
-                tensors = {key: single.read(key).contiguous().clone() for key in single.infos}
-                torch.save({"state_dict": tensors}, temporary)
+            tensors = {key: single.read(key).contiguous().clone() for key in single.infos}
+            write_pickle(path, {"state_dict": tensors})
 
 
 def join_networks(model: Model, locations: Sequence[NetworkLocation]) -> Weights:

@@ -7,6 +7,7 @@ Models in a single file are in `model_files`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import os
 import secrets
@@ -140,6 +141,8 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, shutil.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            reason = "the disk is full"
         raise UserError(
             f"{path} cannot be written ({reason}); "
             "existing files are untouched; free some space or choose another place"

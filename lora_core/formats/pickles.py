@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_core.errors import UserError
 from lora_core.formats.container import check_tensors
 from lora_core.formats.unpickler import DAMAGE, Inert, Name, RestrictedUnpickler, Storage
+from lora_core.runs.run_folder import atomic_write
 from lora_core.text import shorten_value
 
 MAGIC = 0x1950A86A20F9469CFC6C  # how torch < 1.6 begins a file
@@ -86,6 +87,17 @@ def read_pickle(path: str | Path) -> Any:
             f"{path} is truncated, damaged or not a file of torch.save ({reason}); "
             "fetch or write it again"
         ) from None
+
+
+def write_pickle(path: Path, value: Any) -> None:
+    """Writes a file with torch.save, whole or not at all. Raises UserError as `atomic_write`."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch's own, in the place of what the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:

@@ -34,8 +34,16 @@ def factors(metadata: dict[str, str] | None = None, *, out: int = 8, inner: int 
 def matrices() -> bytes:
     """A LoHa of 3 MB for a weight of 160 GB."""
     size = 200_000
-    parts = {"a": torch.ones(size, 1), "b": torch.ones(1, size)}
-    return save({f"{MATRIX}.hada_w{i}_{x}": part for i in "12" for x, part in parts.items()})
+    tensors = {}
+    for i in "12":
+        tensors[f"{MATRIX}.hada_w{i}_a"] = torch.ones(size, 1)
+        tensors[f"{MATRIX}.hada_w{i}_b"] = torch.ones(1, size)
+    return save(tensors)
+
+
+def names(text: str) -> bytes:
+    """Two token rows, and a header entry with their names."""
+    return save({"clip_l": torch.ones(2, 16)}, {"token_names": text})
 
 
 def patterns(pattern: str) -> bytes:
@@ -69,7 +77,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "empty_axis.safetensors": lambda: save({KEY.format("A"): torch.ones(0, 1 << 40)}),
     "slow_pattern.safetensors": lambda: patterns("(.*.*)*(down|up)+$"),
     "long_pattern.safetensors": lambda: patterns("(" * DEPTH),
-    "deep_entry.safetensors": lambda: factors({"token_names": "[" * DEPTH}),
+    "deep_entry.safetensors": lambda: names("[" * DEPTH),
     "broken_config.safetensors": lambda: factors({"lora_core.config": "= ["}),
     "dotted_config.safetensors": lambda: factors({"lora_core.config": "a." * DEPTH + "a=1"}),
     "typed_config.safetensors": lambda: factors({"lora_core.config": "noise = 3\nclip_skip = []"}),
