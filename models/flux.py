@@ -5,7 +5,7 @@ The models are rectified flows. CLIP-L gives one pooled vector, T5 the prompt em
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ from models.components import (
     recorded_outputs,
     tokenize_prompts,
 )
+from models.flux_names import SWAPPED, original_flux_names
 
 logging.disable_progress_bar()
 
@@ -83,52 +84,6 @@ OTHER_STEPS = (  # keys that are refused
 # Tokens of a T5 prompt, with and without a guidance embedding (dev and schnell).
 LENGTHS = {True: 512, False: 256}
 LONGEST = 512  # the pipelines' limit
-
-NAMES = {  # diffusers' path -> the original code's, which kohya's files use
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
-}
-# Layers whose output is scale and shift here, shift and scale in the original code.
-SWAPPED = frozenset({"norm_out.linear"})
-DOUBLE_BLOCK = {  # names inside a double block
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
-    "norm1.linear": "img_mod.lin",
-    "norm1_context.linear": "txt_mod.lin",
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-}
-SINGLE_BLOCK = {
-    "proj_out": "linear2",
-    "norm.linear": "modulation.lin",
-    "attn.norm_q": "norm.query_norm",
-    "attn.norm_k": "norm.key_norm",
-}
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-# diffusers' blocks -> the original's, names inside, layers that the original computes in one
-BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {
-    "transformer_blocks": (
-        "double_blocks",
-        DOUBLE_BLOCK,
-        {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV},
-    ),
-    "single_transformer_blocks": ("single_blocks", SINGLE_BLOCK, {"linear1": (*QKV, "proj_mlp")}),
-}
 
 
 class Flux:
@@ -479,23 +434,6 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
         architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
     )
     network = plain.components["transformer"]
-    named = replace(network, **_original_names(network.modules), swapped=SWAPPED)
+    named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
     components = {**plain.components, "transformer": named}
     return replace(plain, components=components, network_module="networks.lora_flux")
-
-
-def _original_names(paths: Iterable[str]) -> dict[str, Any]:
-    """Names and fused layers of the original code for the transformer's paths."""
-    names, fused = {}, {}
-    for path in paths:
-        kind, _, rest = path.partition(".")
-        index, _, inner = rest.partition(".")
-        if kind not in BLOCKS:
-            names[path] = NAMES[path]
-            continue
-        original, plain, stacks = BLOCKS[kind]
-        if inner in plain:
-            names[path] = f"{original}.{index}.{plain[inner]}"
-        for name, parts in stacks.items():
-            fused[f"{original}.{index}.{name}"] = tuple(f"{kind}.{index}.{part}" for part in parts)
-    return {"names": names, "fused": fused}
