@@ -36,7 +36,13 @@ from merging.expression import WeightedFile
 from merging.factor_sums import LPL_WARNING
 from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms
-from merging.opening import choose_output_format, find_layout, is_whole_model, open_adapter
+from merging.opening import (
+    choose_output_format,
+    find_layout,
+    is_whole_model,
+    open_adapter,
+    open_adapters,
+)
 from merging.output import (
     Output,
     check_adapter_output,
@@ -51,7 +57,6 @@ from merging.output import (
     write_adapter,
 )
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
-from merging.shared_model import open_adapters
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport
 

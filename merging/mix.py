@@ -37,7 +37,13 @@ from merging.commands import (
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
 from merging.joint_metadata import join_metadata
-from merging.opening import choose_output_format, find_layout, is_whole_model, widest_dtype
+from merging.opening import (
+    choose_output_format,
+    find_layout,
+    is_whole_model,
+    open_adapters,
+    widest_dtype,
+)
 from merging.output import (
     Output,
     align_columns,
@@ -51,7 +57,6 @@ from merging.output import (
     settle_format,
     write_adapter,
 )
-from merging.shared_model import open_adapters
 from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
 from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
@@ -265,7 +270,8 @@ def _merge_layers(
     if method.method == "sum":
         factors = [term._replace(factor=_excluding(term.factor, whole)) for term in terms]
         terms = factors if whole else terms
-        sums = adapter_sums.mix_layers(terms, _ranks_or_share(keep, terms, dtype), dense)
+        wanted = _ranks_or_share(keep, terms, dtype)
+        sums = adapter_sums.mix_layers(terms, wanted, dense, rounded=dtype is not None)
         return itertools.chain(sums, _distill_dense_layers(whole, criterion, dense))
     if keep.budget:
         raise UserError(
@@ -354,10 +360,11 @@ def _finish_layers(
     tally: SurvivalTally,
 ) -> Iterator[MergedLayer]:
     """The layers in the output's dtype; what is left of each input is added to the tally."""
-    sources = adapter_sums.layer_sources(terms)
+    sources: Mapping[LayerKey, list[int]] = {}
     for layer in layers:
         finished = layer if dtype is None else _round_layer(layer, dtype)
         if layer.inputs is not None and len(terms) > 1:
+            sources = sources or adapter_sums.layer_sources(terms)
             rounded = None
             if layer.adapter and finished.adapter and finished.adapter is not layer.adapter:
                 rounded = rounding_shares(layer.adapter, finished.adapter)

@@ -149,7 +149,7 @@ def _columns_of(weighted: WeightedAdapters) -> list[slice]:
     """The columns of each input in a sum by concatenation."""
     found, end = [], 0
     for _, lr in weighted:
-        width = factor_blocks(lr)[0].shape[-1]
+        width = lr.up.shape[1]
         found.append(slice(end, end + width))
         end += width
     return found
