@@ -137,9 +137,12 @@ def mix_layers(
     terms: Sequence[Term],
     keep: Keep | Mapping[LayerKey, int] | None = None,
     dense: DenseOptions = DenseOptions(),
+    *,
+    rounded: bool = False,
 ) -> Iterator[MergedLayer]:
     """The weighted sum of files, exact (its rank is the sum of ranks) or truncated by `keep`.
 
+    `rounded`: the result is to be rounded, so that an exact sum has energies of its inputs too.
     `keep` is one criterion for all layers, or a rank for each. A single DoRA of weight 1 passes
     unchanged. Any other sum with a DoRA is of full rank: with base weights its dense update is
     distilled.
@@ -148,14 +151,15 @@ def mix_layers(
     criterion, and for shapes that do not fit.
     """
     is_table = isinstance(keep, Mapping)
-    sources = layer_sources(terms)
+    has_energies = len(terms) > 1 and (keep is not None or rounded)
+    sources = layer_sources(terms) if has_energies else {}
     for key, weighted in weighted_layers(terms).items():
         wanted: Any = _keep_rank(keep[key]) if is_table else keep  # type: ignore[index]
         try:
-            adapter, report, inputs = _merge_layer(key, weighted, wanted, dense)
+            adapter, report, inputs = _merge_layer(key, weighted, wanted, dense, rounded)
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
-        yield MergedLayer(*key, adapter, report, inputs, sources[key])
+        yield MergedLayer(*key, adapter, report, inputs, sources.get(key, ()))
 
 
 def mix_layers_dense(
@@ -273,7 +277,11 @@ def layer_generator(seed: int, key: LayerKey, purpose: str) -> torch.Generator:
 
 
 def _merge_layer(
-    key: LayerKey, weighted: WeightedAdapters, keep: Keep | int | None, dense: DenseOptions
+    key: LayerKey,
+    weighted: WeightedAdapters,
+    keep: Keep | int | None,
+    dense: DenseOptions,
+    rounded: bool,
 ) -> tuple[LowRank | None, ApproximationReport, InputEnergies | None]:
     """The adapter of one layer, its report and what is kept of each input.
 
@@ -290,6 +298,8 @@ def _merge_layer(
     if isinstance(keep, Keep):
         kept, report = compress_adapter(lr, keep)
         return kept, report, energies_of_one(report, kept)
+    if keep is None and not rounded:
+        return lr, _exact_report(lr), None
     norm, inputs = energies_of_factors(weighted, lr)
     exact = ApproximationReport(lr.rank, lr.rank, norm, 0.0)
     if keep is None:

@@ -42,6 +42,7 @@ from merging.opening import (
     find_layout,
     is_whole_model,
     open_adapter,
+    open_adapters,
 )
 from merging.output import (
     Output,
@@ -59,7 +60,6 @@ from merging.output import (
 from merging.parameter_sums import sum_parameters
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
 from merging.quotes import quote_where_needed
-from merging.shared_model import open_adapters
 from merging.stored_layers import stored_layers
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport

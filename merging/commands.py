@@ -207,8 +207,7 @@ class AdapterFormat:
     """The format of an adapter file."""
 
     format: Annotated[str, choice("F", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's; token
-    rows by the ending)"""
+    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's)"""
 
 
 @dataclass(frozen=True)
@@ -234,8 +233,7 @@ class Mix:
     """Add up LoRA files, or whole models, with weights."""
 
     sum: Positional[Annotated[str, text("SUM")]] = ""
-    """weighted files, layers after @: "0.7*a + 0.3*(b@attn - 'my c'@IN04,MID=0.5)", or tags:
-    "<lora:a:0.7> <lora:b:0.3>\""""
+    """weighted files, layers after @: "0.7*a + 0.3*(b@attn - 'my c'@MID=0.5) <lora:d:1>\""""
     out: Annotated[str, text("OUT")] = ""
     """the result, of whole models a folder or a single file; OUT may also be the last word"""
     residual: Annotated[str, text("FILE")] = ""
@@ -327,8 +325,7 @@ class Convert:
     """the result, of a whole model a folder or a file in .safetensors or .ckpt; OUT may also be
     the last word"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo; of token rows embeddings, a1111, textual_inversion (diffusers,
-    embeddings; .pt: cloneofsimo, a1111; .bin: textual_inversion)"""
+    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (diffusers)"""
     as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""
     """lora: the update of a DoRA as a plain LoRA, nearest to it at the DoRA's rank"""
     svd: Annotated[SvdOptions, SVD] = SvdOptions()

@@ -18,10 +18,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lora_core.errors import UserError
-from lora_core.prompt_tags import TAG, LoraTag, find_tagged_file, parse_lora_tag
 from merging.quotes import UNQUOTED, advise_quotes
+
+if TYPE_CHECKING:
+    from lora_core.prompt_tags import LoraTag
 
 NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # a "+" ends a word before a space, a number or a group
@@ -182,6 +185,8 @@ class _SumParser:
         return 1
 
     def _take_tag(self) -> WeightedFile:
+        from lora_core.prompt_tags import TAG, parse_lora_tag  # few sums have tags
+
         found = TAG.match(self._rest())
         if not found:
             raise self._error("expected a tag such as <lora:NAME:0.7>")
@@ -234,6 +239,8 @@ class _SumParser:
 
 def _tagged_file(tag: LoraTag) -> WeightedFile:
     """The file of a tag with its weight, or with both of them as a choice of layers."""
+    from lora_core.prompt_tags import find_tagged_file
+
     blocks = (tag.blocks,) if tag.blocks else ()
     path = find_tagged_file(tag.name)
     if tag.text == tag.unet:

@@ -41,7 +41,13 @@ from merging.commands import (
 from merging.expression import WeightedFile, parse_files, render_sum
 from merging.factor_sums import WeightedAdapters
 from merging.joint_metadata import join_metadata
-from merging.opening import choose_output_format, find_layout, is_whole_model, widest_dtype
+from merging.opening import (
+    choose_output_format,
+    find_layout,
+    is_whole_model,
+    open_adapters,
+    widest_dtype,
+)
 from merging.output import (
     Output,
     align_columns,
@@ -55,7 +61,6 @@ from merging.output import (
     settle_format,
     write_adapter,
 )
-from merging.shared_model import open_adapters
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
 from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
 from merging.svd import distill_update, one_thread
@@ -323,7 +328,8 @@ def _merge_layers(
         sources = adapter_sums.layer_sources(terms) if whole else {}
         factors = [term._replace(factor=_excluding(term.factor, whole)) for term in terms]
         terms = adapter_sums.join_terms(factors if whole else terms, stored)
-        sums = adapter_sums.mix_layers(terms, _ranks_or_share(keep, terms, dtype), dense)
+        wanted = _ranks_or_share(keep, terms, dtype)
+        sums = adapter_sums.mix_layers(terms, wanted, dense, rounded=dtype is not None)
         return itertools.chain(
             sums, _distill_dense_layers(whole, sources, criterion, dense, stored)
         )

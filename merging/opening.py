@@ -107,6 +107,27 @@ def open_adapter(
     return state
 
 
+def open_adapters(
+    paths: Sequence[str], layout: Layout | None, reading: FileReadOptions, *, merging: bool = False
+) -> list[AdapterState]:
+    """The adapters in several files of one model, as `open_adapter` reads each.
+
+    Raises UserError with the models' names for files of different published models. Without a
+    layout, files whose layers cannot belong to one network are refused too.
+    """
+    try:
+        states = [open_adapter(path, layout, reading, merging=merging) for path in paths]
+    except UserError as error:
+        from merging.shared_model import name_families
+
+        raise name_families(paths, error) from None
+    if layout is None and len(states) > 1:
+        from merging.shared_model import check_one_model
+
+        check_one_model(states, paths)
+    return states
+
+
 def choose_output_format(paths: Sequence[str]) -> str:
     """The format for a result: that of the first file with factors.
 

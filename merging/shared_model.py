@@ -1,4 +1,4 @@
-"""Open several adapter files of one model; files of different models are refused by name."""
+"""Whether adapter files are for one model; the names of the models where they are not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.layout import Layout
+from lora_core.formats.layout import Layout, Shape
 from merging.adapter_sums import layers_by_key
-from merging.commands import OpenOptions
-from merging.opening import open_adapter
 from models import known
 from models.published import PUBLISHED_MODELS
 
@@ -22,26 +20,13 @@ CROSS_ATTENTION = re.compile(r".*\.attn2\.to_[kv]")
 DENOISERS = ("unet", "transformer")
 
 
-def open_adapters(
-    paths: Sequence[str], layout: Layout | None, reading: OpenOptions, *, merging: bool = False
-) -> list[AdapterState]:
-    """The adapters in several files of one model, as `open_adapter` reads each.
-
-    Raises UserError with the models' names for files of different published models. Without a
-    layout, files whose layers cannot belong to one network are refused too.
-    """
-    try:
-        states = [open_adapter(path, layout, reading, merging=merging) for path in paths]
-    except UserError as error:
-        raise _name_families(paths, error) from None
-    if layout is None:
-        for (first, one), (second, other) in itertools.combinations(zip(paths, states), 2):
-            if reason := why_not_one_model(one, other):
-                raise UserError(
-                    f"{first} and {second} are for different models: {reason}; merge files of one "
-                    "model"
-                )
-    return states
+def check_one_model(states: Sequence[AdapterState], paths: Sequence[str]) -> None:
+    """Raises UserError for files whose layers cannot belong to one network."""
+    for (first, one), (second, other) in itertools.combinations(zip(paths, states), 2):
+        if reason := why_not_one_model(one, other):
+            raise UserError(
+                f"{first} and {second} are for different models: {reason}; merge files of one model"
+            )
 
 
 def why_not_one_model(first: AdapterState, second: AdapterState) -> str:
@@ -54,14 +39,15 @@ def why_not_one_model(first: AdapterState, second: AdapterState) -> str:
     if one and other and one != other:
         return f"the denoiser is a {one} in one and a {other} in the other"
     own, others = _shapes_by_place(first), _shapes_by_place(second)
-    for place, shape in own.items():
-        theirs = others.get(place, shape)
-        if theirs != shape:
-            return f"{place} is {_spell(shape)} in one and {_spell(theirs)} in the other"
+    for place, (name, shape) in own.items():
+        other_name, other_shape = others.get(place, (name, shape))
+        if other_shape != shape:
+            also = "" if other_name == name else f"{other_name} is "
+            return f"{name} is {_spell(shape)} in one and {also}{_spell(other_shape)} in the other"
     return ""
 
 
-def _name_families(paths: Sequence[str], error: UserError) -> UserError:
+def name_families(paths: Sequence[str], error: UserError) -> UserError:
     """The error of opening files, with the models' names where they are different ones."""
     titles: dict[str, str] = {}
     for path in paths:
@@ -88,16 +74,17 @@ def _denoiser_of(state: AdapterState) -> str:
     return next((name for name in DENOISERS if state.components.get(name)), "")
 
 
-def _shapes_by_place(state: AdapterState) -> Mapping[str, tuple[int, ...]]:
-    """Place in a network -> the weight's shape there, one place for all repeated layers."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _shapes_by_place(state: AdapterState) -> Mapping[str, tuple[str, Shape]]:
+    """Place in a network -> (layer, its weight's shape), one place for all repeated layers."""
+    shapes: dict[str, tuple[str, Shape]] = {}
     for (component, path), lr in layers_by_key(state).items():
         if not isinstance(lr, LowRank):
             continue
         shape = (lr.up.shape[0], *lr.down.shape[1:])
-        shapes.setdefault(f"{component}.{_place_of(path)}", shape)
+        shapes.setdefault(f"{component}.{_place_of(path)}", (f"{component}.{path}", shape))
         if component == "unet" and CROSS_ATTENTION.fullmatch(path):
-            shapes.setdefault("the text that cross-attention reads", shape[1:2])
+            text = "the text that cross-attention reads"
+            shapes.setdefault(text, (text, shape[1:2]))
     return shapes
 
 

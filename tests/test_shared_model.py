@@ -73,9 +73,9 @@ def test_add_names_them_too(folder, mode, capsys):
     [
         (("small", "streams"), "the denoiser is a unet in one and a transformer in the other"),
         (("small", "pair"), "cross-attention reads is 24 wide in one and 56 wide in the other"),
-        (("small", "wide"), r"attn1.to_q is 16 x 16 in one and 24 x 24 in the other"),
-        (("small_text", "other_text"), r"q_proj is 24 x 24 in one and 48 x 48 in the other"),
-        (("streams", "wide_streams"), r"attn.to_q is 16 x 16 in one and 20 x 20 in the other"),
+        (("small", "wide"), "attn1.to_q is 24 x 24 in the other"),
+        (("small_text", "other_text"), "layers.0.self_attn.q_proj is 48 x 48 in the other"),
+        (("streams", "wide_streams"), "transformer_blocks.7.attn.to_q is 20 x 20 in the other"),
         (("small", "small_up", "pair"), "cross-attention reads"),
     ],
 )
