@@ -154,7 +154,10 @@ def test_other_formats_refuse_what_they_cannot_hold(tmp_path, capsys, format):
     source = tmp_path / "a.safetensors"
     name = "lora_unet_down_blocks_0_attentions_0_norm"
     save_file({f"{name}.w_norm": torch.ones(320)}, source, SD1)
-    for out in (tmp_path / "b.safetensors", tmp_path / "b.pt"):
+    outputs = [tmp_path / "b.safetensors"]
+    if format == "cloneofsimo":
+        outputs.append(tmp_path / "b.pt")
+    for out in outputs:
         call("convert", source, out, "--to", format, status=2)
         text = capsys.readouterr().err
         assert "cannot hold the changes of norms and biases (1 in unet" in text

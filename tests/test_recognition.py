@@ -254,6 +254,16 @@ def test_a_list_of_factors_is_an_adapter_under_any_ending(tmp_path, capsys, endi
     assert "has 1 layers for unet, expected 144" in capsys.readouterr().err
 
 
+def test_an_ed_lora_tells_its_family(tmp_path, capsys):
+    file = tmp_path / "a.pth"
+    factors = {f"{SD}.lora_down.weight": torch.ones(4, 768)}
+    factors[f"{SD}.lora_up.weight"] = torch.ones(320, 4)
+    rows = {"<a>": torch.ones(16, 768)}
+    torch.save({"params": {"new_concept_embedding": rows, "unet": factors}}, file)
+    call("info", file)
+    assert "a.pth: mixofshow, sd (sd_v1)" in capsys.readouterr().out
+
+
 def test_a_converted_pickle_takes_the_format_of_its_keys(tmp_path, capsys):
     file, out = tmp_path / "a.bin", tmp_path / "out.safetensors"
     torch.save(PICKLED["kohya"][0], file)

@@ -34,6 +34,17 @@ def is_mixofshow(data: Any) -> bool:
     return isinstance(params, dict) and "new_concept_embedding" in params
 
 
+def mixofshow_shapes(data: Mapping[str, Any]) -> dict[str, Shape]:
+    """Key in diffusers' names, or the encoder of a concept's rows -> shape."""
+    shapes: dict[str, Shape] = {}
+    for name in ("text_encoder", "unet"):
+        for key, tensor in (data["params"].get(name) or {}).items():
+            shapes[f"{name}.{key}"] = tuple(getattr(tensor, "shape", ()))
+    for rows in (data["params"]["new_concept_embedding"] or {}).values():
+        shapes["clip_l"] = tuple(getattr(rows, "shape", ()))
+    return shapes
+
+
 def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) -> AdapterState:
     """The file's state; shapes are checked against the layout where there is one.
 

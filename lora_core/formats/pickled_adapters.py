@@ -11,7 +11,7 @@ from lora_core.formats.container import Shape
 from lora_core.formats.embedding_pickles import is_pickled_embedding, read_pickled_embeddings
 from lora_core.formats.factor_lists import is_factor_list, read_factor_lists, read_list_shapes
 from lora_core.formats.layout import Layout
-from lora_core.formats.mixofshow import is_mixofshow, read_mixofshow
+from lora_core.formats.mixofshow import is_mixofshow, mixofshow_shapes, read_mixofshow
 from lora_core.formats.pickles import pickled_tensors, read_pickle
 from lora_core.formats.recognition import RecognizedFile, recognize_keys
 
@@ -53,6 +53,8 @@ def read_pickled_shapes(path: Path) -> dict[str, Shape]:
     data = read_pickle(path)
     if is_factor_list(data):
         return read_list_shapes(path, data)
+    if is_mixofshow(data):
+        return mixofshow_shapes(data)
     if is_pickled_embedding(data):
         tensors = read_pickled_embeddings(path).tokens
     else:
