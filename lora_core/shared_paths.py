@@ -10,8 +10,6 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 CACHED_FILES = ("model_index.json", "config.json")  # of a whole model, of one network
 
 
@@ -40,6 +38,8 @@ def hide_home(text: str) -> str:
 
 def is_in_hub_cache(name: str) -> bool:
     """Whether a model of the hub was fetched before. Asks no server."""
+    from huggingface_hub import try_to_load_from_cache  # a merge names paths, and no model
+
     try:
         found = [try_to_load_from_cache(name, file) for file in CACHED_FILES]
     except ValueError:  # no repository has such a name

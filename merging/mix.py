@@ -258,7 +258,9 @@ def merge_terms(
         bar = tqdm(
             layers, total=count, desc=title, unit="layer", disable=hides_progress(), leave=False
         )
-        state, reports = adapter_sums.collect_layers(_finish_layers(bar, dtype, tally))
+        is_exact = dtype is None and not keep
+        finished = bar if is_exact else _finish_layers(bar, dtype, tally)
+        state, reports = adapter_sums.collect_layers(finished)
         state = stored.separate_layers(state)
     state.parameters = changes
     return Merge(state, reports, tally.shares())

@@ -234,13 +234,14 @@ def write_a1111(
 def write_textual_inversion(
     state: AdapterState, layout: Layout | None, title: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """diffusers' learned_embeds: one tensor [n, d] under its word.
+    """diffusers' learned_embeds: one tensor [n, d] under its word, or [d] of a single token.
 
-    The word is the title where the state has several tokens and no word for them. Raises UserError
-    for several encoders or words.
+    InvokeAI takes the first size for the width, so that it reads [d] only. The word is the title
+    where the state has several tokens and no word for them. Raises UserError for several encoders
+    or words.
     """
     word, rows = only_word(state, title)
-    return {word: rows}, {}
+    return {word: rows[0] if len(rows) == 1 else rows}, {}
 
 
 def only_word(state: AdapterState, title: str) -> tuple[str, Tensor]:
