@@ -1,5 +1,7 @@
 """Names of the original code: kohya's counts, and every layer stored exactly once."""
 
+import itertools
+
 from models.flux_names import BLOCKS, NAMES, original_flux_names
 from models.known import published_layout
 
@@ -7,7 +9,7 @@ from models.known import published_layout
 def test_every_layer_is_stored_once():
     part = published_layout("flux-dev").components["transformer"]
     names = original_flux_names(part.modules)
-    joined = [path for paths in names["fused"].values() for path in paths]
+    joined = list(itertools.chain.from_iterable(names["fused"].values()))
     assert len(set(joined)) == len(joined)
     assert not set(joined) & set(names["names"])
     assert set(joined) | set(names["names"]) == set(part.modules)

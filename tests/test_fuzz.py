@@ -7,13 +7,14 @@ It is not slow, takes little memory, and writes no partial output and over no ot
 import collections
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from lora_core.formats import Layout
 from tests.fuzz_cases import WEIGHTS, Workspace, cache_models, command_words, run_case, run_command
-from tests.fuzz_workspace import COMMANDS, build_workspace
+from tests.fuzz_workspace import COMMANDS, OUT, build_workspace
 
 CASES = int(os.environ.get("FUZZ_CASES", 1000))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
@@ -42,6 +43,7 @@ def test_the_undamaged_files_are_read(
             ends.append(outcome.status)
             assert not outcome.raised, words
             workspace.restore()
+            shutil.rmtree(workspace.folder / OUT, ignore_errors=True)
         assert 2 * ends.count(0) >= len(ends), (kind, ends)
 
 
@@ -59,6 +61,6 @@ def test_damaged_files_end_in_a_sentence(
         counts[kind] += 1
         if fault:
             failures.append(f"FUZZ_SEED={SEED} FUZZ_CASE={number} {fault}")
-    with capsys.disabled():
+    with capsys.disabled():  # counts for whoever runs make fuzz
         print(f"\n{sum(counts.values())} damaged files: {dict(counts)}, {len(failures)} failures")
     assert not failures, "\n".join(failures[:SHOWN])
