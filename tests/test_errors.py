@@ -1,10 +1,7 @@
 """The status that a script ends with."""
 
-<<<<<<< HEAD
-import os
-=======
 import errno
->>>>>>> fuzz
+import os
 import signal
 import subprocess
 import sys
@@ -40,7 +37,6 @@ def test_the_status_tells_how_a_script_ended(capsys: pytest.CaptureFixture[str])
         end(ZeroDivisionError())
 
 
-<<<<<<< HEAD
 def status_of_closed(words: list[str], *streams: str) -> tuple[int, bytes]:
     """The status of a command whose reader of some streams has ended, and what it says on stderr.
 
@@ -90,7 +86,8 @@ def test_a_closed_pipe_ends_a_script_quietly(
 )
 def test_a_mistake_without_a_reader_keeps_its_status(words: tuple[str, ...]) -> None:
     assert status_of_closed(list(words), "stdout", "stderr")[0] == 2
-=======
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -110,4 +107,3 @@ def test_an_error_of_the_machine_is_one_sentence(capsys, error, said):
     assert exit_status(fail, undone="nothing was written") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0] and lines[0].endswith("; nothing was written")
->>>>>>> fuzz
