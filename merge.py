@@ -51,14 +51,14 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
 
     0: done; 2: a mistake, which the printed sentence explains; 130: interrupted.
     """
+    prog = prog or f"merge.py {command}"
+    if "-h" in words or "--help" in words:
+        print_help(partial(parse_options, command, ["--help"], prog))  # with colors: not escaped
+        return 0
 
     def carry_out() -> None:
         check_unicode(words, "the argument")
-        read_options = partial(parse_options, command, words, prog or f"merge.py {command}")
-        if "-h" in words or "--help" in words:
-            print_help(read_options)
-        else:
-            run_merge_command(command, read_options())
+        run_merge_command(command, parse_options(command, words, prog))
 
     return exit_status(carry_out, undone="nothing was written")
 
