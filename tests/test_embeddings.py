@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import merge
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
@@ -409,3 +410,18 @@ def test_broken_token_files_are_refused(pipe_layout, tmp_path):
             embeddings.placeholder_words(
                 AdapterState(token_names=("<s0>",), metadata={"placeholders": entry})
             )
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (8,)), (2, (2, 8)), (5, (5, 8))])
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_a_single_learned_row_has_one_axis(tmp_path, count, shape, ending):
+    """InvokeAI takes the first size of a learned embedding for its width."""
+    rows = tmp_path / "rows.safetensors"
+    save_file({"clip_l": torch.randn(count, 8)}, rows)
+    out = tmp_path / f"cat{ending}"
+    words = ["convert", str(rows), "--out", str(out), "--to", "textual_inversion"]
+    assert merge.main(words) == 0
+    read = load_file if ending == ".safetensors" else torch.load
+    (tensor,) = read(out).values()
+    assert tuple(tensor.shape) == shape
+    assert torch.equal(tensor.reshape(count, 8), load_file(rows)["clip_l"])

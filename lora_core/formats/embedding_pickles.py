@@ -98,13 +98,14 @@ def write_pickled_embedding(
 
 
 def write_learned_embeds(state: AdapterState, path: str | Path) -> None:
-    """Writes diffusers' learned_embeds.bin, {word: rows [n, d]}, with torch.save; atomic.
+    """Writes diffusers' learned_embeds.bin, {word: [n, d], or [d] of one token}; atomic.
 
     A1111 takes it as an embedding too. Raises UserError as `write_textual_inversion`.
     """
     path = Path(path)
     word, rows = only_word(state, path.stem)
-    _save_pickle({word: _own_rows(rows, path)}, path)
+    own = _own_rows(rows, path)
+    _save_pickle({word: own[0].clone() if len(own) == 1 else own}, path)
 
 
 def _own_rows(rows: Tensor, path: Path) -> Tensor:
