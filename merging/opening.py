@@ -34,17 +34,19 @@ def is_whole_model(path: str) -> bool:
     """Whether a path is a whole model, not an adapter.
 
     A path that does not exist and looks like NAME/NAME without a file's ending is a hub id, and so
-    a model. Raises UserError for another path that does not exist.
+    a model. Raises UserError for another path that does not exist, and for a damaged file.
     """
     place = Path(path)
     if not place.exists():
         if HUB_ID.fullmatch(path) and place.suffix not in FILE_ENDINGS:
             return True
         raise UserError(f"{path} does not exist; give a file, a folder, or a model's id on the hub")
+    if place.is_file():
+        return recognize_file(path).kind == "model"
     try:
         return recognize_file(path).kind == "model"
     except (UserError, OSError):
-        return False  # a damaged file, which its reader refuses with its reason
+        return False  # a folder that its reader refuses with its reason
 
 
 def describe_path(path: str) -> str:
