@@ -162,13 +162,15 @@ def run_case(workspace: Workspace, seed: int, number: int) -> tuple[str, str]:
     outcome = run_command(words)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     faults = list(_find_faults(outcome, grown))
-    left = {str(path) for path in outputs.rglob("*") if path.is_file() and path.name != ".lock"}
+    # a run that ends in its first step keeps its lock and its config
+    started = (".lock", "config.toml") if words[0] == "train" else ()
+    left = {str(path) for path in outputs.rglob("*") if path.is_file() and path.name not in started}
     if taken is not None:
         left.discard(str(taken))
         if taken.read_bytes() != SENTINEL:
             faults.append("the output that was there is another one")
     if outcome.status == 2 and left:
-        faults.append(f"partial output: {', '.join(sorted(left))}")
+        faults.append(f"partial output: {', '.join(sorted(left))}; {outcome.stderr[-500:]}")
     shutil.rmtree(outputs)
     changed = workspace.restore()
     if target.kind != "run":

@@ -71,7 +71,7 @@ def bad_tensors(tensors):
         (
             "columns",
             tensors | {f"{name}.dora_scale": torch.ones(1, 16, 1, 1)},
-            "is a DoRA by columns; merge.py fold",
+            "is a DoRA by columns; merge.py convert --as lora",
         ),
         (
             "no axis",

@@ -192,7 +192,7 @@ def test_a_model_that_was_fetched_before_is_taken(
 ) -> None:
     """Its owner named it then: the hub's cache has it."""
     opened: list[str] = []
-    monkeypatch.setattr("lora_core.shared_paths.try_to_load_from_cache", lambda name, file: file)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: file)
     monkeypatch.setattr("infer.open_models", lambda config, _: opened.append(config.model) or 1 / 0)
     save_recipe(place / "s.png", prompt="a", model="mine/model")
     with pytest.raises(ZeroDivisionError):

@@ -396,3 +396,23 @@ def test_multires_is_unit_noise_with_low_frequencies_and_keyed_by_row() -> None:
 def test_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(UserError, match=f"--noise.{next(iter(bad)).replace('_', '-')} is"):
         NoiseSettings(**bad)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"trained_betas": "0.1"}, "describes no noise schedule"),
+        ({"trained_betas": [[0.1], [0.2]]}, "no shares between 0 and 1"),
+        ({"trained_betas": [0.1, float("nan")]}, "no shares between 0 and 1"),
+        ({"trained_betas": []}, "no shares between 0 and 1"),
+        ({"beta_schedule": ["linear"]}, "describes no noise schedule"),
+        ({"beta_start": "a"}, "describes no noise schedule"),
+        ({"beta_end": 7}, "no shares between 0 and 1"),
+        ({"num_train_timesteps": 10**12}, "expected 1 to 100,000"),
+        ({"num_train_timesteps": 1000.0}, "expected 1 to 100,000"),
+        ({"num_train_timesteps": 0}, "expected 1 to 100,000"),
+    ],
+)
+def test_a_damaged_scheduler_config_is_refused(config, said) -> None:
+    with pytest.raises(UserError, match=said):
+        vp_schedule_from_config(config)

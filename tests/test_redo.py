@@ -140,7 +140,7 @@ def test_a_model_that_was_fetched_before_may_be_read(here, capsys, opened, monke
     def find(name: str, file: str) -> str | None:
         return file if name == "mine/base" else None
 
-    monkeypatch.setattr("lora_core.shared_paths.try_to_load_from_cache", find)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", find)
     options = {"file": "a.safetensors", "model": "mine/base", "to": "kohya"}
     save_stranger("convert", options, {"a.safetensors": "1"})
     call("redo", "s.safetensors", status=2)

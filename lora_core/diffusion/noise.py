@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, first_line
 from lora_core.settings import NoiseSettings
 from lora_core.text import nearest_names
 
@@ -157,6 +157,7 @@ def _linear_betas(start: float, end: float, steps: int) -> Tensor:
     return torch.linspace(start, end, steps, dtype=torch.float64)
 
 
+MOST_TIMESTEPS = 100_000  # of a schedule; models have 1,000
 BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
     "linear": _linear_betas,
     "scaled_linear": lambda start, end, steps: _linear_betas(start**0.5, end**0.5, steps) ** 2,
@@ -171,18 +172,38 @@ def vp_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     num_train_timesteps, rescale_betas_zero_snr. Raises UserError for a beta_schedule that is not in
     BETAS.
     """
-    name = config.get("beta_schedule", "linear")
+    try:
+        betas = _betas_from_config(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"scheduler_config.json describes no noise schedule: {first_line(error)}; "
+            "fetch the model again"
+        ) from None
+    if betas.ndim != 1 or not len(betas) or not ((betas >= 0) & (betas <= 1)).all():
+        raise UserError(
+            "scheduler_config.json has betas that are no shares between 0 and 1; "
+            "fetch the model again"
+        )
+    return vp_schedule(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
+
+
+def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
+    name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-    elif name in BETAS:
-        steps = config.get("num_train_timesteps", 1000)
-        betas = BETAS[name](config.get("beta_start", 0.0001), config.get("beta_end", 0.02), steps)
-    else:
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    if name not in BETAS:
         known = ", ".join(BETAS)
         raise UserError(
             f"scheduler_config.json has beta_schedule {name!r}; this program knows {known}"
         )
-    return vp_schedule(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
+        raise UserError(
+            f"scheduler_config.json has num_train_timesteps {steps!r:.20}, expected 1 to "
+            f"{MOST_TIMESTEPS:,}"
+        )
+    return BETAS[name](config.get("beta_start", 0.0001), config.get("beta_end", 0.02), steps)
 
 
 def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:

@@ -143,8 +143,6 @@ def read_scores(run: Path) -> dict[int, list[Score]]:
     steps: dict[int, list[Score]] = defaultdict(list)
     for row in read_rows(file, "a run writes it; remove the line or train again", SCORE_FIELDS):
         steps[row["step"]].append(Score(*(row[name] for name in Score._fields)))
-    if not steps:
-        raise UserError(f"{file} is empty; was the run stopped before its first validation?")
     return steps
 
 
@@ -192,6 +190,10 @@ def compare_scores(run_a: Path, run_b: Path) -> list[PairedDifference]:
 def _last_losses(run: Path) -> dict[tuple[str, int, float], float]:
     """(key, draw, t) -> loss of a run's last validation."""
     steps = read_scores(run)
+    if not steps:
+        raise UserError(
+            f"{run / 'val.jsonl'} is empty; was the run stopped before its first validation?"
+        )
     return {(score.key, score.draw, score.t): score.loss for score in steps[max(steps)]}
 
 
