@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, Schedule
+from lora_core.diffusion.prediction import prediction_from_config
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.compvis import unet_module_names
@@ -98,7 +99,7 @@ class StableDiffusion:
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.schedule = noise.vp_schedule_from_config(scheduler)
-        self.prediction = scheduler.get("prediction_type", "epsilon")
+        self.prediction = prediction_from_config(scheduler)
         self.latent_channels = vae.config.latent_channels
         self.spacing = scheduler.get("timestep_spacing", "leading")
         self.offset = scheduler.get("steps_offset", 0)
@@ -222,7 +223,7 @@ def read_sd_schedule(
     From its scheduler_config.json with some keys changed.
     """
     config = {**read_json(path, "scheduler/scheduler_config.json"), **changes}
-    return noise.vp_schedule_from_config(config), config.get("prediction_type", "epsilon")
+    return noise.vp_schedule_from_config(config), prediction_from_config(config)
 
 
 FAMILY = FamilyFunctions(load, read_sd_layout, read_sd_schedule)

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import Schedule
-from lora_core.diffusion.prediction import SIGMA_DATA
+from lora_core.diffusion.prediction import SIGMA_DATA, prediction_from_config
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.compvis import unet_module_names
@@ -252,7 +252,7 @@ def sdxl_schedule(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tupl
             "schedulers only"
         )
     if "EDM" not in name:
-        return noise.vp_schedule_from_config(merged), merged.get("prediction_type", "epsilon")
+        return noise.vp_schedule_from_config(merged), prediction_from_config(merged)
     # diffusers' defaults
     known = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "num_train_timesteps": 1000}
     for key in changes:

@@ -16,9 +16,11 @@ from lora_core.diffusion.prediction import (
     PREDICTIONS,
     SIGMA_DATA,
     eps_from_x0,
+    prediction_from_config,
     scale_input,
     to_loss_space,
 )
+from lora_core.errors import UserError
 
 SCHEDULES = {
     "vp": vp_schedule_from_config(
@@ -184,3 +186,15 @@ def test_an_error_in_edm_space_is_the_networks_error_times_the_jacobian(
     assert row == "sample" and torch.equal(clean, x0)
     expected = (mine - target).abs() * PREDICTIONS[name].jacobian(level).reshape(-1, 1, 1, 1)
     torch.testing.assert_close((read - clean).abs(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [None, "v", "epsilon ", ["epsilon"], 1, {"a": 1}])
+def test_an_unknown_prediction_type_is_refused(name) -> None:
+    with pytest.raises(UserError, match="this program knows epsilon, v_prediction"):
+        prediction_from_config({"prediction_type": name})
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_a_known_prediction_type_is_read(name) -> None:
+    assert prediction_from_config({"prediction_type": name}) == name
+    assert prediction_from_config({}) == "epsilon"

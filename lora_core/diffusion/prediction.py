@@ -15,13 +15,14 @@ was published (vp for v, flow for flow, alpha = 1 for edm); with them every type
 schedule, as the tests check. All in fp32 or better.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.diffusion.noise import NoiseLevel, add_noise
+from lora_core.errors import UserError
 
 # Standard deviation of the data that EDM's preconditioning assumes (arXiv 2206.00364 table 1).
 SIGMA_DATA = 0.5
@@ -150,6 +151,20 @@ PREDICTIONS: dict[str, Prediction] = {
         c_in=lambda level: 1 / _edm_norm(level.alpha, level.sigma),
     ),
 }
+
+
+def prediction_from_config(config: Mapping[str, Any]) -> str:
+    """The prediction type of a model's `scheduler_config.json`; epsilon where it names none.
+
+    Raises UserError for one that is not in PREDICTIONS.
+    """
+    name = config.get("prediction_type", "epsilon")
+    if not isinstance(name, str) or name not in PREDICTIONS:
+        known = ", ".join(PREDICTIONS)
+        raise UserError(
+            f"scheduler_config.json has prediction_type {name!r:.40}; this program knows {known}"
+        )
+    return name
 
 
 def eps_from_x0(x_t: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
