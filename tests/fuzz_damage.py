@@ -2,6 +2,7 @@
 TOML, the headers of .safetensors files and the text chunks of PNG files.
 """
 
+import copy
 import json
 import random
 import re
@@ -91,11 +92,11 @@ def change_value(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = places_of(value) if isinstance(value, dict | list) else []
         if not places or rng.random() < 0.05:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))  # a later change may write into it
         holder, key = rng.choice(places)
         way = rng.randrange(6)
         if way <= 2:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
         elif way == 3:
             del holder[key]
         elif way == 4 and isinstance(holder, dict):
