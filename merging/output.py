@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
+from lora_core.formats.container import is_finite
 from lora_core.formats.known_formats import (
     FORMATS,
     LORA_FORMATS,
@@ -218,7 +219,7 @@ def round_adapter(
     if dtype is None or (adapter.down.dtype == dtype and adapter.up.dtype == dtype):
         return adapter, report
     cast = adapter._replace(down=adapter.down.to(dtype), up=adapter.up.to(dtype))
-    if not (torch.isfinite(cast.down).all() and torch.isfinite(cast.up).all()):
+    if not (is_finite(cast.down) and is_finite(cast.up)):
         raise UserError(f"the factors overflow {dtype}; choose --dtype bf16 or fp32")
     if adapter.magnitude is not None:
         return cast, report
@@ -229,7 +230,7 @@ def round_adapter(
 def _cast_rows(tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Token rows in the dtype of the file. Raises UserError for rows that overflow it."""
     cast = {key: rows.to(dtype) for key, rows in tokens.items()}
-    if not all(bool(torch.isfinite(rows).all()) for rows in cast.values()):
+    if not all(map(is_finite, cast.values())):
         raise UserError(f"the token rows overflow {dtype}; choose --dtype bf16 or fp32")
     return cast
 

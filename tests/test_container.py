@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import layout_of
+from lora_core.formats.container import is_finite
 from tests.adapter_checks import header
 from tests.adapter_examples import save_file, save_good_file
 from tests.tiny_pipeline import random_state
@@ -175,3 +177,16 @@ def test_hashes_are_those_that_kohya_computes(tmp_path):
     assert (
         "sshs_model_hash" not in safetensors.safe_open(tmp_path / "b.safetensors", "pt").metadata()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_number_that_is_not_finite_is_found_wherever_it_stands(dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for values in ([largest] * 40, [largest, -largest] * 40, [0.0], []):
+        assert is_finite(torch.tensor(values, dtype=dtype))
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (0, 1, 63, 998):
+            numbers = torch.full((999,), largest, dtype=dtype)
+            numbers[place] = value
+            assert not is_finite(numbers) and not is_finite(numbers.reshape(27, 37).T)
+    assert not is_finite(torch.tensor([math.inf, -math.inf], dtype=dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,27 @@ def check_tensors(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     return tensors
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf.
+
+    A finite sum shows it, in a fifteenth of the time of a look at every number; only the sum of
+    large numbers overflows though all of them are finite.
+    """
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    is_sum_finite = math.isfinite(tensor.sum(dtype=wide).item())
+    return is_sum_finite or bool(torch.isfinite(tensor).all())
+
+
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raises UserError naming the first tensor with NaN or Inf."""
+    total = 0.0
+    for tensor in tensors.values():
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        total += tensor.sum(dtype=wide).item()
+    if math.isfinite(total):  # see is_finite
+        return
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(
                 f"{key} in {source} holds NaN or Inf; its training diverged, "
                 f"or the numbers overflow {tensor.dtype}"
