@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.shared_paths import is_in_hub_cache
+from lora_core.text import shorten_value
 from merging.commands import COMMANDS, Redo, flatten, run_merge_command, unflatten
 from merging.expression import parse_files
 from merging.opening import FILE_ENDINGS
@@ -41,6 +42,7 @@ def run_redo(options: Redo) -> None:
         raise UserError(
             f"{out} is there already; pass --overwrite to replace it, or name another output"
         )
+    _check_types(recipe, path)
     recipe = _expand_home(recipe)
     with contextlib.chdir(_input_folder(recipe, path)):
         _check_names(recipe, path)
@@ -75,6 +77,17 @@ def repeat_recipe(recipe: dict[str, Any], out: str) -> None:
         run_merge_command(command, unflatten(COMMANDS[command].options, {**chosen, "out": out}))
     except (TypeError, AttributeError) as error:  # values that no command line can give
         raise UserError(f"the recipe is broken ({error}); make the file anew by hand") from None
+
+
+def _check_types(recipe: dict[str, Any], path: str) -> None:
+    """Raises UserError for something else than a text where a recipe names files."""
+    for option in (*INPUT_OPTIONS, *MODEL_OPTIONS, "sum"):
+        value = recipe["options"].get(option, "")
+        if not isinstance(value, str):
+            raise UserError(
+                f"the recipe of {path} has {shorten_value(value)} as {option}, expected a name; "
+                "make the file anew by hand"
+            )
 
 
 def _expand_home(recipe: dict[str, Any]) -> dict[str, Any]:

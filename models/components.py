@@ -19,6 +19,7 @@ from lora_core.text import check_prompt_length, shorten_value
 # Limits of a network's config: one of 100 bytes can announce a billion layers.
 MOST_LAYERS = 200  # of one kind; Flux has 38
 LARGEST_AXIS = 1 << 20  # of a tensor; the vocabulary of Gemma has 256,000 words
+MOST_TOKENS = 10_000  # of a prompt; CLIP reads 77
 LONGEST_LIST = 64  # such as the channels of the blocks
 
 
@@ -187,6 +188,20 @@ def tokenize_prompts(
     return tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
+
+
+def read_prompt_length(tokenizer: Any) -> int:
+    """The tokens of a prompt that a CLIP text encoder reads, by its tokenizer_config.json: 77.
+
+    Raises UserError for something else than a number of tokens.
+    """
+    length = tokenizer.model_max_length
+    if type(length) is not int or not 1 <= length <= MOST_TOKENS:
+        raise UserError(
+            f"tokenizer_config.json has model_max_length {shorten_value(length)}, expected 77, or "
+            f"another number of tokens up to {MOST_TOKENS:,}; fetch the model again"
+        )
+    return length
 
 
 def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:

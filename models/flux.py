@@ -39,6 +39,7 @@ from models.components import (
     load_part,
     read_encoder_config,
     read_json,
+    read_prompt_length,
     recorded_outputs,
     tokenize_prompts,
 )
@@ -153,7 +154,7 @@ class Flux:
         """
         first, second = self.tokenizers["text_encoder"], self.tokenizers["text_encoder_2"]
         checked = self.checked_prompts
-        ids = tokenize_prompts(first, prompts, first.model_max_length, checked["text_encoder"])
+        ids = tokenize_prompts(first, prompts, read_prompt_length(first), checked["text_encoder"])
         t5 = tokenize_prompts(second, prompts, self.length, checked["text_encoder_2"])
         end = first_eos(ids, first.eos_token_id)
         return {

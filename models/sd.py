@@ -31,6 +31,7 @@ from models.components import (
     load_part,
     read_encoder_config,
     read_json,
+    read_prompt_length,
     recorded_outputs,
     tokenize_prompts,
 )
@@ -127,7 +128,7 @@ class StableDiffusion:
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        length = self.tokenizer.model_max_length
+        length = read_prompt_length(self.tokenizer)
         ids = tokenize_prompts(self.tokenizer, prompts, length, self.checked_prompts)
         return {"ids": ids.to(self.text_encoder.device)}
 

@@ -31,6 +31,7 @@ from models.components import (
     load_part,
     read_encoder_config,
     read_json,
+    read_prompt_length,
     tokenize_prompts,
 )
 from models.sd import StableDiffusion
@@ -113,7 +114,7 @@ class StableDiffusionXL(StableDiffusion):
         """
         tokens = {}
         for name, tokenizer in self.tokenizers.items():
-            length = tokenizer.model_max_length
+            length = read_prompt_length(tokenizer)
             tokens[name] = tokenize_prompts(tokenizer, prompts, length, self.checked_prompts)
         eos_id = self.tokenizers["text_encoder_2"].eos_token_id
         tokens["end"] = first_eos(tokens["text_encoder_2"], eos_id)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ import merge
 from lora_core import formats
 from lora_core.errors import UserError
 from models import load_family
+from models.components import read_prompt_length
 from tests.tiny_pipeline import random_state, save_sd_pipeline
 
 CODE = """
@@ -64,3 +66,11 @@ def test_code_in_a_model_is_not_run(
     merge.main(["convert", "model", "whole.safetensors"])
     merge.main(["info", "model"])
     assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize("length", ["77", None, 0, -1, 77.0, True, 10**30])
+def test_a_prompt_length_that_is_no_number_of_tokens_is_refused(length) -> None:
+    tokenizer = SimpleNamespace(model_max_length=length)
+    with pytest.raises(UserError, match="model_max_length"):
+        read_prompt_length(tokenizer)
+    assert read_prompt_length(SimpleNamespace(model_max_length=77)) == 77

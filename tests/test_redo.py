@@ -165,3 +165,16 @@ def test_a_merge_names_no_home_folder_and_is_repeated(here, capsys, monkeypatch)
             patch.chdir("far")
             call("redo", "../m.safetensors")
             assert "the same as before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["sum", "model", "model_config"])
+@pytest.mark.parametrize("value", [{"a": 1}, ["a.safetensors"], 7, True])
+def test_a_recipe_names_files_by_texts(here, capsys, option, value):
+    call("mix", "0.5*a.safetensors", "--out", "made.safetensors")
+    tensors, metadata = load_file("made.safetensors"), header("made.safetensors")
+    recipe = json.loads(metadata["lora_core.merge"])
+    recipe["options"][option] = value
+    save_file(tensors, "made.safetensors", metadata | {"lora_core.merge": json.dumps(recipe)})
+    capsys.readouterr()
+    call("redo", "made.safetensors", "--dry-run", status=2)
+    assert f"as {option}, expected a name" in capsys.readouterr().err
