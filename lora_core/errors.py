@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from lora_core.escaped_output import escaped_output
+from lora_core.escaped_output import escape_surrogates, escaped_output
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
@@ -37,23 +37,7 @@ def first_line(error: BaseException) -> str:
 
 def printable(text: object) -> str:
     r"""The text with bytes of file names that are not UTF-8 written as \xe9."""
-    name = str(text)
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "".join(map(_escape_surrogate, name))
-    return name
-
-
-def _escape_surrogate(character: str) -> str:
-    r"""A lone surrogate as the byte that it encodes (PEP 383), else as \ud800.
-
-    Other characters are returned unchanged.
-    """
-    code = ord(character)
-    if not 0xD800 <= code <= 0xDFFF:
-        return character
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+    return escape_surrogates(str(text))
 
 
 def print_help(show: Callable[[], object]) -> None:

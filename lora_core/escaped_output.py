@@ -16,6 +16,7 @@ from typing import Any, TextIO
 CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+SURROGATES = re.compile(r"[\ud800-\udfff]")
 # A progress bar writes a carriage return and its line, or moves up as many lines as it has.
 PROGRESS = re.compile(r"\r|(\n|\x1b\[A)+(?!.)", re.DOTALL)
 
@@ -31,6 +32,11 @@ def escape_controls(text: str) -> str:
 def one_line(text: str) -> str:
     r"""The text with line feeds as \n, for lines that quote what a stranger wrote."""
     return text.replace("\n", r"\n")
+
+
+def escape_surrogates(text: str) -> str:
+    r"""The text with only half characters written out, \xe9 for a byte that is not UTF-8."""
+    return SURROGATES.sub(_escape, text)
 
 
 def hides_progress() -> bool:

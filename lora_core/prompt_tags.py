@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core.errors import UserError
+from lora_core.text import is_number
 
 TAG = re.compile(r"<(?:lora|lyco):([^>]+)>")
 BLOCK_ARGUMENTS = ("lbw", "w")
@@ -91,7 +92,7 @@ def find_tagged_file(name: str, folder: str | Path = "") -> str:
 def _take_blocks(named: dict[str, str], positional: list[str], tag: str) -> str:
     """The block weights, taken out: lbw= or w=, or the second number's place (older notation)."""
     given = [named.pop(key) for key in BLOCK_ARGUMENTS if key in named]
-    if len(positional) > 1 and not _is_number(positional[1]):
+    if len(positional) > 1 and not is_number(positional[1]):
         given.append(positional.pop(1))
     if len(given) > 1:
         raise UserError(f"{tag} has several block weights, {' and '.join(given)}; keep one")
@@ -109,15 +110,7 @@ def _refuse_unknown(named: dict[str, str], positional: list[str], tag: str) -> N
         )
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _read_strength(text: str, tag: str) -> float:
-    if not _is_number(text) or not math.isfinite(float(text)):
+    if not is_number(text) or not math.isfinite(float(text)):
         raise UserError(f"{tag} has the strength {text!r}, expected a number such as 0.7")
     return float(text)

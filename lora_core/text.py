@@ -109,6 +109,15 @@ def check_prompt_length(text: str, name: str) -> None:
         )
 
 
+def is_number(text: str) -> bool:
+    """Whether Python reads a text as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def shorten_value(value: Any) -> str:
     """A value of a file as Python writes it, for quoting in an error: at most SHOWN characters.
 

@@ -23,6 +23,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.embedding_pickles import write_pickled_embedding
+from lora_core.text import is_number
 from merging.adapter_sums import (
     DenseOptions,
     LayerKey,
@@ -127,7 +128,7 @@ def _place_words(options: Add) -> Add:
     names = ("path_1", "path_2", "out", "alpha_1", "alpha_2")
     free = [name for name in names if not getattr(options, name)]
     twice = dict(zip(free, options.words)).get("alpha_1", "")
-    if options.out and twice and not _is_number(twice):
+    if options.out and twice and not is_number(twice):
         raise UserError(
             f"the output is given twice, as {twice} and as --out {options.out}; give one of them"
         )
@@ -142,17 +143,9 @@ def _place_words(options: Add) -> Add:
 
 
 def _parse_alpha(text: str) -> float:
-    if not _is_number(text):
+    if not is_number(text):
         raise UserError(f"the alpha {text!r} is not a number; add takes {ADD_USAGE}")
     return float(text)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_arguments(job: LoraAddition) -> None:

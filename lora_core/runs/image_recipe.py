@@ -49,7 +49,7 @@ MOST_STEPS_OF_A_GRID = 20 * MOST_STEPS  # of all its images together
 MOST_PIXELS = 2048 * 2048
 MOST_LORAS = 16
 LONGEST_SIDE = 4096  # pixels, where the other side is the model's own
-LONGEST_PROMPT = 10_000  # characters; CLIP reads 77 tokens, T5 512
+LONGEST_RECIPE_PROMPT = 10_000  # characters; CLIP reads 77 tokens, T5 512
 LONGEST_T5_PROMPT = 512  # tokens; Flux was trained with as many
 
 
@@ -157,7 +157,7 @@ def _check_limits(config: Any, taken: Collection[str], path: str) -> None:
         check((side,), getattr(config, side), LONGEST_SIDE, f"pixels of {side}")
     check(("lora",), len(config.lora), MOST_LORAS, "LoRA files")
     for name in ("prompt", "negative"):
-        check((name,), len(getattr(config, name)), LONGEST_PROMPT, "characters")
+        check((name,), len(getattr(config, name)), LONGEST_RECIPE_PROMPT, "characters")
     length = config.max_sequence_length
     check(("max_sequence_length",), length, LONGEST_T5_PROMPT, "tokens of a prompt")
     if "grid" in taken:
