@@ -96,6 +96,7 @@ import torch
 from PIL import Image
 
 from lora_core.adapters.patch import Patch
+from lora_core.atomic_files import temporary_name
 from lora_core.diffusion.generation import generate_images
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.errors import UserError, exit_status
@@ -122,7 +123,6 @@ from lora_core.runs.prompt_loras import (
     prompts_without_words,
     read_tagged_prompt,
 )
-from lora_core.runs.run_folder import temporary_name
 from lora_core.settings import check_options
 from lora_core.text import read_lines
 from models import DTYPES, choose_device, load_family

@@ -38,8 +38,8 @@ from benchmarks import timing
 from lora_core.adapters.weight_updates import AdapterState, LowRank, scaled_product
 from lora_core.errors import quiet_status
 from merging.adapter_sums import Term, mix_layers
-from merging.factor_sums import concat_factors
-from merging.svd import compress_adapter, one_thread, singular_values
+from merging.factor_sums import concat_factors, one_thread
+from merging.svd import compress_adapter, singular_values
 from merging.truncation import Keep, total_report
 
 Contender = Callable[[list[LowRank], int], tuple[Tensor, Tensor]]

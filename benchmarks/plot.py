@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, quiet_status
 from lora_core.runs.pictures import INK
-from lora_core.runs.run_folder import atomic_write
 
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "flux": "Flux", "toy": "toy"}
 KINDS = {"lora": "LoRA", "dora": "DoRA"}

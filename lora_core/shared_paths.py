@@ -7,8 +7,9 @@ the current one, or from the home folder as ~.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
+
+from lora_core.text import hide_home
 
 CACHED_FILES = ("model_index.json", "config.json")  # of a whole model, of one network
 
@@ -26,14 +27,6 @@ def shorten_path(path: str, folder: Path | str) -> str:
         if len(start.parts) > 1 and Path(path).is_relative_to(start):
             return Path(path).relative_to(start).as_posix()
     return hide_home(path)
-
-
-def hide_home(text: str) -> str:
-    """The text with ~ for the home folder at the start of every path in it."""
-    home = str(Path.home())
-    if len(Path(home).parts) < 2:
-        return text
-    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?=[/\\])", "~", text)
 
 
 def is_in_hub_cache(name: str) -> bool:

@@ -3,6 +3,7 @@
 import codecs
 import difflib
 import json
+import re
 import reprlib
 import sys
 import unicodedata
@@ -153,6 +154,14 @@ def print_escaped(text: str) -> None:
 def normalize_unicode(text: str) -> str:
     """The text in Unicode's normal form C: é is one character (macOS writes e and an accent)."""
     return unicodedata.normalize("NFC", text)
+
+
+def hide_home(text: str) -> str:
+    """The text with ~ for the home folder at the start of every path in it."""
+    home = str(Path.home())
+    if len(Path(home).parts) < 2:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?=[/\\])", "~", text)
 
 
 def check_unicode(value: Any, name: str) -> None:

@@ -3,7 +3,7 @@
 Only one layer is in fp32 at a time, apart from the results that the caller keeps, so a caller that
 rounds and drops each layer keeps memory constant. Layers that only some of the files have are kept.
 The caller merges tokens and headers, and runs its loop over the layers on one thread
-(`svd.one_thread`): casting a small tensor on two threads costs as much as merging the layer.
+(`factor_sums.one_thread`): casting a small tensor on two threads costs as much as merging it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weigh
 from lora_core.errors import UserError
 from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp_weights
 from merging.stored_layers import OWN_LAYERS, LayerKey, StoredLayers
-from merging.survival import InputEnergies, energies_of_dense, energies_of_factors, energies_of_one
-from merging.svd import compress_adapter, compress_sum, distill_update
 from merging.truncation import ApproximationReport, Keep
 
 if TYPE_CHECKING:
+    from merging.survival import InputEnergies
     from merging.ties_dare import DenseMerge
 
 LayerFactor = Callable[[str, str], float]  # (component, published path) -> factor of the weight
@@ -178,6 +177,8 @@ def mix_layers_dense(
     (seed, layer) alone. Raises UserError, with the layer's name, for a DoRA without a base weight
     and for shapes that do not fit.
     """
+    from merging.svd import distill_update
+
     layers = weighted_layers(terms)
     for key, parts in stored.group_parts(layers).items():
         merged = {}
@@ -292,15 +293,25 @@ def _merge_layer(
             if len(weighted) == 1 and weight == 1 and keep is None:
                 return lr, _exact_report(lr._replace(magnitude=None)), None
             return _distill_layer(key, weighted, keep, dense)
+    if keep is not None or rounded:
+        return _approximate_layer(weighted, keep)
+    lr = concat_factors(weighted)
+    return lr, _exact_report(lr), None
+
+
+def _approximate_layer(
+    weighted: WeightedAdapters, keep: Keep | int | None
+) -> tuple[LowRank | None, ApproximationReport, InputEnergies]:
+    """`_merge_layer` of a layer that is truncated, or rounded later (`keep` is None)."""
+    from merging import survival, svd  # an exact sum needs neither
+
     if isinstance(keep, Keep) and len(weighted) > 1:
-        return compress_sum(weighted, keep)
+        return svd.compress_sum(weighted, keep)
     lr = concat_factors(weighted)
     if isinstance(keep, Keep):
-        kept, report = compress_adapter(lr, keep)
-        return kept, report, energies_of_one(report, kept)
-    if keep is None and not rounded:
-        return lr, _exact_report(lr), None
-    norm, inputs = energies_of_factors(weighted, lr)
+        kept, report = svd.compress_adapter(lr, keep)
+        return kept, report, survival.energies_of_one(report, kept)
+    norm, inputs = survival.energies_of_factors(weighted, lr)
     exact = ApproximationReport(lr.rank, lr.rank, norm, 0.0)
     if keep is None:
         return lr, exact, inputs
@@ -330,6 +341,9 @@ def _distill_layer(
             "a sum with a DoRA in it is of full rank; give a rank or an error to keep, or fold the "
             "files into the base model"
         )
+    from merging.survival import energies_of_dense
+    from merging.svd import distill_update
+
     weight = dense.base(*key)
     parts = [strength * delta_weight(lr, weight) for strength, lr in weighted]
     groups, sketch = _group_count(weighted[0][1]), sketch_generator(key, dense)

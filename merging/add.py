@@ -23,6 +23,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.embedding_pickles import write_pickled_embedding
+from lora_core.formats.training_metadata import join_metadata
 from lora_core.text import is_number
 from merging.adapter_sums import (
     DenseOptions,
@@ -33,9 +34,8 @@ from merging.adapter_sums import (
     lpl_layers,
 )
 from merging.commands import ADD_USAGE, DEFAULT_ALPHA, Add, KeepOptions, MergeMethod, OpenOptions
-from merging.expression import WeightedFile
+from merging.expression import WeightedFile, quote_where_needed
 from merging.factor_sums import LPL_WARNING, inner_product
-from merging.joint_metadata import join_metadata
 from merging.mix import merge_terms, output_order
 from merging.opening import (
     choose_output_format,
@@ -60,7 +60,6 @@ from merging.output import (
 )
 from merging.parameter_sums import sum_parameters
 from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
-from merging.quotes import quote_where_needed
 from merging.stored_layers import stored_layers
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport

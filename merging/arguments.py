@@ -15,7 +15,7 @@ from typing import Any
 from lora_core.errors import UserError
 from lora_core.text import nearest_names
 from merging.commands import COMMANDS, flatten
-from merging.quotes import find_unquoted_name, quote_name, quote_where_needed
+from merging.expression import find_unquoted_name, quote_name, quote_where_needed
 
 FLAG = re.compile(r"--?[a-zA-Z][\w.-]*(=.*)?", re.DOTALL)
 NUMBER = re.compile(r"-\d*\.?\d*(e[+-]?\d+)?", re.IGNORECASE)
@@ -55,7 +55,8 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
         hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
     words = [*_placed_words(name, options), *rest]
-    _refuse_split_names(words, "sum" in command.required)
+    if len(words) > 1:
+        _refuse_split_names(words, "sum" in command.required)
     if command.words:
         options = replace(options, **{command.words: (*getattr(options, command.words), *rest)})
     elif len(rest) == 1 and getattr(options, "out", None) == "" and not rest[0].startswith("-"):

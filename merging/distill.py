@@ -16,6 +16,7 @@ from lora_core.formats.model_folders import weight_key
 from merging.adapter_sums import DenseOptions, layers_by_key, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
 from merging.commands import Distill
+from merging.factor_sums import one_thread
 from merging.layer_choice import parse_layer_choice
 from merging.output import (
     align_columns,
@@ -29,7 +30,7 @@ from merging.output import (
     write_adapter,
 )
 from merging.stored_layers import LayerKey, StoredLayers, stored_layers
-from merging.svd import distill_update, one_thread
+from merging.svd import distill_update
 from merging.truncation import ApproximationReport, Keep
 
 

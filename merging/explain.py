@@ -17,10 +17,10 @@ from merging.adapter_sums import LayerKey, has_magnitude
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
 from merging.commands import Explain
 from merging.compare import GramSums, LeastSquaresFit, fit_coefficients, gram_sums, vector_sums
+from merging.factor_sums import one_thread
 from merging.opening import open_adapter
 from merging.output import align_columns
 from merging.parameter_sums import parameters_by_key
-from merging.svd import one_thread
 
 
 def run_explain(options: Explain) -> None:

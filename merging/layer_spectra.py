@@ -15,7 +15,8 @@ from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from merging.adapter_sums import LayerKey, layers_by_key
-from merging.svd import one_thread, singular_values
+from merging.factor_sums import one_thread
+from merging.svd import singular_values
 
 TINY = 1e-300  # keeps logarithms and quotients of zero energies finite
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
+from lora_core.formats.training_metadata import join_metadata
 from merging import adapter_sums
 from merging.adapter_sums import (
     DenseOptions,
@@ -39,8 +40,7 @@ from merging.commands import (
     OpenOptions,
 )
 from merging.expression import WeightedFile, parse_files, render_sum
-from merging.factor_sums import WeightedAdapters
-from merging.joint_metadata import join_metadata
+from merging.factor_sums import WeightedAdapters, one_thread
 from merging.opening import (
     choose_output_format,
     find_layout,
@@ -62,10 +62,11 @@ from merging.output import (
     write_adapter,
 )
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
-from merging.survival import FAITHFUL, SurvivalTally, energies_of_dense, rounding_shares
-from merging.svd import distill_update, one_thread
 from merging.truncation import ApproximationReport, Keep
 from models.published import PUBLISHED_MODELS
+
+if TYPE_CHECKING:
+    from merging.survival import SurvivalTally
 
 TO_KEEP = "with --rank, --max-error or --energy"
 METHOD_DEFAULTS = vars(MergeMethod())
@@ -120,7 +121,8 @@ def mix_adapters(
         print_note(note)
     if merged.reports and output.format not in TOKEN_FORMATS:
         print(report_table(merged.reports))
-        _print_shares(files, merged.shares)
+        if merged.shares:
+            _print_shares(files, merged.shares)
     print_written(write_adapter(state, output, layout), output)
 
 
@@ -165,11 +167,12 @@ def _merge_files(
 
 def _print_shares(files: Sequence[WeightedFile], shares: Sequence[float]) -> None:
     """How much of each input is left, with a warning for one of which much is lost."""
+    from merging.survival import FAITHFUL
+
     rows = [("of each input", "kept")]
     for file, share in zip(files, shares):
         rows.append((f"{file.weight:g}*{file.path}", f"{100 * share:.4f} %"))
-    if shares:
-        print("\n".join(align_columns(rows)))
+    print("\n".join(align_columns(rows)))
     for file, share in zip(files, shares):
         if share < FAITHFUL:
             print_warning(
@@ -252,18 +255,16 @@ def merge_terms(
     changes = _merge_parameters(terms, method)
     count = len(stored.group_parts(weighted_layers(terms)))
     title = f"{method.method} of {len(terms)}"
-    tally = SurvivalTally(len(terms))
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense, stored)
         bar = tqdm(
             layers, total=count, desc=title, unit="layer", disable=hides_progress(), leave=False
         )
         is_exact = dtype is None and not keep
-        finished = bar if is_exact else _finish_layers(bar, dtype, tally)
-        state, reports = adapter_sums.collect_layers(finished)
-        state = stored.separate_layers(state)
+        merge = _collect_exact(bar) if is_exact else _collect_rounded(bar, dtype, len(terms))
+        state = stored.separate_layers(merge.state)
     state.parameters = changes
-    return Merge(state, reports, tally.shares())
+    return merge._replace(state=state)
 
 
 def _merge_parameters(terms: Sequence[Term], method: MergeMethod) -> dict[str, dict[str, Tensor]]:
@@ -413,6 +414,11 @@ def _distill_dense_layers(
     stored: StoredLayers,
 ) -> Iterator[MergedLayer]:
     """The nearest adapters of layers with an update that is not a product of two factors."""
+    if not whole:
+        return
+    from merging.survival import energies_of_dense
+    from merging.svd import distill_update
+
     keep = criterion or Keep(energy=1.0)
     for key, parts in stored.group_parts(whole).items():
         by_file: dict[int, dict[LayerKey, Tensor]] = {}
@@ -447,10 +453,26 @@ def _slerp_layers(
     return adapter_sums.mix_layers_slerp(first.state, second.state, weights[1], criterion, stored)
 
 
-def _finish_layers(
+def _collect_exact(layers: Iterable[MergedLayer]) -> Merge:
+    """The merge of layers that are neither truncated nor rounded."""
+    return Merge(*adapter_sums.collect_layers(layers), shares=[])
+
+
+def _collect_rounded(layers: Iterable[MergedLayer], dtype: torch.dtype | None, count: int) -> Merge:
+    """The merge of `count` inputs in the output's dtype, with what is left of each input."""
+    from merging.survival import SurvivalTally
+
+    tally = SurvivalTally(count)
+    finished = _round_layers(layers, dtype, tally)
+    return Merge(*adapter_sums.collect_layers(finished), shares=tally.shares())
+
+
+def _round_layers(
     layers: Iterable[MergedLayer], dtype: torch.dtype | None, tally: SurvivalTally
 ) -> Iterator[MergedLayer]:
     """The layers in the output's dtype; what is left of each input is added to the tally."""
+    from merging.survival import rounding_shares
+
     for layer in layers:
         finished = layer if dtype is None else _round_layer(layer, dtype)
         if layer.inputs is not None and tally.count > 1:

@@ -24,7 +24,6 @@ from lora_core.formats.known_formats import (
     import_function,
 )
 from lora_core.formats.layout import Layout
-from lora_core.formats.parameter_changes import refuse_parameters
 from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
 from merging.opening import is_whole_model
@@ -198,7 +197,6 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
         _write_tokens(state, output, layout)
         return [path]
     if path.suffix == ".pt":
-        refuse_parameters(state, f"{path}, a list of factors,")
         return import_function("factor_lists", "write_factor_lists")(state, path, layout)
     if output.format in FORMATS_WITH_TOKENS or not state.tokens:
         _save_factors(state, output, layout)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from merging.adapter_sums import LayerKey, Term, weighted_layers
-from merging.factor_sums import concat_factors
-from merging.svd import one_thread, singular_values
+from merging.factor_sums import concat_factors, one_thread
+from merging.svd import singular_values
 from merging.truncation import steps_within
 
 

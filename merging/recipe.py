@@ -13,9 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
-from lora_core.json_files import parse_object
-from lora_core.shared_paths import hide_home
-from lora_core.text import read_text
+from lora_core.text import hide_home, read_text
 from merging.commands import flatten
 
 RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
@@ -72,6 +70,8 @@ def read_merge_recipe(path: str) -> dict[str, Any]:
 
 def parse_recipe(text: str, source: str) -> dict[str, Any]:
     """A recipe from its JSON. Raises UserError for anything else."""
+    from lora_core.json_files import parse_object  # most commands only write recipes
+
     broken = f"the recipe of {source} is broken; expected a command, options and inputs"
     try:
         recipe = parse_object(text, "it", "")

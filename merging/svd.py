@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank, factor_blocks, from_blocks, refuse_dora
-from merging.factor_sums import WeightedAdapters, concat_factors
+from merging.factor_sums import WeightedAdapters, concat_factors, one_thread
 from merging.survival import InputEnergies, energies_of_core
 from merging.truncation import ApproximationReport, Keep
 
@@ -134,23 +134,6 @@ def distill_update(
     square = float(dense.double().square().sum())
     lost = math.sqrt(max(0.0, square - float(sigma[:, :steps].square().sum())))
     return adapter, report._replace(norm=math.sqrt(square), lost=lost, excess=excess)
-
-
-class one_thread:
-    """A context whose block runs on one CPU thread of this process.
-
-    Thin factorizations are thousands of tiny parallel regions. On 2 cores a second thread gains
-    nothing even at best (1280 x 1280, 64 columns: 2.5 ms with one thread, 2.7 with two), and where
-    other processes want the cores the threads wait for each other: a whole file took 7 s with one
-    thread against 234 s with two.
-    """
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 def _truncate(

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 import infer
+from lora_core.atomic_files import atomic_write
 from lora_core.config import Config, DataConfig, PriorConfig, ValidationConfig
 from lora_core.errors import UserError
 from lora_core.formats import run_file_names
 from lora_core.runs import destination
-from lora_core.runs.run_folder import Run, atomic_write
+from lora_core.runs.run_folder import Run
 from training import config_checks
 
 OPTIONS = {

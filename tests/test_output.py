@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_core import formats
+from lora_core import atomic_files, formats
 from lora_core.formats import embeddings
-from lora_core.runs import run_folder
 from tests.embedding_readers import read_as_a1111
 from tests.merge_commands import call, snapshot
 from tests.tiny_pipeline import pipeline
@@ -196,7 +195,7 @@ def test_a_full_disk_leaves_everything_as_it_was(spoiled, words, monkeypatch, ca
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = snapshot(spoiled)
-    monkeypatch.setattr(run_folder.os, "fsync", full)
+    monkeypatch.setattr(atomic_files.os, "fsync", full)
     call(*words, *(("--model", "base") if words[0] != "fold" else ()), status=2)
     assert re.search("disk is full|No space left", capsys.readouterr().err)
     assert snapshot(spoiled) == before

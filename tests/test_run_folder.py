@@ -18,10 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
 from lora_core.runs import run_folder as run_module
-from lora_core.runs.run_folder import Run, atomic_write, flatten_state, unflatten_state
+from lora_core.runs.run_folder import Run, flatten_state, unflatten_state
 
 
 def listing(folder):
@@ -33,44 +34,6 @@ def listing(folder):
 
 def rows(run, name="metrics"):
     return [json.loads(line) for line in (run.folder / f"{name}.jsonl").read_text().splitlines()]
-
-
-# --- atomic
-
-
-def test_atomic_writes_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "a.png"
-    with atomic_write(path) as temporary:
-        assert (
-            temporary.parent == path.parent and temporary.suffix == ".png"
-        )  # same file system; an image writer reads the suffix
-        temporary.write_text("one")
-        assert not path.exists()
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        temporary.write_text("tw")
-        raise RuntimeError
-    assert listing(path.parent) == {"a.png": b"one"}
-
-
-@pytest.mark.parametrize(
-    "code, words",
-    [
-        (errno.ENOSPC, "disk is full.*untouched"),
-        (errno.EROFS, "cannot be written"),
-        (errno.EDQUOT, "full"),
-    ],
-)
-def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, code, words):
-    path = tmp_path / "config.toml"
-    path.write_text("old")
-
-    def full(_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=words) as caught, atomic_write(path) as temporary:
-        temporary.write_text("new")
-    assert "\n" not in str(caught.value) and listing(tmp_path) == {"config.toml": b"old"}
 
 
 # --- opening

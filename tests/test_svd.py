@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora_core.adapters.weight_updates import delta_weight, scaled_product
 from lora_core.errors import UserError
-from merging import svd
+from merging import factor_sums, svd
 from merging.svd import compress_adapter, distill_update, singular_values
 from merging.truncation import ApproximationReport, Keep
 from tests.random_adapters import SHAPES, adapter, randn
@@ -116,7 +116,7 @@ def test_decompositions_leave_the_thread_count_alone():
         compress_adapter(adapter((5, 4), 2), Keep(rank=1))
         singular_values(adapter((5, 4), 2))
         assert torch.get_num_threads() == 2
-        with pytest.raises(ZeroDivisionError), svd.one_thread():
+        with pytest.raises(ZeroDivisionError), factor_sums.one_thread():
             assert torch.get_num_threads() == 1
             raise ZeroDivisionError
         assert torch.get_num_threads() == 2

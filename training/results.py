@@ -25,7 +25,7 @@ from lora_core.formats import dora_readers
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.settings import scheduler_changes
-from lora_core.shared_paths import hide_home
+from lora_core.text import hide_home
 from lora_core.toml import to_toml
 from models import read_schedule, save_family
 from training import config_checks, nonfinite

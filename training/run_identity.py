@@ -14,8 +14,7 @@ from torch import nn
 
 from lora_core.data.records import Record
 from lora_core.diffusion.noise import Schedule
-from lora_core.shared_paths import hide_home
-from lora_core.text import shorten_value
+from lora_core.text import hide_home, shorten_value
 
 WHERE_WRITTEN = "where the run is written, not its result"
 WHEN_LOOKED_AT = "when and how the run is observed"

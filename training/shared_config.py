@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.config import Config
-from lora_core.shared_paths import hide_home, shorten_path
+from lora_core.shared_paths import shorten_path
+from lora_core.text import hide_home
 
 
 def shared_config(config: Config, folder: Path | str) -> Config:

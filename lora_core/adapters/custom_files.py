@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lora_core.adapters.adapted_layer import layers_with_adapter
 from lora_core.adapters.kinds import KINDS, is_low_rank
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.formats import CUSTOM
-from lora_core.runs.run_folder import atomic_write
 
 CUSTOM_ADAPTER_ENDING = CUSTOM  # after the run's name
 # Errors that `state` and `delta_weight` may raise instead of giving tensors.

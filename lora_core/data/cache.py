@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import atomic_write, nonfinite_names
+from lora_core.runs.run_folder import nonfinite_names
 
 
 class TensorCache:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import embeddings, joined_layers
+from lora_core.formats import joined_layers
 from lora_core.formats.container import is_pickle, read_tensors, write_tensors
 from lora_core.formats.grammar import DecodeOptions
 from lora_core.formats.known_formats import (
@@ -23,13 +23,14 @@ from lora_core.formats.known_formats import (
     NATIVE,
     READABLE,
     TOKEN_FORMATS,
+    TOKEN_NAMES,
     WRITABLE,
     import_function,
     run_file_names,
 )
 from lora_core.formats.layout import Layout, nearest_name
-from lora_core.formats.parameter_changes import refuse_parameters
 from lora_core.formats.recognition import (
+    BUNDLED,
     model_of_run,
     recognize_file,
     recognize_keys,
@@ -113,10 +114,14 @@ def _read_tensors(
     refuse_other_kinds(found, source)
     if found.kind == "unknown":
         raise UserError(_unknown_file_error(list(tensors), source))
-    rest, bundled = embeddings.split_bundled_tokens(tensors, layout, source)
+    read = FORMATS[found.format].read
+    if not [key for key in tensors if key.startswith(BUNDLED)]:
+        return read(tensors, header, layout, source, options)
+    split = import_function("embeddings", "split_bundled_tokens")
+    rest, bundled = split(tensors, layout, source)
     if bundled and not rest:
         return bundled
-    state = FORMATS[found.format].read(rest, header, layout, source, options)
+    state = read(rest, header, layout, source, options)
     return _add_bundled_tokens(state, bundled, source) if bundled else state
 
 
@@ -161,7 +166,8 @@ def _join_states(first: AdapterState, second: AdapterState, one: str, other: str
         metadata=second.metadata | first.metadata,
     )
     if second.tokens:
-        trained = embeddings.token_names(first.metadata, second.token_names, one)
+        token_names = import_function("embeddings", "token_names")
+        trained = token_names(first.metadata, second.token_names, one)
         if trained != second.token_names:
             raise UserError(
                 f"{one} was trained with the tokens {', '.join(trained)}, "
@@ -268,8 +274,11 @@ def save(
             f"{path} cannot be written: {_describe_first_dense(state)}; {HOW_TO_DISTILL}"
         )
     is_token_format = format in TOKEN_FORMATS
-    if not is_token_format and not FORMATS[format].holds_parameters:
-        refuse_parameters(state, f"{path}, in the format {format},")
+    is_refused = not is_token_format and not FORMATS[format].holds_parameters
+    if is_refused and any(state.parameters.values()):
+        import_function("parameter_changes", "refuse_parameters")(
+            state, f"{path}, in the format {format},"
+        )
     if not (state.tokens if is_token_format else state.changed_components):
         missing = "token rows" if is_token_format else "adapted modules"
         raise UserError(f"there is nothing to write to {path}: the state has no {missing}")
@@ -280,7 +289,7 @@ def save(
     header = carry_metadata(state.metadata, {**(metadata or {}), **own})
     if state.token_names:
         names = json.dumps(list(state.token_names), ensure_ascii=False)
-        header[embeddings.TOKEN_NAMES] = names
+        header[TOKEN_NAMES] = names
     write_tensors(path, tensors, header, hashes=FORMATS[format].has_hashes)
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import atomic_write
 from lora_core.text import SHOWN
 
 PICKLE, ZIP = b"\x80", b"PK\x03\x04"  # how a torch.save file begins: a pickle, or a zip of pickles

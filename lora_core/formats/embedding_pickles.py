@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.embeddings import (
@@ -33,7 +34,6 @@ from lora_core.formats.known_formats import SINGLE
 from lora_core.formats.layout import Layout
 from lora_core.formats.pickles import read_pickle
 from lora_core.formats.unpickler import Inert
-from lora_core.runs.run_folder import atomic_write
 from lora_core.text import shorten_value
 
 

@@ -26,7 +26,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.grammar import STRICT, DecodeOptions
-from lora_core.formats.known_formats import ENCODER_KEYS, ENCODER_SPELLINGS, SINGLE
+from lora_core.formats.known_formats import ENCODER_KEYS, ENCODER_SPELLINGS, SINGLE, TOKEN_NAMES
 from lora_core.formats.layout import Layout, nearest_name
 from lora_core.text import parse_json, shorten_value
 
@@ -36,7 +36,6 @@ A1111_ROWS = "string_to_param"  # A1111's dictionary of such tensors
 # Rows inside of a LoRA file: name, key.
 BUNDLE = re.compile(rf"bundle_emb\.(.+?)\.({A1111_ROWS}\.[^.]*|[^.]+)")
 LAYERWISE = re.compile(r"(IN|OUT)\d\d|MID")  # kohya's XTI: rows by block of the network
-TOKEN_NAMES = "token_names"  # header entry: JSON list of the tokens in row order
 PLACEHOLDERS = "placeholders"  # header entry: JSON object, placeholder word -> its tokens
 LAYERWISE_REFUSAL = (
     "per-layer token rows (P+), one for each cross-attention layer, which are not read; "

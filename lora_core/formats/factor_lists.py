@@ -18,6 +18,7 @@ from lora_core.formats.container import check_finite
 from lora_core.formats.embeddings import check_token_rows
 from lora_core.formats.layer_numbering import list_pairs, numbered_components, place_pairs
 from lora_core.formats.layout import Layout
+from lora_core.formats.parameter_changes import refuse_parameters
 from lora_core.formats.pickles import read_pickle, write_pickle
 from lora_core.text import shorten_value
 
@@ -76,8 +77,8 @@ def write_factor_lists(
 ) -> list[Path]:
     """Writes the list files that the state has content for, each atomically; returns their paths.
 
-    Raises UserError as `write_cloneofsimo` does, before any file is written, and for a name that
-    does not end in .pt.
+    Raises UserError as `write_cloneofsimo` does, before any file is written, for changes of norms
+    and biases, and for a name that does not end in .pt.
     """
     path = Path(path)
     if path.suffix != ".pt":
@@ -85,6 +86,7 @@ def write_factor_lists(
             f"{path} should be a list of factors, whose name ends in .pt; "
             "give x.pt, or write a .safetensors"
         )
+    refuse_parameters(state, f"{path}, a list of factors,")
     layout = require_layout(layout, str(path))
     contents: dict[Path, Any] = {}
     for component, modules in numbered_components(state):

@@ -22,7 +22,6 @@ from lora_core.errors import UserError
 from lora_core.formats import lycoris
 from lora_core.formats.known_formats import ADAPTER_NAME, PARAMETER_ROLES, ROLE_OF_LEAF
 from lora_core.formats.layout import Component, Layout, Shape, nearest_name
-from lora_core.formats.parameter_changes import changed_modules, encode_parameters, take_parameters
 
 MOST_COMPARED = 200  # names compared for the nearest one: comparing 10^5 takes a minute
 Update = LowRank | DenseUpdate | Tensor  # a tensor: added to a norm or bias
@@ -195,6 +194,16 @@ def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dic
             module = head + spellings[path][0]
             for role, tensor in _tensors_to_write(lr, grammar).items():
                 tensors[module + leaves[role]] = tensor
+    if any(state.parameters.values()):
+        tensors |= _encode_parameters(state, grammar, layout)
+    return tensors
+
+
+def _encode_parameters(state: AdapterState, grammar: Grammar, layout: Layout) -> dict[str, Tensor]:
+    """Key -> tensor of the changes of norms and biases, which few files have."""
+    from lora_core.formats.parameter_changes import changed_modules, encode_parameters
+
+    tensors: dict[str, Tensor] = {}
     for name, changes in state.parameters.items():
         component = layout.component(name)
         head = spell_heads(grammar, name, component)[0]
@@ -256,6 +265,8 @@ def decode_adapter(
         where = f"{component}.{path} in {source}"
         own = components.setdefault(component, {})
         if not PARAMETER_ROLES.keys().isdisjoint(parts):
+            from lora_core.formats.parameter_changes import take_parameters  # in few files
+
             changes = take_parameters(parts, part, path, where)
             own.update(changes)
             if changes and parts.keys() <= {"alpha"}:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.layout import Component, Layout
-from lora_core.formats.parameter_changes import join_biases, joined_parameters, separate_biases
+from lora_core.formats.layout import Component, Layout, Shape
 
 Modules = Mapping[str, LowRank]  # path -> factors
 LayerUpdate = LowRank | DenseUpdate
@@ -71,6 +70,10 @@ def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
     components = {}
     for name, modules in state.components.items():
         components[name] = _join_modules(modules, layout.component(name))
+    if not any(state.parameters.values()):  # as of most files
+        return replace(state, components=components)
+    from lora_core.formats.parameter_changes import join_biases
+
     parameters = {}
     for name, changes in state.parameters.items():
         part = layout.component(name)
@@ -149,9 +152,22 @@ def _join_component(component: Component) -> Component:
     for path, name in _swapped_names(component).items():
         shapes[name] = component.shapes[path]
     names = {path: own for path, own in component.names.items() if path not in component.swapped}
-    biases = joined_parameters(component, _swapped_names(component))
+    biases = _joined_biases(component, _swapped_names(component))
     parameters = {**component.parameters, **biases}
     return replace(component, shapes=shapes, names=names, parameters=parameters)
+
+
+def _joined_biases(component: Component, swapped: Mapping[str, str]) -> dict[str, Shape]:
+    """Path of each bias of a joined or swapped layer -> its shape."""
+    shapes: dict[str, Shape] = {}
+    for joined, paths in component.fused.items():
+        sizes = [component.parameters.get(f"{path}.bias", ()) for path in paths]
+        if all(sizes):
+            shapes[f"{joined}.bias"] = (sum(size[0] for size in sizes),)
+    for path, name in swapped.items():
+        if (bias := f"{path}.bias") in component.parameters:
+            shapes[f"{name}.bias"] = component.parameters[bias]
+    return shapes
 
 
 def _swapped_names(component: Component) -> dict[str, str]:
@@ -194,7 +210,10 @@ def _separate_modules(
         if path in found:
             raise UserError(f"{where} has {path} twice, alone and in {name}; expected one")
         found[path] = piece
-    changes = separate_biases(changes, component, _swapped_names(component))
+    if changes:
+        from lora_core.formats.parameter_changes import separate_biases
+
+        changes = separate_biases(changes, component, _swapped_names(component))
     return {**dict(sorted(found.items())), **changes}
 
 

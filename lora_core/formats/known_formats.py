@@ -85,6 +85,7 @@ ENCODER_KEYS = {"clip_l": ("clip_l",), "clip_g": ("clip_g",), "t5": ("t5", "t5xx
 ENCODER_SPELLINGS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 for _encoder, _keys in ENCODER_KEYS.items():
     ENCODER_SPELLINGS |= dict.fromkeys(_keys, _encoder)
+TOKEN_NAMES = "token_names"  # header entry: JSON list of the tokens in row order
 SINGLE = "emb_params"  # a file's only tensor, for its only encoder
 TOKEN = re.compile(r"<.+>|[^.:]+")  # a key that may be a token; keys of weights have dots
 

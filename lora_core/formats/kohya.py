@@ -170,10 +170,11 @@ def _equalize_alpha(state: AdapterState) -> AdapterState:
     does not find alphas of attention layers that differ from the rest, and uses the most frequent
     one for them.
     """
-    alphas = [lr.scale * lr.rank for lr in _all_factors(state) if lr.scale]
-    if not alphas:
+    alphas = Counter([lr.scale * lr.rank for lr in _all_factors(state)])
+    if len(alphas) < 2:
         return state
-    alpha = Counter(alphas).most_common(1)[0][0]
+    alphas.pop(0.0, None)
+    alpha = alphas.most_common(1)[0][0]
     components: dict[str, dict[str, LowRank]] = {}
     for name, modules in state.components.items():
         components[name] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import PARAMETER_ROLES
-from lora_core.formats.layout import Component, Shape
+from lora_core.formats.layout import Component
 
 Changes = Mapping[str, Tensor]  # path of a parameter -> what is added to it
 
@@ -85,19 +85,6 @@ def refuse_parameters(state: AdapterState, place: str) -> None:
 
 
 # ---------------------------------------------------------------- joined layers
-
-
-def joined_parameters(component: Component, swapped: Mapping[str, str]) -> dict[str, Shape]:
-    """Path of each bias of a joined or swapped layer -> its shape."""
-    shapes: dict[str, Shape] = {}
-    for joined, paths in component.fused.items():
-        sizes = [component.parameters.get(f"{path}.bias", ()) for path in paths]
-        if all(sizes):
-            shapes[f"{joined}.bias"] = (sum(size[0] for size in sizes),)
-    for path, name in swapped.items():
-        if (bias := f"{path}.bias") in component.parameters:
-            shapes[f"{name}.bias"] = component.parameters[bias]
-    return shapes
 
 
 def join_biases(

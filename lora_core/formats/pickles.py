@@ -16,10 +16,10 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.formats.container import check_tensors
 from lora_core.formats.unpickler import DAMAGE, Inert, Name, RestrictedUnpickler, Storage
-from lora_core.runs.run_folder import atomic_write
 from lora_core.text import shorten_value
 
 MAGIC = 0x1950A86A20F9469CFC6C  # how torch < 1.6 begins a file

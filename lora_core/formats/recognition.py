@@ -8,6 +8,7 @@ adapter belongs to follows from the names and shapes that its format's reader kn
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -39,15 +40,17 @@ MODEL_PREFIXES = (  # of keys in models that are a single file
 BUNDLED = "bundle_emb."  # beginning of the keys of token rows in an adapter's file
 CONTROL = "a control LoRA, which has whole norms and takes a control image as further inputs"
 WIDE = "a control LoRA, or one for another model: its first layer takes 128 inputs instead of 64"
-# Pattern of a key of an adapter for something else than a model -> what the file is.
+# What an adapter for something else than a model is -> the pattern of a key that shows it.
 FOREIGN_KEYS = {
-    r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
-    r"lllite_.*": "a ControlNet-LLLite network, which reads a control image",
-    r"ip_adapter\..*|image_proj\..*": "an IP-Adapter, which reads an image as a prompt",
-    r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)": (
-        "an OFT adapter, which turns weights and has no update of its own"
+    "a control LoRA of Stability's, which holds the parts of a ControlNet": re.compile(
+        r"lora_controlnet"
     ),
-    r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
+    "a ControlNet-LLLite network, which reads a control image": re.compile(r"lllite_.*"),
+    "an IP-Adapter, which reads an image as a prompt": re.compile(r"ip_adapter\..*|image_proj\..*"),
+    "an OFT adapter, which turns weights and has no update of its own": re.compile(
+        r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)"
+    ),
+    "a GLoRA or (IA)^3 adapter of LyCORIS": re.compile(r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input"),
 }
 # Keys that only control LoRAs have in addition to factors: whole norms, not changes of them.
 CONTROL_KEY = re.compile(
@@ -76,8 +79,8 @@ def recognize_keys(shapes: Shapes) -> RecognizedFile:
     own = {key: shape for key, shape in shapes.items() if not key.startswith(BUNDLED)}
     if shapes and not own:
         return RecognizedFile("tokens", "embeddings")
-    for pattern, what in FOREIGN_KEYS.items():
-        if key := next(filter(re.compile(pattern).fullmatch, own), None):
+    for what, pattern in FOREIGN_KEYS.items():
+        if key := next(filter(pattern.fullmatch, own), None):
             return RecognizedFile("foreign", what=what, key=key)
     format = find_format(own)
     if format in TOKEN_FORMATS:
@@ -94,14 +97,12 @@ def recognize_file(path: str | Path) -> RecognizedFile:
 
     Raises UserError for a file that is missing, empty or damaged.
     """
-    place = Path(path)
-    if place.is_dir():
-        if (place / "model_index.json").is_file():
+    file = os.fspath(path)
+    if os.path.isdir(file):
+        if os.path.isfile(os.path.join(file, "model_index.json")):
             return RecognizedFile("model", key="model_index.json")
-        place = _first_file(place)
-    is_pickle = _is_pickle(place)  # refuses a missing or empty file
-    status = place.stat()
-    return _recognize_content(place, status.st_mtime_ns, status.st_size, is_pickle)
+        file = str(_first_file(Path(file)))
+    return _recognize_content(file, *_file_stamp(file))
 
 
 def read_key_shapes(file: str | Path) -> tuple[dict[str, Shape], dict[str, str]]:
@@ -109,11 +110,9 @@ def read_key_shapes(file: str | Path) -> tuple[dict[str, Shape], dict[str, str]]
 
     Raises UserError for a damaged file.
     """
-    file = Path(file)
-    if _is_pickle(file):
-        return import_function("pickled_adapters", "read_pickled_shapes")(file), {}
-    status = file.stat()
-    shapes, header = _read_header(file, status.st_mtime_ns, status.st_size)
+    if _is_pickle(Path(file)):
+        return import_function("pickled_adapters", "read_pickled_shapes")(Path(file)), {}
+    shapes, header = _read_header(os.fspath(file), *_file_stamp(file))
     return dict(shapes), dict(header)
 
 
@@ -171,16 +170,25 @@ def _is_pickle(file: Path) -> bool:
     return import_function("container", "is_pickle")(file)
 
 
+def _file_stamp(file: str | Path) -> tuple[int, int]:
+    """(time of the last change, size), which tell whether a file is still the same."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):  # its reader says what is wrong
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
 @lru_cache(maxsize=64)  # a command asks several times about each of its files
-def _recognize_content(file: Path, changed: int, size: int, is_pickle: bool) -> RecognizedFile:
-    if is_pickle:
-        return import_function("pickled_adapters", "recognize_pickled")(file)
+def _recognize_content(file: str, changed: int, size: int) -> RecognizedFile:
+    if _is_pickle(Path(file)):  # refuses a missing or empty file
+        return import_function("pickled_adapters", "recognize_pickled")(Path(file))
     return recognize_keys(_read_header(file, changed, size)[0])
 
 
 @lru_cache(maxsize=8)
-def _read_header(file: Path, changed: int, size: int) -> tuple[dict[str, Shape], dict[str, str]]:
-    return import_function("container", "read_shapes")(file)
+def _read_header(file: str, changed: int, size: int) -> tuple[dict[str, Shape], dict[str, str]]:
+    return import_function("container", "read_shapes")(Path(file))
 
 
 def _first_file(folder: Path) -> Path:

@@ -1,17 +1,21 @@
-"""Header entries of a training that stay true when a file's tensors are written anew.
+"""Header entries of a training: those that stay true when a file is written anew, and of a sum.
 
 kohya's sd-scripts write about eighty entries ss_* (tag frequencies, learning rates, the base
 model), and Stability's model spec modelspec.* (title, author, licence). They are about the training
 or the author's, and stay; as in kohya's own resize_lora.py, only what describes the tensors is
-written anew: ranks, alphas, the module that reads them, hashes.
+written anew: ranks, alphas, the module that reads them, hashes. Of a sum less is true: see
+`join_metadata`, after kohya's merge_lora.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from lora_core.adapters.weight_updates import AdapterState
 
 NETWORK_ARGS = "ss_network_args"
 # entries that describe the tensors, or the format, of the file they were read from
@@ -21,7 +25,18 @@ DESCRIBES_TENSORS = re.compile(
 )
 # network arguments of a training that leave no trace in the shapes of its tensors
 TRAINING_ARGS = re.compile(r"(rank_|module_)?dropout|loraplus_.*|(down|mid|up)_lr_weight")
-NAMES = ("ss_output_name", "modelspec.title")  # given by the author, not by the file's name
+TITLE, MERGED_FROM = "modelspec.title", "modelspec.merged_from"
+NAMES = ("ss_output_name", TITLE)  # given by the author, not by the file's name
+# entries about the base model, which stay where all inputs agree
+BASE_MODEL = (
+    "ss_base_model_version",
+    "ss_v2",
+    "ss_sd_model_name",
+    "ss_sd_model_hash",
+    "ss_new_sd_model_hash",
+    "modelspec.architecture",
+    "modelspec.prediction_type",
+)
 
 
 def carry_metadata(old: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
@@ -37,6 +52,37 @@ def carry_metadata(old: Mapping[str, str], own: Mapping[str, str]) -> dict[str, 
         args = _training_args(old[NETWORK_ARGS]) | json.loads(own[NETWORK_ARGS])
         header[NETWORK_ARGS] = json.dumps(args)
     return header
+
+
+def join_metadata(
+    states: Sequence[AdapterState], paths: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """(header entries of a merge without those of its tokens, a sentence about what is left out).
+
+    One input keeps its header. Of several, the entries about the base model in which all agree,
+    and their titles (or file names without folders) as modelspec.merged_from.
+    """
+    if len(states) == 1:
+        return dict(states[0].metadata), []
+    headers = [state.metadata for state in states]
+    joined = {}
+    for key in BASE_MODEL:
+        if len({header.get(key) for header in headers}) == 1 and key in headers[0]:
+            joined[key] = headers[0][key]
+    titles = [header.get(TITLE) or Path(path).stem for header, path in zip(headers, paths)]
+    joined[MERGED_FROM] = ", ".join(titles)
+    left_out: set[str] = set()
+    for header in headers:
+        left_out |= {key for key in header if key.startswith("ss_")}
+    left_out -= {*BASE_MODEL, *NAMES}
+    count = len([key for key in left_out if not DESCRIBES_TENSORS.fullmatch(key)])
+    notes = []
+    if count:
+        notes = [
+            f"the training metadata of {len(states)} files ({count} entries ss_*) is left out of "
+            "their sum"
+        ]
+    return joined, notes
 
 
 def _training_args(text: str) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.formats.container import DTYPE_CODES, Shape, is_pickle
 from lora_core.formats.known_formats import PICKLED
 from lora_core.formats.pickles import read_pickle
 from lora_core.json_files import OBJECT, read_object
-from lora_core.runs.run_folder import atomic_write
 from lora_core.text import shorten_value
 
 DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}

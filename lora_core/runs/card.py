@@ -18,11 +18,11 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 from lora_core.adapters.custom_files import CUSTOM_ADAPTER_ENDING
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, first_line, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
 from lora_core.formats.dora_readers import describe_reader_errors
 from lora_core.placeholders import Placeholder, bind_placeholders
-from lora_core.runs.run_folder import atomic_write
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lora_core.atomic_files import temporary_name
 from lora_core.errors import UserError
 from lora_core.formats import run_file_names
-from lora_core.runs.run_folder import MARKS, first_names, is_run, temporary_name
+from lora_core.runs.run_folder import MARKS, first_names, is_run
 
 # The longest path below OUT, apart from the paths with the run's own name.
 LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
-from lora_core.runs.run_folder import atomic_write
 
 INK, PAPER = "#1b1f24", "#ffffff"
 MARGIN, GAP = 14, 10  # pixels around a grid, and between its images

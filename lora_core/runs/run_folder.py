@@ -3,7 +3,6 @@
 A resumed run loses no step and repeats none in the logs.
 """
 
-import contextlib
 import errno
 import hashlib
 import itertools
@@ -13,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_core.atomic_files import TEMPORARY, atomic_write, disk_errors, sync_to_disk
 from lora_core.errors import UserError
 from lora_core.json_files import INTEGER, LONGEST_JSON, parse_object
 from lora_core.runs.lock import LOCK, FolderLock
@@ -34,7 +34,6 @@ LOGS = ("metrics", "val")  # names of the logs, which a resumed run cuts
 MARKS = ("config.toml", "metrics.jsonl", "checkpoints", LOCK, "class_images")
 STEP_FIELD = {"step": INTEGER}  # of a line of a log
 STATE_FIELDS = {"step": INTEGER, "bytes": INTEGER}  # of a checkpoint's state.json
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")  # names of `temporary_name`
 
 
 class Checkpoint(NamedTuple):
@@ -43,33 +42,6 @@ class Checkpoint(NamedTuple):
     step: int  # steps done
     tensors: dict[str, Tensor]  # on the CPU
     meta: Any  # JSON
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
-    """A temporary name in `path`'s folder, renamed to `path` once it is complete and on the disk.
-
-    After an error it is removed, and an old `path` is unchanged. The name keeps the suffix, by
-    which image writers choose their format. Raises UserError where the disk refuses: it is full or
-    read-only, a limit of a file's size, a name too long, a folder in the place of a file.
-    """
-    path = Path(path)
-    temporary = temporary_name(path)
-    try:
-        with _disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-    finally:
-        with contextlib.suppress(OSError):  # its folder could not be made
-            temporary.unlink(missing_ok=True)
-
-
-def temporary_name(path: Path) -> Path:
-    """A fresh name in the folder of `path` for a file while it is written."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def is_run(folder: Path) -> bool:
@@ -88,7 +60,7 @@ def lock_folder(folder: Path) -> FolderLock:
 
     Raises UserError where another process has the lock, or the disk refuses.
     """
-    with _disk_errors(folder):
+    with disk_errors(folder):
         return FolderLock.hold(folder)
 
 
@@ -125,7 +97,7 @@ class Run:
         if occupied and overwrite:
             _back_up(folder)
         run = cls(folder, keep=keep)
-        with _disk_errors(folder):
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if resume:
                 run._rewind()
@@ -177,7 +149,7 @@ class Run:
             )
         path = self.folder / f"{to}.jsonl"
         line = (json.dumps(entry) + "\n").encode()
-        with _disk_errors(path), open(path, "ab", buffering=0) as file:
+        with disk_errors(path), open(path, "ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
                 written = file.write(line)
@@ -197,7 +169,7 @@ class Run:
         folder.parent.mkdir(exist_ok=True)
         temporary = folder.with_name(f".{step}.{secrets.token_hex(4)}.tmp")
         try:
-            with _disk_errors(folder):
+            with disk_errors(folder):
                 temporary.mkdir()
                 save_file(_unshare(tensors), temporary / "state.safetensors")
                 size = (temporary / "state.safetensors").stat().st_size
@@ -205,10 +177,10 @@ class Run:
                 (temporary / "state.json").write_text(text, encoding="utf-8")
                 (temporary / SUMS).write_text(_checksums(temporary), encoding="utf-8")
                 for path in (*temporary.iterdir(), temporary):
-                    _sync(path)
+                    sync_to_disk(path)
                 _remove_folder(folder)  # only a run that saves one step twice has it
                 os.replace(temporary, folder)
-                _sync(folder.parent)
+                sync_to_disk(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if self.keep:
@@ -436,42 +408,3 @@ def _remove_folder(folder: Path) -> None:
         gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         folder.rename(gone)
         shutil.rmtree(gone)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns errors of the disk into a UserError that names the path and the reason."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = _error_number(error)
-        if code is None:
-            raise
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full: {path} was not written, existing files are untouched; "
-                "free some space and try again"
-            ) from error
-        advice = "choose another folder or fix its permissions"
-        if code == errno.EFBIG:
-            advice = "raise the limit for a file's size (ulimit -f), or write to another disk"
-        elif code not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "existing files are untouched; choose another place"
-        raise UserError(f"{path} cannot be written ({os.strerror(code)}); {advice}") from error
-
-
-def _error_number(error: OSError | SafetensorError) -> int | None:
-    """The system's number of an error; safetensors writes it as "... (os error 28)"."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
