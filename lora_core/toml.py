@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -64,14 +65,19 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
     Raises UserError for unknown keys and values of a wrong type.
     """
     _check_keys(table, cls, "", _dotted_names(cls))
-    converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
-    for kind, (accepts, expected) in PLAIN_TYPES.items():
-        converter.register_structure_hook(kind, _strict(kind, accepts, expected))
     try:
-        return converter.structure(table, cls)
+        return _make_converter().structure(table, cls)
     except cattrs.BaseValidationError as error:
         lines = cattrs.transform_error(error, format_exception=lambda e, _: str(e))
         raise UserError("; ".join(map(_place_first, lines))) from None
+
+
+@cache  # it compiles a function for each section
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
+    for kind, (accepts, expected) in PLAIN_TYPES.items():
+        converter.register_structure_hook(kind, _strict(kind, accepts, expected))
+    return converter
 
 
 def to_table(config: Any) -> Any:

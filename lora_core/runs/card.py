@@ -10,11 +10,12 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from safetensors import safe_open
 
 from lora_core.adapters.custom_files import CUSTOM_ADAPTER_ENDING
@@ -61,6 +62,15 @@ class ModelCard:
 def write_card(card: ModelCard, folder: str | Path) -> Path:
     """Writes the README.md of a finished run folder and returns its path."""
     folder = Path(folder).resolve()
+    facts = {**_file_facts(card, folder), **_prompts(card, folder)}
+    text = _read_template().render(card=card, **facts)
+    with atomic_write(folder / "README.md") as temporary:
+        temporary.write_text(printable(text), encoding="utf-8")
+    return folder / "README.md"
+
+
+@cache
+def _read_template() -> Template:
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
@@ -71,11 +81,7 @@ def write_card(card: ModelCard, folder: str | Path) -> Path:
         "path": _path,
         "repr": repr,
     }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(card=card, **_file_facts(card, folder), **_prompts(card, folder))
-    with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text(printable(text), encoding="utf-8")
-    return folder / "README.md"
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def check_push_target(repo_id: str) -> None:
