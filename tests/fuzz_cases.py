@@ -55,6 +55,8 @@ class Workspace:
     folder: Path
     targets: dict[str, list[Target]]  # by kind
     pristine: dict[Path, bytes]
+    stamps: dict[Path, tuple[int, ...]]  # of the files as they are on the disk
+    loaded: dict[str, Any]  # what was read of the undamaged model
 
     @classmethod
     def read(cls, folder: Path) -> "Workspace":
@@ -62,7 +64,8 @@ class Workspace:
         for target in list_targets(folder):
             targets.setdefault(target.kind, []).append(target)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        return cls(folder, targets, {path: path.read_bytes() for path in files})
+        content = {path: path.read_bytes() for path in files}
+        return cls(folder, targets, content, {path: stamp(path) for path in files}, {})
 
     def restore(self) -> list[str]:
         """Brings every file back, removes others; the names of those that had changed."""
@@ -72,23 +75,33 @@ class Workspace:
                 changed.append(str(path.relative_to(self.folder)))
                 path.unlink()
         for path, content in self.pristine.items():
+            if path.is_file() and stamp(path) == self.stamps[path]:
+                continue
             if not path.is_file() or path.read_bytes() != content:
                 changed.append(str(path.relative_to(self.folder)))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
+            self.stamps[path] = stamp(path)
         return changed
 
 
-def cache_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written: its number on the disk, its size and its times."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def cache_models(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> None:
     """The undamaged model is read once, and images are black instead of sampled."""
-    loaded: dict[str, Any] = {}
-    read_layout = models.read_layout
-    layout = read_layout("model")
+    loaded, read_layout = workspace.loaded, models.read_layout
+    if "layout" not in loaded:
+        loaded["layout"] = read_layout("model")
 
     def read_layout_once(path: str, config: str = "") -> Any:
-        return read_layout(path, config) if path != "model" or config else layout
+        return read_layout(path, config) if path != "model" or config else loaded["layout"]
 
-    monkeypatch.setattr(models, "read_layout", read_layout_once)
+    for module in (models, setup):
+        monkeypatch.setattr(module, "read_layout", read_layout_once)
     for module in (infer, setup):
         load = module.load_family
 
@@ -162,9 +175,7 @@ def run_case(workspace: Workspace, seed: int, number: int) -> tuple[str, str]:
     outcome = run_command(words)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     faults = list(_find_faults(outcome, grown))
-    # a run that ends in its first step keeps its lock and its config
-    started = (".lock", "config.toml") if words[0] == "train" else ()
-    left = {str(path) for path in outputs.rglob("*") if path.is_file() and path.name not in started}
+    left = {str(path) for path in outputs.rglob("*") if path.is_file()}
     if taken is not None:
         left.discard(str(taken))
         if taken.read_bytes() != SENTINEL:

@@ -36,7 +36,7 @@ def workspace(layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_the_undamaged_files_are_read(
     workspace: Workspace, plain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache_models(monkeypatch)
+    cache_models(monkeypatch, workspace)
     assert set(workspace.targets) == set(COMMANDS) == set(WEIGHTS)
     for kind, targets in workspace.targets.items():
         ends = []
@@ -58,7 +58,7 @@ def test_damaged_files_end_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cache_models(monkeypatch)
+    cache_models(monkeypatch, workspace)
     counts: collections.Counter[str] = collections.Counter()
     failures = []
     for number in [first] if ALONE else range(first, min(first + CHUNK, CASES)):

@@ -5,6 +5,7 @@ import collections
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from lora_core import kernels
@@ -39,6 +40,7 @@ THEMES = {  # test files that are named after what cuts across many modules
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}
 
 
+@cache  # a file is read once for all laws
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -53,14 +55,16 @@ def tracked(*patterns: str) -> list[Path]:
     return [path for path in map(ROOT.joinpath, listed.split()) if path.exists()]
 
 
-def imports(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+@cache
+def imports(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """(module, names taken from it) of every import statement, wherever it stands."""
+    found: list[tuple[str, tuple[str, ...]]] = []
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, ()
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or "", tuple(alias.name for alias in node.names)
+            found.append((node.module or "", tuple(alias.name for alias in node.names)))
+    return found
 
 
 def roots(path: Path) -> set[str]:
