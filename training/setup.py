@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,16 +170,29 @@ def check_before_opening(
 def open_run(config: Config) -> Iterator[Run]:
     """The run's folder, locked against other processes inside the block. Raises UserError where
     another process holds it, or where it cannot be made.
+
+    A new run that a UserError ends before its first step leaves nothing behind, so that the
+    corrected command needs no --overwrite.
     """
-    lock = lock_folder(Path(os.path.abspath(config.out)))
+    folder = Path(os.path.abspath(config.out))
+    is_new = not folder.exists()
+    lock = lock_folder(folder)
     try:
         run = Run.open(
             config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep
         )
         lock = lock.follow(run.folder)
-        yield run
+        try:
+            yield run
+        except UserError:
+            if not config.resume:
+                run.remove_unstarted()
+            raise
     finally:
         lock.release()
+        if is_new:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
 
 
 def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:

@@ -131,6 +131,11 @@ class Run:
             )
         return folder, occupied
 
+    def remove_unstarted(self) -> None:
+        """Removes the config of a run that ended before anything else was written."""
+        if {path.name for path in self.folder.iterdir()} <= {"config.toml", LOCK}:
+            (self.folder / "config.toml").unlink(missing_ok=True)
+
     def write(self, name: str, text: str) -> Path:
         """Writes a text file of the run atomically and returns its path."""
         with atomic_write(self.folder / name) as temporary:
