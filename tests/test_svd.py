@@ -228,3 +228,22 @@ def test_distillation_finds_the_rank_for_an_error_and_clamps_nothing():
         and report.error <= 0.01
     )
     assert math.isclose(float(scaled_product(found)[3, 4]), 1e3, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("wished", [1e-4, 1e-5, 1e-6])
+def test_small_errors_are_kept_and_reported_for_updates_in_fp32(wished):
+    # singular values from 1 down to 1e-7, where those of an SVD in fp32 are nothing but rounding
+    matrix = (randn(320, 320) * torch.logspace(0, -7, 320, dtype=torch.float64)).float()
+    found, report = distill_update(matrix, Keep(max_error=wished))
+    error = float((scaled_product(double(found)) - matrix).norm() / matrix.double().norm())
+    assert report.error <= wished
+    assert error == pytest.approx(report.error, abs=2e-7)  # what fp32 factors add
+
+
+def test_small_errors_take_no_more_than_the_rank_of_an_update_in_fp32():
+    matrix = (randn(320, 8) @ randn(8, 320, seed=1)).float()
+    assert distill_update(matrix, Keep(max_error=5e-7))[0].rank == 8
+
+
+def double(lr):
+    return lr._replace(down=lr.down.double(), up=lr.up.double())
