@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from lora_core.family import Family, LoadOptions
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.placeholders import Placeholder, make_placeholders
-from lora_core.runs.run_folder import Run, lock_folder
+from lora_core.runs.run_folder import Run, hold_run
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
@@ -166,33 +165,9 @@ def check_before_opening(
         config_checks.check_capturable(loss, plugins.function_name(loss), own_step)
 
 
-@contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """The run's folder, locked against other processes inside the block. Raises UserError where
-    another process holds it, or where it cannot be made.
-
-    A new run that a UserError ends before its first step leaves nothing behind, so that the
-    corrected command needs no --overwrite.
-    """
-    folder = Path(os.path.abspath(config.out))
-    is_new = not folder.exists()
-    lock = lock_folder(folder)
-    try:
-        run = Run.open(
-            config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep
-        )
-        lock = lock.follow(run.folder)
-        try:
-            yield run
-        except UserError:
-            if not config.resume:
-                run.remove_unstarted()
-            raise
-    finally:
-        lock.release()
-        if is_new:
-            with suppress(OSError):  # there is something in it
-                folder.rmdir()
+def open_run(config: Config) -> AbstractContextManager[Run]:
+    """The run's folder, as `hold_run` opens and locks it."""
+    return hold_run(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)
 
 
 def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:

@@ -3,6 +3,7 @@
 A resumed run loses no step and repeats none in the logs.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -12,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,13 +56,34 @@ def first_names(folder: Path) -> str:
     return ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
 
 
-def lock_folder(folder: Path) -> FolderLock:
-    """Locks the folder of a run, which is created if missing.
+@contextlib.contextmanager
+def hold_run(
+    out: Path | str, *, resume: bool, overwrite: bool, keep: int | None
+) -> Iterator["Run"]:
+    """The run in `out`, as `Run.open` opens it, locked against other processes inside the block.
 
-    Raises UserError where another process has the lock, or the disk refuses.
+    Raises UserError where another process has the lock, or the disk refuses. A new run that a
+    UserError ends before its first step leaves nothing behind, so that the corrected command needs
+    no --overwrite.
     """
+    folder = Path(os.path.abspath(out))
+    is_new = not folder.exists()
     with disk_errors(folder):
-        return FolderLock.hold(folder)
+        lock = FolderLock.hold(folder)
+    try:
+        run = Run.open(out, resume=resume, overwrite=overwrite, keep=keep)
+        lock = lock.follow(run.folder)
+        try:
+            yield run
+        except UserError:
+            if not resume:
+                run.remove_unstarted()
+            raise
+    finally:
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
 
 
 class Run:
