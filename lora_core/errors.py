@@ -66,8 +66,11 @@ def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved"
     except OSError as error:  # a disk that is full or read-only, a file that is gone or not ours
         print_error(f"error: {printable(describe_disk_error(error))}; {undone}")
         return 2
-    except MemoryError:
-        print_error(f"error: there is not enough memory for this; {undone}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error) and f" ({first_line(error).rpartition('Allocator: ')[2]})"
+        print_error(f"error: there is not enough memory for this{reason}; {undone}")
         return 2
     except KeyboardInterrupt as stop:
         print_error(f"interrupted: {str(stop) or undone}")
@@ -94,6 +97,13 @@ def describe_disk_error(error: OSError) -> str:
     """The path and the reason of an error that the disk gave: "out.png: Permission denied"."""
     reason = error.strerror or first_line(error)
     return f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or torch on a GPU or the CPU, found no memory; torch is not imported here."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
 def _flush_output() -> None:
