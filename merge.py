@@ -137,7 +137,9 @@ def _first_sentence(box: str) -> str:
         known = names.replace("'", "")
         return f"argument {flag}: invalid choice: {value} (choose from {known})"
     sentence = re.sub(r"^Error parsing (--[\w-]+)", r"argument \1", sentence.rstrip("."))
-    sentence = re.sub(r"^Missing value for .*'(--[\w-]+)'.*", r"argument \1: no value", sentence)
+    sentence = re.sub(
+        r"^Missing value for .*'(?:--[\w-]+/)*(--[\w-]+)'.*", r"argument \1: no value", sentence
+    )
     return re.sub(r"^Error parsing \w+: ", "", sentence)
 
 

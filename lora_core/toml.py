@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import cattrs
 import tomli_w
@@ -67,6 +67,7 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
     for kind, (accepts, expected) in PLAIN_TYPES.items():
         converter.register_structure_hook(kind, _strict(kind, accepts, expected))
+    converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _one_of)
     try:
         return converter.structure(table, cls)
     except cattrs.BaseValidationError as error:
@@ -128,6 +129,14 @@ def _strict(kind: Any, accepts: Callable[[Any], bool], expected: str) -> Callabl
         return float(value) if kind is float else value
 
     return structure
+
+
+def _one_of(value: Any, kind: Any) -> Any:
+    """The value, if it is one of a Literal's. cattrs' own error shows the type as Python does."""
+    if value not in get_args(kind):
+        known = ", ".join(map(str, get_args(kind)))
+        raise ValueError(f"got {shorten_value(value)}, expected one of {known}")
+    return value
 
 
 def _place_first(line: str) -> str:

@@ -14,6 +14,7 @@ word unless it follows a space, a parenthesis or a quote; spaces around operator
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -202,6 +203,8 @@ class _SumParser:
         behind = rest[found.end() :]
         after = behind.lstrip()
         if after.startswith(("*", "(")):
+            if not math.isfinite(float(found[0])):
+                raise self._error(f"the weight {found[0]} is larger than a number can be")
             self.at += found.end()
             self._take("*")
             return float(found[0])

@@ -26,7 +26,7 @@ from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
-SPELLED_OUT = ("diffusers", "peft", "embeddings")  # formats that can be read without a layout
+SPELLED_OUT = ("diffusers", "embeddings")  # formats that can be read without a layout
 NEAREST_WRITABLE = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers"}  # read only
 
 
@@ -37,6 +37,8 @@ def is_whole_model(path: str) -> bool:
     a model. Raises UserError for another path that does not exist, and for a damaged file.
     """
     place = Path(path)
+    if place.exists() and not place.is_file() and not place.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder; give an adapter or a model")
     if not place.exists():
         if HUB_ID.fullmatch(path) and place.suffix not in FILE_ENDINGS:
             return True

@@ -21,6 +21,7 @@ MOST_LAYERS = 200  # of one kind; Flux has 38
 LARGEST_AXIS = 1 << 20  # of a tensor; the vocabulary of Gemma has 256,000 words
 LARGEST_SIDE = 4096  # pixels of a model's own images; those of the families here have up to 1024
 MOST_TOKENS = 10_000  # of a prompt; CLIP reads 77
+SHOWN_TOKENS = 200  # of the words that do not fit into a prompt
 LONGEST_LIST = 64  # such as the channels of the blocks
 
 
@@ -269,11 +270,12 @@ def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:
         return
     words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     kept = length - (len(ids) - len(words))
-    lost = tokenizer.decode(words[kept:], clean_up_tokenization_spaces=False).strip()
+    lost = tokenizer.decode(words[kept:][:SHOWN_TOKENS], clean_up_tokenization_spaces=False).strip()
+    more = " ..." if len(words) - kept > SHOWN_TOKENS else ""
     reader = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
     print(
         f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; "
-        f"cut off: {lost!r}",
+        f"cut off: {lost!r}{more}",
         file=sys.stderr,
     )
 

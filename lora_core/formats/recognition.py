@@ -44,10 +44,19 @@ FOREIGN_KEYS = {
     r"lora_controlnet": "a control LoRA of Stability's, which holds the parts of a ControlNet",
     r"lllite_.*": "a ControlNet-LLLite network, which reads a control image",
     r"ip_adapter\..*|image_proj\..*": "an IP-Adapter, which reads an image as a prompt",
-    r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)": (
+    r"(adapter\.)?body\.\d+\.(block\d|in_conv|resnets)\..*": (
+        "a T2I-Adapter, which reads a control image"
+    ),
+    r"control_model\..*|(zero_convs|input_hint_block|controlnet_\w+)\..*": (
+        "a ControlNet, which reads a control image"
+    ),
+    r".*\.(oft_blocks|oft_diag|boft_.*|oft_[rR](\..*)?)": (
         "an OFT adapter, which turns weights and has no update of its own"
     ),
     r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input": "a GLoRA or (IA)^3 adapter of LyCORIS",
+    r".*\.(ia3_l|lora_E|vera_(A|B|lambda_[bd])|fourierft_spectrum)(\..*)?": (
+        "an adapter of peft's for another method than LoRA: (IA)^3, AdaLoRA, VeRA or FourierFT"
+    ),
 }
 # Keys that only control LoRAs have in addition to factors: whole norms, not changes of them.
 CONTROL_KEY = re.compile(
