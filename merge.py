@@ -134,7 +134,7 @@ def _first_sentence(box: str) -> str:
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
     if match := CHOICE_ERROR.fullmatch(sentence):
         value, flag, names = match.groups()
-        known = names.replace("'", "")
+        known = names.replace("'", "").rstrip(",")  # of one choice, Python writes ('lora',)
         return f"argument {flag}: invalid choice: {value} (choose from {known})"
     sentence = re.sub(r"^Error parsing (--[\w-]+)", r"argument \1", sentence.rstrip("."))
     sentence = re.sub(

@@ -111,6 +111,21 @@ def open_adapter(
     return state
 
 
+def open_each(
+    paths: Sequence[str], layout: Layout | None, reading: FileReadOptions, *, merging: bool = False
+) -> list[AdapterState]:
+    """The adapters in several files, which may have any layers.
+
+    Raises UserError as `open_adapter` does, with the models' names for files of different ones.
+    """
+    try:
+        return [open_adapter(path, layout, reading, merging=merging) for path in paths]
+    except UserError as error:
+        from merging.shared_model import name_families
+
+        raise name_families(paths, error) from None
+
+
 def open_adapters(
     paths: Sequence[str], layout: Layout | None, reading: FileReadOptions, *, merging: bool = False
 ) -> list[AdapterState]:
@@ -119,12 +134,7 @@ def open_adapters(
     Raises UserError with the models' names for files of different published models. Without a
     layout, files whose layers cannot belong to one network are refused too.
     """
-    try:
-        states = [open_adapter(path, layout, reading, merging=merging) for path in paths]
-    except UserError as error:
-        from merging.shared_model import name_families
-
-        raise name_families(paths, error) from None
+    states = open_each(paths, layout, reading, merging=merging)
     if layout is None and len(states) > 1:
         from merging.shared_model import check_one_model
 

@@ -132,3 +132,8 @@ def test_other_names_of_the_output_lead_to_the_right_one(name, flag, capsys):
 def test_a_value_that_means_nothing_is_said_with_its_flag(words, said, capsys):
     call(*words, status=2)
     assert said in capsys.readouterr().err
+
+
+def test_the_only_choice_of_a_flag_is_named_alone(capsys):
+    call("convert", "a", "o", "--as", "dora", status=2)
+    assert "invalid choice: 'dora' (choose from lora);" in capsys.readouterr().err
