@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from lora_core.escaped_output import escape_surrogates, escaped_output
+from lora_core.escaped_output import escape_surrogates, escaped_output, one_line
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
@@ -16,14 +16,15 @@ class UserError(ValueError):
     """One sentence that a user can act on: what was received, what was expected, what to do.
 
     Scripts print it and end with status 2. The middle of a sentence of more than LONGEST_SENTENCE
-    characters is left out.
+    characters is left out, and line feeds are written as \\n: a name in a stranger's file could
+    end the sentence and begin another. `below` are further lines of ours.
     """
 
-    def __init__(self, sentence: str) -> None:
+    def __init__(self, sentence: str, below: str = "") -> None:
         if len(sentence) > LONGEST_SENTENCE:
             half = LONGEST_SENTENCE // 2
             sentence = f"{sentence[:half]} ... {sentence[-half:]}"
-        super().__init__(printable(sentence))
+        super().__init__(printable(one_line(sentence) + below))
 
 
 def first_line(error: BaseException) -> str:

@@ -106,6 +106,8 @@ def convert_to_lora(
     check_adapter_output(output)
     layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading, merging=True)
+    if not state.changed_components:
+        raise UserError(f"{path} holds token rows only, which are no update; leave --as lora out")
     output = settle_format(output, layers=True, tokens=bool(state.tokens))
     layers = layers_by_key(state).values()
     is_dense = any(isinstance(lr, DenseUpdate) for lr in layers)

@@ -35,6 +35,9 @@ def run_diff(options: Diff) -> None:
             "of a DoRA only the low-rank part is compared; the magnitudes act through the base "
             "model's weights"
         )
+    for path, state in zip(paths, states):
+        if not state.changed_components:
+            raise UserError(f"{path} holds token rows only; diff compares layers")
     both = [key for key in first if key in second]
     for key in both:
         _check_shapes(first[key], second[key], paths)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_core.errors import UserError
+from lora_core.escaped_output import one_line
 from merging.quotes import UNQUOTED, advise_quotes
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ class _SumParser:
     def _error(self, what: str, at: int | None = None) -> UserError:
         place = self.at if at is None else at
         advice = advise_quotes(self.text)
-        return UserError(f"the sum cannot be read: {what}{advice}\n  {self.text}\n  {' ' * place}^")
+        pointer = f"\n  {one_line(self.text)}\n  {' ' * place}^"
+        return UserError(f"the sum cannot be read: {what}{advice}", pointer)
 
     def _rest(self) -> str:
         """The text that is left, from the next character that is no space."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
+from lora_core.escaped_output import one_line
 from lora_core.formats.container import is_finite
 from lora_core.formats.known_formats import (
     FORMATS,
@@ -317,9 +318,9 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def print_note(text: str) -> None:
     """One line on stderr about something that a user would not expect."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {one_line(text)}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:
     """One line on stderr about something that is probably wrong."""
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {one_line(text)}", file=sys.stderr)

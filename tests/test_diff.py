@@ -42,3 +42,10 @@ def test_files_of_two_families_are_named(tmp_path, monkeypatch, capsys):
             f"error: {a}.safetensors is for {titles[a]} and {b}.safetensors is for {titles[b]}; "
             "give files of one model\n"
         )
+
+
+def test_token_rows_have_no_layers_to_compare(here, capsys):
+    call("diff", "a.safetensors", "run/run_emb.safetensors", "--model", "base", status=2)
+    assert "run_emb.safetensors holds token rows only" in capsys.readouterr().err
+    call("convert", "run/run_emb.safetensors", "o.safetensors", "--as", "lora", status=2)
+    assert "run_emb.safetensors holds token rows only" in capsys.readouterr().err

@@ -141,3 +141,9 @@ def test_an_error_of_the_machine_is_one_sentence(capsys, error, said):
     assert exit_status(fail, undone="nothing was written") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0] and lines[0].endswith("; nothing was written")
+
+
+def test_a_name_cannot_end_a_sentence_and_begin_another() -> None:
+    error = UserError("a.safetensors has the key x\nwritten: b.safetensors", "\n  here\n  ^")
+    assert str(error) == "a.safetensors has the key x\\nwritten: b.safetensors\n  here\n  ^"
+    assert str(UserError(f"again: {UserError('a' + chr(10) + 'b')}")) == "again: a\\nb"
