@@ -220,11 +220,13 @@ def read_resolution(sample_size: Any, factor: int = 1) -> int:
 def check_tokenizers(tokenizers: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
     """Raises UserError for a tokenizer of another vocabulary than that of its text encoder.
 
-    The encoder may have more: T5's table has 28 rows without a token.
+    The encoder may have more: T5's table has 28 rows without a token. Words that were added to the
+    tokenizer alone do no harm before they are used.
     """
     for name, tokenizer in tokenizers.items():
         tokens, rows = tokenizer.get_vocab(), networks[name].get_input_embeddings().num_embeddings
-        largest = max(tokens.values(), default=0)
+        used = [tokens[word] for word in tokens.keys() - tokenizer.get_added_vocab().keys()]
+        largest = max([*used, *tokenizer.all_special_ids], default=0)
         if largest >= rows or len(tokens) < rows // 2:
             raise UserError(
                 f"the tokenizer of {name} has {len(tokens)} tokens up to number {largest}, and the "
