@@ -134,10 +134,12 @@ def _first_sentence(box: str) -> str:
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
     if match := CHOICE_ERROR.fullmatch(sentence):
         value, flag, names = match.groups()
-        known = names.replace("'", "")
+        known = names.replace("'", "").rstrip(",")  # of one choice, Python writes ('lora',)
         return f"argument {flag}: invalid choice: {value} (choose from {known})"
     sentence = re.sub(r"^Error parsing (--[\w-]+)", r"argument \1", sentence.rstrip("."))
-    sentence = re.sub(r"^Missing value for .*'(--[\w-]+)'.*", r"argument \1: no value", sentence)
+    sentence = re.sub(
+        r"^Missing value for .*'(?:--[\w-]+/)*(--[\w-]+)'.*", r"argument \1: no value", sentence
+    )
     return re.sub(r"^Error parsing \w+: ", "", sentence)
 
 

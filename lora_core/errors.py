@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from lora_core.escaped_output import escape_surrogates, escaped_output
+from lora_core.escaped_output import escape_surrogates, escaped_output, one_line
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
@@ -16,14 +16,15 @@ class UserError(ValueError):
     """One sentence that a user can act on: what was received, what was expected, what to do.
 
     Scripts print it and end with status 2. The middle of a sentence of more than LONGEST_SENTENCE
-    characters is left out.
+    characters is left out, and line feeds are written as \\n: a name in a stranger's file could
+    end the sentence and begin another. `below` are further lines of ours.
     """
 
-    def __init__(self, sentence: str) -> None:
+    def __init__(self, sentence: str, below: str = "") -> None:
         if len(sentence) > LONGEST_SENTENCE:
             half = LONGEST_SENTENCE // 2
             sentence = f"{sentence[:half]} ... {sentence[-half:]}"
-        super().__init__(printable(sentence))
+        super().__init__(printable(one_line(sentence) + below))
 
 
 def first_line(error: BaseException) -> str:
@@ -66,8 +67,11 @@ def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved"
     except OSError as error:  # a disk that is full or read-only, a file that is gone or not ours
         print_error(f"error: {printable(describe_disk_error(error))}; {undone}")
         return 2
-    except MemoryError:
-        print_error(f"error: there is not enough memory for this; {undone}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error) and f" ({first_line(error).rpartition('Allocator: ')[2]})"
+        print_error(f"error: there is not enough memory for this{reason}; {undone}")
         return 2
     except KeyboardInterrupt as stop:
         print_error(f"interrupted: {str(stop) or undone}")
@@ -94,6 +98,13 @@ def describe_disk_error(error: OSError) -> str:
     """The path and the reason of an error that the disk gave: "out.png: Permission denied"."""
     reason = error.strerror or first_line(error)
     return f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or torch on a GPU or the CPU, found no memory; torch is not imported here."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
 def _flush_output() -> None:

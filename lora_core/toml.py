@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import cattrs
 import tomli_w
@@ -77,6 +77,7 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
     for kind, (accepts, expected) in PLAIN_TYPES.items():
         converter.register_structure_hook(kind, _strict(kind, accepts, expected))
+    converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _one_of)
     return converter
 
 
@@ -134,6 +135,14 @@ def _strict(kind: Any, accepts: Callable[[Any], bool], expected: str) -> Callabl
         return float(value) if kind is float else value
 
     return structure
+
+
+def _one_of(value: Any, kind: Any) -> Any:
+    """The value, if it is one of a Literal's. cattrs' own error shows the type as Python does."""
+    if value not in get_args(kind):
+        known = ", ".join(map(str, get_args(kind)))
+        raise ValueError(f"got {shorten_value(value)}, expected one of {known}")
+    return value
 
 
 def _place_first(line: str) -> str:

@@ -200,8 +200,9 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
         print_note(note)
     exact = f"the exact sum {weight_1:g}*a + {weight_2:g}*b"
     reports = stored_layers(output.format, layout).join_reports(reports, state)
+    written = write_adapter(state, output, layout)
     print(report_table(reports, extra=f"the error is against {exact}"))
-    print_written(write_adapter(state, output, layout), output)
+    print_written(written, output)
 
 
 def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
@@ -227,8 +228,9 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     _set_tokens(state, states, job, joined, notes)
     for note in output_order(state, states, job.paths, output, layout):
         print_note(note)
+    written = write_adapter(state, output, layout)
     print(report_table(reports))
-    print_written(write_adapter(state, output, layout), output)
+    print_written(written, output)
 
 
 def _add_pt_lists(job: LoraAddition, output: Output) -> None:
@@ -255,11 +257,11 @@ def _add_pt_lists(job: LoraAddition, output: Output) -> None:
         check_output(replace(output, path=str(out)))
         sums[out], own = lpl_of_lists(first, second, name, job.alphas)
         reports |= own
-    print(report_table(reports, extra="the error is against the exact sum"))
     if output.dry_run:
         sums = {}
     for out, tensors in sums.items():
         save_list(tensors, out, output.dtype)
+    print(report_table(reports, extra="the error is against the exact sum"))
     print_written(sums, output)
 
 

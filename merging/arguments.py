@@ -51,7 +51,10 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
     options, rest = _unescape_words(options), list(map(_unescape_word, rest))
     flags = [word for word in rest if is_flag(word)]
     if flags:
-        near = nearest_names(flags[0], flag_names(command.options))
+        known = flag_names(command.options)
+        near = nearest_names(flags[0], known)
+        if flags[0].lower() in ("-o", "--output") and "--out" in known:
+            near = ["--out"]
         hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
     words = [*_placed_words(name, options), *rest]

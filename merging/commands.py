@@ -77,6 +77,13 @@ def _read_truth(words: list[str]) -> bool:
     return words[0].lower() in ("true", "1")
 
 
+def _read_count(words: list[str]) -> int:
+    """A number of things that are shown."""
+    if not words[0].isdecimal() or len(words[0]) > 9 or not int(words[0]):
+        raise ValueError(f"invalid number: {words[0]!r}, expected 1 or more")
+    return int(words[0])
+
+
 def _one_word(metavar: str, read: Callable[[list[str]], Any]) -> PrimitiveConstructorSpec[Any]:
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -88,6 +95,7 @@ def _one_word(metavar: str, read: Callable[[list[str]], Any]) -> PrimitiveConstr
 
 
 TRUTH = _one_word("BOOL", _read_truth)
+COUNT = _one_word("N", _read_count)
 
 # ---------------------------------------------------------------- groups of flags
 
@@ -136,9 +144,11 @@ class KeepOptions(KeepShare):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget and not BUDGET.fullmatch(self.budget):
+        found = BUDGET.fullmatch(self.budget)
+        if self.budget and not (found and float(found[1])):
             raise UserError(
-                f"--budget {self.budget} is not a number of ranks or a size; write 1024, or 20MB"
+                f"--budget {self.budget} is not a number of ranks or a size above 0; "
+                "write 1024, or 20MB"
             )
 
     def given_flags(self) -> list[str]:
@@ -339,7 +349,7 @@ class Info:
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder, or a whole model"""
-    top: Annotated[int, number("N", int), PLAIN] = LISTED_LAYERS
+    top: Annotated[int, COUNT, PLAIN] = LISTED_LAYERS
     """layers to list (10)"""
     plot: Annotated[str, text("PNG")] = ""
     """draw the singular values into this file"""
@@ -356,7 +366,7 @@ class Diff:
     """a LoRA file or run folder"""
     second: Positional[Annotated[str, text("SECOND")]] = ""
     """another one for the same model"""
-    top: Annotated[int, number("N", int), PLAIN] = LISTED_LAYERS
+    top: Annotated[int, COUNT, PLAIN] = LISTED_LAYERS
     """layers to list (10)"""
     files: Annotated[OpenOptions, FILES] = OpenOptions()
 

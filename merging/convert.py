@@ -88,10 +88,12 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
             size = frobenius_norm(lr._replace(magnitude=None))
             report = ApproximationReport(lr.rank, lr.rank, size, 0.0)
             adapters[name], reports[component, name] = round_adapter(lr, report, output.dtype)
-    if reports and output.format not in TOKEN_FORMATS:
-        stored = stored_layers(output.format, layout)
-        print(report_table(stored.join_reports(reports, state)))
-    print_written(write_adapter(state, output, layout), output)
+    stored = stored_layers(output.format, layout)
+    table = report_table(stored.join_reports(reports, state)) if reports else ""
+    written = write_adapter(state, output, layout)
+    if table and output.format not in TOKEN_FORMATS:
+        print(table)
+    print_written(written, output)
 
 
 def convert_to_lora(
@@ -104,6 +106,8 @@ def convert_to_lora(
     check_adapter_output(output)
     layout = find_layout([path], reading)
     state = open_adapter(path, layout, reading, merging=True)
+    if not state.changed_components:
+        raise UserError(f"{path} holds token rows only, which are no update; leave --as lora out")
     output = settle_format(output, layers=True, tokens=bool(state.tokens))
     layers = layers_by_key(state).values()
     is_dense = any(isinstance(lr, DenseUpdate) for lr in layers)
@@ -120,9 +124,10 @@ def convert_to_lora(
     stored = stored_layers(output.format, layout)
     dtype = output.dtype or widest_dtype([state])
     found, reports, _ = merge_terms(terms, keep, method, dtype, dense, stored)
-    print(report_table(reports))
     state = replace(state, components=found.components)
-    print_written(write_adapter(state, output, layout), output)
+    written = write_adapter(state, output, layout)
+    print(report_table(reports))
+    print_written(written, output)
 
 
 def _refuse_unheld(state: AdapterState, output: Output, layout: Layout | None) -> None:

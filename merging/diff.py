@@ -12,7 +12,7 @@ from merging.commands import Diff
 from merging.compare import compare_parameters, principal_angles
 from merging.factor_sums import cosine_similarity
 from merging.layer_spectra import LayerSpectrum, layer_spectra
-from merging.opening import find_layout, is_whole_model, open_adapter
+from merging.opening import find_layout, is_whole_model, open_each
 from merging.output import align_columns, print_note
 
 Spectra = Mapping[LayerKey, LayerSpectrum]
@@ -28,13 +28,16 @@ def run_diff(options: Diff) -> None:
                 "explain"
             )
     layout = find_layout(paths, options.files)
-    states = [open_adapter(path, layout, options.files) for path in paths]
+    states = open_each(paths, layout, options.files)
     first, second = [_spectra_by_layer(path, own) for path, own in zip(paths, states)]
     if any(layer.adapter.magnitude is not None for layer in (*first.values(), *second.values())):
         print_note(
             "of a DoRA only the low-rank part is compared; the magnitudes act through the base "
             "model's weights"
         )
+    for path, state in zip(paths, states):
+        if not state.changed_components:
+            raise UserError(f"{path} holds token rows only; diff compares layers")
     both = [key for key in first if key in second]
     for key in both:
         _check_shapes(first[key], second[key], paths)

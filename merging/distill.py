@@ -61,10 +61,11 @@ def run_distill(options: Distill) -> None:
             f"{tuned.path} and {base.path} do not differ in any of {len(layers)} layers; there is "
             "nothing to distil"
         )
-    print(report_table(reports))
     state = stored.separate_layers(state)
+    written = write_adapter(state, output, base.layout)
+    print(report_table(reports))
     _print_uncovered(base, tuned, set(layers_by_key(state)))
-    print_written(write_adapter(state, output, base.layout), output)
+    print_written(written, output)
 
 
 def _check_kinds(base: BaseModel, tuned: BaseModel) -> None:

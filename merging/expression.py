@@ -14,6 +14,7 @@ word unless it follows a space, a parenthesis or a quote; spaces around operator
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_core.errors import UserError
+from lora_core.escaped_output import one_line
 
 if TYPE_CHECKING:
     from lora_core.prompt_tags import LoraTag
@@ -158,7 +160,8 @@ class _SumParser:
     def _error(self, what: str, at: int | None = None) -> UserError:
         place = self.at if at is None else at
         advice = advise_quotes(self.text)
-        return UserError(f"the sum cannot be read: {what}{advice}\n  {self.text}\n  {' ' * place}^")
+        pointer = f"\n  {one_line(self.text)}\n  {' ' * place}^"
+        return UserError(f"the sum cannot be read: {what}{advice}", pointer)
 
     def _rest(self) -> str:
         """The text that is left, from the next character that is no space."""
@@ -204,6 +207,8 @@ class _SumParser:
         behind = rest[found.end() :]
         after = behind.lstrip()
         if after.startswith(("*", "(")):
+            if not math.isfinite(float(found[0])):
+                raise self._error(f"the weight {found[0]} is larger than a number can be")
             self.at += found.end()
             self._take("*")
             return float(found[0])

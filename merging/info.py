@@ -23,6 +23,7 @@ from merging.output import DTYPES, Output, align_columns, check_output
 from merging.recipe import RECIPE, describe_recipe, parse_recipe
 from merging.stored_layers import layers_in_file
 
+LISTED_ENTRIES = 100  # of a header; sd-scripts writes 70
 LONGEST_ENTRY = 60  # characters of a header entry that is printed in full
 PLOTTED_LAYERS = 5
 SMALLEST_PLOTTED = 1e-12  # singular value on a logarithmic axis
@@ -154,14 +155,17 @@ def _header_lines(state: AdapterState) -> list[str]:
         with contextlib.suppress(UserError):  # a recipe of something else
             lines.append(describe_recipe(parse_recipe(state.metadata[RECIPE], "the file")))
     short, long = [], []
-    for key, value in state.metadata.items():
+    for key, value in sorted(state.metadata.items()):
         if key in (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS):
             continue
         if len(value) > LONGEST_ENTRY or "\n" in value:
             long.append(f"{key} ({len(value)} characters)")
         else:
             short.append(f"{key}={value}")
-    return lines + ([f"header: {', '.join(short + long)}"] if short or long else [])
+    entries = [*short, *long]
+    if more := len(entries[LISTED_ENTRIES:]):
+        entries[LISTED_ENTRIES:] = [f"and {more:,} more"]
+    return lines + ([f"header: {', '.join(entries)}"] if entries else [])
 
 
 def _plot_spectra(spectra: Sequence[LayerSpectrum], path: Path, title: str) -> None:

@@ -119,11 +119,12 @@ def mix_adapters(
         warn_of_dora_readers(state, output, reading)
     for note in notes:
         print_note(note)
+    written = write_adapter(state, output, layout)  # first: nobody may read what is printed
     if merged.reports and output.format not in TOKEN_FORMATS:
         print(report_table(merged.reports))
         if merged.shares:
             _print_shares(files, merged.shares)
-    print_written(write_adapter(state, output, layout), output)
+    print_written(written, output)
 
 
 def _merge_files(

@@ -26,7 +26,7 @@ from models.published import PUBLISHED_MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
-SPELLED_OUT = ("diffusers", "peft", "embeddings")  # formats that can be read without a layout
+SPELLED_OUT = ("diffusers", "embeddings")  # formats that can be read without a layout
 NEAREST_WRITABLE = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers"}  # read only
 
 
@@ -37,6 +37,8 @@ def is_whole_model(path: str) -> bool:
     a model. Raises UserError for another path that does not exist, and for a damaged file.
     """
     place = Path(path)
+    if place.exists() and not place.is_file() and not place.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder; give an adapter or a model")
     if not place.exists():
         if HUB_ID.fullmatch(path) and place.suffix not in FILE_ENDINGS:
             return True
@@ -109,6 +111,21 @@ def open_adapter(
     return state
 
 
+def open_each(
+    paths: Sequence[str], layout: Layout | None, reading: FileReadOptions, *, merging: bool = False
+) -> list[AdapterState]:
+    """The adapters in several files, which may have any layers.
+
+    Raises UserError as `open_adapter` does, with the models' names for files of different ones.
+    """
+    try:
+        return [open_adapter(path, layout, reading, merging=merging) for path in paths]
+    except UserError as error:
+        from merging.shared_model import name_families
+
+        raise name_families(paths, error) from None
+
+
 def open_adapters(
     paths: Sequence[str], layout: Layout | None, reading: FileReadOptions, *, merging: bool = False
 ) -> list[AdapterState]:
@@ -117,12 +134,7 @@ def open_adapters(
     Raises UserError with the models' names for files of different published models. Without a
     layout, files whose layers cannot belong to one network are refused too.
     """
-    try:
-        states = [open_adapter(path, layout, reading, merging=merging) for path in paths]
-    except UserError as error:
-        from merging.shared_model import name_families
-
-        raise name_families(paths, error) from None
+    states = open_each(paths, layout, reading, merging=merging)
     if layout is None and len(states) > 1:
         from merging.shared_model import check_one_model
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
+from lora_core.escaped_output import one_line
 from lora_core.formats.container import is_finite
 from lora_core.formats.known_formats import (
     FORMATS,
@@ -76,16 +77,28 @@ def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:
         is_whole_model(path)  # raises for a path that does not exist
     if output.dry_run:
         return output
+    _refuse_inputs_below(output, inputs)
     if os.path.isfile(output.path):
         check_output(output)
     return replace(output, recipe=make_recipe(command, options, inputs))
 
 
+def _refuse_inputs_below(output: Output, inputs: Sequence[str]) -> None:
+    """Raises UserError for an input in the folder that the output would replace."""
+    folder = Path(output.path).resolve()
+    for path in inputs:
+        if folder in Path(path).resolve().parents:
+            raise UserError(
+                f"the input {path} lies in the output {output.path}, which would be replaced with "
+                "it; name another output"
+            )
+
+
 def check_output(output: Output, *, folder: bool = False) -> None:
     """Raises UserError for an output that cannot be written, before any work.
 
-    That is one that exists (without --overwrite), a file where a folder is needed or the converse,
-    or a path that is not writable.
+    That is one that exists (without --overwrite), a folder of other things than a model, a file
+    where a folder is needed or the converse, or a path that is not writable.
     """
     path = Path(output.path)
     if path.is_dir() and not folder:
@@ -94,6 +107,8 @@ def check_output(output: Output, *, folder: bool = False) -> None:
         raise UserError(
             f"{path} is there already; pass --overwrite to replace it, or name another output"
         )
+    if path.is_dir() and not output.dry_run:
+        import_function("model_folders", "check_replaced_folder")(path)
     if path.is_file() and folder:
         raise UserError(
             f"the output {path} is a file; name a folder, or one that ends in .safetensors or "
@@ -301,9 +316,9 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def print_note(text: str) -> None:
     """One line on stderr about something that a user would not expect."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {one_line(text)}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:
     """One line on stderr about something that is probably wrong."""
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {one_line(text)}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
+from lora_core.formats.model_folders import check_replaced_folder
 from lora_core.shared_paths import is_in_hub_cache
 from lora_core.text import shorten_value
 from merging.commands import COMMANDS, Redo, flatten, run_merge_command, unflatten
@@ -42,6 +43,8 @@ def run_redo(options: Redo) -> None:
         raise UserError(
             f"{out} is there already; pass --overwrite to replace it, or name another output"
         )
+    if target.is_dir() and options.overwrite and not options.dry_run:
+        check_replaced_folder(Path(out or path))
     _check_types(recipe, path)
     recipe = _expand_home(recipe)
     with contextlib.chdir(_input_folder(recipe, path)):

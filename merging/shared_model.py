@@ -59,7 +59,7 @@ def name_families(paths: Sequence[str], error: UserError) -> UserError:
     if len(titles) < 2:
         return error
     named = [f"{path} is for {title}" for title, path in titles.items()]
-    return UserError(f"{' and '.join(named)}; merge files of one model")
+    return UserError(f"{' and '.join(named)}; give files of one model")
 
 
 def _model_title(layout: Layout) -> str:

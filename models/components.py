@@ -13,13 +13,15 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from lora_core.errors import UserError, first_line
-from lora_core.json_files import read_object
+from lora_core.json_files import LARGEST_NUMBER, read_object
 from lora_core.text import check_prompt_length, shorten_value
 
 # Limits of a network's config: one of 100 bytes can announce a billion layers.
 MOST_LAYERS = 200  # of one kind; Flux has 38
 LARGEST_AXIS = 1 << 20  # of a tensor; the vocabulary of Gemma has 256,000 words
+LARGEST_SIDE = 4096  # pixels of a model's own images; those of the families here have up to 1024
 MOST_TOKENS = 10_000  # of a prompt; CLIP reads 77
+SHOWN_TOKENS = 200  # of the words that do not fit into a prompt
 LONGEST_LIST = 64  # such as the channels of the blocks
 
 
@@ -45,6 +47,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
     table = read_object(file, "fetch the model again")
     if file.name == "config.json":
         _check_sizes(table, str(file))
+        _check_latent_units(table, str(file))
     return table
 
 
@@ -64,6 +67,34 @@ def _check_sizes(config: dict[str, Any], source: str) -> None:
                     f"{source} has {shorten_value(value)} as {key}, expected at most {limit}, "
                     f"or {LONGEST_LIST} values; fetch the model again"
                 )
+
+
+def _check_latent_units(config: dict[str, Any], source: str) -> None:
+    """Raises UserError for a VAE whose latents have no unit: texts, lists of another length, 0."""
+    for key in ("scaling_factor", "shift_factor"):
+        value = config.get(key)
+        is_left_out = key not in config or (key == "shift_factor" and value is None)
+        if not is_left_out and not (_is_finite(value) and (value or key == "shift_factor")):
+            raise UserError(
+                f"{source} has {shorten_value(value)} as {key}, expected a number; "
+                "fetch the model again"
+            )
+    channels = config.get("latent_channels", 4)
+    for key in ("latents_mean", "latents_std"):
+        value = config.get(key)
+        if value is None:
+            continue
+        numbers = value if isinstance(value, list) else []
+        if len(numbers) != channels or not all(map(_is_finite, numbers)):
+            raise UserError(
+                f"{source} has {shorten_value(value)} as {key}, expected {channels} numbers; "
+                "fetch the model again"
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= LARGEST_NUMBER
 
 
 @contextmanager
@@ -172,6 +203,37 @@ def _latent_units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return means, config.scaling_factor / stds
 
 
+def read_resolution(sample_size: Any, factor: int = 1) -> int:
+    """The side in pixels of a model's own images: sample_size of a config.json, times `factor`.
+
+    Raises UserError for something else than a size of images.
+    """
+    is_size = type(sample_size) is int and 1 <= sample_size * factor <= LARGEST_SIDE
+    if not is_size:
+        raise UserError(
+            f"config.json has sample_size {shorten_value(sample_size)}, expected 1 to "
+            f"{LARGEST_SIDE // factor}; fetch the model again"
+        )
+    return sample_size * factor
+
+
+def check_tokenizers(tokenizers: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
+    """Raises UserError for a tokenizer of another vocabulary than that of its text encoder.
+
+    The encoder may have more: T5's table has 28 rows without a token. Words that were added to the
+    tokenizer alone do no harm before they are used.
+    """
+    for name, tokenizer in tokenizers.items():
+        tokens, rows = tokenizer.get_vocab(), networks[name].get_input_embeddings().num_embeddings
+        used = [tokens[word] for word in tokens.keys() - tokenizer.get_added_vocab().keys()]
+        largest = max([*used, *tokenizer.all_special_ids], default=0)
+        if largest >= rows or len(tokens) < rows // 2:
+            raise UserError(
+                f"the tokenizer of {name} has {len(tokens)} tokens up to number {largest}, and the "
+                f"encoder's table {rows} rows; fetch both from one model"
+            )
+
+
 def tokenize_prompts(
     tokenizer: Any, prompts: Sequence[str], length: int, checked: set[str]
 ) -> Tensor:
@@ -210,11 +272,12 @@ def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:
         return
     words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     kept = length - (len(ids) - len(words))
-    lost = tokenizer.decode(words[kept:], clean_up_tokenization_spaces=False).strip()
+    lost = tokenizer.decode(words[kept:][:SHOWN_TOKENS], clean_up_tokenization_spaces=False).strip()
+    more = " ..." if len(words) - kept > SHOWN_TOKENS else ""
     reader = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
     print(
         f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; "
-        f"cut off: {lost!r}",
+        f"cut off: {lost!r}{more}",
         file=sys.stderr,
     )
 

@@ -32,6 +32,7 @@ from lora_core.formats.layout import Layout, layout_of
 from lora_core.tokens import first_eos
 from models import sd
 from models.components import (
+    check_tokenizers,
     config_errors,
     decode_latents,
     encode_pixels,
@@ -40,6 +41,7 @@ from models.components import (
     read_encoder_config,
     read_json,
     read_prompt_length,
+    read_resolution,
     recorded_outputs,
     tokenize_prompts,
 )
@@ -124,7 +126,8 @@ class Flux:
         self.latent_channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.multiple = PATCH * self.factor
-        self.resolution = self.vae.config.sample_size
+        self.resolution = read_resolution(self.vae.config.sample_size)
+        check_tokenizers(self.tokenizers, self.modules)
         check_channels(self.transformer.config.in_channels, self.latent_channels)
         self.layout = flux_layout({name: modules[name] for name in ADAPTABLE})
         for module in modules.values():

@@ -24,6 +24,7 @@ from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layer_numbering import NUMBERINGS
 from lora_core.formats.layout import Layout, layout_of
 from models.components import (
+    check_tokenizers,
     config_errors,
     decode_latents,
     encode_pixels,
@@ -32,6 +33,7 @@ from models.components import (
     read_encoder_config,
     read_json,
     read_prompt_length,
+    read_resolution,
     recorded_outputs,
     tokenize_prompts,
 )
@@ -105,7 +107,8 @@ class StableDiffusion:
         self.spacing = scheduler.get("timestep_spacing", "leading")
         self.offset = scheduler.get("steps_offset", 0)
         self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.resolution = unet.config.sample_size * self.factor
+        self.resolution = read_resolution(unet.config.sample_size, self.factor)
+        check_tokenizers(self.tokenizers, self.modules)
         self.inpainting = is_inpainting_unet(unet, self.latent_channels)
         self.layout = sd_layout(unet, text_encoder, scheduler)
         for module in self.modules.values():

@@ -26,12 +26,14 @@ from lora_core.formats.layout import Component, Layout, layout_of
 from lora_core.tokens import first_eos
 from models import sd
 from models.components import (
+    check_tokenizers,
     config_errors,
     load_network,
     load_part,
     read_encoder_config,
     read_json,
     read_prompt_length,
+    read_resolution,
     tokenize_prompts,
 )
 from models.sd import StableDiffusion
@@ -98,7 +100,8 @@ class StableDiffusionXL(StableDiffusion):
         self.offset = config.get("steps_offset", 0)
         self.latent_channels = vae.config.latent_channels
         self.factor = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.resolution = unet.config.sample_size * self.factor
+        self.resolution = read_resolution(unet.config.sample_size, self.factor)
+        check_tokenizers(self.tokenizers, self.modules)
         self.inpainting = sd.is_inpainting_unet(unet, self.latent_channels)
         self.layout = sdxl_layout(unet, parts.encoders)
         for module in self.modules.values():

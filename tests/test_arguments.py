@@ -106,3 +106,34 @@ def test_flags_are_told_from_names():
     assert all(map(is_flag, ("--out", "-h", "-out", "--rank=4", "--output-path=a.safetensors")))
     assert not any(map(is_flag, ("-", "a", "-0.5", "-1*a", "-a.safetensors", "- b", "-(a)", "")))
     assert join_words(["a", "b", "c"]) == "a, b and c" and join_words(["a"]) == "a"
+
+
+@pytest.mark.parametrize("flag", ["-o", "-O", "--output"])
+@pytest.mark.parametrize("name", LINES)
+def test_other_names_of_the_output_lead_to_the_right_one(name, flag, capsys):
+    words, flags = LINES[name]
+    call(name, *words, flag, "o.safetensors", *flags, status=2)
+    assert "; the nearest flag is --out;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("add", "a", "b", "--out"), "argument --out: no value"),
+        (("add", "a", "b", "o", "--alpha"), "argument --alpha-1: no value"),
+        (("mix", "a", "--out"), "argument --out: no value"),
+        (("info", "a", "--top", "-1"), "argument --top: invalid number: '-1', expected 1 or more"),
+        (("info", "a", "--top", "0"), "argument --top: invalid number: '0', expected 1 or more"),
+        (("diff", "a", "b", "--top", "x"), "argument --top: invalid number: 'x', expected 1"),
+        (("resize", "a", "o", "--budget", "0"), "--budget 0 is not a number of ranks or a size"),
+        (("mix", "a", "o", "--budget", "0.0MB"), "--budget 0.0MB is not a number of ranks"),
+    ],
+)
+def test_a_value_that_means_nothing_is_said_with_its_flag(words, said, capsys):
+    call(*words, status=2)
+    assert said in capsys.readouterr().err
+
+
+def test_the_only_choice_of_a_flag_is_named_alone(capsys):
+    call("convert", "a", "o", "--as", "dora", status=2)
+    assert "invalid choice: 'dora' (choose from lora);" in capsys.readouterr().err

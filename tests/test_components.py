@@ -1,4 +1,4 @@
-"""The components of a model folder: a part that is missing is named, code in it is not run."""
+"""The components of a model folder: what is missing or broken is named, code is not run."""
 
 import json
 from pathlib import Path
@@ -74,3 +74,56 @@ def test_a_prompt_length_that_is_no_number_of_tokens_is_refused(length) -> None:
     with pytest.raises(UserError, match="model_max_length"):
         read_prompt_length(tokenizer)
     assert read_prompt_length(SimpleNamespace(model_max_length=77)) == 77
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("vae", {"scaling_factor": "a"}, "'a' as scaling_factor, expected a number"),
+        ("vae", {"scaling_factor": None}, "None as scaling_factor, expected a number"),
+        ("vae", {"scaling_factor": 0}, "0 as scaling_factor, expected a number"),
+        ("vae", {"scaling_factor": [1, 2]}, "[1, 2] as scaling_factor, expected a number"),
+        ("vae", {"shift_factor": float("nan")}, "nan as shift_factor, expected a number"),
+        ("vae", {"latents_mean": "x"}, "'x' as latents_mean, expected 4 numbers"),
+        ("vae", {"latents_std": [1, 2, 3]}, "[1, 2, 3] as latents_std, expected 4 numbers"),
+        ("unet", {"sample_size": 10**6}, "sample_size 1000000, expected 1 to 1024"),
+        ("unet", {"sample_size": "64"}, "sample_size '64', expected 1 to 1024"),
+        ("unet", {"sample_size": None}, "sample_size None, expected 1 to 1024"),
+        ("unet", {"sample_size": [8, 8]}, "sample_size [8, 8], expected 1 to 1024"),
+        ("unet", {"sample_size": -8}, "sample_size -8, expected 1 to 1024"),
+    ],
+)
+def test_units_and_sizes_that_are_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, changes: dict, said: str
+) -> None:
+    save_sd_pipeline(tmp_path / "model")
+    config = tmp_path / "model" / file / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    words = ["--model", str(tmp_path / "model"), "--prompt", "a", "--steps", "1"]
+    assert infer.main([*words, "--out", str(tmp_path / "o.png")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize("change", ["spread", "empty", "longer"])
+def test_a_tokenizer_of_another_vocabulary_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Its numbers would lie outside the encoder's table, or every word would be unknown."""
+    save_sd_pipeline(tmp_path / "model")
+    folder = tmp_path / "model" / "tokenizer"
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = whole["model"]["vocab"]
+    if change == "spread":
+        whole["model"]["vocab"] = {word: 1000 * i for word, i in vocabulary.items()}
+        whole["added_tokens"] = []
+    elif change == "longer":
+        whole["model"]["vocab"] = vocabulary | {"aa": len(vocabulary)}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    if change == "empty":
+        for file in folder.iterdir():
+            if file.name != "tokenizer_config.json":
+                file.unlink()
+    words = ["--model", str(tmp_path / "model"), "--prompt", "a", "--steps", "1"]
+    assert infer.main([*words, "--out", str(tmp_path / "o.png")]) == 2
+    assert "the tokenizer of text_encoder has" in capsys.readouterr().err

@@ -33,11 +33,14 @@ def test_the_status_tells_how_a_script_ended(capsys: pytest.CaptureFixture[str])
     stop.number = signal.SIGTERM  # type: ignore[attr-defined]
     assert end(stop) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "interrupted: saved after step 3\n"
-    with pytest.raises(ZeroDivisionError):
-        end(ZeroDivisionError())
+    for error in (ZeroDivisionError(), RuntimeError("The size of tensor a must match")):
+        with pytest.raises(type(error)):
+            end(error)
 
 
-def status_of_closed(words: list[str], *streams: str) -> tuple[int, bytes]:
+def status_of_closed(
+    words: list[str], *streams: str, is_buffered: bool = True
+) -> tuple[int, bytes]:
     """The status of a command whose reader of some streams has ended, and what it says on stderr.
 
     As in `python merge.py info a.safetensors | head`, or `2>&1 | head`.
@@ -46,6 +49,8 @@ def status_of_closed(words: list[str], *streams: str) -> tuple[int, bytes]:
     os.close(reader)
     given = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | dict.fromkeys(streams, writer)
     plain = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    if not is_buffered:
+        plain["PYTHONUNBUFFERED"] = "1"
     run = subprocess.run([sys.executable, *words], cwd=ROOT, env=plain, **given, check=False)
     os.close(writer)
     return run.returncode, run.stderr or b""
@@ -78,6 +83,27 @@ def test_a_closed_pipe_ends_a_script_quietly(
 @pytest.mark.parametrize(
     "words",
     [
+        ("mix", "0.5*FILE", "OUT"),
+        ("resize", "FILE", "OUT", "--max-error", "0.5"),
+        ("convert", "FILE", "OUT", "--to", "kohya"),
+        ("add", "FILE", "FILE", "OUT"),
+        ("add", "FILE", "FILE", "OUT", "--mode", "ljl"),
+    ],
+)
+def test_a_closed_pipe_does_not_cost_the_output(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Where Python writes every line at once (PYTHONUNBUFFERED), the first one finds no reader."""
+    file, out = tmp_path / "a.safetensors", tmp_path / "o.safetensors"
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    down, up = torch.ones(1, 1280, 1, 1), torch.ones(1280, 1, 1, 1)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)
+    line = [word.replace("FILE", str(file)).replace("OUT", str(out)) for word in words]
+    status, said = status_of_closed(["merge.py", *line], "stdout", is_buffered=False)
+    assert (status, b"rror" in said, out.exists()) == (CLOSED_PIPE, False, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         ("merge.py", "nothing"),
         ("merge.py", "info", "nowhere"),
         ("infer.py",),
@@ -97,7 +123,15 @@ def test_a_mistake_without_a_reader_keeps_its_status(words: tuple[str, ...]) -> 
         ),
         (IsADirectoryError(errno.EISDIR, "Is a directory", b"b\xff"), "Is a directory"),
         (OSError("the hub is away"), "the hub is away"),
-        (MemoryError(), "not enough memory"),
+        (MemoryError(), "error: there is not enough memory for this; nothing was written"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee more."),
+            "not enough memory for this (CUDA out of memory. Tried to allocate 2.00 GiB);",
+        ),
+        (
+            RuntimeError("[x.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "not enough memory for this (can't allocate memory: 9 bytes);",
+        ),
     ],
 )
 def test_an_error_of_the_machine_is_one_sentence(capsys, error, said):
@@ -107,3 +141,9 @@ def test_an_error_of_the_machine_is_one_sentence(capsys, error, said):
     assert exit_status(fail, undone="nothing was written") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0] and lines[0].endswith("; nothing was written")
+
+
+def test_a_name_cannot_end_a_sentence_and_begin_another() -> None:
+    error = UserError("a.safetensors has the key x\nwritten: b.safetensors", "\n  here\n  ^")
+    assert str(error) == "a.safetensors has the key x\\nwritten: b.safetensors\n  here\n  ^"
+    assert str(UserError(f"again: {UserError('a' + chr(10) + 'b')}")) == "again: a\\nb"

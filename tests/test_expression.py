@@ -88,6 +88,7 @@ def test_what_is_written_is_read_the_same(entries):
         ("", "it ends too early", 0),
         ("a + ", "it ends too early", 4),
         ("a b", "expected \\+ or -", 2),
+        ("a + 1e400*b", "the weight 1e400 is larger", 4),
         ("0.5", "expected \\* and a file", 3),
         ("0.5 + a", "expected \\* and a file", 3),
         ("(a", "not closed", 0),

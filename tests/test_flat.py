@@ -179,3 +179,25 @@ def test_a_device_table_holds_doubles_and_whole_numbers() -> None:
     assert sent[2:].tolist() == [3, -(2**62)]
     address = sent.data_ptr()
     assert table.send([0.1, 2.0], [3, 4]).data_ptr() == address
+
+
+@pytest.mark.parametrize("damage", ["missing", "further", "shorter"])
+@pytest.mark.parametrize("name", MAKE)
+def test_a_state_that_no_step_has_made_is_refused(name: str, damage: str) -> None:
+    """As a stranger's checkpoint may have; it would be read into a neighbour's numbers."""
+    model = network()
+    optimizer = MAKE[name](model.parameters())
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    state = saved["state"][3]
+    if damage == "missing":
+        del state["exp_avg"]
+    elif damage == "further":
+        state["more"] = torch.zeros(())
+    else:
+        state["exp_avg"] = state["exp_avg"].flatten()[:-1]
+    model = network()
+    optimizer = MAKE[name](model.parameters())
+    optimizer.load_state_dict(saved)
+    with pytest.raises(UserError, match="saved state of a parameter has the sizes"):
+        train(model, optimizer, 1)

@@ -21,6 +21,15 @@ def test_an_image_without_recipe_is_refused(
     assert "no recipe" in capsys.readouterr().err
 
 
+def test_a_setting_of_no_known_name_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "s.png", {CHUNK: '{"precision": "fp8"}'})
+    assert infer.main(["--from", str(tmp_path / "s.png")]) == 2
+    said = capsys.readouterr().err
+    assert "precision: got 'fp8', expected one of fp32, bf16, fp16" in said
+
+
 @pytest.mark.parametrize("recipe", ["{", "[]", "3", '{"prompt": 3}', '{"foo": 1}', "[" * 100_000])
 def test_a_recipe_of_another_kind_is_refused(
     tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
@@ -107,6 +116,8 @@ def test_a_recipe_sets_nothing_but_the_image(
         ({"max_sequence_length": 10**9}, [], "1000000000 tokens of a prompt"),
         ({"prompt": "a " * 10**5}, ["--prompt", "a"], "200000 characters"),
         ({"lora": ["x"] * 100}, ["--lora", "none"], "100 LoRA files"),
+        ({"prompt": "<lora:x:1>" * 17}, ["--prompt", "a"], "17 LoRA files"),
+        ({"lora": ["x"] * 9, "prompt": "a" + "<lyco:y>" * 8}, [], "17 LoRA files"),
         ({"grid": ["seed=0:64", "steps=1:64"]}, ["--grid", "seed=0:2"], "262144 steps in all"),
     ],
 )

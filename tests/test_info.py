@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file, save_file
+
 from tests.merge_commands import call, deltas
 
 
@@ -17,3 +20,12 @@ def test_info_tells_what_is_there(here, states, capsys):
     assert "word TOK stands for <s1><s2>" in capsys.readouterr().out
     call("info", "base")
     assert "unet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "more"), [(3, ""), (100, ""), (5_000, ", and 4,900 more")])
+def test_the_entries_of_a_header_are_in_order_and_not_without_end(here, capsys, count, more):
+    names = [f"ss_{i:05d}" for i in range(count)]
+    save_file(load_file("a.safetensors"), "h.safetensors", metadata=dict.fromkeys(names, "x"))
+    call("info", "h.safetensors", "--model", "base")
+    listed = ", ".join(f"{name}=x" for name in names[:100])
+    assert capsys.readouterr().out.splitlines()[-1] == f"header: {listed}{more}"

@@ -14,6 +14,9 @@ def test_strengths_are_read_as_documented() -> None:
     assert parse_lora("C:/runs/a") == ("C:/runs/a", 1.0)
     with pytest.raises(UserError, match="--lora"):
         parse_lora("runs/a:strong")
+    for text in ("", " ", ":0.5", " :unet=0.5"):  # else the current folder, as Path("") is
+        with pytest.raises(UserError, match="names no file"):
+            parse_lora(text)
 
 
 def test_the_base_model_is_not_the_model_of_a_run_that_trained_it_whole(

@@ -1,8 +1,10 @@
 """Outputs: files in the format that was asked for, or none; a full disk and dry runs."""
 
 import errno
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,7 +187,7 @@ def test_weights_of_rows_are_said_to_be_without_effect(words, sentence, rows, he
     [
         ("mix", "a.safetensors", "--out", "taken.safetensors", "--overwrite"),
         ("fold", "base", "a.safetensors", "taken.safetensors", "--overwrite"),
-        ("fold", "base", "a.safetensors", "run", "--overwrite"),
+        ("fold", "base", "a.safetensors", "taken", "--overwrite"),
         ("add", "c.safetensors", "c.safetensors", "taken.safetensors", "--overwrite"),
         ("fold", "base", "a.safetensors", "o.ckpt"),
     ],
@@ -194,6 +196,7 @@ def test_a_full_disk_leaves_everything_as_it_was(spoiled, words, monkeypatch, ca
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    shutil.copytree("base", "taken")
     before = snapshot(spoiled)
     monkeypatch.setattr(atomic_files.os, "fsync", full)
     call(*words, *(("--model", "base") if words[0] != "fold" else ()), status=2)
@@ -223,3 +226,54 @@ def test_dry_runs_report_and_write_nothing(spoiled, words, capsys):
     said = capsys.readouterr().out
     assert "dry run: " in said and re.search(r"total +\d+ +\d+ ", said)
     assert snapshot(spoiled) == before
+
+
+# ---------------------------------------------------------------- folders that exist
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fold", "base", "a.safetensors", "run"),
+        ("mix", "0.5*base + 0.5*base", "photos"),
+        ("convert", "base.safetensors", "photos"),
+        ("add", "base", "a.safetensors", "photos", "--mode", "upl"),
+        ("fold", "base", "a.safetensors", "linked"),
+        ("redo", "folded", "photos"),
+    ],
+)
+def test_overwrite_deletes_no_folder_but_that_of_a_model(here, words, capsys):
+    os.mkdir("photos")
+    Path("photos", "dog.png").write_bytes(b"precious")
+    os.symlink("photos", "linked")
+    if words[0] == "redo":
+        call("fold", "base", "a.safetensors", "folded")
+    if "base.safetensors" in words:
+        call("convert", "base", "base.safetensors")
+    capsys.readouterr()
+    before = snapshot(here)
+    call(*words, "--overwrite", status=2)
+    said = capsys.readouterr().err
+    assert f"error: {words[3] if words[0] in ('fold', 'add') else words[2]} is a folder" in said
+    assert "--overwrite would delete what it holds" in said and said.count("\n") == 1
+    assert snapshot(here) == before
+
+
+def test_models_and_empty_folders_are_replaced(here):
+    os.mkdir("o")
+    call("fold", "base", "a.safetensors", "o", "--overwrite")
+    Path("o", "mark").touch()
+    call("fold", "base", "a.safetensors", "o", "--overwrite")
+    assert Path("o", "model_index.json").exists() and not Path("o", "mark").exists()
+
+
+def test_overwrite_deletes_neither_an_input_nor_the_current_folder(here, monkeypatch, capsys):
+    call("fold", "base", "a.safetensors", "o")
+    shutil.copy("a.safetensors", "o/kept.safetensors")
+    before = snapshot(here)
+    call("fold", "base", "o/kept.safetensors", "o", "--overwrite", status=2)
+    assert "the input o/kept.safetensors lies in the output o" in capsys.readouterr().err
+    monkeypatch.chdir("o")
+    call("fold", "../base", "../a.safetensors", ".", "--overwrite", status=2)
+    assert "in which this command runs" in capsys.readouterr().err
+    assert snapshot(here) == before

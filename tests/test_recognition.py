@@ -280,3 +280,23 @@ def test_models_and_runs_in_folders(tmp_path):
     assert found.kind == "model" and describe_kind(found).startswith("a whole model")
     with pytest.raises(UserError, match="does not exist"):
         recognize_file(tmp_path / "run")
+
+
+@pytest.mark.parametrize("word", ["my.word", "style-v1.5", "<cat-v1.5>", "a.b c", "my_style.v2"])
+def test_a_word_with_dots_is_a_word_where_it_is_alone(tmp_path, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    rows = torch.randn(2, 768)
+    save_file({word: rows}, "w.safetensors")
+    torch.save({word: rows}, "w.bin")
+    for file in ("w.safetensors", "w.bin"):
+        call("convert", file, f"{file}.safetensors", "--to", "textual_inversion")
+        written = load_file(f"{file}.safetensors")
+        assert list(written) == [word] and torch.equal(written[word], rows)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["down.to_q.weight", "unet.x.foo", "lora_unet_x.foo", "x.lora_C", "first_stage_model.x", "a:b"],
+)
+def test_the_only_weight_of_a_file_is_no_word(key):
+    assert recognize_keys({key: (2, 768)}).kind in ("unknown", "model")

@@ -310,10 +310,11 @@ def test_published_models_need_no_config(tmp_path, monkeypatch, models, capsys):
     Its configs and its tokenizers, which the hub's cache has, are found.
     """
     calls = []
+    load = single_file.CLIPTokenizer.from_pretrained
 
-    def cached(name, **settings):
-        calls.append((name, settings))
-        return tiny_sdxl.tokenizer(pad=settings["pad_token"])
+    def cached(source, **settings):
+        calls.append((source, settings))
+        return load(models[name] / "tokenizer")
 
     monkeypatch.setattr(single_file.CLIPTokenizer, "from_pretrained", cached)
     bare = {}

@@ -9,6 +9,7 @@ import io
 import itertools
 import struct
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cache, lru_cache
@@ -47,6 +48,7 @@ PILLOW_FORMATS = (
 # Width times height: a PNG of 0.2 MB can announce 169 million, which take 2 GB in three copies of 4
 # bytes. A medium-format camera's 11,648 x 8,736 are the most that photographs have.
 MOST_PIXELS = 102_000_000
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it begins below this limit
 CODECS = {".avif": "avif", ".webp": "webp"} | dict.fromkeys(JPEG_2000, "jpg_2000")  # Pillow's names
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of Pillow's names for the rows of a PNG file

@@ -330,6 +330,8 @@ def state_of_words(
     encoders = {tuple(sorted((key, t.shape[1]) for key, t in own.rows.items())) for own in entries}
     if len(encoders) > 1:
         listed = [", ".join(key for key, _ in kind) for kind in sorted(encoders)]
+        if len(set(listed)) < len(listed):  # of one name and several widths
+            listed = [" and ".join(f"{key} [{n}]" for key, n in kind) for kind in sorted(encoders)]
         raise UserError(
             f"{source} has rows for {' and for '.join(listed)}; "
             "expected all its words for the same encoders"

@@ -88,6 +88,11 @@ for _encoder, _keys in ENCODER_KEYS.items():
 TOKEN_NAMES = "token_names"  # header entry: JSON list of the tokens in row order
 SINGLE = "emb_params"  # a file's only tensor, for its only encoder
 TOKEN = re.compile(r"<.+>|[^.:]+")  # a key that may be a token; keys of weights have dots
+# In the names of weights, which a file's only key may have too.
+WEIGHT = re.compile(
+    r":|\.(weight|bias|scale|alpha|diff)$|(^|\.)(lora|lycoris|lllite|hada|lokr|oft|boft|vera)_"
+    r"|^(unet|transformer|text_encoder\w*|model|\w+_model|vae|conditioner)\."
+)
 
 Shapes = Mapping[str, tuple[int, ...]]  # key -> shape
 
@@ -214,10 +219,12 @@ def is_embedding(shapes: Shapes) -> bool:
     """Whether any key is an encoder's, or all may be tokens. Try the other formats first."""
     if SINGLE in shapes or not ENCODER_SPELLINGS.keys().isdisjoint(shapes):
         return True
-    return all(
-        TOKEN.fullmatch(key) and len(shape) in (1, 2) and prod(shape) > 1
-        for key, shape in shapes.items()
-    )
+    is_alone = len(shapes) == 1  # as learned_embeds are, whose word may have dots
+    for key, shape in shapes.items():
+        may_be_token = TOKEN.fullmatch(key) or (is_alone and not WEIGHT.search(key))
+        if not may_be_token or len(shape) not in (1, 2) or prod(shape) <= 1:
+            return False
+    return True
 
 
 def import_function(module: str, name: str) -> Callable[..., Any]:

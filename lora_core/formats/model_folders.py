@@ -20,6 +20,7 @@ from lora_core.formats.layout import ENCODERS, Layout, nearest_name
 from lora_core.formats.weights import Weights, open_network_weights, write_weights
 
 Model = Mapping[str, Weights]  # component -> its tensors, keys of the diffusers layout
+MODEL_INDEX = "model_index.json"  # marks a folder as a model in the diffusers layout
 
 # Files with a network's weights, not copied when the network is written anew.
 WEIGHT_PATTERNS = (
@@ -42,8 +43,8 @@ def open_model_folder(folder: str | Path) -> dict[str, Weights]:
     model_index.json or a network without weights.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} has no model_index.json; give a model in the diffusers layout")
+    if not (folder / MODEL_INDEX).is_file():
+        raise UserError(f"{folder} has no {MODEL_INDEX}; give a model in the diffusers layout")
     names = ("unet", "transformer", *ENCODERS, "vae")
     present = [name for name in names if (folder / name / "config.json").is_file()]
     return {name: open_network_weights(folder / name, network_stem(name)) for name in present}
@@ -60,8 +61,8 @@ def write_model_folder(
     """Writes a model in the diffusers layout, whole or not at all, one tensor at a time.
 
     The networks of `model` are written, everything else is copied from the folder `source`.
-    `finish` may change the new folder before it gets its name. Raises UserError for an output that
-    exists (unless `overwrite`) and a full disk.
+    `finish` may change the new folder before it gets its name. Raises UserError for a full disk
+    and for an output that exists, unless `overwrite` and it is a model or empty.
     """
     source = Path(source)
     out = Path(os.path.abspath(out))
@@ -127,10 +128,31 @@ def network_stem(component: str) -> str:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises UserError for an output that exists, unless `overwrite`."""
+    """Raises UserError for an output that exists, unless `overwrite` and it may be replaced."""
     if path.exists() and not overwrite:
         raise UserError(
             f"{path} is there already; pass --overwrite to replace it, or name another output"
+        )
+    if path.is_dir():
+        check_replaced_folder(path)
+
+
+def check_replaced_folder(folder: Path) -> None:
+    """Raises UserError where --overwrite would delete another folder than that of a model.
+
+    An empty folder may be replaced too.
+    """
+    held = sorted(path.name for path in folder.iterdir())
+    if held and MODEL_INDEX not in held:
+        shown = ", ".join(held[:3]) + (" ..." if len(held) > 3 else "")
+        raise UserError(
+            f"{folder} is a folder without a model, and --overwrite would delete what it holds "
+            f"({shown}); name another output"
+        )
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"--overwrite would delete {folder}, in which this command runs; "
+            "start it from another folder, or name another output"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from lora_core.formats.factor_lists import is_factor_list, read_factor_lists, re
 from lora_core.formats.layout import Layout
 from lora_core.formats.mixofshow import is_mixofshow, mixofshow_shapes, read_mixofshow
 from lora_core.formats.pickles import pickled_tensors, read_pickle
-from lora_core.formats.recognition import RecognizedFile, recognize_keys
+from lora_core.formats.recognition import RecognizedFile, recognize_keys, refuse_other_kinds
+
+HYPERNETWORK = "a hypernetwork of A1111's, which has networks in the place of updates"
 
 
 def load_pickled(path: Path, layout: Layout | None) -> AdapterState | dict[str, Tensor]:
@@ -28,6 +31,7 @@ def load_pickled(path: Path, layout: Layout | None) -> AdapterState | dict[str, 
         return read_mixofshow(data, layout, str(path))
     if is_pickled_embedding(data):
         return read_pickled_embeddings(path, layout)
+    refuse_other_kinds(_recognize_tables(data), str(path))
     return pickled_tensors(data, str(path))
 
 
@@ -40,12 +44,7 @@ def recognize_pickled(path: Path) -> RecognizedFile:
         return RecognizedFile("adapter", "mixofshow")
     if is_pickled_embedding(data):
         return RecognizedFile("tokens", "embeddings")
-    found = data.get("state_dict", data) if isinstance(data, dict) else {}
-    shapes = {}
-    for key, value in found.items() if isinstance(found, dict) else ():
-        if isinstance(key, str) and isinstance(value, Tensor):
-            shapes[key] = tuple(value.shape)
-    return recognize_keys(shapes) if shapes else RecognizedFile("unknown")
+    return _recognize_tables(data)
 
 
 def read_pickled_shapes(path: Path) -> dict[str, Shape]:
@@ -58,5 +57,20 @@ def read_pickled_shapes(path: Path) -> dict[str, Shape]:
     if is_pickled_embedding(data):
         tensors = read_pickled_embeddings(path).tokens
     else:
+        refuse_other_kinds(_recognize_tables(data), str(path))
         tensors = pickled_tensors(data, str(path))
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _recognize_tables(data: Any) -> RecognizedFile:
+    """What a dictionary of tensors, or of such dictionaries (an IP-Adapter's), is."""
+    found = data.get("state_dict", data) if isinstance(data, dict) else {}
+    shapes: dict[str, Shape] = {}
+    for key, value in found.items() if isinstance(found, dict) else ():
+        if isinstance(key, int) and isinstance(value, tuple) and "layer_structure" in found:
+            return RecognizedFile("foreign", what=HYPERNETWORK, key=str(key))
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for name, tensor in parts:
+            if isinstance(key, str) and isinstance(name, str) and isinstance(tensor, Tensor):
+                shapes[f"{key}.{name}" if name else key] = tuple(tensor.shape)
+    return recognize_keys(shapes) if shapes else RecognizedFile("unknown")

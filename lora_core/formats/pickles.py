@@ -147,7 +147,8 @@ def _total_bytes(value: Any) -> int:
 def _describe_value(value: Any) -> str:
     if isinstance(value, Inert):
         return f"an object of {value.name}"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 # ---------------------------------------------------------------- the two containers

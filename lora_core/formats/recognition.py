@@ -47,10 +47,19 @@ FOREIGN_KEYS = {
     ),
     "a ControlNet-LLLite network, which reads a control image": re.compile(r"lllite_.*"),
     "an IP-Adapter, which reads an image as a prompt": re.compile(r"ip_adapter\..*|image_proj\..*"),
+    "a T2I-Adapter, which reads a control image": re.compile(
+        r"(adapter\.)?body\.\d+\.(block\d|in_conv|resnets)\..*"
+    ),
+    "a ControlNet, which reads a control image": re.compile(
+        r"control_model\..*|(zero_convs|input_hint_block|controlnet_\w+)\..*"
+    ),
     "an OFT adapter, which turns weights and has no update of its own": re.compile(
-        r".*\.(oft_blocks|oft_diag|boft_.*|oft_r(\.weight)?)"
+        r".*\.(oft_blocks|oft_diag|boft_.*|oft_[rR](\..*)?)"
     ),
     "a GLoRA or (IA)^3 adapter of LyCORIS": re.compile(r".*\.(a1|a2|b1|b2)\.weight|.*\.on_input"),
+    "an adapter of peft's for another method than LoRA: (IA)^3, AdaLoRA, VeRA or FourierFT": (
+        re.compile(r".*\.(ia3_l|lora_E|vera_(A|B|lambda_[bd])|fourierft_spectrum)(\..*)?")
+    ),
 }
 # Keys that only control LoRAs have in addition to factors: whole norms, not changes of them.
 CONTROL_KEY = re.compile(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import UserError
+from lora_core.text import shorten_value
 
 # Bytes. What a CPU allocation of torch is aligned to, and more than cuBLAS needs: products of a
 # view have the same bits as those of a tensor of its own.
@@ -234,10 +235,26 @@ def lay_out_flat(
     flats = []
     addresses: dict[int, int] = {}
     for part in by_dtype.values():
+        _check_states(part, [state[p] for p in part], slice_p)
         flats.append(FlatParameters(part, [state[p] for p in part], slice_p))
         addresses |= {id(p): p.data_ptr() for p in part}
     layouts[id(params)] = GroupLayout(list(params), addresses, tuple(flats))
     return layouts[id(params)].flats
+
+
+def _check_states(
+    params: Sequence[Tensor], states: Sequence[Mapping[str, Any]], slice_p: int
+) -> None:
+    """Raises UserError for states that no step has made: a checkpoint may be a stranger's."""
+    for p, state in zip(params, states):
+        sizes = {"step": 1, **dict.fromkeys(SLICED, -(-p.numel() // slice_p))}
+        expected = {name: sizes.get(name, p.numel()) for name in states[0]}
+        found = {name: v.numel() for name, v in state.items() if isinstance(v, Tensor)}
+        if found != expected:
+            raise UserError(
+                f"the optimizer's saved state of a parameter has the sizes {shorten_value(found)}, "
+                f"expected {expected}; begin anew in another --out"
+            )
 
 
 def forget_layout(optimizer: torch.optim.Optimizer) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
+from lora_core.prompt_tags import parse_lora_tags
 from lora_core.runs.image_grid import parse_axis
 from lora_core.runs.loras import parse_lora
 from lora_core.runs.pictures import save_png
@@ -155,9 +156,11 @@ def _check_limits(config: Any, taken: Collection[str], path: str) -> None:
     check(("width", "height"), config.width * config.height, MOST_PIXELS, "pixels")
     for side in ("width", "height"):
         check((side,), getattr(config, side), LONGEST_SIDE, f"pixels of {side}")
-    check(("lora",), len(config.lora), MOST_LORAS, "LoRA files")
     for name in ("prompt", "negative"):
         check((name,), len(getattr(config, name)), LONGEST_RECIPE_PROMPT, "characters")
+    loras = {"lora": len(config.lora), "prompt": len(parse_lora_tags(config.prompt)[1])}
+    asked = [name for name in loras if name in taken and loras[name]]
+    check(asked, sum(loras[name] for name in asked), MOST_LORAS, "LoRA files")
     length = config.max_sequence_length
     check(("max_sequence_length",), length, LONGEST_T5_PROMPT, "tokens of a prompt")
     if "grid" in taken:

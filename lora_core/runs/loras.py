@@ -38,6 +38,8 @@ def parse_lora(text: str) -> LoraSource:
     Raises UserError for a strength that is not a number.
     """
     path, colon, tail = text.rpartition(":")
+    if not text.strip() or (colon and not path.strip()):
+        raise UserError(f"--lora {text!r} names no file; write PATH:0.8")
     if not colon or "/" in tail or "\\" in tail or Path(text).exists():
         return LoraSource(text, 1.0)
     try:
