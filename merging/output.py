@@ -211,6 +211,10 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
     if output.format in TOKEN_FORMATS:
         _write_tokens(state, output, layout)
         return [path]
+    if output.format == "kohya" and layout and any(state.parameters.values()):
+        losses = import_function("parameter_changes", "describe_losses")(state, layout)
+        if losses:
+            print_warning(f"{losses}; merge.py fold puts all of it into a model")
     if path.suffix == ".pt":
         return import_function("factor_lists", "write_factor_lists")(state, path, layout)
     if output.format in FORMATS_WITH_TOKENS or not state.tokens:

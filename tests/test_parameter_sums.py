@@ -142,6 +142,33 @@ def test_resize_and_dtype_keep_them(files):
     assert f"{layer}.lora_up.weight" in written
 
 
+def test_what_other_tools_leave_out_is_said(files, capsys):
+    """Counts of other tools' own code, in docs/formats.md."""
+    layer = f"lora_unet_{TO_OUT.replace('.', '_')}"
+    width = files[0]["unet", f"{TO_OUT}.bias"].numel()
+    factors = {f"{layer}.lora_down.weight": torch.ones(2, width)}
+    factors[f"{layer}.lora_up.weight"] = torch.ones(width, 2)
+    changes = load_file("n0.safetensors")
+    save_file(changes | factors, "both.safetensors")
+    norms = {key: tensor for key, tensor in changes.items() if "_norm" in key and "unet" in key}
+    save_file(norms | factors, "unet_norms.safetensors")
+    for words in (("convert", "{}", "o.safetensors"), ("mix", "0.5*{}", "--out", "o.safetensors")):
+        said = {}
+        for name in ("n0", "both", "unet_norms"):
+            line = [word.format(f"{name}.safetensors") for word in words]
+            format = ("--to", "kohya") if words[0] == "convert" else ()
+            call(*line, *format, "--model", "base", "--overwrite")
+            said[name] = capsys.readouterr().err
+        for name in ("n0", "both"):
+            assert "leave out changes of biases (1); ComfyUI leaves out" in said[name]
+            assert "text encoders' norms (1)" in said[name] and "merge.py fold" in said[name]
+        assert (
+            "A1111 refuses the file" in said["n0"] and f"(1, such as unet.{TO_OUT})" in said["n0"]
+        )
+        assert "refuses" not in said["both"]
+        assert "leave" not in said["unet_norms"]
+
+
 def test_a_weight_of_zero_and_lengths_that_differ():
     states = [AdapterState(parameters={"unet": {"a.bias": torch.ones(n)}}) for n in (3, 4)]
     assert not weighted_parameters([Term(states[0], 0.0)])

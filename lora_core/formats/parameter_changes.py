@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import PARAMETER_ROLES
-from lora_core.formats.layout import Component
+from lora_core.formats.layout import Component, Layout
 
 Changes = Mapping[str, Tensor]  # path of a parameter -> what is added to it
 
@@ -82,6 +82,35 @@ def refuse_parameters(state: AdapterState, place: str) -> None:
                 f"such as {next(iter(changes))}); the format kohya does, and merge.py fold puts "
                 "them into a model"
             )
+
+
+def describe_losses(state: AdapterState, layout: Layout) -> str:
+    """What other tools leave out of a file under kohya's names, as a clause; "" for nothing.
+
+    Counted with their own code for Stable Diffusion 1.5: see docs/formats.md. A1111 and InvokeAI
+    read a layer's diff_b only next to a `diff`, which is never written here.
+    """
+    biases, alone, text_norms = 0, [], 0
+    for name, changes in state.parameters.items():
+        component, factors = layout.component(name), state.components.get(name, {})
+        for path in changed_modules(changes):
+            if path not in component.shapes:
+                text_norms += name in layout.encoders
+                continue
+            biases += 1
+            if path not in factors:
+                alone.append(f"{name}.{path}")
+    losses = []
+    if biases:
+        losses.append(f"A1111, InvokeAI and sd-scripts leave out changes of biases ({biases})")
+    if text_norms:
+        losses.append(f"ComfyUI leaves out those of the text encoders' norms ({text_norms})")
+    if alone:
+        losses.append(
+            "A1111 refuses the file, because nothing but the bias changes in some layers "
+            f"({len(alone)}, such as {alone[0]})"
+        )
+    return "; ".join(losses)
 
 
 # ---------------------------------------------------------------- joined layers
