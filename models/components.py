@@ -38,7 +38,8 @@ def read_json(path: str, name: str) -> dict[str, Any]:
             # The hub's client raises a dozen classes: no network, no such repository or file ...
             reason = first_line(error)
             raise UserError(
-                f"--model {path} is not a local folder, and the hub gave no {name} for it: {reason}"
+                f"the model {path} is not a local folder, and the hub gave no {name} for it: "
+                f"{reason}"
             ) from None
     if not file.exists():
         raise UserError(

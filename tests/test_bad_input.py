@@ -208,7 +208,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"adapter": {"kind": "lorra"}}, "unknown adapter kind 'lorra'.*lora"),
     "resolution": ({"data": {"resolution": 17}}, "--data.resolution 17 is not a multiple of 2"),
     "model": ({"model": ""}, "--model"),
-    "no model": ({"model": "/no/such/model"}, "--model /no/such/model is not a local folder"),
+    "no model": ({"model": "/no/such/model"}, "the model /no/such/model is not a local folder"),
     "no placeholder": (
         ONLY | {"data": {"captions": "one", "caption": "a photo"}},
         "no caption has the placeholder word TOK",
