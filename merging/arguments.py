@@ -20,6 +20,7 @@ from merging.expression import find_unquoted_name, quote_name, quote_where_neede
 FLAG = re.compile(r"--?[a-zA-Z][\w.-]*(=.*)?", re.DOTALL)
 NUMBER = re.compile(r"-\d*\.?\d*(e[+-]?\d+)?", re.IGNORECASE)
 SUFFIXED = re.compile(r".*\.(safetensors|pt|ckpt|bin)", re.IGNORECASE)
+OTHER_NAMES_OF_OUT = ("-o", "--output")  # in other tools
 SHOWN_WORDS = 4
 MOST_SHOWN = 100  # characters of an example
 EXAMPLE = "0.7*a.safetensors + 0.3*b.safetensors"
@@ -53,7 +54,7 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
     if flags:
         known = flag_names(command.options)
         near = nearest_names(flags[0], known)
-        if flags[0].lower() in ("-o", "--output") and "--out" in known:
+        if flags[0].lower() in OTHER_NAMES_OF_OUT and "--out" in known:
             near = ["--out"]
         hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")

@@ -69,6 +69,7 @@ READ_BY_HAND = {
     "command_line.py": {"help"},
     "image_recipe.py": {"from"},
     "add.py": {"with_text_lora"},
+    "arguments.py": {"output"},
     "merge.py": {"help", "with_text_lora"},
 }
 # Kernels name flags of compilers and of their own command lines.

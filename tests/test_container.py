@@ -60,7 +60,7 @@ def test_bad_files_are_refused(pipe, pipe_layout, tmp_path):
         "text.safetensors": (b"<html>404 not found</html>", "truncated, damaged or no safetensors"),
         "none.pt": (
             (tmp_path / "none.pt").read_bytes(),
-            "is a pickle with a int under 'a', expected tensors only; nothing in it was executed",
+            "is a pickle with an int under 'a', expected tensors only; nothing in it was executed",
         ),
         "code.pt": (
             pickle.dumps({"a.lora_A.weight": Path("x")}),

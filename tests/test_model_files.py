@@ -427,6 +427,10 @@ def test_outputs_are_kept_or_whole(tmp_path, models, monkeypatch):
     )
     back.mkdir()
     (back / "mine.txt").write_text("keep me")
+    assert "without a model" in sentence(
+        write_folder_from_single_file, single, FIRST, shapes, back, configs=folder, overwrite=True
+    )
+    (back / "model_index.json").write_text("{}")
     assert "--overwrite" in sentence(
         write_folder_from_single_file, single, FIRST, shapes, back, configs=folder
     )

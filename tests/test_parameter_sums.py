@@ -160,7 +160,7 @@ def test_what_other_tools_leave_out_is_said(files, capsys):
             call(*line, *format, "--model", "base", "--overwrite")
             said[name] = capsys.readouterr().err
         for name in ("n0", "both"):
-            assert "leave out changes of biases (1); ComfyUI leaves out" in said[name]
+            assert "scripts leave out changes of biases (1); ComfyUI leaves out" in said[name]
             assert "text encoders' norms (1)" in said[name] and "merge.py fold" in said[name]
         assert (
             "A1111 refuses the file" in said["n0"] and f"(1, such as unet.{TO_OUT})" in said["n0"]

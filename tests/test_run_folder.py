@@ -22,7 +22,7 @@ from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.prodigy import Prodigy
 from lora_core.runs import run_folder as run_module
-from lora_core.runs.run_folder import Run, flatten_state, unflatten_state
+from lora_core.runs.run_folder import Run, flatten_state, hold_run, unflatten_state
 
 
 def listing(folder):
@@ -39,6 +39,10 @@ def rows(run, name="metrics"):
 # --- opening
 
 
+def hold(out, *, resume=False):
+    return hold_run(out, resume=resume, overwrite=False, keep=None)
+
+
 def test_another_run_is_refused_and_untouched(tmp_path):
     out = tmp_path / "out"
     Run.open(out).write("config.toml", "seed = 1")
@@ -48,6 +52,37 @@ def test_another_run_is_refused_and_untouched(tmp_path):
     with pytest.raises(UserError, match="both"):
         Run.open(out, resume=True, overwrite=True)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_new_run_that_a_mistake_ends_before_its_first_step_leaves_nothing(tmp_path, existed):
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    fail = UserError("the loss is NaN")
+    with pytest.raises(UserError, match="NaN"), hold(out) as run:
+        run.write("config.toml", "seed = 1")
+        raise fail
+    assert out.exists() == existed and listing(tmp_path) == ({"out": None} if existed else {})
+    with pytest.raises(UserError, match="NaN"), hold(out) as run:
+        run.write("config.toml", "seed = 1")
+        run.log({"step": 1, "loss": 1.0})
+        raise fail
+    begun = {"out", "out/config.toml", "out/metrics.jsonl"}
+    assert set(listing(tmp_path)) == begun
+    with pytest.raises(UserError, match="NaN"), hold(out, resume=True):
+        raise fail
+    assert set(listing(tmp_path)) == begun
+
+
+def test_what_another_run_left_is_not_removed(tmp_path):
+    """Also where it ended so early that there is only its config."""
+    (tmp_path / "config.toml").write_text("seed = 1")
+    with pytest.raises(UserError, match="--overwrite"), hold(tmp_path):
+        pass
+    with pytest.raises(UserError, match="NaN"), hold(tmp_path, resume=True):
+        raise UserError("the loss is NaN")
+    assert listing(tmp_path) == {"config.toml": b"seed = 1"}
 
 
 def test_overwrite_moves_the_old_folder_and_every_older_backup_survives(tmp_path):

@@ -102,7 +102,7 @@ def describe_losses(state: AdapterState, layout: Layout) -> str:
                 alone.append(f"{name}.{path}")
     losses = []
     if biases:
-        losses.append(f"A1111, InvokeAI and sd-scripts leave out changes of biases ({biases})")
+        losses.append(f"A1111, InvokeAI and kohya's scripts leave out changes of biases ({biases})")
     if text_norms:
         losses.append(f"ComfyUI leaves out those of the text encoders' norms ({text_norms})")
     if alone:

@@ -68,22 +68,20 @@ def hold_run(
     """
     folder = Path(os.path.abspath(out))
     is_new = not folder.exists()
+    run = None
     with disk_errors(folder):
         lock = FolderLock.hold(folder)
     try:
         run = Run.open(out, resume=resume, overwrite=overwrite, keep=keep)
         lock = lock.follow(run.folder)
-        try:
-            yield run
-        except UserError:
-            if not resume:
-                run.remove_unstarted()
-            raise
+        yield run
+    except UserError:
+        lock.release()
+        if run and not resume:
+            run.remove_unstarted(with_folder=is_new)
+        raise
     finally:
         lock.release()
-        if is_new:
-            with contextlib.suppress(OSError):  # there is something in it
-                folder.rmdir()
 
 
 class Run:
@@ -153,10 +151,12 @@ class Run:
             )
         return folder, occupied
 
-    def remove_unstarted(self) -> None:
+    def remove_unstarted(self, *, with_folder: bool) -> None:
         """Removes the config of a run that ended before anything else was written."""
-        if {path.name for path in self.folder.iterdir()} <= {"config.toml", LOCK}:
+        if {path.name for path in self.folder.iterdir()} <= {"config.toml"}:
             (self.folder / "config.toml").unlink(missing_ok=True)
+            if with_folder:
+                self.folder.rmdir()
 
     def write(self, name: str, text: str) -> Path:
         """Writes a text file of the run atomically and returns its path."""
