@@ -56,6 +56,7 @@ from merging.output import (
     report_table,
     round_adapter,
     settle_format,
+    store_scales,
     write_adapter,
 )
 from merging.parameter_sums import sum_parameters
@@ -199,6 +200,7 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     for note in output_order(state, [first, second], job.paths, output, layout):
         print_note(note)
     exact = f"the exact sum {weight_1:g}*a + {weight_2:g}*b"
+    state, reports = store_scales(state, reports, output, layout)
     reports = stored_layers(output.format, layout).join_reports(reports, state)
     written = write_adapter(state, output, layout)
     print(report_table(reports, extra=f"the error is against {exact}"))
@@ -228,6 +230,7 @@ def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     _set_tokens(state, states, job, joined, notes)
     for note in output_order(state, states, job.paths, output, layout):
         print_note(note)
+    state, reports = store_scales(state, reports, output, layout)
     written = write_adapter(state, output, layout)
     print(report_table(reports))
     print_written(written, output)

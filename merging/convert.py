@@ -24,6 +24,7 @@ from merging.output import (
     report_table,
     round_adapter,
     settle_format,
+    store_scales,
     write_adapter,
 )
 from merging.stored_layers import stored_layers
@@ -88,6 +89,7 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
             size = frobenius_norm(lr._replace(magnitude=None))
             report = ApproximationReport(lr.rank, lr.rank, size, 0.0)
             adapters[name], reports[component, name] = round_adapter(lr, report, output.dtype)
+    state, reports = store_scales(state, reports, output, layout)
     stored = stored_layers(output.format, layout)
     table = report_table(stored.join_reports(reports, state)) if reports else ""
     written = write_adapter(state, output, layout)
@@ -125,6 +127,7 @@ def convert_to_lora(
     dtype = output.dtype or widest_dtype([state])
     found, reports, _ = merge_terms(terms, keep, method, dtype, dense, stored)
     state = replace(state, components=found.components)
+    state, reports = store_scales(state, reports, output, layout)
     written = write_adapter(state, output, layout)
     print(report_table(reports))
     print_written(written, output)

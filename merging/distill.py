@@ -27,6 +27,7 @@ from merging.output import (
     report_table,
     round_adapter,
     settle_format,
+    store_scales,
     write_adapter,
 )
 from merging.stored_layers import LayerKey, StoredLayers, stored_layers
@@ -62,6 +63,7 @@ def run_distill(options: Distill) -> None:
             "nothing to distil"
         )
     state = stored.separate_layers(state)
+    state, reports = store_scales(state, reports, output, base.layout)
     written = write_adapter(state, output, base.layout)
     print(report_table(reports))
     _print_uncovered(base, tuned, set(layers_by_key(state)))

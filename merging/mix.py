@@ -59,6 +59,7 @@ from merging.output import (
     report_table,
     round_adapter,
     settle_format,
+    store_scales,
     write_adapter,
 )
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
@@ -119,9 +120,10 @@ def mix_adapters(
         warn_of_dora_readers(state, output, reading)
     for note in notes:
         print_note(note)
+    state, reports = store_scales(state, merged.reports, output, layout)
     written = write_adapter(state, output, layout)  # first: nobody may read what is printed
-    if merged.reports and output.format not in TOKEN_FORMATS:
-        print(report_table(merged.reports))
+    if reports and output.format not in TOKEN_FORMATS:
+        print(report_table(reports))
         if merged.shares:
             _print_shares(files, merged.shares)
     print_written(written, output)

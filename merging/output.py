@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +26,12 @@ from lora_core.formats.known_formats import (
     import_function,
 )
 from lora_core.formats.layout import Layout
+from merging.adapter_sums import layers_by_key
 from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
 from merging.opening import is_whole_model
 from merging.recipe import make_recipe, recipe_header
+from merging.stored_layers import LayerKey, stored_layers
 from merging.truncation import ApproximationReport, total_report
 
 DTYPES = {
@@ -40,6 +43,7 @@ DTYPES = {
 FORMATS_WITH_TOKENS = ("cloneofsimo",)  # that hold token rows in the file of the factors
 # ending of a file of token rows -> its format where none is chosen
 ROW_FORMATS = {".safetensors": "embeddings", ".pt": "a1111", ".bin": "textual_inversion"}
+SINGLE_BYTES = 4  # of a number in fp32, whose rounding no table shows
 ADAPTER_ENDINGS = tuple(ROW_FORMATS)
 
 
@@ -231,17 +235,63 @@ def round_adapter(
 ) -> tuple[LowRank, ApproximationReport]:
     """The factors in the dtype of the file, and the report with the rounding loss added.
 
-    Raises UserError for factors that overflow it.
+    Magnitudes are never cast, so that the loss of a DoRA is that of the product of its factors, as
+    its norm is. Raises UserError for factors that overflow it.
     """
     if dtype is None or (adapter.down.dtype == dtype and adapter.up.dtype == dtype):
         return adapter, report
     cast = adapter._replace(down=adapter.down.to(dtype), up=adapter.up.to(dtype))
     if not (is_finite(cast.down) and is_finite(cast.up)):
         raise UserError(f"the factors overflow {dtype}; choose --dtype bf16 or fp32")
-    if adapter.magnitude is not None:
-        return cast, report
-    lost = frobenius_norm(concat_factors([(1.0, adapter), (-1.0, cast)]))
+    pair = adapter._replace(magnitude=None), cast._replace(magnitude=None)
+    lost = frobenius_norm(concat_factors([(1.0, pair[0]), (-1.0, pair[1])]))
     return cast, report._replace(lost=(report.lost**2 + lost**2) ** 0.5)
+
+
+def store_scales(
+    state: AdapterState,
+    reports: Mapping[LayerKey, ApproximationReport],
+    output: Output,
+    layout: Layout | None,
+) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
+    """The state with the factors that its format stores, and the reports with that rounding.
+
+    A format without scales, or with one alpha, multiplies them into the factors, which rounds those
+    of half precision once more. The reports are those of our layers or of stored ones.
+    """
+    found = dict(reports)
+    if output.format in TOKEN_FORMATS:
+        return state, found
+    settled = formats.settle_scales(state, output.format, layout)
+    groups = stored_layers(output.format, layout).group_parts(layers_by_key(state))
+    for stored, parts in groups.items():
+        for component, path in parts:
+            before, after = (own.components[component][path] for own in (state, settled))
+            if lost := _scaling_loss(before, after):
+                key = stored if stored in found else (component, path)
+                found[key] = found[key]._replace(lost=math.hypot(found[key].lost, lost))
+    return settled, found
+
+
+def _scaling_loss(before: LowRank, after: LowRank) -> float:
+    """The norm of the difference of two adapters, one the other with a factor multiplied in.
+
+    `down` of one is that of the other times a power of two, but for digits that were lost. For a
+    DoRA it is that of the product of its factors.
+    """
+    if after is before or not before.scale or after.up.element_size() >= SINGLE_BYTES:
+        return 0.0
+    largest = float(before.down.abs().max())
+    shift = float(after.down.abs().max()) / largest if largest else 0.0
+    if not shift:
+        return 0.0
+    up = before.up.double() * (before.scale / after.scale / shift) - after.up.double()
+    down = before.down.double() * shift
+    parts = [(1.0, LowRank(down, up, after.scale))]
+    down_error = down - after.down.double()
+    if down_error.any():
+        parts.append((1.0, LowRank(down_error, after.up.double(), after.scale)))
+    return frobenius_norm(concat_factors(parts))
 
 
 def _cast_rows(tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -154,6 +154,32 @@ def test_a_full_update_has_no_scale_and_a_scalar_multiplies_all(layout, tmp_path
     torch.testing.assert_close(twice, 2 * once)
 
 
+@pytest.mark.parametrize("alpha", [{}, {"alpha": torch.tensor(6.0)}])
+@pytest.mark.parametrize("kind", ["linear", "core", "dora"])
+def test_a_scalar_multiplies_a_lora_too(layout, tmp_path, kind, alpha):
+    module, inner = ("c", (6, 1, 1)) if kind == "core" else ("a", (12,))
+    out = 4 if kind == "core" else 8
+    parts = {
+        "lora_down.weight": torch.randn(R, *inner),
+        "lora_up.weight": torch.randn(out, R, *[1] * (len(inner) - 1)),
+    } | alpha
+    if kind == "core":
+        parts["lora_mid.weight"] = torch.randn(R, R, 3, 2)
+    if kind == "dora":
+        parts["dora_scale"] = torch.rand(out, 1)
+    once, third = (
+        read(parts | more, layout, tmp_path, module=module).components["unet"][module]
+        for more in ({}, {"scalar": torch.tensor(0.3)})
+    )
+    torch.testing.assert_close(scaled_product(third), 0.3 * scaled_product(once))
+    if kind != "dora":
+        return
+    weight = torch.randn(out, 12).double()
+    tuned = weight + 0.3 * scaled_product(once).double()
+    wanted = tuned * parts["dora_scale"] / tuned.norm(dim=1, keepdim=True) - weight
+    torch.testing.assert_close(delta_weight(third, weight), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_a_locon_with_a_core_is_a_lora(layout, tmp_path):
     parts = {
         "lora_down.weight": torch.randn(R, 6, 1, 1),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_core import atomic_files, formats
 from lora_core.formats import embeddings
 from tests.embedding_readers import read_as_a1111
-from tests.merge_commands import call, snapshot
+from tests.merge_commands import call, deltas, snapshot
 from tests.tiny_pipeline import pipeline
 
 SDXL = {"clip_l": torch.randn(2, 768), "clip_g": torch.randn(2, 1280)}
@@ -277,3 +277,99 @@ def test_overwrite_deletes_neither_an_input_nor_the_current_folder(here, monkeyp
     call("fold", "../base", "../a.safetensors", ".", "--overwrite", status=2)
     assert "in which this command runs" in capsys.readouterr().err
     assert snapshot(here) == before
+
+
+# ---------------------------------------------------------------- what rounding loses
+
+
+def save_scaled(path, dtype, state, layout, *, factors=1.0):
+    """A kohya file of small factors in `dtype`, whose layers have several ranks and alphas.
+
+    Returns key -> the update in fp64, from the tensors.
+    """
+    tensors, updates = {}, {}
+    for component, modules in state.components.items():
+        head = layout.component(component).prefixes[0]
+        level = "text_model_" if component == "text_encoder" else ""
+        for i, (name, lr) in enumerate(modules.items()):
+            alpha = (3.0, 5.0, 0.02, 3.0)[i % 4]
+            module = f"{head}_{level}{name.removeprefix('text_model.').replace('.', '_')}"
+            down, up = (lr.down[: 1 + i % 3]).to(dtype), (factors * lr.up[:, : 1 + i % 3]).to(dtype)
+            tensors[f"{module}.lora_down.weight"] = down
+            tensors[f"{module}.lora_up.weight"] = up.contiguous()
+            tensors[f"{module}.alpha"] = torch.tensor(alpha)
+            product = up.double().flatten(1) @ down.double().flatten(1)
+            shape = (len(up), *down.shape[1:])
+            updates[component, name] = (alpha / len(down) * product).reshape(shape)
+    save_file(tensors, path)
+    return updates
+
+
+def true_error(path, updates, layout):
+    """The relative error of a file over all layers, in fp64."""
+    lost = total = 0.0
+    found = deltas(formats.load(path, layout))
+    assert set(found) == set(updates)
+    for key, wanted in updates.items():
+        lost += float((found[key] - wanted).square().sum())
+        total += float(wanted.square().sum())
+    return (lost / total) ** 0.5
+
+
+def printed_error(text):
+    return float(re.search(r"^total .* (\S+)$", text, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "cloneofsimo"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "e.safetensors", "o.safetensors"),
+        ("convert", "e.safetensors", "o.safetensors", "--dtype", "fp16"),
+        ("resize", "e.safetensors", "o.safetensors", "--energy", "1"),
+        ("mix", "0.3*e.safetensors + 0.7*e.safetensors", "--out", "o.safetensors", "--rank", "4"),
+        ("mix", "e.safetensors", "--out", "o.safetensors", "--dtype", "bf16"),
+    ],
+)
+def test_the_error_of_half_precision_is_that_of_the_file(
+    here, states, layout, dtype, format, words, capsys
+):
+    updates = save_scaled("e.safetensors", dtype, states["c"], layout)
+    flag = "--to" if words[0] == "convert" else "--format"
+    call(*words, flag, format, "--model", "base")
+    shown = printed_error(capsys.readouterr().out)
+    error = true_error("o.safetensors", updates, layout)
+    assert shown == pytest.approx(error, rel=0.1)
+    if format != "kohya" or words[0] != "convert":
+        assert shown > 5e-5  # a scale of 5 / 3, and factors that are made anew
+
+
+def test_small_factors_keep_their_digits_in_fp16(here, states, layout, capsys):
+    """0.02 / 2 times numbers of 1e-3 is below the smallest numbers of fp16 with all digits."""
+    updates = save_scaled("e.safetensors", torch.float16, states["c"], layout, factors=4e-3)
+    call("convert", "e.safetensors", "o.safetensors", "--to", "diffusers", "--model", "base")
+    found = deltas(formats.load("o.safetensors", layout))
+    for key, wanted in updates.items():
+        assert float((found[key] - wanted).norm()) < 1e-3 * float(wanted.norm()), key
+
+
+def test_a_file_in_fp32_and_one_of_equal_alphas_lose_nothing(here, states, layout, capsys):
+    updates = save_scaled("e.safetensors", torch.float32, states["c"], layout)
+    call("convert", "e.safetensors", "o.safetensors", "--to", "kohya", "--model", "base")
+    assert printed_error(capsys.readouterr().out) == 0.0
+    assert true_error("o.safetensors", updates, layout) < 1e-6
+    for words in (("--to", "kohya", "--dtype", "fp16"), ("--to", "diffusers", "--dtype", "fp16")):
+        call("convert", "a.safetensors", "p.safetensors", *words, "--model", "base", "--overwrite")
+        shown = printed_error(capsys.readouterr().out)
+        assert shown == pytest.approx(
+            true_error("p.safetensors", deltas(states["a"]), layout), rel=0.1
+        )
+
+
+def test_the_error_of_a_cast_dora_is_that_of_its_factors(here, states, layout, capsys):
+    call("convert", "d.safetensors", "o.safetensors", "--dtype", "fp16", "--model", "base")
+    wanted = deltas(states["d"])
+    shown = printed_error(capsys.readouterr().out)
+    assert shown == pytest.approx(true_error("o.safetensors", wanted, layout), rel=0.1)
+    assert shown > 1e-4

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from lora_core import load_names_lazily
 
 if TYPE_CHECKING:
-    from lora_core.formats.adapter_files import detect_format, load, run_file_paths, save, save_run
+    from lora_core.formats.adapter_files import (
+        detect_format,
+        load,
+        run_file_paths,
+        save,
+        save_run,
+        settle_scales,
+    )
     from lora_core.formats.embeddings import placeholder_header
     from lora_core.formats.known_formats import (
         CUSTOM,
@@ -42,6 +49,7 @@ __all__ = [
     "run_file_paths",
     "save",
     "save_run",
+    "settle_scales",
 ]
 
 KNOWN = ("CUSTOM", "EMBEDDINGS", "FORMATS", "NATIVE", "Format", "run_file_names")

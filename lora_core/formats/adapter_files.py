@@ -293,6 +293,21 @@ def save(
     write_tensors(path, tensors, header, hashes=FORMATS[format].has_hashes)
 
 
+def settle_scales(state: AdapterState, format: str, layout: Layout | None) -> AdapterState:
+    """The factors and scales that `save` writes of a state.
+
+    They give the same updates, but for the rounding of factors in half precision. For kohya's
+    format without a layout, which `save` refuses, the state as it is.
+    """
+    if FORMATS[format].stores_scales:
+        return import_function("kohya", "equalize_scales")(state, layout) if layout else state
+    fold_scale = import_function("grammar", "fold_scale")
+    components = {}
+    for name, modules in state.components.items():
+        components[name] = {path: fold_scale(lr) for path, lr in modules.items()}
+    return replace(state, components=components)
+
+
 def save_run(
     state: AdapterState,
     folder: str | Path,

@@ -8,6 +8,7 @@ format is a `Grammar`, a family a `Layout`. Keys are looked up, never parsed.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -215,11 +216,11 @@ def _encode_parameters(state: AdapterState, grammar: Grammar, layout: Layout) ->
 
 def _tensors_to_write(lr: LowRank, grammar: Grammar) -> dict[str, Tensor]:
     """Role -> tensor of one module."""
+    if grammar.scale == "folded":
+        lr = fold_scale(lr)
     parts: dict[str, Tensor] = {"down": lr.down, "up": lr.up}
     if grammar.scale == "alpha":
         parts["alpha"] = torch.tensor(lr.scale * lr.rank, dtype=torch.float32)
-    elif lr.scale != 1:
-        parts["up"] = scale_tensor(lr.up, lr.scale)
     if lr.magnitude is not None:
         by_rows = lr.magnitude.ndim == 1
         shape = grammar.magnitude(lr.up.shape[0], lr.down.ndim)
@@ -227,10 +228,24 @@ def _tensors_to_write(lr: LowRank, grammar: Grammar) -> dict[str, Tensor]:
     return parts
 
 
-def scale_tensor(tensor: Tensor, scale: float) -> Tensor:
-    """tensor * scale in the tensor's dtype, multiplied in fp32 or better."""
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return (wide * scale).to(tensor.dtype)
+def fold_scale(lr: LowRank) -> LowRank:
+    """The same update with scale 1, for formats that store none."""
+    return lr if lr.scale == 1 else scale_factors(lr, lr.scale)._replace(scale=1.0)
+
+
+def scale_factors(lr: LowRank, factor: float) -> LowRank:
+    """The adapter with `factor` multiplied into its tensors, in their dtypes; the scale stays.
+
+    It is multiplied into `up` in fp32 or better. In fp16, where small numbers lose their digits,
+    the power of two next to its root goes into `down`: it depends on the factor alone, so that
+    layers that share a down still do.
+    """
+    shift = 0
+    if lr.up.dtype == torch.float16 and factor:
+        shift = round(math.log2(abs(factor)) / 2)
+    wide = lr.up.to(torch.promote_types(lr.up.dtype, torch.float32))
+    up = (wide * (factor / 2.0**shift)).to(lr.up.dtype)
+    return lr._replace(up=up, down=lr.down * 2.0**shift if shift else lr.down)
 
 
 # ---------------------------------------------------------------- reading
@@ -370,7 +385,8 @@ def _to_low_rank(parts: Mapping[str, Tensor], shape: Shape | None, where: str) -
             )
         down = down.reshape(whole)
         up = up.reshape(out, rank, *[1] * (len(inner) - 1))
-    return LowRank(down, up, lycoris.resolve_scale(parts, rank, where))
+    scale = lycoris.resolve_scale(parts, rank, where) * lycoris.resolve_scalar(parts, where)
+    return LowRank(down, up, scale)
 
 
 def _add_magnitude(

@@ -62,11 +62,12 @@ def why_not_joined(state: AdapterState, layout: Layout) -> str:
 def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
     """The state as files store it, with joined layers.
 
-    Parts that differ in scale get the first part's; their `up` is rescaled to match, in fp32 or
-    better. Raises UserError for the reason that `why_not_joined` gives.
+    Parts of one layer get one scale (see `equalize_parts`). Raises UserError for the reason that
+    `why_not_joined` gives.
     """
     if reason := why_not_joined(state, layout):
         raise UserError(reason)
+    state = equalize_parts(state, layout)
     components = {}
     for name, modules in state.components.items():
         components[name] = _join_modules(modules, layout.component(name))
@@ -79,6 +80,23 @@ def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
         part = layout.component(name)
         parameters[name] = join_biases(changes, part, _swapped_names(part))
     return replace(state, components=components, parameters=parameters)
+
+
+def equalize_parts(state: AdapterState, layout: Layout) -> AdapterState:
+    """The state whose parts of a joined layer have one scale, the first part's.
+
+    The `up` of others is rescaled to match, in fp32 or better, and rounded to the dtype that the
+    joined layer has.
+    """
+    components = {}
+    for name, modules in state.components.items():
+        equal = dict(modules)
+        for paths in layout.component(name).fused.values():
+            parts = {path: modules[path] for path in paths if path in modules}
+            if len({lr.scale for lr in parts.values()}) > 1:
+                equal |= _share_scale(parts)
+        components[name] = equal
+    return replace(state, components=components)
 
 
 def stored_names(component: Component) -> dict[str, str]:
@@ -246,10 +264,9 @@ def _swap_update(update: LayerUpdate) -> LayerUpdate:
 def _stack_parts(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRank:
     """The joined layer of parts with `outs` outputs each; None is a part that is not adapted.
 
-    Parts with the same down have it once. All parts are DoRAs or none is.
+    Parts with the same down have it once. All parts have one scale; all are DoRAs or none is.
     """
     given = [lr for lr in parts if lr is not None]
-    scale = next((lr.scale for lr in given if lr.scale), 0.0)
     is_shared = _share_down(given)
     downs = [given[0].down] if is_shared else [lr.down for lr in given]
     dtype = functools.reduce(torch.promote_types, [lr.up.dtype for lr in given])
@@ -257,13 +274,12 @@ def _stack_parts(parts: Sequence[LowRank | None], outs: Sequence[int]) -> LowRan
     row = column = 0
     for lr, out in zip(parts, outs, strict=True):
         if lr is not None:
-            block = lr.up if lr.scale == scale else _scale_up(lr.up, lr.scale / scale)
-            up[row : row + out, column : column + lr.rank] = block
+            up[row : row + out, column : column + lr.rank] = lr.up
             column += 0 if is_shared else lr.rank
         row += out
     magnitudes = [lr.magnitude for lr in given if lr.magnitude is not None]
     magnitude = torch.cat(magnitudes) if magnitudes else None
-    return LowRank(torch.cat(downs), up, scale, magnitude)
+    return LowRank(torch.cat(downs), up, given[0].scale, magnitude)
 
 
 def _share_down(parts: Sequence[LowRank]) -> bool:
@@ -278,8 +294,16 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
     return is_alike and torch.equal(first, second)
 
 
-def _scale_up(up: Tensor, factor: float) -> Tensor:
-    return up.to(torch.promote_types(up.dtype, torch.float32)) * factor
+def _share_scale(parts: Modules) -> dict[str, LowRank]:
+    """Parts of one layer that differ in scale, with that of the first whose scale is not 0."""
+    scale = next(lr.scale for lr in parts.values() if lr.scale)
+    dtype = functools.reduce(torch.promote_types, [lr.up.dtype for lr in parts.values()])
+    equal = {}
+    for path, lr in parts.items():
+        wide = lr.up.to(torch.promote_types(lr.up.dtype, torch.float32))
+        up = lr.up if lr.scale == scale else (wide * (lr.scale / scale)).to(dtype)
+        equal[path] = lr._replace(up=up, scale=scale)
+    return equal
 
 
 def _unstack_parts(lr: LayerUpdate, outs: list[int], where: str) -> Sequence[LayerUpdate | None]:

@@ -37,7 +37,7 @@ from lora_core.formats.grammar import (
     encode_adapter,
     find_leaves,
     list_known_keys,
-    scale_tensor,
+    scale_factors,
     to_adapter_state,
 )
 from lora_core.formats.layout import Component, Layout
@@ -156,19 +156,24 @@ def write_kohya(
         raise UserError(
             "writing kohya's names needs a model's layout; name the model the adapter belongs to"
         )
-    if not any(component.fused for component in layout.components.values()):
-        state = _equalize_alpha(state)
-    joined = joined_layers.join_layers(state, layout)
+    joined = joined_layers.join_layers(equalize_scales(state, layout), layout)
     tensors = encode_adapter(joined, GRAMMAR, joined_layers.join_layout(layout))
     return tensors, _kohya_header(joined, layout, title)
+
+
+def equalize_scales(state: AdapterState, layout: Layout) -> AdapterState:
+    """The same updates with the scales that files have: one alpha, or one scale a joined layer."""
+    if any(component.fused for component in layout.components.values()):
+        return joined_layers.equalize_parts(state, layout)
+    return _equalize_alpha(state)
 
 
 def _equalize_alpha(state: AdapterState) -> AdapterState:
     """The state with scale * rank equal in all modules, and the same updates.
 
-    The most frequent alpha is kept, and other modules' `up` is rescaled to match. diffusers 0.42.1
-    does not find alphas of attention layers that differ from the rest, and uses the most frequent
-    one for them.
+    The most frequent alpha is kept, and other modules' factors are rescaled to match. diffusers
+    0.42.1 does not find alphas of attention layers that differ from the rest, and uses the most
+    frequent one for them.
     """
     alphas = Counter([lr.scale * lr.rank for lr in _all_factors(state)])
     if len(alphas) < 2:
@@ -181,8 +186,8 @@ def _equalize_alpha(state: AdapterState) -> AdapterState:
         for path, lr in modules.items():
             rank = lr.rank
             factor = lr.scale * rank / alpha
-            up = lr.up if factor == 1 else scale_tensor(lr.up, factor)
-            components[name][path] = LowRank(lr.down, up, alpha / rank, lr.magnitude)
+            own = lr if factor == 1 else scale_factors(lr, factor)
+            components[name][path] = own._replace(scale=alpha / rank)
     return replace(state, components=components)
 
 

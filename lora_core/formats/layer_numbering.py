@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats.grammar import scale_tensor
+from lora_core.formats.grammar import fold_scale
 from lora_core.formats.layout import Component, Layout, Numbering, Shape
 
 Pair = tuple[Tensor, Tensor]  # up, down
@@ -234,7 +234,8 @@ def _check_writable(lr: LowRank, shape: Shape, name: str) -> None:
 
 
 def _to_pair(lr: LowRank) -> Pair:
-    return (lr.up if lr.scale == 1 else scale_tensor(lr.up, lr.scale)), lr.down
+    own = fold_scale(lr)
+    return own.up, own.down
 
 
 def _zero_pair(shape: Shape, rank: int, dtype: torch.dtype) -> Pair:

@@ -107,12 +107,19 @@ def resolve_scale(parts: Parts, rank: int, where: str) -> float:
     return float(parts["alpha"]) / rank
 
 
-def _resolve_factor(parts: Parts, kind: str, where: str) -> float:
-    """The number that multiplies an update: its scale and its `scalar`."""
-    if "scalar" in parts and parts["scalar"].numel() != 1:
+def resolve_scalar(parts: Parts, where: str) -> float:
+    """The `scalar` of older files, or 1. Raises UserError for one of several numbers."""
+    if "scalar" not in parts:
+        return 1.0
+    if parts["scalar"].numel() != 1:
         shape = list(parts["scalar"].shape)
         raise UserError(f"{where} has a scalar of shape {shape}, expected one number")
-    scalar = float(parts["scalar"]) if "scalar" in parts else 1.0
+    return float(parts["scalar"])
+
+
+def _resolve_factor(parts: Parts, kind: str, where: str) -> float:
+    """The number that multiplies an update: its scale and its `scalar`."""
+    scalar = resolve_scalar(parts, where)
     inner = {"LoHa": ("hada_w1_b",), "LoKr": ("lokr_w2_b", "lokr_w1_b"), "full": ()}[kind]
     split = next((parts[role] for role in inner if role in parts), None)
     if split is None:  # no tensor has a rank
