@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lora_core import formats
-from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, LowRank, factor_blocks
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
 from lora_core.formats.container import is_finite
+from lora_core.formats.grammar import share_of_down
 from lora_core.formats.known_formats import (
     FORMATS,
     LORA_FORMATS,
@@ -274,24 +275,30 @@ def store_scales(
 
 
 def _scaling_loss(before: LowRank, after: LowRank) -> float:
-    """The norm of the difference of two adapters, one the other with a factor multiplied in.
+    """The norm of the difference of an adapter and its `scale_factors`, or one with a rescaled up.
 
-    `down` of one is that of the other times a power of two, but for digits that were lost. For a
-    DoRA it is that of the product of its factors.
+    For a DoRA it is that of the product of its factors.
     """
     if after is before or not before.scale or after.up.element_size() >= SINGLE_BYTES:
         return 0.0
-    largest = float(before.down.abs().max())
-    shift = float(after.down.abs().max()) / largest if largest else 0.0
-    if not shift:
-        return 0.0
-    up = before.up.double() * (before.scale / after.scale / shift) - after.up.double()
-    down = before.down.double() * shift
-    parts = [(1.0, LowRank(down, up, after.scale))]
-    down_error = down - after.down.double()
-    if down_error.any():
-        parts.append((1.0, LowRank(down_error, after.up.double(), after.scale)))
-    return frobenius_norm(concat_factors(parts))
+    factor = before.scale / after.scale
+    is_same = after.down is before.down
+    share = 1.0 if is_same else share_of_down(after.up.dtype, factor)
+    lost = []
+    up_error = before.up.float() * (factor / share) - after.up.float()
+    if up_error.any():
+        lost.append(_rough_norm(LowRank(before.down, up_error, after.scale * share)))
+    if not is_same and not torch.equal(after.down / share, before.down):
+        down_error = before.down.float() * share - after.down.float()
+        lost.append(_rough_norm(LowRank(down_error, after.up, after.scale)))
+    return math.hypot(*lost)
+
+
+def _rough_norm(lr: LowRank) -> float:
+    """`frobenius_norm` in fp32, which is enough for an error and four times as fast."""
+    up, down = factor_blocks(lr)
+    square = ((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64)
+    return abs(lr.scale) * math.sqrt(max(0.0, float(square)))
 
 
 def _cast_rows(tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

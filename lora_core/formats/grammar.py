@@ -236,16 +236,22 @@ def fold_scale(lr: LowRank) -> LowRank:
 def scale_factors(lr: LowRank, factor: float) -> LowRank:
     """The adapter with `factor` multiplied into its tensors, in their dtypes; the scale stays.
 
-    It is multiplied into `up` in fp32 or better. In fp16, where small numbers lose their digits,
-    the power of two next to its root goes into `down`: it depends on the factor alone, so that
-    layers that share a down still do.
+    `share_of_down` of it is multiplied into `down`, the rest into `up`, in fp32 or better.
     """
-    shift = 0
-    if lr.up.dtype == torch.float16 and factor:
-        shift = round(math.log2(abs(factor)) / 2)
+    share = share_of_down(lr.up.dtype, factor)
     wide = lr.up.to(torch.promote_types(lr.up.dtype, torch.float32))
-    up = (wide * (factor / 2.0**shift)).to(lr.up.dtype)
-    return lr._replace(up=up, down=lr.down * 2.0**shift if shift else lr.down)
+    up = (wide * (factor / share)).to(lr.up.dtype)
+    return lr._replace(up=up, down=lr.down if share == 1 else lr.down * share)
+
+
+def share_of_down(dtype: torch.dtype, factor: float) -> float:
+    """The power of two next to a factor's root in fp16, where small numbers lose their digits.
+
+    Else 1. It depends on the factor alone, so that layers that share a down still do.
+    """
+    if dtype != torch.float16 or not factor:
+        return 1.0
+    return 2.0 ** round(math.log2(abs(factor)) / 2)
 
 
 # ---------------------------------------------------------------- reading
