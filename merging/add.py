@@ -23,6 +23,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.embedding_pickles import write_pickled_embedding
+from lora_core.formats.pickles import write_pickle
 from lora_core.formats.training_metadata import join_metadata
 from lora_core.text import is_number
 from merging.adapter_sums import (
@@ -60,7 +61,7 @@ from merging.output import (
     write_adapter,
 )
 from merging.parameter_sums import sum_parameters
-from merging.pt_lists import compare_with_sum, lpl_of_lists, save_list
+from merging.pt_lists import compare_with_sum, lpl_of_lists
 from merging.stored_layers import stored_layers
 from merging.token_names import describe_whole_rows, join_tokens
 from merging.truncation import ApproximationReport
@@ -258,12 +259,12 @@ def _add_pt_lists(job: LoraAddition, output: Output) -> None:
     reports: dict[LayerKey, ApproximationReport] = {}
     for name, (first, second, out) in files.items():
         check_output(replace(output, path=str(out)))
-        sums[out], own = lpl_of_lists(first, second, name, job.alphas)
+        sums[out], own = lpl_of_lists(first, second, name, job.alphas, output.dtype)
         reports |= own
     if output.dry_run:
         sums = {}
     for out, tensors in sums.items():
-        save_list(tensors, out, output.dtype)
+        write_pickle(out, tensors)
     print(report_table(reports, extra="the error is against the exact sum"))
     print_written(sums, output)
 

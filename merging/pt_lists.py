@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,19 +10,21 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
-from lora_core.formats.pickles import read_pickle, write_pickle
+from lora_core.formats.pickles import read_pickle
 from merging.factor_sums import concat_factors, frobenius_norm, lpl
+from merging.output import round_adapter
 from merging.truncation import ApproximationReport
 
 Pair = tuple[float, float]
 
 
 def lpl_of_lists(
-    first: Path, second: Path, name: str, alphas: Pair
+    first: Path, second: Path, name: str, alphas: Pair, dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], dict[tuple[str, str], ApproximationReport]]:
     """([up, down, up, ...] of the lossy sum, its reports by (name, number of the layer)).
 
-    Raises UserError for lists of different lengths or shapes.
+    In `dtype`, or in the first list's dtypes. Raises UserError for lists of different lengths or
+    shapes, and for factors that overflow the dtype.
     """
     a, b = _read_pt_list(first), _read_pt_list(second)
     if len(a) != len(b):
@@ -37,17 +38,12 @@ def lpl_of_lists(
         pair = LowRank(a[i + 1], a[i], 1.0), LowRank(b[i + 1], b[i], 1.0)
         try:
             merged = lpl(*pair, *alphas)
+            report = compare_with_sum(merged, pair, alphas)
+            cast, reports[name, str(i // 2)] = round_adapter(merged, report, dtype or a[i].dtype)
         except UserError as error:
             raise UserError(f"layer {i // 2}: {error}") from None
-        reports[name, str(i // 2)] = compare_with_sum(merged, pair, alphas)
-        tensors += [part.to(a[i].dtype).clone() for part in (merged.up, merged.down)]
+        tensors += [cast.up.clone(), cast.down.clone()]
     return tensors, reports
-
-
-def save_list(tensors: Sequence[Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    """Writes a list, in its own dtypes or in `dtype`, whole or not at all."""
-    cast = [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
-    write_pickle(path, cast)
 
 
 def compare_with_sum(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from merging.pt_lists import lpl_of_lists, save_list
+from lora_core.formats.pickles import write_pickle
+from merging.pt_lists import lpl_of_lists
 from tests.random_adapters import randn
 from tests.refusals import sentence
 
@@ -13,7 +14,7 @@ def save_pairs(path, *, layers=2, seed=0):
     factors = []
     for i in range(layers):
         factors += [randn(5, 3, seed=seed + 2 * i), randn(3, 7, seed=seed + 2 * i + 1)]
-    save_list(factors, path, torch.float32)
+    write_pickle(path, [factor.float() for factor in factors])
     return torch.load(path)
 
 
@@ -34,3 +35,22 @@ def test_lists_of_other_lengths_are_refused(tmp_path):
     save_pairs(tmp_path / "b.pt", layers=1)
     said = sentence(lpl_of_lists, tmp_path / "a.pt", tmp_path / "b.pt", "unet", (1.0, 1.0))
     assert "a.pt has 2 layers" in said and "b.pt 1" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_error_is_that_of_the_rounded_factors(tmp_path, dtype):
+    a = save_pairs(tmp_path / "a.pt")
+    same = (tmp_path / "a.pt", tmp_path / "a.pt", "unet", (0.5, 0.5))
+    tensors, reports = lpl_of_lists(*same, dtype)
+    for i in range(2):
+        up, down = tensors[2 * i : 2 * i + 2]
+        assert up.dtype == down.dtype == dtype
+        exact = a[2 * i].double() @ a[2 * i + 1].double()
+        lost = float((up.double() @ down.double() - exact).norm())
+        assert reports["unet", str(i)].lost == pytest.approx(lost, rel=1e-3) and lost > 1e-4
+
+
+def test_factors_that_overflow_the_dtype_are_refused(tmp_path):
+    write_pickle(tmp_path / "a.pt", [torch.full((5, 1), 1e5), torch.ones(1, 7)])
+    same = (tmp_path / "a.pt", tmp_path / "a.pt", "unet", (0.5, 0.5))
+    assert "layer 0" in sentence(lpl_of_lists, *same, torch.float16)
