@@ -264,6 +264,8 @@ def store_scales(
     if output.format in TOKEN_FORMATS:
         return state, found
     settled = formats.settle_scales(state, output.format, layout)
+    if settled is state:
+        return state, found
     groups = stored_layers(output.format, layout).group_parts(layers_by_key(state))
     for stored, parts in groups.items():
         for component, path in parts:

@@ -391,7 +391,9 @@ def _to_low_rank(parts: Mapping[str, Tensor], shape: Shape | None, where: str) -
             )
         down = down.reshape(whole)
         up = up.reshape(out, rank, *[1] * (len(inner) - 1))
-    scale = lycoris.resolve_scale(parts, rank, where) * lycoris.resolve_scalar(parts, where)
+    scale = lycoris.resolve_scale(parts, rank, where)
+    if "scalar" in parts:
+        scale *= lycoris.resolve_scalar(parts, where)
     return LowRank(down, up, scale)
 
 

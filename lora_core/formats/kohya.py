@@ -175,7 +175,7 @@ def _equalize_alpha(state: AdapterState) -> AdapterState:
     0.42.1 does not find alphas of attention layers that differ from the rest, and uses the most
     frequent one for them.
     """
-    alphas = Counter([lr.scale * lr.rank for lr in _all_factors(state)])
+    alphas = Counter([lr.scale * lr.down.shape[0] for lr in _all_factors(state)])
     if len(alphas) < 2:
         return state
     alphas.pop(0.0, None)
