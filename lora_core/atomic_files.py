@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a disk that refuses them is said to do."""
+"""Files that are written whole or not at all; errors of the disk are a sentence with advice."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def mix_adapters(
     for note in notes:
         print_note(note)
     state, reports = store_scales(state, merged.reports, output, layout)
-    written = write_adapter(state, output, layout)  # first: nobody may read what is printed
+    written = write_adapter(state, output, layout)  # first: a reader may end before the table
     if reports and output.format not in TOKEN_FORMATS:
         print(report_table(reports))
         if merged.shares:

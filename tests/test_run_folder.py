@@ -82,6 +82,8 @@ def test_what_another_run_left_is_not_removed(tmp_path):
         pass
     with pytest.raises(UserError, match="NaN"), hold(tmp_path, resume=True):
         raise UserError("the loss is NaN")
+    with pytest.raises(UserError, match="no run"), hold(tmp_path / "nothing", resume=True):
+        pass
     assert listing(tmp_path) == {"config.toml": b"seed = 1"}
 
 

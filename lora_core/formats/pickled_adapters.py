@@ -63,7 +63,7 @@ def read_pickled_shapes(path: Path) -> dict[str, Shape]:
 
 
 def _recognize_tables(data: Any) -> RecognizedFile:
-    """What a dictionary of tensors, or of such dictionaries (an IP-Adapter's), is."""
+    """The kind of a dictionary of tensors, or of such dictionaries (an IP-Adapter's)."""
     found = data.get("state_dict", data) if isinstance(data, dict) else {}
     shapes: dict[str, Shape] = {}
     for key, value in found.items() if isinstance(found, dict) else ():

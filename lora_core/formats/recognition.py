@@ -40,7 +40,7 @@ MODEL_PREFIXES = (  # of keys in models that are a single file
 BUNDLED = "bundle_emb."  # beginning of the keys of token rows in an adapter's file
 CONTROL = "a control LoRA, which has whole norms and takes a control image as further inputs"
 WIDE = "a control LoRA, or one for another model: its first layer takes 128 inputs instead of 64"
-# What an adapter for something else than a model is -> the pattern of a key that shows it.
+# Description of a file that is no adapter of a model -> the pattern of a key that shows it.
 FOREIGN_KEYS = {
     "a control LoRA of Stability's, which holds the parts of a ControlNet": re.compile(
         r"lora_controlnet"

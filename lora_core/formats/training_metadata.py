@@ -1,4 +1,4 @@
-"""Header entries of a training: those that stay true when a file is written anew, and of a sum.
+"""Header entries of a training that stay true when a file is written anew, or added to others.
 
 kohya's sd-scripts write about eighty entries ss_* (tag frequencies, learning rates, the base
 model), and Stability's model spec modelspec.* (title, author, licence). They are about the training
@@ -57,7 +57,7 @@ def carry_metadata(old: Mapping[str, str], own: Mapping[str, str]) -> dict[str, 
 def join_metadata(
     states: Sequence[AdapterState], paths: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """(header entries of a merge without those of its tokens, a sentence about what is left out).
+    """(header entries of a merge without those of its tokens, a sentence about entries left out).
 
     One input keeps its header. Of several, the entries about the base model in which all agree,
     and their titles (or file names without folders) as modelspec.merged_from.

@@ -76,9 +76,12 @@ def hold_run(
         lock = lock.follow(run.folder)
         yield run
     except UserError:
-        lock.release()
+        lock.release()  # its file is in the folder
         if run and not resume:
-            run.remove_unstarted(with_folder=is_new)
+            run.remove_unstarted()
+        if is_new:
+            with contextlib.suppress(OSError):  # the run has begun
+                folder.rmdir()
         raise
     finally:
         lock.release()
@@ -151,12 +154,10 @@ class Run:
             )
         return folder, occupied
 
-    def remove_unstarted(self, *, with_folder: bool) -> None:
+    def remove_unstarted(self) -> None:
         """Removes the config of a run that ended before anything else was written."""
-        if {path.name for path in self.folder.iterdir()} <= {"config.toml"}:
-            (self.folder / "config.toml").unlink(missing_ok=True)
-            if with_folder:
-                self.folder.rmdir()
+        if {path.name for path in self.folder.iterdir()} == {"config.toml"}:
+            (self.folder / "config.toml").unlink()
 
     def write(self, name: str, text: str) -> Path:
         """Writes a text file of the run atomically and returns its path."""
