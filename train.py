@@ -34,6 +34,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_core import plugins
+from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
@@ -70,11 +71,12 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
     prediction, space = model.family.prediction, config.noise.space
     x_t = add_noise(x.x0, x.eps_in, x.level)
     cond = encode_conditioning(model, x.text, x.sizes)
-    out = denoise(model, x_t, x.level, cond, x.inpaint)
+    maps: list[AttentionMap] | None = [] if getattr(loss, "reads_attention", False) else None
+    out = denoise(model, x_t, x.level, cond, x.inpaint, maps)
     out, target, form = to_loss_space(prediction, space, out, x.x0, x.eps, x.level)
     output = StepOutput(
         out, target, x.x0, x.eps, x_t, x.level, form, x.mask, x.is_prior, x.number,
-        lazy=lazy_members(model, x, x_t, cond), t_max=model.family.schedule.t_max,
+        lazy=lazy_members(model, x, x_t, cond, maps), t_max=model.family.schedule.t_max,
         network=prediction,
     )  # fmt: skip
     rows = loss(output)

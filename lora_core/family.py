@@ -7,12 +7,13 @@ networks of a library; noise, losses and sampling are not part of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lora_core.cross_attention import AttentionMap, Region
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.diffusion.sampling import Spacing
 from lora_core.formats.layout import Layout
@@ -65,22 +66,35 @@ class Sizes(NamedTuple):
 class Conditioning:
     """The denoiser's inputs other than x_t and the noise level; one row per image."""
 
-    prompt_embeds: Tensor  # [b, s, d]
+    # [b, s, d], or [b, layers, s, d] with a text for each cross-attention layer
+    prompt_embeds: Tensor
     # A family's own rows, e.g. pooled prompt embeds [b, d].
     extra: dict[str, Tensor] = field(default_factory=dict)
+    # Boxes of the image with prompt embeds of their own, in sampling only.
+    regions: tuple[Region, ...] = ()
 
     def rows(self, index: slice | Tensor) -> Conditioning:
         """The conditioning of some images."""
         extra = {name: values[index] for name, values in self.extra.items()}
-        return Conditioning(self.prompt_embeds[index], extra)
+        regions = [Region(box, embeds[index]) for box, embeds in self.regions]
+        return Conditioning(self.prompt_embeds[index], extra, tuple(regions))
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """The rows of all parts, one part after another."""
+        """The rows of all parts, one part after another.
+
+        If one part has a text for each layer, the others' texts are repeated for every layer. All
+        parts have the same regions.
+        """
         extra = {}
         for name in parts[0].extra:
             extra[name] = torch.cat([part.extra[name] for part in parts])
-        return Conditioning(torch.cat([part.prompt_embeds for part in parts]), extra)
+        regions = []
+        for same_box in zip(*(part.regions for part in parts), strict=True):
+            embeds = cat_prompt_embeds([region.prompt_embeds for region in same_box])
+            regions.append(Region(same_box[0].box, embeds))
+        embeds = cat_prompt_embeds([part.prompt_embeds for part in parts])
+        return Conditioning(embeds, extra, tuple(regions))
 
     def zeroed(self, names: Sequence[str], kept: Tensor) -> Conditioning:
         """The conditioning with zeros in the members `names` of the rows whose `kept` [b] is 0.
@@ -93,11 +107,22 @@ class Conditioning:
                 values = members[name]
                 mask = kept.to(values).view(-1, *[1] * (values.ndim - 1))
                 members[name] = values * mask
-        return Conditioning(members.pop("prompt_embeds"), members)
+        return replace(self, prompt_embeds=members.pop("prompt_embeds"), extra=members)
 
     def with_extra(self, **rows: Tensor) -> Conditioning:
         """The conditioning with further members in `extra`."""
-        return Conditioning(self.prompt_embeds, {**self.extra, **rows})
+        return replace(self, extra={**self.extra, **rows})
+
+
+def cat_prompt_embeds(parts: Sequence[Tensor]) -> Tensor:
+    """[b, s, d] prompt embeds one after another, or [b, layers, s, d] if one has a layer axis."""
+    layers = max((part.shape[1] for part in parts if part.ndim == 4), default=0)
+    if not layers:
+        return torch.cat(list(parts))
+    wide = []
+    for part in parts:
+        wide.append(part if part.ndim == 4 else part[:, None].expand(-1, layers, -1, -1))
+    return torch.cat(wide)
 
 
 class Family(Protocol):
@@ -172,25 +197,23 @@ class Family(Protocol):
         ...
 
     def denoise(
-        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        cond: Conditioning,
+        inpaint: Tensor | None = None,
+        maps: list[AttentionMap] | None = None,
     ) -> Tensor:
         """The network's raw output, fp32 or better; x_t is already scaled by c_in.
 
-        `inpaint` [b, 1 + c, h, w]: mask (1 = to be painted) and the masked image's latents.
+        `inpaint` [b, 1 + c, h, w]: mask (1 = to be painted) and the masked image's latents. To a
+        list `maps`, the attention maps of this forward pass are appended, one for each layer that
+        reads the text.
         """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [-1, 1], fp32."""
-        ...
-
-    def attention_maps(
-        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
-    ) -> list[Tensor]:
-        """Attention probabilities [b, heads, h w, s] of latents on prompt tokens, one per layer.
-
-        Costs one more forward pass.
-        """
         ...
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_core.errors import UserError, first_line
 from lora_core.json_files import LARGEST_NUMBER, read_object
@@ -281,27 +281,3 @@ def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:
         f"cut off: {lost!r}{more}",
         file=sys.stderr,
     )
-
-
-# ---------------------------------------------------------------- outputs inside a network
-
-
-@contextmanager
-def recorded_outputs(
-    layers: Mapping[str, nn.Module], members: Sequence[str]
-) -> Iterator[dict[tuple[str, str], Tensor]]:
-    """A context that records outputs: (layer's name, member) -> latest output of that member."""
-    outputs: dict[tuple[str, str], Tensor] = {}
-
-    def record(module: nn.Module, key: tuple[str, str]) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            outputs[key] = out
-
-        return module.register_forward_hook(hook)
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            for member in members:
-                handle = record(getattr(layer, member), (name, member))
-                hooks.callback(handle.remove)
-        yield outputs

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.diffusion.sampling import Spacing
@@ -42,9 +43,9 @@ from models.components import (
     read_json,
     read_prompt_length,
     read_resolution,
-    recorded_outputs,
     tokenize_prompts,
 )
+from models.flux_attention import install_joint_attention, keep_maps
 from models.flux_names import SWAPPED, original_flux_names
 
 logging.disable_progress_bar()
@@ -130,6 +131,7 @@ class Flux:
         check_tokenizers(self.tokenizers, self.modules)
         check_channels(self.transformer.config.in_channels, self.latent_channels)
         self.layout = flux_layout({name: modules[name] for name in ADAPTABLE})
+        self.joint_attention = install_joint_attention(self.transformer)
         for module in modules.values():
             module.requires_grad_(False).eval()
 
@@ -194,7 +196,12 @@ class Flux:
         return cond.with_extra(guidance=scales)
 
     def denoise(
-        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        cond: Conditioning,
+        inpaint: Tensor | None = None,
+        maps: list[AttentionMap] | None = None,
     ) -> Tensor:
         """The velocity eps - x0.
 
@@ -208,42 +215,18 @@ class Flux:
             )
         dtype = self.transformer.x_embedder.weight.dtype
         height, width = x_t.shape[-2:]
-        out = self.transformer(
-            hidden_states=pack_latents(x_t).to(dtype),
-            timestep=level.t,
-            guidance=cond.extra["guidance"] if self.distilled_guidance else None,
-            pooled_projections=cond.extra["pooled_prompt_embeds"].to(dtype),
-            encoder_hidden_states=cond.prompt_embeds.to(dtype),
-            img_ids=image_position_ids(height, width, x_t.device),
-            txt_ids=torch.zeros(cond.prompt_embeds.shape[1], 3, device=x_t.device),
-        ).sample
+        grid = height // PATCH, width // PATCH
+        with keep_maps(self.joint_attention, grid, maps):
+            out = self.transformer(
+                hidden_states=pack_latents(x_t).to(dtype),
+                timestep=level.t,
+                guidance=cond.extra["guidance"] if self.distilled_guidance else None,
+                pooled_projections=cond.extra["pooled_prompt_embeds"].to(dtype),
+                encoder_hidden_states=cond.prompt_embeds.to(dtype),
+                img_ids=image_position_ids(height, width, x_t.device),
+                txt_ids=torch.zeros(cond.prompt_embeds.shape[1], 3, device=x_t.device),
+            ).sample
         return unpack_latents(out, height, width).to(torch.promote_types(out.dtype, torch.float32))
-
-    def attention_maps(
-        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
-    ) -> list[Tensor]:
-        """softmax(q k^T / sqrt(d)) of the double blocks over text and image keys, text's columns.
-
-        Rows sum to less than 1, because the image's columns are left out. One map
-        [b, heads, tokens, s] per block, token (row, column) = one 2 x 2 patch of latents. q and k
-        are the outputs of the norms; image tokens are then rotated by their position, text tokens
-        have position 0 and are not.
-        """
-        modules = self.transformer.named_modules()
-        layers = {name: module for name, module in modules if hasattr(module, "norm_added_k")}
-        with recorded_outputs(layers, ("norm_q", "norm_k", "norm_added_k")) as outputs:
-            self.denoise(x_t, level, cond, inpaint)
-        positions = image_position_ids(x_t.shape[-2], x_t.shape[-1], x_t.device)
-        cos, sin = self.transformer.pos_embed(positions)  # [tokens, d]
-        maps = []
-        for name in layers:
-            q = outputs[name, "norm_q"].transpose(1, 2).float()  # [b, heads, s, d]
-            k = outputs[name, "norm_k"].transpose(1, 2).float()
-            text = outputs[name, "norm_added_k"].transpose(1, 2).float()
-            keys = torch.cat([text, apply_rotary(k, cos, sin)], dim=2)
-            scores = apply_rotary(q, cos, sin) @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
-            maps.append(scores.softmax(-1)[..., : text.shape[2]])
-        return maps
 
 
 # ---------------------------------------------------------------- packed latents
@@ -275,15 +258,6 @@ def image_position_ids(height: int, width: int, device: torch.device | str = "cp
     rows = torch.arange(height // PATCH, dtype=torch.float32, device=device)
     columns = torch.arange(width // PATCH, dtype=torch.float32, device=device)
     return torch.cartesian_prod(zero, rows, columns)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [b, heads, s, d] (arXiv 2104.09864 eq. 34).
-
-    Each pair of adjacent channels is rotated by its angle, given as cos and sin [s, d].
-    """
-    even, odd = x[..., ::2], x[..., 1::2]
-    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
 # ---------------------------------------------------------------- loading

@@ -50,8 +50,8 @@ def decode_layout(row: Json, components: list[Json]) -> Layout:
     """The layout of one entry of the table."""
     parts = {name: _decode_component(components[i]) for name, i in row["components"].items()}
     presets = {name: _with_tuples(own) for name, own in row["presets"].items()}
-    lists = tuple(row["block_lists"])
-    return Layout(**{**row, "components": parts, "presets": presets, "block_lists": lists})
+    own = {name: tuple(row[name]) for name in ("block_lists", "cross_attention")}
+    return Layout(**{**row, **own, "components": parts, "presets": presets})
 
 
 def _decode_component(row: Json) -> Component:

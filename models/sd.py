@@ -6,6 +6,7 @@ Networks that predict epsilon or v, with 4 or 9 (inpainting) input channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
+from lora_core.cross_attention import AttentionMap, CrossAttention
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.diffusion.prediction import prediction_from_config
@@ -34,7 +36,6 @@ from models.components import (
     read_json,
     read_prompt_length,
     read_resolution,
-    recorded_outputs,
     tokenize_prompts,
 )
 
@@ -50,6 +51,7 @@ RESNETS = ("*.resnets.*.conv1", "*.resnets.*.conv2", "*.resnets.*.time_emb_proj"
 FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
 PROJECTIONS = ("*.attentions.*.proj_in", "*.attentions.*.proj_out")
 TRANSFORMER = (*ATTENTION, *FEED_FORWARD, *PROJECTIONS)
+CROSS_KEYS = ".attn2.to_k"
 PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "unet": {
         "attention": ATTENTION,  # 128 modules, diffusers' scripts
@@ -111,6 +113,7 @@ class StableDiffusion:
         check_tokenizers(self.tokenizers, self.modules)
         self.inpainting = is_inpainting_unet(unet, self.latent_channels)
         self.layout = sd_layout(unet, text_encoder, scheduler)
+        self.cross_attention = CrossAttention(unet, self.layout.cross_attention)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
 
@@ -156,7 +159,12 @@ class StableDiffusion:
         return cond
 
     def denoise(
-        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        cond: Conditioning,
+        inpaint: Tensor | None = None,
+        maps: list[AttentionMap] | None = None,
     ) -> Tensor:
         if (inpaint is not None) != self.inpainting:
             raise UserError(
@@ -165,31 +173,18 @@ class StableDiffusion:
             )
         x = x_t if inpaint is None else torch.cat([x_t, inpaint.to(x_t)], dim=1)
         dtype = self.unet.conv_in.weight.dtype
-        out = self.unet(
-            x.to(dtype),
-            level.t,
-            encoder_hidden_states=cond.prompt_embeds.to(dtype),
-            added_cond_kwargs=cond.extra or None,
-        ).sample
+        attention: AbstractContextManager[None] = nullcontext()
+        if cond.regions or maps is not None:
+            size = x.shape[-2], x.shape[-1]
+            attention = self.cross_attention.forward_pass(size, cond.regions, maps)
+        with attention:
+            out = self.unet(
+                x.to(dtype),
+                level.t,
+                encoder_hidden_states=cond.prompt_embeds.to(dtype),
+                added_cond_kwargs=cond.extra or None,
+            ).sample
         return out.to(torch.promote_types(out.dtype, torch.float32))
-
-    def attention_maps(
-        self, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None = None
-    ) -> list[Tensor]:
-        """softmax(q k^T / sqrt(d)) of all cross-attention layers.
-
-        q and k are the outputs of their to_q and to_k.
-        """
-        layers = {name: m for name, m in self.unet.named_modules() if name.endswith(".attn2")}
-        with recorded_outputs(layers, ("to_q", "to_k")) as outputs:
-            self.denoise(x_t, level, cond, inpaint)
-        maps = []
-        for name, layer in layers.items():
-            queries, keys = outputs[name, "to_q"], outputs[name, "to_k"]
-            q = queries.unflatten(-1, (layer.heads, -1)).transpose(1, 2).float()  # [b, heads, s, d]
-            k = keys.unflatten(-1, (layer.heads, -1)).transpose(1, 2).float()
-            maps.append((q @ k.transpose(-1, -2) * layer.scale).softmax(-1))
-        return maps
 
 
 def load(path: str, how: LoadOptions) -> StableDiffusion:
@@ -256,7 +251,23 @@ def sd_layout(
     components["unet"] = replace(
         components["unet"], blocks=block_indices(components["unet"].modules)
     )
-    return replace(found, components=components, block_lists=(17, 26))
+    return replace(
+        found,
+        components=components,
+        block_lists=(17, 26),
+        cross_attention=cross_attention_paths(components["unet"].modules),
+    )
+
+
+def cross_attention_paths(paths: Iterable[str]) -> tuple[str, ...]:
+    """The UNet's cross-attention modules, those of the down blocks first, then middle, then up.
+
+    Mix-of-Show and P+ (arXiv 2303.09522) count them in this order; the UNet itself lists the middle
+    block last.
+    """
+    found = dict.fromkeys(path.removesuffix(".to_k") for path in paths if path.endswith(CROSS_KEYS))
+    blocks = ("down_blocks", "mid_block", "up_blocks")
+    return tuple(sorted(found, key=lambda path: blocks.index(path.split(".")[0])))
 
 
 def block_indices(paths: Iterable[str]) -> dict[str, int]:

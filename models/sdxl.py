@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lora_core.cross_attention import CrossAttention
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import Schedule
 from lora_core.diffusion.prediction import SIGMA_DATA, prediction_from_config
@@ -104,6 +105,7 @@ class StableDiffusionXL(StableDiffusion):
         check_tokenizers(self.tokenizers, self.modules)
         self.inpainting = sd.is_inpainting_unet(unet, self.latent_channels)
         self.layout = sdxl_layout(unet, parts.encoders)
+        self.cross_attention = CrossAttention(unet, self.layout.cross_attention)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
 
@@ -165,7 +167,7 @@ class StableDiffusionXL(StableDiffusion):
         time_ids = sizes.to_tensor(self.device)
         if self.takes_score:
             time_ids = torch.cat([time_ids[:, :4], extra.pop("aesthetic_score")], dim=1)
-        return Conditioning(cond.prompt_embeds, {**extra, "time_ids": time_ids})
+        return replace(cond, extra={**extra, "time_ids": time_ids})
 
     def _add_score(self, cond: Conditioning, score: float) -> Conditioning:
         if not self.takes_score:
@@ -314,4 +316,9 @@ def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layo
         names=unet_module_names(component.modules),
         blocks=sd.block_indices(component.modules),
     )
-    return replace(found, components={**found.components, "unet": named}, block_lists=(12, 20, 26))
+    return replace(
+        found,
+        components={**found.components, "unet": named},
+        block_lists=(12, 20, 26),
+        cross_attention=sd.cross_attention_paths(component.modules),
+    )

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-from diffusers.models.embeddings import apply_rotary_emb
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -295,51 +294,6 @@ def test_the_shift_follows_the_resolution_where_the_model_says_so(folders):
     for resolution, shift in ((0, 1), (16, family.schedule_at(8, 8).shift)):
         schedule, prediction = read_schedule(folders["dev"][0], {}, resolution)
         assert (schedule.shift, prediction) == (shift, "flow")
-
-
-# ---------------------------------------------------------------- attention
-
-
-def test_attention_maps_are_the_probabilities_of_the_double_blocks(dev):
-    family, _ = dev
-    x, level, cond = (
-        torch.randn(2, 4, 6, 8),
-        family.schedule.level(torch.tensor([0.3, 0.8])),
-        informed(family),
-    )
-    seen = {}
-    for name, m in family.transformer.named_modules():
-        if name.startswith("transformer_blocks.") and name.endswith(".attn"):
-            m.register_forward_pre_hook(
-                lambda m, args, kwargs: seen.update({m: kwargs}), with_kwargs=True
-            )
-    maps = family.attention_maps(x, level, cond)
-    assert len(maps) == len(seen) == 2 and not any(
-        m._forward_hooks for m in family.transformer.modules()
-    )
-    for ours, (m, given) in zip(maps, seen.items()):
-        text, image = given["encoder_hidden_states"], given["hidden_states"]
-        q = torch.cat(
-            [
-                m.norm_added_q(m.add_q_proj(text).unflatten(-1, (2, 16))),
-                m.norm_q(m.to_q(image).unflatten(-1, (2, 16))),
-            ],
-            dim=1,
-        )
-        k = torch.cat(
-            [
-                m.norm_added_k(m.add_k_proj(text).unflatten(-1, (2, 16))),
-                m.norm_k(m.to_k(image).unflatten(-1, (2, 16))),
-            ],
-            dim=1,
-        )
-        q, k = (
-            apply_rotary_emb(y, given["image_rotary_emb"], sequence_dim=1).transpose(1, 2)
-            for y in (q, k)
-        )
-        expected = (q @ k.transpose(-1, -2) / 4).softmax(-1)[:, :, 24:, :24]
-        assert ours.shape == (2, 2, 12, 24) and torch.allclose(ours, expected, atol=1e-6)
-        assert (ours.sum(-1) < 1).all()
 
 
 # ---------------------------------------------------------------- learned tokens

@@ -18,6 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.adapters import injection
+from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
@@ -156,7 +157,9 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tmp_path: Path)
         family.encode_prompts(["a", "cat dog"]),
         family.schedule.level(torch.tensor([10.0, 500.0])),
     )
-    maps = family.attention_maps(x, level, cond)
+    recorded: list[AttentionMap] = []
+    family.denoise(x, level, cond, maps=recorded)
+    maps = [layer.probabilities.flatten(2, 3) for layer in recorded]
     seen = []
     layers = [m for name, m in family.unet.named_modules() if name.endswith("attn2")]
     for layer in layers:
@@ -170,7 +173,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tmp_path: Path)
         m: m.get_attention_scores(m.head_to_batch_dim(m.to_q(h)), m.head_to_batch_dim(m.to_k(e)))
         for m, h, e in seen
     }
-    for layer, ours in zip(layers, maps):
+    for layer, ours in zip([family.unet.get_submodule(m.layer) for m in recorded], maps):
         assert torch.allclose(ours.flatten(0, 1), expected[layer], atol=1e-6)
         assert torch.allclose(ours.sum(-1), torch.ones(()), atol=1e-5)
 

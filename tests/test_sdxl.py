@@ -22,6 +22,7 @@ from diffusers import (
 from lora_core import formats, tokens
 from lora_core.adapters import injection
 from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion import sampling
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
@@ -394,7 +395,9 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> 
         seen.append((m, args[0], kwargs["encoder_hidden_states"]))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    maps = family.attention_maps(x, level, cond)
+    recorded: list[AttentionMap] = []
+    family.denoise(x, level, cond, maps=recorded)
+    maps = [layer.probabilities.flatten(2, 3) for layer in recorded]
     for hook in hooks:
         hook.remove()
     assert len(maps) == len(layers) == len(seen) == 2 * (2 + 1 + 3)
@@ -402,7 +405,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> 
         m: m.get_attention_scores(m.head_to_batch_dim(m.to_q(h)), m.head_to_batch_dim(m.to_k(e)))
         for m, h, e in seen
     }
-    for layer, ours in zip(layers, maps):
+    for layer, ours in zip([family.unet.get_submodule(m.layer) for m in recorded], maps):
         assert ours.shape == (2, layer.heads, 16, 16) and torch.allclose(
             ours.sum(-1), torch.ones(()), atol=1e-5
         )

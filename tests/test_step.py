@@ -124,9 +124,10 @@ def test_lazy_members_of_a_step_work_in_a_loss(config: Config, quick: None) -> N
             mse(step)
             + 0.1 * (step.base_out - step.out).square().flatten(1).mean(1)
             + 0.1 * step.pixels.abs().flatten(1).mean(1)
-            + sum(a.square().flatten(1).mean(1) for a in step.attention)
+            + sum(layer.probabilities.square().flatten(1).mean(1) for layer in step.attention)
         )
 
+    loss.reads_attention = True  # type: ignore[attr-defined]
     run = train.train(replace(config, stages=(Stage(3, ("denoiser", "tokens")),)), loss=loss)
     assert (
         seen["pixels"].shape == (2, 3, 16, 16)
@@ -134,10 +135,11 @@ def test_lazy_members_of_a_step_work_in_a_loss(config: Config, quick: None) -> N
         and seen["pixels"].requires_grad
     )
     assert not seen["base"].requires_grad and not torch.equal(seen["base"], seen["out"])
-    assert len(seen["attention"]) == 3 + 1 and all(
-        a.shape[0] == 2 and torch.allclose(a.sum(-1), torch.ones(())) for a in seen["attention"]
+    maps = [layer.probabilities for layer in seen["attention"]]
+    assert len(maps) == 3 + 1 and all(
+        a.shape[0] == 2 and torch.allclose(a.sum(-1), torch.ones(())) for a in maps
     )
-    assert seen["attention"][0].requires_grad and len(rows(run)) == 5
+    assert maps[0].requires_grad and len(rows(run)) == 5
 
 
 def test_preservation_holds_the_class_to_the_base_model(config: Config, quick: None) -> None:

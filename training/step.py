@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from lora_core import tokens
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
+from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
+from lora_core.layer_prompts import arrange_by_layer
 from lora_core.optim import gradients
 from lora_core.prodigy import read_distance
 from training import nonfinite
@@ -50,6 +52,8 @@ def encode_conditioning(model: Model, text: Conditioning | TokenIds, sizes: Size
     if isinstance(text, TokenIds):
         with model.autocast:
             cond = family.encode(text.ids)
+        if text.layers is not None:
+            cond = arrange_by_layer(cond, text.layers)
         if text.kept is not None:
             cond = cond.zeroed(family.zeros, text.kept)
     else:
@@ -58,18 +62,25 @@ def encode_conditioning(model: Model, text: Conditioning | TokenIds, sizes: Size
 
 
 def denoise(
-    model: Model, x_t: Tensor, level: NoiseLevel, cond: Conditioning, inpaint: Tensor | None
+    model: Model,
+    x_t: Tensor,
+    level: NoiseLevel,
+    cond: Conditioning,
+    inpaint: Tensor | None,
+    maps: list[AttentionMap] | None = None,
 ) -> Tensor:
-    """The denoiser's raw output [b, c, h, w] for x_t."""
+    """The denoiser's raw output [b, c, h, w] for x_t; its attention maps are appended to `maps`."""
     scaled = scale_input(model.family.prediction, x_t, level)
     with model.autocast:
-        return model.family.denoise(scaled, level, cond, inpaint)
+        return model.family.denoise(scaled, level, cond, inpaint, maps)
 
 
 def lazy_members(
-    model: Model, x: StepInputs, x_t: Tensor, cond: Conditioning
+    model: Model, x: StepInputs, x_t: Tensor, cond: Conditioning, maps: list[AttentionMap] | None
 ) -> dict[str, Callable[..., Any]]:
-    """Members of StepOutput that need another forward pass, computed when a loss reads them."""
+    """Members of StepOutput that are computed when a loss reads them, most with another forward
+    pass; and the attention maps, if the forward pass recorded any.
+    """
 
     @torch.no_grad()
     def base_out(other: Conditioning = cond) -> Tensor:
@@ -81,16 +92,11 @@ def lazy_members(
         ours, base = (encode_conditioning(model, text, x.sizes) for text in x.swapped)
         return denoise(model, x_t, x.level, ours, x.inpaint), base_out(base)
 
-    def attention() -> list[Tensor]:
-        family = model.family
-        scaled = scale_input(family.prediction, x_t, x.level)
-        # a compiled block does not run the hooks that record attention
-        with torch.compiler.set_stance("force_eager"):
-            return family.attention_maps(scaled, x.level, cond, x.inpaint)
-
     decode = model.family.decode
     members: dict[str, Callable[..., Any]] = {"base_out": base_out, "preserved": preserved}
-    return members | {"attention": attention, "decode": decode}
+    if maps is not None:
+        members["attention"] = lambda: maps
+    return {**members, "decode": decode}
 
 
 # ---------------------------------------------------------------- the optimizer step
@@ -130,8 +136,12 @@ def optimizer_step(
             total = total + loss.detach()
     if check:
         check_gradients(model.groups)
+    before: dict[str, Tensor] = {}
+    if (stage.norm or config.tokens.norm) == "stop":
+        for name, embedding in model.embeddings.items():
+            before[name] = embedding.rows.detach().clone()
     norm = update_parameters(model, optimization, stage, config)
-    control_token_norms(model, optimization, stage, config)
+    control_token_norms(model, optimization, stage, config, before)
     return total, norm
 
 
@@ -155,10 +165,15 @@ def update_parameters(
 
 
 def control_token_norms(
-    model: Model, optimization: Optimization, stage: Stage, config: Config
+    model: Model,
+    optimization: Optimization,
+    stage: Stage,
+    config: Config,
+    before: Mapping[str, Tensor],
 ) -> None:
-    """Apply the norm prior to the learned token rows after an optimizer step: pull each row's norm
-    to its target at 100 times its learning rate, or rescale all rows to the table's std.
+    """Apply the norm control to the learned token rows after an optimizer step: pull each row's
+    norm to its target at 100 times its learning rate, rescale all rows to the table's std, or hold
+    rows that had reached their target. `before`: text encoder -> its rows before the step.
     """
     how = stage.norm or config.tokens.norm
     for group in optimization.optimizer.param_groups:
@@ -170,6 +185,9 @@ def control_token_norms(
         for name, embedding in model.embeddings.items():
             if how == "rescale":
                 tokens.rescale_std_(embedding.rows, model.table_stds[name])
+            elif how == "stop":
+                limit = model.norm_targets[name][0]
+                tokens.hold_rows_(embedding.rows, before[name], limit=limit)
             else:
                 target = model.norm_targets[name]
                 tokens.pull_norms_(embedding.rows, target, rate=rate.clamp(max=1.0))

@@ -4,7 +4,8 @@ A loss is a pure function of one StepOutput and returns [b], one number per exam
 Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with
 `--loss my_loss.py:my_loss`; `mse` below is an example. A loss that does the same operations in
 every step and reads nothing back to the host may set `my_loss.capturable = True`: then a CUDA graph
-can hold its step.
+can hold its step. One that reads `step.attention` sets `my_loss.reads_attention = True`: then the
+forward pass records attention maps.
 
 All weightings follow one law. An error e in the network's output is an error |d x0 / d out| e in
 x0, so whatever the network predicts, weight = W(snr) * |d x0 / d out|^2, where W is the weighting
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.prediction import PREDICTIONS, to_loss_space
 from lora_core.errors import UserError
@@ -29,6 +31,11 @@ from lora_core.kernels import call
 from lora_core.kernels.reference import masked_mean, wide_dtype
 from lora_core.plugins import check_names_file, function_name, load_from_file, name_function
 from lora_core.text import nearest_names
+
+ATTENTION_ADVICE = (
+    "; maps are recorded in the forward pass of a loss that asks for them: "
+    "write my_loss.reads_attention = True below my_loss"
+)
 
 
 @dataclass
@@ -48,7 +55,7 @@ class StepOutput:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     is_prior: Tensor  # [b] bool, examples of prior preservation
     step: int
-    # base_out(), preserved(), attention(), and decode(latents) for pixels
+    # base_out(), preserved(), decode(latents) for pixels, and attention() where it was recorded
     lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)
     t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
     # The network's own prediction type, for base_out() and preserved(), where `prediction` is
@@ -75,9 +82,12 @@ class StepOutput:
         now, before = self._compute("preserved")
         return self._to_loss_space(now), self._to_loss_space(before.detach())
 
-    @cached_property
-    def attention(self) -> Any:
-        """Cross-attention maps of the denoiser."""
+    @property
+    def attention(self) -> list[AttentionMap]:
+        """Attention maps of the denoiser's layers on the prompt, recorded in the forward pass.
+
+        Only for a loss with the attribute `reads_attention = True`. Gradients pass.
+        """
         return self._compute("attention")
 
     @cached_property
@@ -96,6 +106,7 @@ class StepOutput:
             offered = ", ".join(self.lazy) or "no lazy member"
             raise UserError(
                 f"this loss reads step.{name}, which the caller does not provide; it has {offered}"
+                f"{ATTENTION_ADVICE if name == 'attention' else ''}"
             )
         return self.lazy[name](*args)
 
@@ -201,6 +212,8 @@ def add_preservation(
         return loss(step) + weight * call("snr_weighted_mse", now, before, None, None)
 
     preserving_loss.capturable = is_capturable(loss)  # type: ignore[attr-defined]
+    reads_attention = getattr(loss, "reads_attention", False)
+    preserving_loss.reads_attention = reads_attention  # type: ignore[attr-defined]
     # error messages name the loss that the user chose
     preserving_loss.__name__ = getattr(loss, "__name__", "loss")
     return preserving_loss
@@ -362,11 +375,13 @@ def find_function(
 
 
 def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
-    """`function` with `args` bound to it.
+    """`function` with `args` bound to it; a partial function also gets its function's attributes.
 
     Raises UserError (with `name` for the function) for an argument that it does not take, and for a
     text where its default is a number.
     """
+    if isinstance(function, functools.partial):  # one that the user has bound
+        vars(function).update({**vars(function.func), **vars(function)})
     if not args:
         return function
     parameters = list(inspect.signature(function).parameters.values()) if function else []
@@ -380,7 +395,9 @@ def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
         if arg not in known and not takes_any:
             listed = ", ".join(known) or "none"
             raise UserError(f"{name} takes no argument {arg!r}; it takes {listed}")
-    return functools.partial(function, **args)
+    bound = functools.partial(function, **args)
+    vars(bound).update(vars(function))  # capturable, reads_attention
+    return bound
 
 
 def name_and_arguments(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:

@@ -95,6 +95,9 @@ class Layout:
     network_module: str = "networks.lora"  # kohya's ss_network_module
     # lengths of the lists of block weights in use with the family; none: it has no such blocks
     block_lists: tuple[int, ...] = ()
+    # paths of the denoiser's cross-attention modules in the order in which files of per-layer
+    # tokens count them; none: the text is not read by layers of its own
+    cross_attention: tuple[str, ...] = ()
 
     def published(self, component: str, module_path: str) -> str:
         """The path that files use for a module of the installed network.

@@ -1,0 +1,108 @@
+"""Attention of Flux's double blocks, where text and image attend to each other, and its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_core.cross_attention import AttentionMap
+
+
+class JointAttention:
+    """The processor of one double block's attention module, which can keep queries and keys.
+
+    It computes what diffusers' own processor computes.
+    """
+
+    def __init__(self) -> None:
+        self.keeps_queries = False
+        self.queries: Tensor | None = None  # [b, heads, h w, d] of the image, rotated
+        self.keys: Tensor | None = None  # [b, heads, s + h w, d] of text and image, rotated
+        self.text_length = 0  # s
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,  # [b, h w, c] of the image
+        encoder_hidden_states: Tensor,  # [b, s, c] of the text
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        image, text = hidden_states, encoder_hidden_states
+        heads = attn.heads
+        q = _join(attn.norm_added_q, attn.add_q_proj(text), attn.norm_q, attn.to_q(image), heads)
+        k = _join(attn.norm_added_k, attn.add_k_proj(text), attn.norm_k, attn.to_k(image), heads)
+        v = torch.cat([attn.add_v_proj(text), attn.to_v(image)], dim=1).unflatten(-1, (heads, -1))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if image_rotary_emb is not None:
+            q, k = apply_rotary(q, *image_rotary_emb), apply_rotary(k, *image_rotary_emb)
+        s = text.shape[1]
+        if self.keeps_queries:
+            self.queries, self.keys, self.text_length = q[:, :, s:], k, s
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        y = y.transpose(1, 2).flatten(2)
+        of_image = attn.to_out[1](attn.to_out[0](y[:, s:].contiguous()))
+        return of_image, attn.to_add_out(y[:, :s].contiguous())
+
+
+def install_joint_attention(transformer: nn.Module) -> dict[str, JointAttention]:
+    """Path -> the new processor of every double block's attention module."""
+    found = {}
+    for path, module in transformer.named_modules():
+        if hasattr(module, "norm_added_k"):
+            found[path] = JointAttention()
+            module.set_processor(found[path])
+    return found
+
+
+@contextmanager
+def keep_maps(
+    layers: dict[str, JointAttention], grid: tuple[int, int], maps: list[AttentionMap] | None
+) -> Iterator[None]:
+    """A context for one forward pass; appends the layers' maps to `maps`, if any, at its end.
+
+    softmax(q k^T / sqrt(d)) over text and image keys, the text's columns of it: rows sum to less
+    than 1. `grid` is the number of patches (rows, columns) of the image.
+    """
+    for layer in layers.values():
+        layer.keeps_queries = maps is not None
+    try:
+        yield
+        if maps is not None:
+            for path, layer in layers.items():
+                maps.append(AttentionMap(path, _text_columns(layer).unflatten(2, grid)))
+    finally:
+        for layer in layers.values():
+            layer.keeps_queries, layer.queries, layer.keys = False, None, None
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [b, heads, s, d] (arXiv 2104.09864 eq. 34), in fp32.
+
+    Each pair of adjacent channels is rotated by its angle, given as cos and sin [s, d].
+    """
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def _text_columns(layer: JointAttention) -> Tensor:
+    """[b, heads, h w, s] attention probabilities of the image's positions on the text."""
+    assert layer.queries is not None and layer.keys is not None
+    q, k = layer.queries.float(), layer.keys.float()
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores.softmax(-1)[..., : layer.text_length]
+
+
+def _join(text_norm: Any, text: Tensor, image_norm: Any, image: Tensor, heads: int) -> Tensor:
+    """[b, s + h w, heads, d] of text and image, each through its own norm."""
+    parts = [
+        text_norm(text.unflatten(-1, (heads, -1))),
+        image_norm(image.unflatten(-1, (heads, -1))),
+    ]
+    return torch.cat(parts, dim=1)
