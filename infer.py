@@ -22,7 +22,7 @@ import tyro
 
 from lora_core.command_line import answer_help, is_given, parse_command_line
 from lora_core.config import ModelConfig
-from lora_core.placeholders import Placeholder, bind_placeholders
+from lora_core.placeholders import Placeholder
 from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
@@ -82,6 +82,10 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     model)."""
     mask: str = ""
     """Inpainting: image that is white where it is to be painted."""
+    region: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A box of the image with a prompt of its own, "x0,y0,x1,y1: PROMPT" or "x0,y0,x1,y1: PROMPT;
+    negative: TEXT", in pixels (left, top, right, bottom). Repeat the flag for several; where boxes
+    overlap, they are averaged (Mix-of-Show). Without a negative prompt it has --negative."""
     refiner: str = ""
     """Folder or hub id of a refiner model, which runs the last steps as image to image."""
 
@@ -98,6 +102,7 @@ from PIL import Image
 from lora_core.adapters.patch import Patch
 from lora_core.atomic_files import temporary_name
 from lora_core.diffusion.generation import generate_images
+from lora_core.diffusion.regions import PromptRegion, parse_region
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
@@ -137,6 +142,7 @@ class Drawing:
     start: StartImages
     patches: Sequence[Patch]
     loras: Sequence[LoraSource]  # those of --lora, then those of the prompts' tags
+    regions: Sequence[PromptRegion]
 
     @property
     def placeholders(self) -> list[Placeholder]:
@@ -147,15 +153,16 @@ class Drawing:
         self, prompts: Sequence[str], seeds: Sequence[int], config: Infer
     ) -> list[Image.Image]:
         """One image for each (prompt, seed)."""
-        placeholders = self.placeholders
         pixels = generate_images(
             self.family,
-            [bind_placeholders(prompt, placeholders) for prompt in prompts],
+            prompts,
             seeds,
-            replace(config, negative=bind_placeholders(config.negative, placeholders)),
+            config,
             init=self.start.pixels,
             mask=self.start.mask,
             refiner=self.refiner,
+            regions=self.regions,
+            placeholders=self.placeholders,
         )
         return to_images(pixels)
 
@@ -178,9 +185,10 @@ def infer(config: Infer) -> list[Path]:
     family, refiner = open_models(config, loras)
     height, width = config.height or family.resolution, config.width or family.resolution
     start = read_start_images(config.init_image, config.mask, height, width)
+    regions = [parse_region(text, width, height) for text in config.region]
     with ExitStack() as stack:
         patches = apply_loras(family, loras, stack)
-        drawing = Drawing(family, refiner, start, patches, loras)
+        drawing = Drawing(family, refiner, start, patches, loras, regions)
         texts = [prompt.text for prompt in prompts]
         if sentence := prompts_without_words(texts, drawing.placeholders):
             print(f"note: {sentence}", file=sys.stderr)

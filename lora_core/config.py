@@ -118,14 +118,20 @@ class TokensConfig:
     the tokens' names as plain text."""
     vectors: Annotated[int, AtLeast(0)] = 2
     """Learned vectors for each word; 0: as many as its initializer has tokens."""
+    per_layer: bool = False
+    """Learn the vectors once for each cross-attention layer of the denoiser, which then reads its
+    own text (P+, arXiv 2303.09522; with a LoRA it is Mix-of-Show's ED-LoRA)."""
     init: tuple[str, ...] = ("random",)
     """For each word: random (the table's std), random:SIGMA, zero, or ordinary words, whose tokens
-    the vectors start from in order."""
-    norm: Literal["none", "pull", "rescale"] = "pull"
+    the vectors start from in order; parts joined by + for vectors of one word, such as
+    "<rand-0.013>+woman"."""
+    norm: Literal["none", "pull", "rescale", "stop"] = "pull"
     """After each step: pull every row's norm to the target (cloneofsimo), rescale all rows to the
-    table's std (diffusers), or leave them alone."""
+    table's std (diffusers), stop training the rows for good once their mean norm reaches the target
+    (Mix-of-Show), or leave them alone."""
     norm_target: Annotated[float, AtLeast(0)] = 0.0
-    """Norm that pull aims at; 0: the norm that each row started with."""
+    """Norm that pull aims at and stop waits for; 0: for pull the norm that each row started with,
+    for stop 0.55."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ class Stage:
     """Lowest timestep of this stage, as a fraction of the schedule."""
     high: float | None = None
     """Highest timestep of this stage, as a fraction of the schedule."""
-    norm: Literal["none", "pull", "rescale"] | None = None
+    norm: Literal["none", "pull", "rescale", "stop"] | None = None
     """Norm control of the token rows in this stage."""
     mask_temperature: Annotated[float, Above(0)] = 1.0
     """The mask is raised to this power: above 1 the background counts less."""

@@ -16,6 +16,9 @@ UNSPACED = (
 )  # fmt: skip
 
 
+Prompt = str | tuple[str, ...]  # one text, or one for each cross-attention layer
+
+
 @dataclass(frozen=True)
 class Placeholder:
     """One concept: its word in captions, its learned tokens and their initializer."""
@@ -23,15 +26,26 @@ class Placeholder:
     word: str  # "TOK"
     names: tuple[str, ...]  # ("<s0>", "<s1>")
     # "random" (normal at the table's std), "random:SIGMA", "zero" (also "<rand-SIGMA>", "<zero>"),
-    # or words of the vocabulary
+    # or words of the vocabulary; several of them joined by "+" for the rows of one word
     init: str = "random"
+    # 0: the tokens are the same for all layers. Else `names` has the tokens of the first
+    # cross-attention layer, then those of the second ... (P+, arXiv 2303.09522).
+    layers: int = 0
+
+    def names_at(self, layer: int) -> tuple[str, ...]:
+        """The tokens that replace the word in the text of a cross-attention layer."""
+        if not self.layers:
+            return self.names
+        count = len(self.names) // self.layers
+        return self.names[layer * count : (layer + 1) * count]
 
 
 def make_placeholders(
-    words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2
+    words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2, *, layers: int = 0
 ) -> tuple[Placeholder, ...]:
     """One placeholder per word; `vectors` is the number of tokens of each, or one number per word.
 
+    With `layers` above 0 each word has that number of tokens for every cross-attention layer.
     Tokens are numbered <s0> <s1> ... over all words, as in diffusers. `words` maps a word
     to its initializer, or lists words that start at random. Raises UserError for no words, an empty
     or repeated one, or vectors < 1.
@@ -59,30 +73,47 @@ def make_placeholders(
     placeholders = []
     first = 0
     for (word, init), count in zip(inits.items(), counts):
+        count *= max(layers, 1)
         names = tuple(f"<s{number}>" for number in range(first, first + count))
-        placeholders.append(Placeholder(word, names, init))
+        placeholders.append(Placeholder(word, names, init, layers))
         first += count
     return tuple(placeholders)
 
 
-def bind_placeholders(caption: str, placeholders: Sequence[Placeholder]) -> str:
+def bind_placeholders(caption: str, placeholders: Sequence[Placeholder], layer: int = 0) -> str:
     """The caption with every placeholder word replaced by its tokens, without spaces between them.
 
-    "a photo of TOK" -> "a photo of <s0><s1>". One pass, longest word first, whole words only:
-    neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced (successive
-    `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and caption are
-    compared in Unicode's normal form C, so that composed and decomposed accents are equal.
+    `layer` is the cross-attention layer that reads the text; only words with tokens for each layer
+    depend on it. "a photo of TOK" -> "a photo of <s0><s1>". One pass, longest word first, whole
+    words only: neither "TOK" in "TOK2" nor "Ren" in "René" nor a replacement is ever replaced
+    (successive `str.replace`, as in the public scripts, turns "TOK2" into "<s0><s1>2"). Words and
+    caption are compared in Unicode's normal form C, so that composed and decomposed accents are
+    equal.
     """
     if not placeholders:
         return caption
     caption = normalize_unicode(caption)
-    joined = {normalize_unicode(p.word): "".join(p.names) for p in placeholders}
+    joined = {normalize_unicode(p.word): "".join(p.names_at(layer)) for p in placeholders}
     parts = []
     end = 0
     for start, word in _find_words(caption, tuple(joined)):
         parts += [caption[end:start], joined[word]]
         end = start + len(word)
     return "".join([*parts, caption[end:]])
+
+
+def bind_layers(caption: str, placeholders: Sequence[Placeholder]) -> Prompt:
+    """The caption bound as by `bind_placeholders`, with a text for each layer where they differ.
+
+    They differ in captions with a word that has tokens for each cross-attention layer.
+    """
+    layers = 0
+    for placeholder in placeholders:
+        if placeholder.layers and has_placeholder(caption, placeholder.word):
+            layers = placeholder.layers
+    if not layers:
+        return bind_placeholders(caption, placeholders)
+    return tuple(bind_placeholders(caption, placeholders, layer) for layer in range(layers))
 
 
 def has_placeholder(caption: str, word: str) -> bool:
@@ -95,12 +126,12 @@ def truncated_tokens(
     caption: str, placeholders: Sequence[Placeholder], tokenizer: Any, length: int
 ) -> dict[str, bool]:
     """Learned token in a caption -> whether the tokenizer, cutting at `length`, cuts it off."""
-    bound = bind_placeholders(caption, placeholders)
+    bound = bind_placeholders(caption, placeholders)  # all layers' texts have as many tokens
     whole = tokenizer(bound, verbose=False).input_ids
     kept = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
     is_cut = {}
     for placeholder in placeholders:
-        for name in placeholder.names:
+        for name in placeholder.names_at(0):
             index = tokenizer.convert_tokens_to_ids(name)
             if index in whole:
                 is_cut[name] = whole.count(index) > kept.count(index)

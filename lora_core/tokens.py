@@ -33,23 +33,41 @@ class TokenReport(NamedTuple):
 def count_initializer_tokens(init: str, tokenizers: Iterable[Any]) -> int:
     """The number of an initializer's tokens, the largest over the tokenizers.
 
-    With that many rows all of it is used. Raises UserError for a random or zero start, which has no
-    tokens, and for words that a tokenizer does not know.
+    With that many rows all of it is used; a random or zero part next to words counts as one. Raises
+    UserError for a random or zero start alone, which has no tokens, and for words that a tokenizer
+    does not know.
     """
     if is_random_init(init):
         raise UserError(
             f"--tokens.vectors 0 counts the tokens of the initializer, and {init!r} has none; "
             "give a number of vectors or initializing words"
         )
-    return max(len(_initializer_ids(init, tokenizer)) for tokenizer in tokenizers)
+    parts = split_initializer(init)
+    counts = []
+    for tokenizer in tokenizers:
+        own = [
+            1 if is_random_init(part) else len(_initializer_ids(part, tokenizer)) for part in parts
+        ]
+        counts.append(sum(own))
+    return max(counts)
 
 
 def is_random_init(init: str) -> bool:
-    """Whether an initializer is random or zero, not words of the vocabulary.
+    """Whether an initializer is random or zero in all its parts, without words of the vocabulary.
 
     Raises UserError for a random one without a usable standard deviation.
     """
-    return _random_sigma(init) is not None
+    return all(_random_sigma(part) is not None for part in split_initializer(init))
+
+
+def split_initializer(init: str) -> list[str]:
+    """The parts of an initializer, in Mix-of-Show's spelling.
+
+    "<rand-0.013>+woman" starts one row at random and the next at woman. Without a "+" between two
+    words or random starts it is one part.
+    """
+    parts = [part.strip() for part in init.split("+")]
+    return parts if all(parts) else [init]
 
 
 class LearnedEmbedding(nn.Module):
@@ -225,6 +243,17 @@ def pull_norms_(rows: Tensor, target: float | Tensor = 0.4, *, rate: float | Ten
 
 
 @torch.no_grad()
+def hold_rows_(rows: Tensor, before: Tensor, *, limit: float | Tensor) -> Tensor:
+    """The rows [n, d], in place, put back to `before` if its mean L2 norm had reached `limit`.
+
+    `before` are the rows before an optimizer step. Once the mean norm of a run's rows has reached
+    the limit they are never changed again: Mix-of-Show's emb_norm_threshold.
+    """
+    stopped = before.norm(dim=-1).mean() >= limit
+    return rows.copy_(torch.where(stopped, before, rows))
+
+
+@torch.no_grad()
 def rescale_std_(rows: Tensor, std: float | Tensor, *, exponent: float = 0.1) -> Tensor:
     """The rows [n, d], in place, times (std / std(rows)) ** exponent, one factor for all rows.
 
@@ -285,27 +314,40 @@ def _initial_rows(
 ) -> Tensor:
     """The first values of the rows [n, d], fp32, from the initializer.
 
-    Random ones depend on (seed, token name, d, stream) only.
+    Random ones depend on (seed, token name, d, stream) only. Rows for layers start alike in all
+    layers, as in Mix-of-Show.
     """
-    n, d = len(placeholder.names), table.weight.shape[1]
-    sigma = _random_sigma(placeholder.init)
-    if sigma == 0:
-        return torch.zeros(n, d)
-    if sigma is not None:
-        purpose = f"token row {d} {stream}".rstrip()
-        rows = []
-        for name in placeholder.names:
-            rows.append(torch.randn(d, generator=keyed_generator(seed, name, 0, purpose)))
-        return torch.stack(rows) * (table_std(table).cpu() if math.isnan(sigma) else sigma)
-    ids = _initializer_ids(placeholder.init, tokenizer)
-    if len(ids) > n:
+    names = placeholder.names_at(0)
+    starts: list[Tensor] = []  # of one part of the initializer after another
+    parts = split_initializer(placeholder.init)
+    for part in parts:
+        sigma = _random_sigma(part)
+        if sigma is None:
+            ids = _initializer_ids(part, tokenizer)
+            starts += table(torch.tensor(ids, device=table.weight.device)).cpu()
+            continue
+        # the only part of an initializer is that of all rows
+        own = names if len(parts) == 1 else names[len(starts) : len(starts) + 1]
+        for name in own:
+            starts.append(_random_row(name, table, sigma, seed=seed, stream=stream))
+    if len(starts) > len(names):
         raise UserError(
-            f"the initializer {placeholder.init!r} of {placeholder.word} is {len(ids)} tokens, "
-            f"more than its {n} learned vectors; "
-            f"set --tokens.vectors {len(ids)} (or 0: as many as it has) or shorten it"
+            f"the initializer {placeholder.init!r} of {placeholder.word} is {len(starts)} tokens, "
+            f"more than its {len(names)} learned vectors; "
+            f"set --tokens.vectors {len(starts)} (or 0: as many as it has) or shorten it"
         )
-    repeated = [ids[k % len(ids)] for k in range(n)]
-    return table(torch.tensor(repeated, device=table.weight.device)).cpu()
+    rows = torch.stack([starts[k % len(starts)] for k in range(len(names))])
+    return rows.repeat(max(placeholder.layers, 1), 1)
+
+
+def _random_row(name: str, table: Any, sigma: float, *, seed: int, stream: str) -> Tensor:
+    """A row [d] with this standard deviation, the table's own for NaN."""
+    d = table.weight.shape[1]
+    if sigma == 0:
+        return torch.zeros(d)
+    generator = keyed_generator(seed, name, 0, f"token row {d} {stream}".rstrip())
+    row = torch.randn(d, generator=generator)
+    return row * (table_std(table).cpu() if math.isnan(sigma) else sigma)
 
 
 def _random_sigma(init: str) -> float | None:

@@ -146,7 +146,14 @@ def _token_lines(state: AdapterState, path: str) -> list[str]:
             f"{', '.join(named)}"
         )
     words = embeddings.placeholder_words(state, path) if state.tokens else {}
-    return lines + [f"word {word} stands for {''.join(names)}" for word, names in words.items()]
+    layers = embeddings.word_layers(state, path) if state.tokens else {}
+    for word, names in words.items():
+        line = f"word {word} stands for {''.join(names)}"
+        if word in layers:
+            count = layers[word]
+            line += f", {len(names) // count} for each of {count} cross-attention layers (P+)"
+        lines.append(line)
+    return lines
 
 
 def _header_lines(state: AdapterState) -> list[str]:
@@ -156,7 +163,7 @@ def _header_lines(state: AdapterState) -> list[str]:
             lines.append(describe_recipe(parse_recipe(state.metadata[RECIPE], "the file")))
     short, long = [], []
     for key, value in sorted(state.metadata.items()):
-        if key in (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS):
+        if key in (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS, embeddings.LAYERS):
             continue
         if len(value) > LONGEST_ENTRY or "\n" in value:
             long.append(f"{key} ({len(value)} characters)")

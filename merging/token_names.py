@@ -70,6 +70,7 @@ class _JoinedTokens:
     rows: dict[str, list[Tensor]] = field(default_factory=dict)  # encoder -> [n, d] of each file
     names: list[str] = field(default_factory=list)
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)  # placeholder -> tokens
+    layers: dict[str, int] = field(default_factory=dict)  # placeholder -> layers, where it has any
     notes: list[str] = field(default_factory=list)
 
     def check_rows(self, tokens: Mapping[str, Tensor], path: str) -> None:
@@ -99,13 +100,15 @@ class _JoinedTokens:
                 self.notes.append(f"{old} of {path} is called {new} in the result")
         for word, tokens in own_words.items():
             self.words[new_words[word]] = tuple(new_names[name] for name in tokens)
+        for word, count in embeddings.word_layers(state, path).items():
+            self.layers[new_words[word]] = count
         self.names += new_names.values()
         for key, own in state.tokens.items():
             self.rows.setdefault(key, []).append(own)
 
     def as_state(self) -> AdapterState:
         tokens = {key: torch.cat(parts) for key, parts in self.rows.items()}
-        metadata = embeddings.placeholder_header(self.words)
+        metadata = embeddings.placeholder_header(self.words, self.layers)
         if self.names:
             metadata[embeddings.TOKEN_NAMES] = json.dumps(self.names, ensure_ascii=False)
         return AdapterState(tokens=tokens, token_names=tuple(self.names), metadata=metadata)

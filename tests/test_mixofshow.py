@@ -8,6 +8,7 @@ from lora_core.adapters.patch import patch
 from lora_core.adapters.weight_updates import delta_weight
 from lora_core.errors import UserError
 from lora_core.formats.layout import layout_of
+from lora_core.placeholders import bind_layers
 from tests.tiny_pipeline import outputs, pipeline, random_state
 
 PIPE = pipeline()
@@ -49,14 +50,15 @@ def test_factors_and_rows_are_read(tmp_path):
     )
 
 
-def test_it_acts_and_says_that_rows_belong_to_layers(tmp_path):
+def test_it_acts_and_its_rows_belong_to_layers(tmp_path):
     state = random_state(PIPE, scale=1.0, unet=("*attn?.to_*",), text=())
     file(tmp_path / "edlora.pth", state, ["<dog1>"])
     modules = {"unet": PIPE.unet, "text_encoder": PIPE.text_encoder, "tokenizer": PIPE.tokenizer}
     before = outputs(PIPE)[0]
     with patch(modules, tmp_path / "edlora.pth", layout=LAYOUT) as p:
         assert (outputs(PIPE)[0] - before).abs().max() > 1e-3
-        assert any("one for each cross-attention layer" in sentence for sentence in p.report)
+        assert p.bind("a <dog1>") == "a <new0>" and p.placeholders[0].layers == 16
+        assert bind_layers("a <dog1>", p.placeholders)[3] == "a <new3>"
         assert "<new3>" in PIPE.tokenizer.get_vocab()
     assert torch.equal(outputs(PIPE)[0], before)
 

@@ -154,7 +154,10 @@ class Checkpoints:
             for name, embedding in model.embeddings.items()
         }
         names = next((e.names for e in model.embeddings.values()), ())
-        words = formats.placeholder_header({p.word: p.names for p in model.placeholders})
+        words = formats.placeholder_header(
+            {p.word: p.names for p in model.placeholders},
+            {p.word: p.layers for p in model.placeholders},
+        )
         shared = shared_config(self.config, self.run.folder)
         header = {"lora_core.config": to_toml(shared), "lora_core.steps": str(done)}
         if self.changes:

@@ -54,8 +54,8 @@ def _some_stage(test: Callable[[Config, Stage], bool]) -> Callable[[Config], boo
     return lambda c: any(test(c, stage) for stage in c.stages)
 
 
-def _pulls_norms(c: Config, stage: Stage) -> bool:
-    return "tokens" in stage.groups and (stage.norm or c.tokens.norm) == "pull"
+def _has_norm_target(c: Config, stage: Stage) -> bool:
+    return "tokens" in stage.groups and (stage.norm or c.tokens.norm) in ("pull", "stop")
 
 
 RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
@@ -74,7 +74,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
         "a stage that trains text_encoder",
     ),
     "tokens": TOKENS,
-    "tokens.norm_target": (_some_stage(_pulls_norms), "--tokens.norm pull"),
+    "tokens.norm_target": (_some_stage(_has_norm_target), "--tokens.norm pull or stop"),
     "samples.base_word": TOKENS,
     "samples.negative": (lambda c: c.samples.guidance != 1, "a --samples.guidance other than 1"),
     "tokens.norm": (

@@ -52,9 +52,7 @@ class SampleImages:
         """
         model = self.model
         if base:
-            bound = [self.ordinary_prompt(prompt) for prompt in prompts]
-        else:
-            bound = [bind_placeholders(prompt, model.placeholders) for prompt in prompts]
+            prompts = [self.ordinary_prompt(prompt) for prompt in prompts]
         # a batch that fits in memory in training fits here
         size = 1 if model.family.inpainting else self.config.batch_size
         images: list[Image.Image] = []
@@ -63,8 +61,8 @@ class SampleImages:
             stack.enter_context(self.optimization.averaged())
             if base or only_tokens:
                 stack.enter_context(model.without_adapters())
-            for i in range(0, len(bound), size):
-                part = bound[i : i + size]
+            for i in range(0, len(prompts), size):
+                part = prompts[i : i + size]
                 images += self._generate(part, range(i, i + len(part)))
         return images
 
@@ -77,7 +75,13 @@ class SampleImages:
         family = self.model.family
         init, mask = self._hole(seeds[0]) if family.inpainting else (None, None)
         drawn = generation.generate_images(
-            family, prompts, seeds, self.settings, init=init, mask=mask
+            family,
+            prompts,
+            seeds,
+            self.settings,
+            init=init,
+            mask=mask,
+            placeholders=self.model.placeholders,
         )
         return pictures.to_images(drawn)
 

@@ -17,7 +17,8 @@ from lora_core.diffusion import generation, validation
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
 from lora_core.family import Sizes
-from lora_core.placeholders import bind_placeholders
+from lora_core.layer_prompts import encode_layer_prompts
+from lora_core.placeholders import bind_layers
 from training import step
 from training.setup import Data, Model, Optimization
 
@@ -53,10 +54,10 @@ class Scorer:
         model, family = self.model, self.model.family
         batch = collate([self._encoded(i) for i in images])
         side = self.images.settings.resolution
-        prompts = [bind_placeholders(caption, model.placeholders) for caption in batch.captions]
+        prompts = [bind_layers(caption, model.placeholders) for caption in batch.captions]
         sizes = Sizes(batch.original_sizes, batch.crops, (side, side))
         cond = family.add_size_embeddings(
-            family.encode_prompts(prompts), sizes, self.config.noise.guidance
+            encode_layer_prompts(family.encode_prompts, prompts), sizes, self.config.noise.guidance
         )
         inpaint = None
         if family.inpainting:

@@ -26,23 +26,21 @@ from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
 from lora_core.diffusion import losses, sampling, validation
 from lora_core.diffusion.validation import ValidationSet
-from lora_core.errors import UserError
 from lora_core.family import Family, LoadOptions
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
-from lora_core.placeholders import Placeholder, make_placeholders
+from lora_core.placeholders import Placeholder
 from lora_core.runs.run_folder import Run, hold_run
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout
-from training import class_images, config_checks, cuda_graph, model_checks
+from training import class_images, config_checks, cuda_graph, learned_tokens, model_checks
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 
 # (step, steps of the stage, warm-up steps) -> factor of the learning rate
 RateSchedule = Callable[[int, int, int], float]
-CLIP_ENCODERS = ("clip_l", "clip_g")  # learn tokens where the config names no text encoder
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Model:
     has_factors: bool  # whether the adapters have a low-rank form; else a whole model is written
     placeholders: tuple[Placeholder, ...]  # words of the captions and their tokens
     embeddings: dict[str, tokens.LearnedEmbedding]  # text encoder -> token rows [n, d]
-    norm_targets: dict[str, Tensor]  # text encoder -> [n, 1] norms that the rows are pulled to
+    norm_targets: dict[str, Tensor]  # text encoder -> [n, 1] norms for --tokens.norm
     table_stds: dict[str, Tensor]  # text encoder -> 0-dim, spread of its vocabulary
     groups: dict[str, list[nn.Parameter]]  # trainable parameters of denoiser, text_encoder, tokens
     up_factors: dict[str, list[Tensor]]  # group -> up factors of its adapters, with LoRA+ only
@@ -287,8 +285,7 @@ def open_model(config: Config) -> Model:
         for name, spec in plan.items()
     }
     has_factors = model_checks.report_adapters(config, adapted, paths)
-    placeholders, embeddings = _install_tokens(config, family, encoders)
-    target = config.tokens.norm_target
+    placeholders, embeddings = learned_tokens.install_run_tokens(config, family, encoders)
     model = Model(
         family=family,
         device=device,
@@ -299,7 +296,7 @@ def open_model(config: Config) -> Model:
         has_factors=has_factors,
         placeholders=placeholders,
         embeddings=embeddings,
-        norm_targets={name: _norm_target(e, target) for name, e in embeddings.items()},
+        norm_targets=learned_tokens.norm_targets(config, embeddings),
         table_stds={name: tokens.table_std(e) for name, e in embeddings.items()},
         groups=_parameter_groups(family, adapted, embeddings),
         up_factors=_up_factors(config, family, adapted),
@@ -347,49 +344,6 @@ def _describe_loss(config: Config, family: Family) -> str:
     return losses.describe_loss(
         config.weighting, family.prediction, space, loss=config.loss, **config.weighting_arg
     )
-
-
-def _install_tokens(
-    config: Config, family: Family, encoders: Mapping[str, nn.Module]
-) -> tuple[tuple[Placeholder, ...], dict[str, tokens.LearnedEmbedding]]:
-    """The placeholders, and the learned token rows of each text encoder that learns them; both
-    empty without a stage that trains tokens.
-    """
-    if not config.trains("tokens"):
-        return (), {}
-    keys = family.layout.encoders
-    wanted = config.tokens.encoders or CLIP_ENCODERS
-    chosen = [name for name in encoders if keys[name] in wanted]
-    if missing := set(config.tokens.encoders) - {keys[name] for name in chosen}:
-        raise UserError(
-            f"--tokens.encoders has {', '.join(sorted(missing))}; "
-            f"the text encoders of this model are {', '.join(keys.values())}"
-        )
-    initializers = model_checks.token_initializers(config)
-    tokenizers = [family.tokenizers[name] for name in chosen]
-    vectors = [
-        config.tokens.vectors or tokens.count_initializer_tokens(initializer, tokenizers)
-        for initializer in initializers.values()
-    ]
-    placeholders = make_placeholders(initializers, vectors)
-    embeddings = {}
-    for name in chosen:
-        stream = "" if name == "text_encoder" else keys[name]
-        embeddings[name] = tokens.install_tokens(
-            encoders[name], family.tokenizers[name], placeholders, seed=config.seed, stream=stream
-        )
-    return placeholders, embeddings
-
-
-def _norm_target(embedding: tokens.LearnedEmbedding, wanted: float) -> Tensor:
-    """[n, 1] target norms of the norm prior: the rows' initial norms, unless one is given (0.4 in
-    lora_pti: SD 1.5's usual norm). Rows that start at zero take the vocabulary's mean norm.
-    """
-    start = embedding.initial.norm(dim=-1, keepdim=True)
-    if wanted:
-        return torch.full_like(start, wanted)
-    usual = embedding.weight.detach().to(start).norm(dim=-1).mean()
-    return torch.where(start > 0, start, usual)
 
 
 def _parameter_groups(

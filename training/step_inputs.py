@@ -21,7 +21,8 @@ from lora_core.diffusion import generation, noise
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
-from lora_core.placeholders import Placeholder, bind_placeholders
+from lora_core.layer_prompts import encode_layer_prompts, split_prompts
+from lora_core.placeholders import Placeholder, Prompt, bind_layers
 from lora_core.runs.run_folder import nonfinite_names
 from training import model_checks
 from training.cuda_graph import tree_tensors
@@ -34,8 +35,10 @@ PixelKey = tuple[str, int, torch.Size]  # image, visit up to repetition, (h, w)
 class TokenIds:
     """Token ids of captions, encoded in each step where a text encoder or tokens train."""
 
-    ids: dict[str, Tensor]  # tokenizer's output -> [b, ...], as family.encode takes it
+    ids: dict[str, Tensor]  # tokenizer's output -> [texts, ...], as family.encode takes it
     kept: Tensor | None  # [b] 0 in the rows of dropped captions that zeros replace, else 1
+    # [b, layers] number of the text that a cross-attention layer reads; None: text i for image i
+    layers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class InputSource:
         self.latents = TensorCache(made_by, cache or None)  # row of a PixelKey: mean and std
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
-        self.tokenized: dict[str, dict[str, Tensor]] = {}  # caption -> token ids [1, ...]
+        self.tokenized: dict[Prompt, dict[str, Tensor]] = {}  # bound text -> token ids [1, ...]
+        self.bound: dict[str, Prompt] = {}  # caption -> its text, or one for each layer
+        self.has_layer_tokens = any(p.layers for p in model.placeholders)
         self.stream: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
             self.stream = torch.cuda.Stream(model.device)
@@ -291,10 +296,29 @@ def _make_text(source: InputSource, batch: Batch, stage: Stage) -> Conditioning 
     text encoder or tokens train in this stage.
     """
     kept = _kept_captions(source, batch) if source.zeroes_dropped else None
-    if "text_encoder" in stage.groups or "tokens" in stage.groups:
-        return TokenIds(_tokenize(source, batch.captions), kept)
-    cond = _encode(source, batch.captions, source.encoded, source.model.placeholders)
-    return cond if kept is None else cond.zeroed(source.model.family.zeros, kept)
+    if "text_encoder" not in stage.groups and "tokens" not in stage.groups:
+        cond = _encode(source, batch.captions, source.encoded, source.model.placeholders)
+        return cond if kept is None else cond.zeroed(source.model.family.zeros, kept)
+    prompts: list[Prompt] = []
+    for caption in batch.captions:
+        if caption not in source.bound:
+            source.bound[caption] = bind_layers(caption, source.model.placeholders)
+        prompts.append(source.bound[caption])
+    texts: Sequence[Prompt] = prompts
+    layers = None
+    if source.has_layer_tokens:  # a CUDA graph needs the same number of texts in each step
+        texts, layers = split_prompts(prompts, distinct=not source.config.cuda_graph)
+    ids: dict[str, list[Tensor]] = {}  # tokenizer's output -> a row for each text
+    for text in texts:
+        if text not in source.tokenized:
+            assert isinstance(text, str)
+            source.tokenized[text] = source.model.family.tokenize([text])
+        for name, row in source.tokenized[text].items():
+            ids.setdefault(name, []).append(row)
+    rows = dict(zip(ids, map(torch.cat, ids.values())))
+    if layers is None:
+        return TokenIds(rows, kept)
+    return TokenIds(rows, kept, to_device(torch.tensor(layers), source.model.device))
 
 
 def _swapped_text(
@@ -327,19 +351,6 @@ def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
     return to_device(kept, source.model.device)
 
 
-def _tokenize(source: InputSource, captions: Sequence[str]) -> dict[str, Tensor]:
-    """The token ids of the captions, one row each; every caption is tokenized once."""
-    known = source.tokenized
-    rows: dict[str, list[Tensor]] = {}  # tokenizer's output -> a row for each caption
-    for caption in captions:
-        if caption not in known:
-            prompt = bind_placeholders(caption, source.model.placeholders)
-            known[caption] = source.model.family.tokenize([prompt])
-        for name, row in known[caption].items():
-            rows.setdefault(name, []).append(row)
-    return dict(zip(rows, map(torch.cat, rows.values())))
-
-
 def _encode(
     source: InputSource,
     captions: Sequence[str],
@@ -350,12 +361,12 @@ def _encode(
     model = source.model
     for caption in captions:
         if caption not in known:
-            prompt = bind_placeholders(caption, placeholders)
+            prompt = bind_layers(caption, placeholders)
             with model.evaluating():
-                cond = model.family.encode_prompts([prompt])
+                cond = encode_layer_prompts(model.family.encode_prompts, [prompt])
             if nonfinite_names({"prompt": cond.prompt_embeds, **cond.extra}):
                 raise UserError(
-                    f"the text encoder gives NaN or infinity for the prompt {prompt!r} in "
+                    f"the text encoder gives NaN or infinity for the prompt {caption!r} in "
                     f"{source.config.precision}: its weights are damaged or its numbers overflow; "
                     "use --precision bf16 or fp32, or fetch the model again"
                 )

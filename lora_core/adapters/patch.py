@@ -25,7 +25,7 @@ from lora_core.adapters.live_modules import (
 )
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats import embeddings, mixofshow
+from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from lora_core.placeholders import Placeholder, bind_placeholders
 
@@ -260,11 +260,13 @@ def _rename_tokens(
     with_word: set[str] = set()
     for own in words.values():
         with_word.update(own)
+    layers = embeddings.word_layers(state, source)
     alone = {name: (name,) for name in state.token_names if name not in with_word}
     placeholders = []
     for word, own in (words | alone).items():
         renamed = tuple(rename.get(name, name) for name in own)
-        placeholders.append(Placeholder(rename.get(word, word), renamed))
+        new_word = rename.get(word, word)
+        placeholders.append(Placeholder(new_word, renamed, layers=layers.get(word, 0)))
     return names, tuple(placeholders)
 
 
@@ -314,12 +316,6 @@ def _unexpected_facts(
         facts.append(
             f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, "
             "or as renamed"
-        )
-    if mixofshow.PER_LAYER in state.metadata:
-        shown = ", ".join(state.token_names[:3])
-        facts.append(
-            f"{source} has rows, one for each cross-attention layer (P+), "
-            f"which are tokens of their own here: {shown} ..."
         )
     if not state.tokens and embeddings.TOKEN_NAMES in state.metadata:
         facts.append(

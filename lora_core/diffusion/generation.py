@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.adapters import injection
+from lora_core.cross_attention import Region
 from lora_core.diffusion import sampling
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
+from lora_core.diffusion.regions import PromptRegion, check_regions
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Family, Sizes
+from lora_core.layer_prompts import encode_layer_prompts
+from lora_core.placeholders import Placeholder, bind_layers
 from lora_core.settings import SamplerSettings
 
 
@@ -39,14 +44,17 @@ def generate_images(
     init: Tensor | None = None,
     mask: Tensor | None = None,
     refiner: Family | None = None,
+    regions: Sequence[PromptRegion] = (),
+    placeholders: Sequence[Placeholder] = (),
 ) -> Tensor:
     """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed).
 
-    In prompts, placeholder words are already replaced by tokens. `init` [1 or b, 3, h, w] is the
+    `placeholders` are the words in prompts and negative prompts that tokens replace; `regions` are
+    boxes of the images with prompts of their own. `init` [1 or b, 3, h, w] is the
     image to start from (strength < 1) or, for an inpainting model, to paint in; `mask`
     [1 or b, 1, h, w] is 1 where it is to be painted. `refiner` is a second family on the same
     latents, which runs the last steps (image to image without new noise). Raises UserError for
-    sizes the model does not take, or an init or mask that does not fit.
+    sizes the model does not take, an init or mask that does not fit, and regions that cannot act.
     """
     height, width = settings.height or family.resolution, settings.width or family.resolution
     _check_inputs(family, settings, (height, width), init, mask)
@@ -67,6 +75,7 @@ def generate_images(
         inpaint = encode_masked_image(family, init, mask).expand(len(prompts), -1, -1, -1)
     eps = start_noise(seeds, shape).to(family.device)
     x = sampling.start_latents(eps, levels, x0)
+    check_regions(family, regions, settings)
     stages = [(family, levels, inpaint)]
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
@@ -74,7 +83,8 @@ def generate_images(
     sampler = sampling.SAMPLERS[settings.sampler]
     noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
     for model, stage_levels, stage_inpaint in stages:
-        denoise = _prompted_denoiser(model, prompts, settings, (height, width), stage_inpaint)
+        text = encode_guidance(model, prompts, settings, (height, width), placeholders, regions)
+        denoise = _prompted_denoiser(model, text, settings, stage_inpaint)
         with injection.cache_dora_norms(model.modules[model.denoiser]):
             x = sampler.run(denoise, x, stage_levels, **noise)
     pixels = family.decode(x).float()
@@ -104,21 +114,51 @@ def _check_finite(family: Family, x: Tensor, pixels: Tensor, seeds: Sequence[int
     )
 
 
-def _prompted_denoiser(
+def encode_guidance(
     family: Family,
     prompts: Sequence[str],
     settings: SamplerSettings,
     size: tuple[int, int],
+    placeholders: Sequence[Placeholder],
+    regions: Sequence[PromptRegion],
+) -> tuple[Conditioning, Conditioning | None]:
+    """The conditioning of the prompts, and that of the negative prompts if guidance needs one.
+
+    `size` is the images' (height, width) in pixels.
+    """
+    sizes = Sizes.uncropped(*size, len(prompts))
+    halves: list[Conditioning] = []
+    sources = [(family.encode_prompts, prompts, [region.prompt for region in regions])]
+    if guidance_scale(family, settings) != 1:
+        negatives = [settings.negative] * len(prompts)
+        inside = [region.negative or settings.negative for region in regions]
+        sources.append((family.encode_negative, negatives, inside))
+    for encode, texts, region_texts in sources:
+        bound = [bind_layers(text, placeholders) for text in texts]
+        cond = encode_layer_prompts(encode, bound)
+        encoded = []
+        for region, text in zip(regions, region_texts):
+            own = encode_layer_prompts(encode, [bind_layers(text, placeholders)]).prompt_embeds
+            encoded.append(Region(region.box, own.expand(len(prompts), *own.shape[1:])))
+        cond = replace(cond, regions=tuple(encoded))
+        halves.append(family.add_size_embeddings(cond, sizes, settings.guidance))
+    return halves[0], halves[1] if len(halves) > 1 else None
+
+
+def guidance_scale(family: Family, settings: SamplerSettings) -> float:
+    """The scale of guidance between two forward passes; 1 where one pass is enough."""
+    return 1.0 if family.distilled_guidance else settings.guidance
+
+
+def _prompted_denoiser(
+    family: Family,
+    text: tuple[Conditioning, Conditioning | None],
+    settings: SamplerSettings,
     inpaint: Tensor | None,
 ) -> sampling.Denoise:
-    """A denoiser (x_t, level) -> x0 for the prompts, with the model's kind of guidance."""
-    sizes = Sizes.uncropped(*size, len(prompts))
-    scale = 1.0 if family.distilled_guidance else settings.guidance
-    cond = family.add_size_embeddings(family.encode_prompts(prompts), sizes, settings.guidance)
-    uncond = None
-    if scale != 1:
-        negative = family.encode_negative([settings.negative] * len(prompts))
-        uncond = family.add_size_embeddings(negative, sizes, settings.guidance)
+    """A denoiser (x_t, level) -> x0 for encoded prompts, with the model's kind of guidance."""
+    cond, uncond = text
+    scale = guidance_scale(family, settings)
 
     def network(x: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         repeated = None

@@ -37,6 +37,9 @@ A1111_ROWS = "string_to_param"  # A1111's dictionary of such tensors
 BUNDLE = re.compile(rf"bundle_emb\.(.+?)\.({A1111_ROWS}\.[^.]*|[^.]+)")
 LAYERWISE = re.compile(r"(IN|OUT)\d\d|MID")  # kohya's XTI: rows by block of the network
 PLACEHOLDERS = "placeholders"  # header entry: JSON object, placeholder word -> its tokens
+# Header entry: JSON object, placeholder word -> number of cross-attention layers that its tokens
+# are for; a word with the same tokens for all layers is not in it.
+LAYERS = "placeholder_layers"
 LAYERWISE_REFUSAL = (
     "per-layer token rows (P+), one for each cross-attention layer, which are not read; "
     "train plain rows, one for all layers"
@@ -50,12 +53,20 @@ class WordRows(NamedTuple):
     rows: dict[str, Tensor]  # encoder -> [n, d]
 
 
-def placeholder_header(words: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The header entry for placeholder words and their tokens: {"TOK": ("<s0>", "<s1>")}."""
+def placeholder_header(
+    words: Mapping[str, Sequence[str]], layers: Mapping[str, int] | None = None
+) -> dict[str, str]:
+    """The header entries for placeholder words and their tokens: {"TOK": ("<s0>", "<s1>")}.
+
+    `layers`: word -> number of cross-attention layers, of words with tokens for each layer, listed
+    layer by layer (P+, arXiv 2303.09522).
+    """
     if not words:
         return {}
     listed = {word: list(names) for word, names in words.items()}
-    return {PLACEHOLDERS: json.dumps(listed, ensure_ascii=False)}
+    header = {PLACEHOLDERS: json.dumps(listed, ensure_ascii=False)}
+    own = {word: count for word, count in (layers or {}).items() if count}
+    return header | ({LAYERS: json.dumps(own, ensure_ascii=False)} if own else {})
 
 
 def placeholder_words(state: AdapterState, source: str = "the file") -> dict[str, tuple[str, ...]]:
@@ -74,6 +85,25 @@ def placeholder_words(state: AdapterState, source: str = "the file") -> dict[str
             f"expected words and their tokens out of {list(state.token_names)}"
         )
     return {word: tuple(names) for word, names in entry.items()}
+
+
+def word_layers(state: AdapterState, source: str = "the file") -> dict[str, int]:
+    """Placeholder word -> number of layers, of the words that have tokens for each layer.
+
+    Raises UserError for a broken entry, and for numbers that do not divide a word's tokens.
+    """
+    words = placeholder_words(state, source)
+    entry = _header_json(state.metadata, LAYERS, {}, source) if words else {}
+    fits = isinstance(entry, dict) and all(
+        type(count) is int and count > 0 and word in words and len(words[word]) % count == 0
+        for word, count in entry.items()
+    )
+    if not fits:
+        raise UserError(
+            f"the header entry {LAYERS} of {source} is {shorten_value(entry)}, expected words of "
+            f"{PLACEHOLDERS} and a number of layers that divides the number of their tokens"
+        )
+    return dict(entry)
 
 
 def token_names(
@@ -252,6 +282,12 @@ def only_word(state: AdapterState, title: str) -> tuple[str, Tensor]:
             "write the format embeddings"
         )
     words = placeholder_words(state)
+    if layers := word_layers(state):
+        word, count = next(iter(layers.items()))
+        raise UserError(
+            f"{title} would hold the word {word}, whose tokens are for {count} layers (P+); such a "
+            "file has no place for that, write the format embeddings"
+        )
     covered = set().union(*words.values())
     free = [name for name in state.token_names if name not in covered]
     if len(words) > 1 or (words and free):

@@ -1,10 +1,10 @@
-"""Mix-of-Show's ED-LoRA files of torch.save (arXiv 2305.18292); read only.
+"""Mix-of-Show's ED-LoRA files of torch.save (arXiv 2305.18292).
 
 They hold {"params": {"new_concept_embedding", "text_encoder", "unet"}}. Factors are under module
 paths; the scale is not in the file (an alpha that is not divided by the rank, 1 by default there
-and here). A concept has one token for each of the sixteen cross-attention layers (P+, arXiv
-2303.09522): <new0> ... <new15>, then the next concept's, as Mix-of-Show numbers them. Here a prompt
-is the same for all layers, so each is a token like others, and no word is a placeholder for them.
+and here). A concept is a placeholder word with one token for each of the sixteen cross-attention
+layers (P+, arXiv 2303.09522): <new0> ... <new15>, then the next concept's, as Mix-of-Show numbers
+them. A file of plain LoRA has one token for all layers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
-from lora_core.formats.embeddings import TOKEN_NAMES
+from lora_core.formats.embeddings import TOKEN_NAMES, placeholder_header
 from lora_core.formats.layout import Layout, Shape, nearest_name
 from lora_core.text import shorten_value
 
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
-# Header entry: JSON object, concept -> its tokens, one for each cross-attention layer.
-PER_LAYER = "per_layer_rows"
 
 
 def is_mixofshow(data: Any) -> bool:
@@ -74,7 +72,8 @@ def read_mixofshow(data: Mapping[str, Any], layout: Layout | None, source: str) 
             names += tokens[concept]
         state.tokens = {"clip_l": torch.cat(list(concepts.values()))}
         state.token_names = tuple(names)
-        state.metadata = {TOKEN_NAMES: json.dumps(names), PER_LAYER: json.dumps(tokens)}
+        layers = {concept: len(own) for concept, own in tokens.items() if len(own) > 1}
+        state.metadata = {TOKEN_NAMES: json.dumps(names), **placeholder_header(tokens, layers)}
     return state
 
 

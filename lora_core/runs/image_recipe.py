@@ -35,7 +35,7 @@ C = TypeVar("C")
 IMAGE_OPTIONS = (  # what an image is: a recipe, or the flag, which wins
     "prompt", "negative", "seed", "sampler", "steps", "guidance", "width", "height", "clip_skip",
     "max_sequence_length", "precision", "grid", "model", "lora", "model_config", "vae", "refiner",
-    "refiner_start",
+    "refiner_start", "region",
 )  # fmt: skip
 START_OPTIONS = ("init_image", "mask", "strength")  # images of this disk: recorded, set by flags
 CALL_OPTIONS = (  # what a command does: flags only, and not recorded
@@ -49,6 +49,7 @@ MOST_STEPS = 150
 MOST_STEPS_OF_A_GRID = 20 * MOST_STEPS  # of all its images together
 MOST_PIXELS = 2048 * 2048
 MOST_LORAS = 16
+MOST_REGIONS = 16
 LONGEST_SIDE = 4096  # pixels, where the other side is the model's own
 LONGEST_RECIPE_PROMPT = 10_000  # characters; CLIP reads 77 tokens, T5 512
 LONGEST_T5_PROMPT = 512  # tokens; Flux was trained with as many
@@ -161,6 +162,8 @@ def _check_limits(config: Any, taken: Collection[str], path: str) -> None:
     loras = {"lora": len(config.lora), "prompt": len(parse_lora_tags(config.prompt)[1])}
     asked = [name for name in loras if name in taken and loras[name]]
     check(asked, sum(loras[name] for name in asked), MOST_LORAS, "LoRA files")
+    check(("region",), len(config.region), MOST_REGIONS, "regions")
+    check(("region",), sum(map(len, config.region)), LONGEST_RECIPE_PROMPT, "characters")
     length = config.max_sequence_length
     check(("max_sequence_length",), length, LONGEST_T5_PROMPT, "tokens of a prompt")
     if "grid" in taken:
