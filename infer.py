@@ -43,7 +43,8 @@ class ImageRequest:
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
     ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
     prompts: str = ""
-    """Text file with one prompt a line, instead of --prompt."""
+    """Text file with one prompt a line, instead of --prompt; with --grid a sheet has a row for each
+    prompt."""
     out: str = "out.png"
     """PNG to write; several images get _000, _001 ... before the ending."""
     overwrite: bool = False
@@ -108,7 +109,7 @@ from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
 from lora_core.prompt_tags import TAG as LORA_TAG
 from lora_core.runs.destination import check_free_names, check_path_lengths
-from lora_core.runs.image_grid import Axis, draw_axes, parse_axis
+from lora_core.runs.image_grid import Axis, draw_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
 from lora_core.runs.loras import (
     LoraSource,
@@ -120,7 +121,7 @@ from lora_core.runs.loras import (
     set_strengths,
     warn_of_whole_model,
 )
-from lora_core.runs.pictures import to_images
+from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
 from lora_core.runs.prompt_loras import (
     TaggedPrompt,
     combine_loras,
@@ -193,7 +194,7 @@ def infer(config: Infer) -> list[Path]:
         if sentence := prompts_without_words(texts, drawing.placeholders):
             print(f"note: {sentence}", file=sys.stderr)
         if axes:
-            return [write_grid(drawing, config, prompts[0], axes)]
+            return [write_grid(drawing, config, prompts, axes)]
         return write_images(drawing, config, prompts)
 
 
@@ -256,19 +257,36 @@ def write_images(drawing: Drawing, config: Infer, prompts: Sequence[TaggedPrompt
     return paths
 
 
-def write_grid(drawing: Drawing, config: Infer, prompt: TaggedPrompt, axes: Sequence[Axis]) -> Path:
-    """Draws one sheet over the axes and writes it with its recipe."""
+def write_grid(
+    drawing: Drawing, config: Infer, prompts: Sequence[TaggedPrompt], axes: Sequence[Axis]
+) -> Path:
+    """Draws one sheet over the axes, with a row for each of several prompts, and writes it.
 
-    def draw_cell(settings: Mapping[str, float]) -> Image.Image:
-        set_strengths(drawing.patches, drawing.loras, settings)
-        changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
-        for name in ("seed", "steps"):
-            changed[name] = int(settings.get(name, getattr(config, name)))
-        return drawing.draw([prompt.text], [changed["seed"]], replace(config, **changed))[0]
+    The sheet of one prompt has its recipe.
+    """
+    rows: list[ImageRow] = []
+    for prompt in prompts:
+        loras = loras_of_prompt(drawing.loras, len(config.lora), prompt)
 
+        def draw_cell(
+            settings: Mapping[str, float],
+            loras: Sequence[LoraSource] = loras,
+            text: str = prompt.text,
+        ) -> Image.Image:
+            set_strengths(drawing.patches, loras, settings)
+            changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
+            for name in ("seed", "steps"):
+                changed[name] = int(settings.get(name, getattr(config, name)))
+            return drawing.draw([text], [changed["seed"]], replace(config, **changed))[0]
+
+        rows += draw_rows(axes, draw_cell, prompt.text if len(prompts) > 1 else "")
     path = Path(config.out)
-    sheet = draw_axes(axes, draw_cell, title=prompt.text)
-    save_with_recipe(sheet, path, _without_tags(config, prompt))
+    title = prompts[0].text if len(prompts) == 1 else f"the prompts of {Path(config.prompts).name}"
+    sheet = draw_grid(rows, title=title)
+    if len(prompts) == 1:
+        save_with_recipe(sheet, path, _without_tags(config, prompts[0]))
+    else:
+        save_png(sheet, path)
     return path
 
 
@@ -310,9 +328,10 @@ def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras
     `prompts` and `loras` are the numbers of prompts and of LoRAs, those of tags included.
     """
     check_options(config, "--")
-    if len(axes) > 2 or (axes and (prompts > 1 or config.count > 1)):
+    if len(axes) > 2 or (len(axes) == 2 and prompts > 1) or (axes and config.count > 1):
         raise UserError(
-            "a grid has one or two axes and one prompt; use --grid seed=0:4 for several images"
+            "a grid has one or two axes and one prompt, or one axis and several prompts; use "
+            "--grid seed=0:4 for several images"
         )
     _check_seeds(config, axes)
     if config.refiner_start != Infer().refiner_start and not config.refiner:

@@ -77,7 +77,7 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
     output = StepOutput(
         out, target, x.x0, x.eps, x_t, x.level, form, x.mask, x.is_prior, x.number,
         lazy=lazy_members(model, x, x_t, cond, maps), t_max=model.family.schedule.t_max,
-        network=prediction,
+        network=prediction, token_positions=x.token_positions,
     )  # fmt: skip
     rows = loss(output)
     losses.check_loss_shape(rows, loss, len(x.is_prior))
@@ -106,7 +106,8 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         setup.describe_start(config, data, model, run)
         log = Log(run, config, model, optimization)
         scorer = Scorer(config, data, model, optimization)
-        source = InputSource(config, data, model)
+        reads_attention = getattr(functions.loss, "reads_attention", False)
+        source = InputSource(config, data, model, reads_attention=reads_attention)
         replay = GraphReplay() if config.cuda_graph else call_eagerly
         stack.enter_context(checkpoints.advice_on_interrupt())
         if start == 0:

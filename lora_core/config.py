@@ -229,6 +229,9 @@ class SamplesConfig(SamplingMethod):
     """Prompts with the placeholder word; empty: the training captions."""
     every: Annotated[int, AtLeast(0)] = 0
     """Steps between sample grids; 0: only before and after training."""
+    strengths: tuple[float, ...] = (1.0,)
+    """Strengths of the adapters, a row of each sample grid for each; 0: the learned tokens
+    alone."""
     base_word: str = ""
     """Takes the place of the placeholder when the base model draws the "before" images; empty: the
     words of the initializer, or nothing."""

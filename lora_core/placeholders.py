@@ -138,6 +138,22 @@ def truncated_tokens(
     return is_cut
 
 
+def token_positions(
+    caption: str, placeholders: Sequence[Placeholder], tokenizer: Any, length: int
+) -> list[int]:
+    """The positions of the learned tokens among a caption's first `length` tokens, in their order.
+
+    They are the same in the texts of all layers.
+    """
+    names: list[str] = []
+    for placeholder in placeholders:
+        names += placeholder.names_at(0)
+    learned = set(tokenizer.convert_tokens_to_ids(names))
+    bound = bind_placeholders(caption, placeholders)
+    ids = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
+    return [position for position, index in enumerate(ids) if index in learned]
+
+
 def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]:
     """(position, word) of the whole words in a caption, from left to right.
 

@@ -112,8 +112,12 @@ def _check_number(number: float, label: str, option: _Option) -> None:
 
 
 def _numbers(value: Any, flag: str) -> Iterator[tuple[str, float]]:
-    """(how an error begins, number) of an option that is a number or a table of numbers."""
-    if isinstance(value, dict):
+    """(how an error begins, number) of an option that is a number, or a table or list of them."""
+    if isinstance(value, tuple):
+        for number in value:
+            if isinstance(number, int | float):
+                yield f"{flag} has ", number
+    elif isinstance(value, dict):
         for key, number in value.items():
             if isinstance(number, int | float):
                 yield f"{flag} {key}=", number

@@ -78,6 +78,7 @@ class StableDiffusion:
 
     name = "sd"
     denoiser = "unet"
+    attended = "text_encoder"
     distilled_guidance = False
     embeds_sizes = False
     zeros: tuple[str, ...] = ()

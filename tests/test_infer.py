@@ -17,6 +17,8 @@ from lora_core.runs.loras import RunSettings
 from models import load_family
 from tests.tiny_pipeline import random_state, save_sd_pipeline
 
+BLANK = Image.new("RGB", (1, 1))
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -378,3 +380,63 @@ def test_the_default_output_is_not_replaced_either(
     assert [infer.main(words), infer.main(words)] == [0, 2]
     Path("dir.png").mkdir()
     assert infer.main([*words, "--out", "dir.png", "--overwrite"]) == 2
+
+
+def test_prompts_of_a_file_over_strengths_are_one_sheet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mix-of-Show's validation sheet: a row for each prompt, a column for each strength."""
+    (folder / "two.txt").write_text("a TOK\nb TOK\n")
+    sheets = []
+    monkeypatch.setattr(
+        infer, "draw_grid", lambda rows, title: sheets.append((rows, title)) or BLANK
+    )
+    words = ["--lora", str(folder / "a"), "--seed", "3"]
+    sheet = ["--prompts", str(folder / "two.txt"), "--grid", "strength=0,0.7,1"]
+    draw(folder, "sheet.png", *words, *sheet)
+    ((rows, title),) = sheets
+    assert title == "the prompts of two.txt" and [row.label for row in rows] == ["a TOK", "b TOK"]
+    assert rows[0].captions == ["strength 0", "strength 0.7", "strength 1"]
+    for row in rows:
+        for image, strength in zip(row.images, ("0", "0.7", "1")):
+            one = ["--lora", f"{folder / 'a'}:{strength}", "--seed", "3", "--prompt", row.label]
+            assert image.tobytes() == draw(folder, "one.png", *one)
+
+
+def test_a_sheet_of_prompts_has_one_axis(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "two.txt").write_text("a\nb\n")
+    words = ["--model", str(folder / "model"), "--prompts", str(folder / "two.txt")]
+    axes = ["--grid", "guidance=1:2", "--grid", "seed=0:2"]
+    assert infer.main([*words, *axes, "--out", str(folder / "none.png")]) == 2
+    assert "one axis and several prompts" in capsys.readouterr().err
+
+
+def test_regions_draw_their_own_prompts(folder: Path) -> None:
+    """A region over the whole image is its prompt; half of it changes that half most."""
+    whole = ["--lora", str(folder / "a"), "--region", "0,0,32,32: a TOK; negative: b"]
+    ours = draw(folder, "region.png", *whole, "--prompt", "cat", "--negative", "b")
+    alone = ["--lora", str(folder / "a"), "--prompt", "a TOK", "--negative", "b"]
+    assert ours == draw(folder, "alone.png", *alone)
+    plain = draw(folder, "plain.png", "--lora", str(folder / "a"), "--prompt", "cat")
+    half = ["--lora", str(folder / "a"), "--region", "0,0,16,32: a TOK", "--prompt", "cat"]
+    changed = draw(folder, "half.png", *half)
+    assert changed not in (plain, ours)
+    recipe = ["--from", str(folder / "half.png"), "--out", str(folder / "again.png")]
+    assert infer.main([*recipe, "--overwrite"]) == 0
+    assert Image.open(folder / "again.png").tobytes() == changed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--region", "0,0,40,32: a"], "not inside the image, 32 x 32"),
+        (["--region", "0,0,1,1: a"], "no whole cell of any attention layer"),
+        (["--region", "0,0,8,8: a; negative: b", "--guidance", "1"], "no effect at guidance 1"),
+    ],
+)
+def test_regions_that_cannot_act_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    command = ["--model", str(folder / "model"), "--steps", "1", "--prompt", "a"]
+    assert infer.main([*command, "--out", str(folder / "none.png"), *words]) == 2
+    assert said in capsys.readouterr().err and not (folder / "none.png").exists()

@@ -76,6 +76,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "tokens": TOKENS,
     "tokens.norm_target": (_some_stage(_has_norm_target), "--tokens.norm pull or stop"),
     "samples.base_word": TOKENS,
+    "samples.strengths": ADAPTERS,
     "samples.negative": (lambda c: c.samples.guidance != 1, "a --samples.guidance other than 1"),
     "tokens.norm": (
         _some_stage(lambda c, s: "tokens" in s.groups and s.norm is None),
@@ -176,6 +177,8 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
             "--noise.dynamic-shift takes its shift from the model, "
             f"--noise.shift {c.noise.shift:g} gives another; choose one of the two"
         )
+    if not c.samples.strengths:
+        raise UserError("--samples.strengths has no strength, so no sample could be drawn; give 1")
     check_unicode(to_table(c), "")
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)

@@ -245,7 +245,7 @@ def check_token_limit(
     for record in records:
         for caption in record.captions:
             image_of.setdefault(caption, record.path.name)
-    limits = _token_limits(family)
+    limits = token_limits(family)
     for name in embeddings:
         tokenizer, limit = family.tokenizers[name], limits[name]
         # caption -> token -> whether it is cut off
@@ -273,7 +273,7 @@ def check_token_limit(
             )
 
 
-def _token_limits(family: Family) -> dict[str, int]:
+def token_limits(family: Family) -> dict[str, int]:
     """Text encoder -> the number of tokens that it reads."""
     ids = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]  # tokenizers' order
     return {name: rows.shape[1] for name, rows in zip(family.tokenizers, ids, strict=True)}

@@ -44,11 +44,11 @@ class SampleImages:
         )
 
     def draw(
-        self, prompts: Sequence[str], *, base: bool = False, only_tokens: bool = False
+        self, prompts: Sequence[str], *, base: bool = False, strength: float = 1.0
     ) -> list[Image.Image]:
-        """One image for each prompt, seeds 0, 1, 2 ...: by the base model, with the learned tokens
-        alone, or with all that is trained. An inpainting model repaints the middle of the
-        validation images.
+        """One image for each prompt, seeds 0, 1, 2 ...: by the base model, or with the learned
+        tokens and the adapters at a strength, 0 for the tokens alone. An inpainting model repaints
+        the middle of the validation images.
         """
         model = self.model
         if base:
@@ -59,8 +59,10 @@ class SampleImages:
         with ExitStack() as stack:
             stack.enter_context(model.evaluating())
             stack.enter_context(self.optimization.averaged())
-            if base or only_tokens:
+            if base or not strength:
                 stack.enter_context(model.without_adapters())
+            elif strength != 1:
+                stack.enter_context(model.at_strength(strength))
             for i in range(0, len(prompts), size):
                 part = prompts[i : i + size]
                 images += self._generate(part, range(i, i + len(part)))
@@ -146,10 +148,18 @@ class SampleImages:
 def save_sample_grid(
     samples: SampleImages, run: Run, done: int, drawn: Sequence[Image.Image] = ()
 ) -> None:
-    """Write OUT/samples/step_NNNNNN.png, of `drawn` where the images exist already."""
-    row = ImageRow("", drawn or samples.draw(samples.prompts), samples.shown_prompts)
-    sheet = pictures.draw_grid(list(wrap_row(row)), title=f"after {done} steps")
-    pictures.save_png(sheet, run.folder / "samples" / f"step_{done:06d}.png")
+    """Write OUT/samples/step_NNNNNN.png, with rows for each of --samples.strengths; `drawn` are the
+    images at strength 1, where they exist already.
+    """
+    prompts, shown = samples.prompts, samples.shown_prompts
+    strengths = samples.config.samples.strengths
+    sheet: list[ImageRow] = []
+    for strength in strengths:
+        images = drawn if drawn and strength == 1 else samples.draw(prompts, strength=strength)
+        label = f"strength {strength:g}" if len(strengths) > 1 else ""
+        sheet += wrap_row(ImageRow(label, images, shown))
+    grid = pictures.draw_grid(sheet, title=f"after {done} steps")
+    pictures.save_png(grid, run.folder / "samples" / f"step_{done:06d}.png")
 
 
 def before_after_grid(
@@ -171,7 +181,7 @@ def before_after_grid(
     if model.adapted:
         learned.append(config.adapter.kind.split(":")[-1])
     if len(learned) == 2:
-        alone = samples.draw(prompts, only_tokens=True)
+        alone = samples.draw(prompts, strength=0)
         rows.append(ImageRow("learned tokens alone", alone, shown))
     rows.append(ImageRow(f"after: {' + '.join(learned)}", drawn, shown))
     sheet = []

@@ -113,6 +113,17 @@ class Model:
                 stack.enter_context(injection.disable_adapters(module))
             yield
 
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """The model with its adapters at another strength than 1."""
+        try:
+            for module in self.adapted.values():
+                injection.set_strength(module, "default", strength)
+            yield
+        finally:
+            for module in self.adapted.values():
+                injection.set_strength(module, "default", 1.0)
+
 
 @dataclass(frozen=True)
 class Optimization:

@@ -22,7 +22,7 @@ from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import encode_layer_prompts, split_prompts
-from lora_core.placeholders import Placeholder, Prompt, bind_layers
+from lora_core.placeholders import Placeholder, Prompt, bind_layers, token_positions
 from lora_core.runs.run_folder import nonfinite_names
 from training import model_checks
 from training.cuda_graph import tree_tensors
@@ -60,6 +60,9 @@ class StepInputs:
     # With --prior.swap: the captions with classes in place of the placeholder words, and the
     # conditioning of the base model for them.
     swapped: tuple[Conditioning | TokenIds, Conditioning] | None
+    # [b, n] of the learned tokens of each caption, in its order; -1 where it has fewer than n. None
+    # unless the loss reads attention maps and the encoder that they are on learns tokens.
+    token_positions: Tensor | None = None
 
 
 class InputSource:
@@ -67,8 +70,14 @@ class InputSource:
     and captions that were encoded or tokenized before.
     """
 
-    def __init__(self, config: Config, data: Data, model: Model) -> None:
+    def __init__(
+        self, config: Config, data: Data, model: Model, *, reads_attention: bool = False
+    ) -> None:
         self.config, self.data, self.model = config, data, model
+        self.reads_attention = reads_attention  # whether the loss does
+        self.longest_prompt = 0  # tokens that attention maps can be on
+        if reads_attention:
+            self.longest_prompt = model_checks.token_limits(model.family)[model.family.attended]
         self.records: dict[str, Record] = {}
         for folder in filter(None, (data.training, data.class_images)):
             self.records |= {record.key: record for record in folder.records}
@@ -159,6 +168,9 @@ def _make_inputs(
         dropout_keys = to_device(keys.hashes("dropout"), device)
     if config.prior.swap:
         swapped = _swapped_text(source, batch, stage)
+    positions = None
+    if source.reads_attention and source.model.family.attended in source.model.embeddings:
+        positions = to_device(_token_positions(source, batch.captions), device)
     return StepInputs(
         x0=x0,
         eps=eps_on_device,
@@ -177,6 +189,7 @@ def _make_inputs(
         step=torch.full((), number, dtype=torch.int64, device=device),
         number=number,
         swapped=swapped,
+        token_positions=positions,
     )
 
 
@@ -349,6 +362,18 @@ def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
     """[b] 0 for examples whose caption was dropped, else 1."""
     kept = torch.tensor([float(not dropped) for dropped in batch.dropped])
     return to_device(kept, source.model.device)
+
+
+def _token_positions(source: InputSource, captions: Sequence[str]) -> Tensor:
+    """[b, n] positions of the learned tokens in each caption, -1 after the last one."""
+    family, placeholders = source.model.family, source.model.placeholders
+    tokenizer = family.tokenizers[family.attended]
+    n = sum(len(placeholder.names_at(0)) for placeholder in placeholders)
+    rows = []
+    for caption in captions:
+        found = token_positions(caption, placeholders, tokenizer, source.longest_prompt)[:n]
+        rows.append([*found, *[-1] * (n - len(found))])
+    return torch.tensor(rows)
 
 
 def _encode(

@@ -61,6 +61,9 @@ class StepOutput:
     # The network's own prediction type, for base_out() and preserved(), where `prediction` is
     # "sample" because the loss compares x0.
     network: str = ""
+    # [b, n] of the learned tokens of each prompt among the columns of the attention maps, in the
+    # prompt's order; -1 where it has fewer than n. For losses that read attention.
+    token_positions: Tensor | None = None
 
     @cached_property
     def x0_pred(self) -> Tensor:

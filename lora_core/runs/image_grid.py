@@ -11,7 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from lora_core.errors import UserError
-from lora_core.runs.pictures import ImageRow, draw_grid
+from lora_core.runs.pictures import ImageRow
 
 MOST_VALUES = 64  # of one axis
 SETTINGS = r"seed|guidance|steps|(lora\d+\.)?(strength|unet|text)"
@@ -65,19 +65,19 @@ def _parse_values(text: str, *, includes_stop: bool) -> tuple[list[float], int]:
     return [round(start + i * step, 9) for i in range(min(total, MOST_VALUES))], total
 
 
-def draw_axes(
-    axes: Sequence[Axis], draw: Callable[[Mapping[str, float]], Image.Image], title: str
-) -> Image.Image:
-    """One sheet: the last axis runs over the columns, the first of two over the rows.
+def draw_rows(
+    axes: Sequence[Axis], draw: Callable[[Mapping[str, float]], Image.Image], label: str = ""
+) -> list[ImageRow]:
+    """The rows of a sheet: the last axis runs over the columns, the first of two over the rows.
 
-    `draw` makes the image of one cell from {setting: value}.
+    `draw` makes the image of one cell from {setting: value}; every row begins with `label`.
     """
     *vertical, across = axes
     rows = []
     for down in product(*(axis.values for axis in vertical)):
         fixed = {axis.setting: value for axis, value in zip(vertical, down)}
         cells = [draw(fixed | {across.setting: value}) for value in across.values]
-        label = ", ".join(f"{setting} {value:g}" for setting, value in fixed.items())
+        words = [label, *(f"{setting} {value:g}" for setting, value in fixed.items())]
         captions = [f"{across.setting} {value:g}" for value in across.values]
-        rows.append(ImageRow(label, cells, captions))
-    return draw_grid(rows, title=title)
+        rows.append(ImageRow(", ".join(filter(None, words)), cells, captions))
+    return rows

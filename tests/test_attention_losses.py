@@ -1,0 +1,98 @@
+"""Attention regularization against Mix-of-Show's formula, in float64 and written out by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.cross_attention import AttentionMap
+from lora_core.diffusion.attention_losses import attention_outside, mixofshow_regularization
+
+GRIDS = (16, 8, 8, 4)
+
+
+def maps(b: int = 2, *, seed: int = 0) -> list[AttentionMap]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i, side in enumerate(GRIDS):
+        scores = torch.randn(b, 3, side, side, 9, generator=generator, dtype=torch.float64)
+        found.append(AttentionMap(str(i), scores.softmax(-1).requires_grad_()))
+    return found
+
+
+def corner(b: int = 2) -> Tensor:
+    mask = torch.zeros(b, 1, 16, 16, dtype=torch.float64)
+    mask[:, :, :7, 3:] = 1
+    return mask
+
+
+POSITIONS = torch.tensor([[3, 4], [5, 8]])
+
+
+@pytest.mark.parametrize("full_identity", [True, False])
+def test_the_sources_formula(full_identity: bool) -> None:
+    recorded, mask = maps(), corner()
+    total = torch.zeros((), dtype=torch.float64)
+    for side in sorted(set(GRIDS)):
+        heads = [m.probabilities for m in recorded if m.probabilities.shape[2] == side]
+        mean = torch.cat(heads, 1).mean(1)
+        adjective = torch.stack([mean[i, ..., POSITIONS[i, 0]] for i in range(2)])
+        subject = torch.stack([mean[i, ..., POSITIONS[i, 1]] for i in range(2)])
+        adjective, subject = adjective / adjective.max(), subject / subject.max()
+        target = F.interpolate(mask, (side, side), mode="nearest")[:, 0]
+        outside = subject[target == 0].mean()
+        total += F.mse_loss(subject, target) if full_identity else outside
+        total += adjective[target == 0].mean()
+    ours = mixofshow_regularization(recorded, POSITIONS, mask, full_identity=full_identity)
+    torch.testing.assert_close(ours, total, rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(total, [m.probabilities for m in recorded])
+    found = torch.autograd.grad(ours, [m.probabilities for m in recorded])
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-18)
+
+
+def test_a_mask_of_ones_leaves_the_term_out_without_nan() -> None:
+    recorded = maps()
+    ours = mixofshow_regularization(
+        recorded, POSITIONS, torch.ones_like(corner()), full_identity=True
+    )
+    assert ours == 0
+    for gradient in torch.autograd.grad(ours, [m.probabilities for m in recorded]):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("formula", [mixofshow_regularization, attention_outside])
+def test_examples_without_learned_tokens_do_not_count(formula) -> None:
+    alone = formula(maps()[:1], POSITIONS, corner(), full_identity=False)
+    both = [
+        AttentionMap(m.layer, torch.cat([m.probabilities, m.probabilities])) for m in maps()[:1]
+    ]
+    positions = torch.cat([POSITIONS, torch.full_like(POSITIONS, -1)])
+    ours = formula(both, positions, corner(4), full_identity=False)
+    assert torch.allclose(ours[:2] if ours.ndim else ours, alone)
+    assert ours.ndim == 0 or not ours[2:].any()
+
+
+def test_the_normalized_form_is_a_share_of_each_example() -> None:
+    """Uniform attention: the share outside is the area outside, at any resolution and batch."""
+    uniform = [AttentionMap("a", torch.full((2, 1, side, side, 9), 1 / 9)) for side in (16, 8)]
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[0, :, :8] = 1
+    mask[1, :, :4] = 1
+    ours = attention_outside(uniform, POSITIONS, mask, full_identity=False)
+    torch.testing.assert_close(ours, torch.tensor([1.0, 1.5]))
+    full = attention_outside(uniform, POSITIONS, mask, full_identity=True)
+    torch.testing.assert_close(full, torch.tensor([0.5 + 0.5, 0.75 + 0.75]))
+    inside = torch.zeros(2, 1, 16, 16, 9)
+    inside[0, :, :8], inside[1, :, :4] = 0.1, 0.1
+    perfect = [AttentionMap("a", inside)]
+    for full_identity in (True, False):
+        ours = attention_outside(perfect, POSITIONS, mask, full_identity=full_identity)
+        torch.testing.assert_close(ours, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_an_empty_mask_is_zero_and_finite() -> None:
+    ours = attention_outside(maps(), POSITIONS, 0 * corner(), full_identity=True)
+    assert not ours.any() and math.isfinite(float(ours.sum()))
