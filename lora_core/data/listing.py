@@ -102,7 +102,7 @@ def list_one_folder(folder: Path) -> FolderContents:
     images = [path for path in readable if path not in mask_bases and path not in conditions]
     masks, unclaimed, spare = _pair_masks(images, mask_bases, entries)
     text_files = [path for path in visible if path.suffix.lower() in CAPTION_SUFFIXES]
-    texts, strays = _pair_texts(images, text_files)
+    texts, strays = pair_texts(images, text_files)
     table = _find_table(folder)
     others = {path: "links to nothing" for path in entries if not path.exists()}
     others |= dict.fromkeys(spare, "second masks of an image")
@@ -281,7 +281,8 @@ def _find_table(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _stem(path: Path) -> str:
+def file_stem(path: Path) -> str:
+    """A file's name without its ending, in Unicode's normal form C."""
     return normalize_unicode(path.stem)
 
 
@@ -290,7 +291,11 @@ def _mask_names(image: Path) -> tuple[str, ...]:
 
     0.src, 0.src.jpg and 0 for 0.src.jpg.
     """
-    return _stem(image), normalize_unicode(image.name), _stem(image).removesuffix(SOURCE_END)
+    return (
+        file_stem(image),
+        normalize_unicode(image.name),
+        file_stem(image).removesuffix(SOURCE_END),
+    )
 
 
 def _all_names(images: Iterable[Path]) -> set[str]:
@@ -299,7 +304,7 @@ def _all_names(images: Iterable[Path]) -> set[str]:
 
 def _masked_name(path: Path, names: set[str]) -> str | None:
     """The name of the image that this file is a mask of; None for a file that is no mask."""
-    stem = _stem(path)
+    stem = file_stem(path)
     for end in MASK_ENDS:
         if stem.lower().endswith(end):
             return stem[: -len(end)]
@@ -325,7 +330,7 @@ def _pair_masks(
         named.setdefault(bases[path], []).append(path)
     names = _all_names(images)
     for path in _masks_in_folders(entries, names):
-        named.setdefault(_masked_name(path, names) or _stem(path), []).append(path)
+        named.setdefault(_masked_name(path, names) or file_stem(path), []).append(path)
     masks: dict[Path, Path] = {}
     for image in images:
         choice: list[Path] = []
@@ -352,12 +357,12 @@ def _masks_in_folders(entries: Iterable[Path], names: set[str]) -> list[Path]:
         if folder.is_dir() and folder.name.lower() in MASK_FOLDERS:
             files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
             own = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-            if any((_masked_name(path, names) or _stem(path)) in names for path in own):
+            if any((_masked_name(path, names) or file_stem(path)) in names for path in own):
                 found += own
     return found
 
 
-def _pair_texts(
+def pair_texts(
     images: Iterable[Path], texts: Iterable[Path]
 ) -> tuple[dict[Path, tuple[Path, ...]], list[Path]]:
     """(image -> its caption files, those of no image).
@@ -366,11 +371,11 @@ def _pair_texts(
     """
     named: dict[str, list[Path]] = {}
     for path in sorted(texts, key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path)):
-        named.setdefault(_stem(path), []).append(path)
+        named.setdefault(file_stem(path), []).append(path)
     found: dict[Path, tuple[Path, ...]] = {}
     claimed: set[Path] = set()
     for image in images:
-        own = (*named.get(_stem(image), ()), *named.get(normalize_unicode(image.name), ()))
+        own = (*named.get(file_stem(image), ()), *named.get(normalize_unicode(image.name), ()))
         if own:
             found[image] = own
             claimed.update(own)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from lora_core.data.captions import FOLDER_NAME, CaptionMode, Captions, read_captions, read_metadata
+from lora_core.data.concept_folders import list_images
 from lora_core.data.images import has_alpha_mask, mask_path, read_image
 from lora_core.data.listing import (
     METADATA_TABLES,
     FolderContents,
     Listing,
     files_left_out,
-    list_folder,
     list_one_folder,
 )
 from lora_core.errors import UserError
@@ -51,9 +51,10 @@ def scan_folder(
 ) -> list[Record]:
     """The images of a folder with their captions and masks.
 
-    They include images below the folder that a metadata table names. The list has every image
-    `repeats` times, and those of kohya's folder N_name (`list_folder`) N times as often; in a
-    `held_out` set each is listed once, and a caption that none of its images uses is no error.
+    The folder is one of images, of concepts, or a list of concepts (`concept_folders`). They
+    include images below the folder that a metadata table names. The list has every image
+    `repeats` times, and those of kohya's folder N_name (`listing.list_folder`) N times as often;
+    in a `held_out` set each is listed once, and a caption that none of its images uses is no error.
 
     Masks: "file" demands a mask for each image (001.mask.png, or other tools' names:
     `lora_core.data.listing`), "alpha" an alpha channel, "auto" takes existing mask files and
@@ -62,18 +63,14 @@ def scan_folder(
     Raises UserError for missing or damaged files.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        if folder.is_file():
-            raise UserError(
-                f"the image folder {folder} is a file, not a folder; give the folder it lies in"
-            )
+    if not folder.exists():
         raise UserError(f"the image folder {folder} does not exist; check the path")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
     if masks not in ("auto", "file", "alpha", "any", "none"):
         raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha, any or none")
     tabled = captions in ("auto", "metadata")
-    parts = list_folder(folder, tabled=tabled).parts
+    parts = list_images(folder, tabled=tabled).parts
     if tabled:
         may_be_empty = caption is not None
         parts = tuple(
@@ -142,7 +139,7 @@ def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
 def _list_again(folder: Path | str, records: Sequence[Record]) -> Listing:
     """The folder's listing, with the options that gave these records."""
     files = {record.source.name for record in records if isinstance(record.source, Path)}
-    return list_folder(Path(folder), tabled=bool(files & set(METADATA_TABLES)))
+    return list_images(Path(folder), tabled=bool(files & set(METADATA_TABLES)))
 
 
 def _add_tabled_images(
