@@ -79,10 +79,10 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     sampler and size, which are printed. Flags win, and only they name files to write, start images,
     and models to fetch."""
     init_image: str = ""
-    """Image to start from (with --strength), or to paint in (with --mask and an inpainting
-    model)."""
+    """Image to start from (with --strength), or to paint in (with --mask)."""
     mask: str = ""
-    """Inpainting: image that is white where it is to be painted."""
+    """Inpainting: image that is white where --init-image is to be painted. An inpainting model sees
+    the rest of the image; of other models the latents of the rest are put back before each step."""
     region: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A box of the image with a prompt of its own, "x0,y0,x1,y1: PROMPT" or "x0,y0,x1,y1: PROMPT;
     negative: TEXT", in pixels (left, top, right, bottom). Repeat the flag for several; where boxes

@@ -224,6 +224,33 @@ def test_image_to_image_equals_the_pipelines(folder: Path) -> None:
     assert near != far
 
 
+def test_a_plain_model_paints_where_the_mask_is_white(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outside, the image is what the VAE makes of it, as in the pipelines; --from repeats it."""
+    Image.effect_noise((32, 32), 80).convert("RGB").save(folder / "start.png")
+    hole = Image.new("L", (32, 32))
+    hole.paste(255, (0, 0, 16, 32))
+    hole.save(folder / "hole.png")
+    start = ["--init-image", str(folder / "start.png")]
+    words = [*start, "--mask", str(folder / "hole.png"), "--steps", "4"]
+    painted = draw(folder, "painted.png", "--prompt", "a", *words)
+    again = ["--from", str(folder / "painted.png"), *words, "--overwrite"]
+    assert infer.main([*again, "--out", str(folder / "again.png")]) == 0
+    assert Image.open(folder / "again.png").tobytes() == painted
+    other = draw(folder, "other.png", "--prompt", "b", "--seed", "4", *words)
+    differs = []
+    for x in range(32):
+        columns = [
+            Image.frombytes("RGB", (32, 32), image).crop((x, 0, x + 1, 32)).tobytes()
+            for image in (painted, other)
+        ]
+        differs.append(columns[0] != columns[1])
+    assert all(differs[:16])
+    assert infer.main(["--model", str(folder / "model"), "--prompt", "a", *words[2:]]) == 2
+    assert "need an image to start from (--init-image)" in capsys.readouterr().err
+
+
 def _mean_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], SimpleNamespace]:
     """An `encode` whose posterior samples its mean: infer.py starts from the mean, diffusers from
     a sample.

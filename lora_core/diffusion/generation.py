@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,14 @@ def generate_images(
     """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed).
 
     `placeholders` are the words in prompts and negative prompts that tokens replace; `regions` are
-    boxes of the images with prompts of their own. `init` [1 or b, 3, h, w] is the
-    image to start from (strength < 1) or, for an inpainting model, to paint in; `mask`
-    [1 or b, 1, h, w] is 1 where it is to be painted. `refiner` is a second family on the same
-    latents, which runs the last steps (image to image without new noise). Raises UserError for
-    sizes the model does not take, an init or mask that does not fit, and regions that cannot act.
+    boxes of the images with prompts of their own. `init` [1 or b, 3, h, w] is the image to start
+    from (strength < 1) or, with a mask, to paint in; `mask` [1 or b, 1, h, w] is 1 where it is to
+    be painted. An inpainting model takes both as inputs; of any other model, the latents outside
+    the mask are replaced before each step (`sampling.keep_latents`). The VAE decodes the whole
+    image either way, so that pixels outside the mask change a little (as in diffusers' pipelines).
+    `refiner` is a second family on the same latents, which runs the last steps (image to image
+    without new noise). Raises UserError for sizes the model does not take, an init or mask that
+    does not fit, and regions that cannot act.
     """
     height, width = settings.height or family.resolution, settings.width or family.resolution
     _check_inputs(family, settings, (height, width), init, mask)
@@ -68,28 +71,60 @@ def generate_images(
         offset=family.offset,
         strength=settings.strength,
     )
-    x0, inpaint = None, None
-    if init is not None and settings.strength < 1:
-        x0 = family.encode_images(init)[0].expand(len(prompts), -1, -1, -1)
-    if init is not None and mask is not None:
-        inpaint = encode_masked_image(family, init, mask).expand(len(prompts), -1, -1, -1)
     eps = start_noise(seeds, shape).to(family.device)
-    x = sampling.start_latents(eps, levels, x0)
+    start = _start_sampling(family, eps, levels, settings.strength, init, mask)
+    x, kept = start.x, start.kept
     check_regions(family, regions, settings)
-    stages = [(family, levels, inpaint)]
+    stages = [(family, levels, start.inpaint)]
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
-        stages = [(family, own, inpaint), (refiner, rest, None)]
+        stages = [(family, own, start.inpaint), (refiner, rest, None)]
     sampler = sampling.SAMPLERS[settings.sampler]
     noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
     for model, stage_levels, stage_inpaint in stages:
         text = encode_guidance(model, prompts, settings, (height, width), placeholders, regions)
         denoise = _prompted_denoiser(model, text, settings, stage_inpaint)
+        if kept is not None:
+            denoise = sampling.keep_latents(denoise, kept, start=levels.t[0].item())
         with injection.cache_dora_norms(model.modules[model.denoiser]):
             x = sampler.run(denoise, x, stage_levels, **noise)
+    if kept is not None:
+        x = torch.where(kept.hole, x, kept.x0)
     pixels = family.decode(x).float()
     _check_finite(family, x, pixels, seeds)
     return pixels
+
+
+class _Start(NamedTuple):
+    """What sampling starts from."""
+
+    x: Tensor  # [b, c, h, w] x_t at the first level
+    kept: sampling.KeptLatents | None  # of a plain model that paints in an image
+    inpaint: Tensor | None  # [b, 1 + c, h, w] further inputs of an inpainting model
+
+
+def _start_sampling(
+    family: Family,
+    eps: Tensor,
+    levels: NoiseLevel,
+    strength: float,
+    init: Tensor | None,
+    mask: Tensor | None,
+) -> _Start:
+    """Noise, or the noised image for strength below 1; and the image that a mask is painted in."""
+    x0 = None
+    kept = None
+    inpaint = None
+    count = len(eps)
+    if init is not None and mask is not None and family.inpainting:
+        inpaint = encode_masked_image(family, init, mask).expand(count, -1, -1, -1)
+    keeps = mask is not None and not family.inpainting
+    if init is not None and (strength < 1 or keeps):
+        x0 = family.encode_images(init)[0].expand(count, -1, -1, -1)
+        if mask is not None and keeps:
+            kept = sampling.KeptLatents(x0, eps, latent_mask(mask, x0) > 0.5)
+    x = sampling.start_latents(eps, levels, x0 if strength < 1 else None)
+    return _Start(x, kept, inpaint)
 
 
 def _check_finite(family: Family, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -> None:
@@ -181,14 +216,13 @@ def _check_inputs(
             f"{size[1]} x {size[0]} pixels: the sides of this model's images must be multiples of "
             f"{family.multiple}"
         )
-    if init is None and (settings.strength < 1 or family.inpainting):
+    if init is None and (settings.strength < 1 or family.inpainting or mask is not None):
         raise UserError(
-            "strength below 1 and inpainting models need an image to start from (--init-image)"
+            "strength below 1, masks and inpainting models need an image to start from "
+            "(--init-image)"
         )
-    if (mask is not None) != family.inpainting:
-        raise UserError(
-            "an inpainting model needs a mask (--mask), and only such a model takes one"
-        )
+    if mask is None and family.inpainting:
+        raise UserError("an inpainting model needs a mask of what it is to paint (--mask)")
     if settings.negative and family.distilled_guidance:
         raise UserError(
             "a negative prompt has no effect on a guidance-distilled model; leave it out"
@@ -202,8 +236,12 @@ def encode_masked_image(family: Family, pixels: Tensor, mask: Tensor) -> Tensor:
     """
     mask = mask.to(pixels)
     latents = family.encode_images(pixels * (mask < 0.5))[0]
-    small = F.interpolate(mask, latents.shape[-2:], mode="nearest").to(latents)
-    return torch.cat([small, latents], dim=1)
+    return torch.cat([latent_mask(mask, latents), latents], dim=1)
+
+
+def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
+    """[b, 1, h, w] a mask of pixels on the grid of the latents (nearest, as diffusers)."""
+    return F.interpolate(mask, latents.shape[-2:], mode="nearest").to(latents)
 
 
 def random_hole_masks(keys: RandomKeys, height: int, width: int) -> Tensor:

@@ -62,6 +62,32 @@ def guided_denoiser(
     return denoise
 
 
+class KeptLatents(NamedTuple):
+    """The part of an image that sampling leaves as it is."""
+
+    x0: Tensor  # [b, c, h, w] clean latents of the image
+    eps: Tensor  # [b, c, h, w] their noise, that of the start latents
+    hole: Tensor  # [b, 1, h, w] bool, true where the image is painted anew
+
+
+def keep_latents(denoise: Denoise, kept: KeptLatents, *, start: float) -> Denoise:
+    """The denoiser of an image that is painted in the hole only.
+
+    Outside the hole, x_t is replaced by the kept latents with their noise at this level, in every
+    call but those at t = `start`, the first. It equals diffusers' blending after each step of an
+    inpainting pipeline with a 4-channel UNet, with any sampler here: none mixes pixels, so nothing
+    outside the hole reaches it but through the network. At the end the caller replaces what is
+    outside the hole by the kept x0.
+    """
+
+    def denoise_hole(x_t: Tensor, level: NoiseLevel) -> Tensor:
+        is_free = kept.hole | (level.t >= start).reshape(-1, 1, 1, 1)
+        known = add_noise(kept.x0.to(x_t), kept.eps.to(x_t), level)
+        return denoise(torch.where(is_free, x_t, known), level)
+
+    return denoise_hole
+
+
 # ---------------------------------------------------------------- samplers
 
 
