@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lora_core import plugins
 from lora_core.cross_attention import AttentionMap
-from lora_core.diffusion import losses
+from lora_core.diffusion import losses, masked_losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
@@ -154,6 +154,9 @@ def resolve_functions(
         loss = losses.bind_arguments(loss, plugins.function_name(loss), config.loss_arg)
         name, arguments = losses.name_and_arguments(loss)
         config = replace(config, loss=name, loss_arg=arguments)
+    loss = masked_losses.scale_masked_loss(loss, config.mask_scale)
+    if config.prior.outside_mask:
+        loss = masked_losses.add_outside_preservation(loss, config.prior.outside_mask)
     if config.prior.swap:
         loss = losses.add_preservation(loss, config.prior.swap_weight)
     return config, StepFunctions(step, loss, None if step is training_step else step)

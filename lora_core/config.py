@@ -91,6 +91,10 @@ class PriorConfig:
     passes. Instead of class images, or in addition to them."""
     swap_weight: Annotated[float, AtLeast(0)] = 1.0
     """Weight of that loss."""
+    outside_mask: Annotated[float, AtLeast(0)] = 0.0
+    """Weight of a loss that keeps the base model's output outside the mask; the base model reads
+    the caption with the classes of --prior.swap, or else the initializer's words, in place of the
+    placeholder words. 0: none. Costs one more forward pass."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +318,10 @@ class Config(ModelConfig):
     """mse, l1, huber, smooth_l1, or my_loss.py:my_loss."""
     loss_arg: dict[str, Any] = field(default_factory=dict)
     """Arguments of the loss, e.g. delta=0.1."""
+    mask_scale: Literal["mean", "mixofshow", "cloneofsimo", "unnormalized"] = "mean"
+    """How a mask m weights the loss e of a latent with c channels. mean: sum(m e) / (c sum(m));
+    mixofshow: sum(m e) / sum(m), c times as much; unnormalized: the mean of m e (kohya);
+    cloneofsimo: the mean of w e, w = ((m + 0.01) / max)^2 with the maximum of the batch."""
     step: str = ""
     """my_step.py:my_step, a training step in place of train.training_step; empty: that one."""
     weighting: Literal[

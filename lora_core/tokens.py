@@ -70,6 +70,11 @@ def split_initializer(init: str) -> list[str]:
     return parts if all(parts) else [init]
 
 
+def ordinary_words(placeholders: Sequence[Placeholder]) -> dict[str, str]:
+    """Placeholder word -> the words that its tokens were initialized from; "" without any."""
+    return {p.word: "" if is_random_init(p.init) else p.init for p in placeholders}
+
+
 class LearnedEmbedding(nn.Module):
     """A frozen embedding table and n learned rows for the ids first_id .. first_id + n - 1.
 

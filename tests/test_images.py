@@ -30,11 +30,11 @@ from lora_core.data.dataset import (
     scan_folder,
 )
 from lora_core.data.images import IMAGE_SUFFIXES, format_problem, read_image, read_mask, to_srgb
+from lora_core.diffusion import masked_losses
 from lora_core.diffusion.losses import masked_mean
 from lora_core.diffusion.start_images import fit_image
 from lora_core.errors import UserError
 from tests.conftest import rows
-from training import step_inputs
 from training.samples import _center_crop
 
 ROOT = Path(__file__).parent.parent
@@ -857,7 +857,7 @@ def test_a_temperature_never_leaves_nothing_of_a_mask():
     mask[0, 0, 1, 1], mask[1, 0, 2, 2], mask[1, 0, 0, 0], mask[2] = 1 / 255 / 64, 0.25, 0.5, 1
     error = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 2.0, 30.0, 0.5):
-        raised = step_inputs.sharpen_mask(mask, temperature)
+        raised = masked_losses.sharpen_mask(mask, temperature)
         assert torch.equal(
             raised[1:], mask[1:] ** temperature
         )  # what was something stays as it was

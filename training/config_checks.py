@@ -64,6 +64,7 @@ TOKENS = (lambda c: c.trains("tokens"), "a stage that trains tokens")
 VALIDATION = (lambda c: c.validation.every >= 0, "--validation.every 0 or more")
 CLASS_IMAGES = (lambda c: bool(c.prior.prompt), "--prior.prompt, the class prompt")
 DATASET = (lambda c: bool(c.data.dataset), "--data.dataset")
+MASKED_LOSS = (lambda c: c.data.masks != "none", "--data.masks")
 
 # section or option -> (whether this config uses it, the setting that it needs to have an effect)
 EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
@@ -97,6 +98,8 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "prior.images": CLASS_IMAGES,
     "prior.count": CLASS_IMAGES,
     "prior.weight": CLASS_IMAGES,
+    "prior.outside_mask": MASKED_LOSS,
+    "mask_scale": MASKED_LOSS,
     "prior.swap_weight": (lambda c: bool(c.prior.swap), "--prior.swap"),
     "adapter.norm_grad": (lambda c: c.adapter.kind == "dora", "--adapter.kind dora"),
     "autocast": (

@@ -137,10 +137,9 @@ class SampleImages:
         """The prompt for the base model: each placeholder replaced by --samples.base-word, else by
         the words that its tokens were initialized from.
         """
-        word = self.config.samples.base_word
-        for p in self.model.placeholders:
-            ordinary = "" if tokens.is_random_init(p.init) else p.init
-            plain = Placeholder(p.word, (word or ordinary,), "zero")
+        base_word = self.config.samples.base_word
+        for word, ordinary in tokens.ordinary_words(self.model.placeholders).items():
+            plain = Placeholder(word, (base_word or ordinary,), "zero")
             prompt = bind_placeholders(prompt, [plain])
         return " ".join(prompt.split())
 

@@ -87,6 +87,10 @@ def lazy_members(
         with injection.disable_adapters(model.denoiser):
             return denoise(model, x_t, x.level, other, x.inpaint)
 
+    def plain_base_out() -> Tensor:
+        assert x.plain is not None
+        return base_out(encode_conditioning(model, x.plain, x.sizes))
+
     def preserved() -> tuple[Tensor, Tensor]:
         assert x.swapped is not None
         ours, base = (encode_conditioning(model, text, x.sizes) for text in x.swapped)
@@ -94,6 +98,8 @@ def lazy_members(
 
     decode = model.family.decode
     members: dict[str, Callable[..., Any]] = {"base_out": base_out, "preserved": preserved}
+    if x.plain is not None:
+        members["plain_base_out"] = plain_base_out
     if maps is not None:
         members["attention"] = lambda: maps
     return {**members, "decode": decode}

@@ -18,12 +18,14 @@ from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import Batch, Record, micro_batches
 from lora_core.diffusion import generation, noise
+from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import encode_layer_prompts, split_prompts
 from lora_core.placeholders import Placeholder, Prompt, bind_layers, token_positions
 from lora_core.runs.run_folder import nonfinite_names
+from lora_core.tokens import ordinary_words
 from training import model_checks
 from training.cuda_graph import tree_tensors
 from training.setup import Data, Model
@@ -49,7 +51,7 @@ class StepInputs:
     eps: Tensor  # [b, c, h, w] the noise in the target
     eps_in: Tensor  # [b, c, h, w] the noise in x_t (with input perturbation other than eps)
     level: NoiseLevel  # [b] each
-    mask: Tensor | None  # [b, 1, h, w] in [0, 1]
+    mask: Tensor | None  # [b, 1, h, w] in [0, 1], the loss weights of --mask-scale
     inpaint: Tensor | None  # [b, 1 + c, h, w] mask and masked latents, for an inpainting model
     text: Conditioning | TokenIds  # encoded, unless a text encoder or tokens train
     sizes: Sizes  # with `values` on the device where the denoiser embeds them
@@ -60,6 +62,8 @@ class StepInputs:
     # With --prior.swap: the captions with classes in place of the placeholder words, and the
     # conditioning of the base model for them.
     swapped: tuple[Conditioning | TokenIds, Conditioning] | None
+    # With --prior.outside-mask: the base model's conditioning for the captions in ordinary words.
+    plain: Conditioning | None = None
     # [b, n] of the learned tokens of each caption, in its order; -1 where it has fewer than n. None
     # unless the loss reads attention maps and the encoder that they are on learns tokens.
     token_positions: Tensor | None = None
@@ -159,15 +163,17 @@ def _make_inputs(
     sizes = Sizes(batch.original_sizes, batch.crops, (height, width))
     if source.model.family.embeds_sizes:
         sizes = sizes._replace(values=to_device(sizes.to_tensor("cpu"), device))
-    mask = inpaint = dropout_keys = swapped = None
+    mask = inpaint = dropout_keys = swapped = plain = None
     if batch.mask is not None:
-        mask = _loss_mask(batch.mask, stage, x0)
+        mask = _loss_mask(batch.mask, config.mask_scale, stage.mask_temperature, x0)
     if source.model.family.inpainting:
         inpaint = _inpainting_input(source, batch, keys)
     if source.has_dropout:
         dropout_keys = to_device(keys.hashes("dropout"), device)
     if config.prior.swap:
         swapped = _swapped_text(source, batch, stage)
+    if config.prior.outside_mask:
+        plain = _plain_text(source, batch)
     positions = None
     if source.reads_attention and source.model.family.attended in source.model.embeddings:
         positions = to_device(_token_positions(source, batch.captions), device)
@@ -190,6 +196,7 @@ def _make_inputs(
         number=number,
         swapped=swapped,
         token_positions=positions,
+        plain=plain,
     )
 
 
@@ -275,21 +282,10 @@ def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[T
     )
 
 
-def _loss_mask(mask: Tensor, stage: Stage, x0: Tensor) -> Tensor:
-    """[b, 1, h, w] the loss mask on the grid of the latents, at the stage's mask temperature."""
+def _loss_mask(mask: Tensor, scale: str, temperature: float, x0: Tensor) -> Tensor:
+    """[b, 1, h, w] the weights of a mask's scale on the grid of the latents."""
     small = F.interpolate(mask, x0.shape[-2:], mode="area")
-    return sharpen_mask(to_device(small, x0.device, x0.dtype), stage.mask_temperature)
-
-
-def sharpen_mask(mask: Tensor, temperature: float) -> Tensor:
-    """The mask [b, 1, h, w] to the power of the temperature.
-
-    Where a mask would underflow to zero in this dtype, it is divided by its maximum first, which
-    leaves a loss that divides by the mask's sum unchanged.
-    """
-    raised = mask**temperature
-    brightest = mask.amax((1, 2, 3), keepdim=True)
-    return torch.where(brightest**temperature < 1e-30, (mask / brightest) ** temperature, raised)
+    return MASK_SCALES[scale].weights(to_device(small, x0.device, x0.dtype), temperature)
 
 
 def _inpainting_input(source: InputSource, batch: Batch, keys: RandomKeys) -> Tensor:
@@ -344,6 +340,15 @@ def _swapped_text(
     captions = [model_checks.swap_words(caption, swap) for caption in batch.captions]
     swapped = replace(batch, captions=captions)
     return _make_text(source, swapped, stage), _encode_without_adapters(source, swapped)
+
+
+def _plain_text(source: InputSource, batch: Batch) -> Conditioning:
+    """The captions in ordinary words as the base model encodes them."""
+    words = ordinary_words(source.model.placeholders) | source.config.prior.swap
+    captions = []
+    for caption in batch.captions:
+        captions.append(" ".join(model_checks.swap_words(caption, words).split()))
+    return _encode_without_adapters(source, replace(batch, captions=captions))
 
 
 def _encode_without_adapters(source: InputSource, batch: Batch) -> Conditioning:

@@ -55,7 +55,8 @@ class StepOutput:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     is_prior: Tensor  # [b] bool, examples of prior preservation
     step: int
-    # base_out(), preserved(), decode(latents) for pixels, and attention() where it was recorded
+    # base_out(), plain_base_out(), preserved(), decode(latents) for pixels, and attention() where it
+    # was recorded
     lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)
     t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
     # The network's own prediction type, for base_out() and preserved(), where `prediction` is
@@ -74,6 +75,16 @@ class StepOutput:
     def base_out(self) -> Tensor:
         """[b, c, h, w] the base model's output, without gradient, parameterized like `out`."""
         return self._to_loss_space(self._compute("base_out"))
+
+    @cached_property
+    def plain_base_out(self) -> Tensor:
+        """[b, c, h, w] the base model's output on the caption in ordinary words.
+
+        Without adapters in the text encoders either, and without learned tokens: a class or the
+        words of its initializer replace a placeholder word. Without gradient, parameterized like
+        `out`. Training provides it with --prior.outside-mask.
+        """
+        return self._to_loss_space(self._compute("plain_base_out"))
 
     @cached_property
     def preserved(self) -> tuple[Tensor, Tensor]:
