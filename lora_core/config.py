@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NewType, get_args
 
+import tyro
+
 from lora_core.settings import (
     Above,
     AdapterSpec,
@@ -22,6 +24,9 @@ from lora_core.settings import (
 
 ScheduleName = NewType("ScheduleName", str)  # one of SCHEDULE_NAMES or file.py:fn
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_restarts", "polynomial")
+SegmenterWords = NewType("SegmenterWords", str)  # clipseg:WORDS or clipseg@MODEL:WORDS
+FoundMasks = Literal["none", "file", "alpha", "auto", "any"]
+MaskSource = FoundMasks | SegmenterWords
 Group = Literal["denoiser", "text_encoder", "tokens"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
@@ -59,10 +64,13 @@ class DataConfig(ImageSettings):
     the encoding)."""
     repeats: Annotated[int, AtLeast(1)] = 1
     """Visits of each image in an epoch."""
-    masks: Literal["none", "file", "alpha", "auto", "any"] = "none"
-    """Weight the loss by NAME.mask.png, NAME-masklabel.png or masks/NAME.png (file) or by the alpha
-    channel (alpha), which every image must have. auto: by mask files where there are some, other
-    images count whole; any: by a mask file, else the alpha channel, else the whole image."""
+    masks: Annotated[MaskSource, tyro.conf.arg(aliases=("--data.mask",))] = "none"
+    """Masks of the images: NAME.mask.png, NAME-masklabel.png or masks/NAME.png (file) or the alpha
+    channel (alpha), which every image must have. auto: mask files where there are some, other
+    images count whole; any: a mask file, else the alpha channel, else the whole image. "clipseg:a
+    face": mask files, of which missing ones are written as NAME.mask.png by a segmenter that looks
+    for these words, to be corrected by hand (clipseg@MODEL:WORDS takes the weights in that folder
+    or hub repository)."""
     cache: str = ""
     """Folder that keeps encoded latents between runs; empty: memory only."""
     workers: Annotated[int, AtLeast(0)] = 0

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import cattrs
 import tomli_w
 
-from lora_core.config import SCHEDULE_NAMES, Config, ScheduleName
+from lora_core.config import SCHEDULE_NAMES, Config, MaskSource, ScheduleName
 from lora_core.errors import UserError
 from lora_core.text import nearest_names, read_text, shorten_value
 
@@ -78,6 +78,9 @@ def _make_converter() -> cattrs.Converter:
     for kind, (accepts, expected) in PLAIN_TYPES.items():
         converter.register_structure_hook(kind, _strict(kind, accepts, expected))
     converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _one_of)
+    converter.register_structure_hook_func(
+        lambda kind: kind == MaskSource, _strict(str, *PLAIN_TYPES[str])
+    )
     return converter
 
 

@@ -67,6 +67,7 @@ TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
 READ_BY_HAND = {
     "train.py": {"compare", "preview-density"},
     "command_line.py": {"help"},
+    "config.py": {"data.mask"},  # the other spelling of data.masks
     "image_recipe.py": {"from"},
     "add.py": {"with_text_lora"},
     "arguments.py": {"output"},

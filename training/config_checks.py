@@ -27,6 +27,7 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
+from training.mask_files import parse_segmenter
 from training.optimizer_check import try_optimizer
 
 # Options that name input files and folders, which the run must not overwrite.
@@ -175,6 +176,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
             "a run needs at least one stage, and every stage at least one step (--stages.0.steps)"
         )
     _check_ranges(c)
+    parse_segmenter(c.data.masks)  # raises for an unknown source
     if c.noise.dynamic_shift and c.noise.shift != 1:
         raise UserError(
             "--noise.dynamic-shift takes its shift from the model, "

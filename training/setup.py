@@ -1,6 +1,6 @@
 """Setup of a run: `open_data`, `open_model` (with adapters and learned tokens) and `open_optimizer`
 return one frozen dataclass each; `open_run` opens the output folder. Nothing on the disk changes
-before `open_run`.
+before `open_run`, but for caches and for the masks of --data.masks clipseg:WORDS.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout
-from training import class_images, config_checks, cuda_graph, learned_tokens, model_checks
+from training import (
+    class_images,
+    config_checks,
+    cuda_graph,
+    learned_tokens,
+    mask_files,
+    model_checks,
+)
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 
@@ -197,7 +204,8 @@ def open_data(config: Config) -> Data:
     d, v = config.data, config.validation
     images = _images_folder(config)
     captions = _caption_options(config)
-    records = dataset.scan_folder(images, repeats=d.repeats, masks=d.masks, **captions)
+    masks = mask_files.prepare_masks(config, images, captions)
+    records = dataset.scan_folder(images, repeats=d.repeats, masks=masks, **captions)
     training = ImageDataset(records, d, seed=config.seed, caption_dropout=d.caption_dropout)
     if d.buckets:
         size = config.batch_size * config.accumulation

@@ -6,9 +6,10 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_core.config import Config
+from lora_core.config import Config, SegmenterWords
 from lora_core.shared_paths import shorten_path
 from lora_core.text import hide_home
+from training.mask_files import shorten_mask_source
 
 
 def shared_config(config: Config, folder: Path | str) -> Config:
@@ -18,6 +19,7 @@ def shared_config(config: Config, folder: Path | str) -> Config:
     dataset that is one. Other paths are those of `shorten_path`, or have ~ for the home folder.
     """
     c = config.recorded
+    masks = SegmenterWords(shorten_mask_source(c.data.masks, folder))
     dataset = "" if Path(c.data.dataset).exists() else c.data.dataset
     bare = replace(
         c,
@@ -25,7 +27,7 @@ def shared_config(config: Config, folder: Path | str) -> Config:
         vae=shorten_path(c.vae, folder),
         model_config=shorten_path(c.model_config, folder),
         out=Path(c.out).name,
-        data=replace(c.data, images="", cache="", dataset=dataset),
+        data=replace(c.data, images="", cache="", dataset=dataset, masks=masks),
         prior=replace(c.prior, images=""),
         validation=replace(c.validation, images=""),
     )
