@@ -71,6 +71,10 @@ class DataConfig(ImageSettings):
     face": mask files, of which missing ones are written as NAME.mask.png by a segmenter that looks
     for these words, to be corrected by hand (clipseg@MODEL:WORDS takes the weights in that folder
     or hub repository)."""
+    mask_use: Literal["loss", "hole", "both"] = "loss"
+    """What the masks are for: loss weights it; hole trains an inpainting model to paint what is
+    white (at least half) instead of random rectangles, and the whole image counts; both: the hole
+    is painted and counts alone."""
     cache: str = ""
     """Folder that keeps encoded latents between runs; empty: memory only."""
     workers: Annotated[int, AtLeast(0)] = 0

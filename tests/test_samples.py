@@ -5,14 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
+import infer
 import train
-from lora_core.config import Config, PriorConfig, SamplesConfig
+from lora_core.config import Config, PriorConfig, SamplesConfig, Stage
 from lora_core.runs import pictures
 from lora_core.runs.pictures import ImageRow
-from tests.conftest import save_photos, save_pipeline
+from tests import tiny_sdxl
+from tests.conftest import merged, save_photos, save_pipeline
 from tests.opened_run import open_parts
+from tests.tiny_sd2 import second_pipeline
 from training.samples import before_after_grid, save_sample_grid, wrap_row
 
 
@@ -28,6 +32,42 @@ def test_an_inpainting_model_trains_and_draws(
         )
     )
     assert Image.open(run / "before_after.png").size[0] > 300
+
+
+def save_inpainting_model(family: str, folder: Path) -> Path:
+    """A tiny model with 9 input channels."""
+    if family == "sd":
+        return save_pipeline(folder, channels=9)
+    if family == "sdxl":
+        tiny_sdxl.save(folder, channels=9)
+        return folder
+    pipe = second_pipeline()
+    settings = dict(pipe.unet.config) | {"in_channels": 9, "_use_default_values": []}
+    pipe.unet = UNet2DConditionModel.from_config(settings)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("use", ["loss", "both"])
+@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl"])
+def test_every_family_learns_to_paint_holes_and_its_files_load(
+    config: Config, plain: None, tmp_path: Path, family: str, use: str
+) -> None:
+    """Random rectangles with a masked loss, or the masks themselves."""
+    folder = save_inpainting_model(family, tmp_path / "inpaint")
+    config = replace(config, model=str(folder), stages=(Stage(1, ("denoiser", "text_encoder")),))
+    run = train.train(merged(config, {"data": {"masks": "file", "mask_use": use}}))
+    Image.effect_noise((32, 32), 90).convert("RGB").save(tmp_path / "start.png")
+    hole = Image.new("L", (32, 32))
+    hole.paste(255, (0, 0, 16, 32))
+    hole.save(tmp_path / "hole.png")
+    words = ["--model", str(folder), "--prompt", "a", "--steps", "2", "--guidance", "1.5"]
+    words += ["--init-image", str(tmp_path / "start.png"), "--mask", str(tmp_path / "hole.png")]
+    drawn = []
+    for name, lora in (("base", []), ("ours", ["--lora", f"{run}:30"])):
+        assert infer.main([*words, *lora, "--out", str(tmp_path / f"{name}.png")]) == 0
+        drawn.append(Image.open(tmp_path / f"{name}.png").tobytes())
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 11])

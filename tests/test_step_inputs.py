@@ -1,21 +1,25 @@
-"""Inputs of a step: the same drawn ahead as on the spot, and latents from a cache."""
+"""Inputs of a step: the same drawn ahead as on the spot, latents from a cache, and holes of an
+inpainting model.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
 from lora_core.config import AdapterConfig, Config, PriorConfig, Stage
-from lora_core.data.dataset import micro_batches
+from lora_core.data.dataset import Batch, micro_batches
 from lora_core.errors import UserError
-from tests.conftest import final, same
-from tests.opened_run import open_parts
+from tests.conftest import final, merged, same, save_pipeline
+from tests.opened_run import OpenedRun, open_parts
 from training import cuda_graph
 from training.stages import begin_stage
-from training.step_inputs import InputSource, TokenIds, make_step_inputs
+from training.step_inputs import InputSource, StepInputs, TokenIds, make_step_inputs
 
 
 def test_another_vae_and_another_cache_change_what_they_should(
@@ -92,3 +96,142 @@ def test_a_bad_row_of_the_latent_cache_is_named(
     }
     with pytest.raises(UserError, match=rf"cache file .*safetensors .*{said[change]}.*delete it"):
         train.train(replace(config, out=config.out + "2"))
+
+
+# ---------------------------------------------------------------- holes of an inpainting model
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for inpainting, whose latent pixels are 2 x 2 pixels."""
+    return save_pipeline(tmp_path_factory.mktemp("painter") / "model", channels=9)
+
+
+@pytest.fixture
+def painting(config: Config, painter: Path, tmp_path: Path) -> Config:
+    """Images of blue noise with a red part, which is also their mask; crops and flips at random."""
+    folder = tmp_path / "marked"
+    folder.mkdir()
+    for i in range(2):
+        pixels = torch.randint(256, (20, 24, 3), generator=torch.Generator().manual_seed(i)).byte()
+        pixels[..., 0] = 0
+        image = Image.frombytes("RGB", (24, 20), bytes(pixels.flatten().tolist()))
+        mask = Image.new("L", (24, 20))
+        box = (4 + 6 * i, 6, 9 + 6 * i, 15)
+        image.paste((255, 0, 0), box)
+        mask.paste(255, box)
+        image.save(folder / f"{i}.png")
+        mask.save(folder / f"{i}.mask.png")
+        (folder / f"{i}.txt").write_text("a TOK")
+    data = {
+        "images": str(folder), "masks": "file", "mask_use": "hole", "resolution": 20,
+        "flip": True, "crop": "random", "variants": 3,
+    }  # fmt: skip
+    return merged(replace(config, model=str(painter)), {"data": data})
+
+
+def inputs_of(s: OpenedRun, step: int) -> tuple[Batch, StepInputs]:
+    batch = next(iter(s.data.batches(s.config, step, step + 1)))
+    (x,) = make_step_inputs(s.source, batch, s.config.stages[0], step, check=True)
+    return batch, x
+
+
+def test_a_hole_stays_on_its_part_of_the_image(painting: Config) -> None:
+    """Under flips and crops; cloneofsimo's lora_pti mirrors the image and not its hole."""
+    s = open_parts(painting)
+    family = s.model.family
+    flipped = set()
+    for step in range(6):
+        batch, x = inputs_of(s, step)
+        assert batch.mask is not None and x.inpaint is not None and x.mask is None
+        is_red = (batch.pixels[:, :1] == 1) & (batch.pixels[:, 1:] == -1).all(1, keepdim=True)
+        assert torch.equal(is_red, batch.mask == 1) and is_red.any()
+        hole = F.interpolate(batch.mask, x.x0.shape[-2:], mode="nearest")
+        around, _ = family.encode_images(batch.pixels * (batch.mask == 0))
+        assert torch.equal(x.inpaint[:, :1], hole)
+        torch.testing.assert_close(x.inpaint[:, 1:], around, rtol=0, atol=2e-6)
+        flipped.update(zip(batch.keys, (visit % 3 for visit in batch.visits), strict=True))
+    assert len(flipped) == 6  # both images in all three variants
+
+
+def test_inputs_with_holes_come_from_the_cache(
+    painting: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six variants of the images, and six of the images with their holes; on the disk as well."""
+    cached = merged(painting, {"data": {"cache": str(tmp_path / "cache")}})
+    first, second = open_parts(cached), open_parts(replace(cached, out=cached.out + "2"))
+    made = [inputs_of(first, step)[1] for step in range(8)]
+    assert len(list((tmp_path / "cache").iterdir())) == 12
+    monkeypatch.setattr(second.model.family, "encode_images", None)
+    for step, x in enumerate(made):
+        again = inputs_of(second, step)[1]
+        assert x.inpaint is not None and again.inpaint is not None
+        assert torch.equal(x.inpaint, again.inpaint) and torch.equal(x.x0, again.x0)
+
+
+@pytest.mark.parametrize("use", ["loss", "hole", "both"])
+def test_a_mask_is_a_weight_or_a_hole_or_both(painting: Config, use: str) -> None:
+    """Images without a mask, and class images, have random holes and count whole."""
+    folder = Path(painting.data.images)
+    (folder / "1.mask.png").unlink()
+    grey = Image.open(folder / "0.mask.png").point(lambda white: 100 if white else 0)
+    grey.paste(200, (4, 6, 9, 10))
+    grey.save(folder / "0.mask.png")
+    own = merged(
+        painting,
+        {
+            "data": {"masks": "auto", "mask_use": use, "flip": False, "variants": 0},
+            "prior": {"prompt": "a cat", "count": 1},
+        },
+    )
+    s = open_parts(own)
+    batch, x = inputs_of(s, 0)
+    has_own = [s.source.records[key].has_mask for key in batch.keys]
+    assert sorted(has_own) == [False, False, False, True] and batch.is_prior.tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
+    i = has_own.index(True)
+    assert batch.mask is not None and x.inpaint is not None
+    white = (batch.mask[i] > 0.5).float()
+    hole = F.interpolate(white[None], x.x0.shape[-2:], mode="nearest")[0]
+    assert torch.equal(x.inpaint[i, :1], hole) is (use != "loss")
+    others = [j for j in range(4) if j != i]
+    assert all(not torch.equal(x.inpaint[j, :1], hole) for j in others)
+    assert (batch.mask[others] == 1).all()
+    levels = set(batch.mask[i].unique().tolist())
+    assert levels == (
+        {0, 1}
+        if use != "loss"
+        else {0, torch.tensor(100 / 255).item(), torch.tensor(200 / 255).item()}
+    )
+    assert (x.mask is None) is (use == "hole")
+    if x.mask is not None:
+        assert torch.equal(x.mask, F.interpolate(batch.mask, x.x0.shape[-2:], mode="area"))
+
+
+def test_a_hole_of_dark_greys_is_refused(painting: Config) -> None:
+    folder = Path(painting.data.images)
+    Image.open(folder / "0.mask.png").point(lambda grey: grey // 3).save(folder / "0.mask.png")
+    with pytest.raises(UserError, match=r"the mask of .*0\.png .* cut to black and white at half"):
+        open_parts(painting)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"masks": "none"}, "--data.mask-use has no effect without --data.masks"),
+        ({"mask_use": "both"}, "--data.mask-use both has no effect on this model"),
+    ],
+)
+def test_holes_that_nothing_paints_are_refused(
+    painting: Config, model: Path, change: dict[str, str], said: str
+) -> None:
+    config = replace(painting, model=str(model))
+    with pytest.raises(UserError, match=said):
+        train.train(merged(config, {"data": change}))
+    temperature = replace(painting, stages=(Stage(1, mask_temperature=2.0),))
+    with pytest.raises(UserError, match="no effect without masks that weight the loss"):
+        train.train(temperature)

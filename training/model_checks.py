@@ -142,6 +142,11 @@ def check_model(c: Config, family: Family) -> None:
             f"--data.dropped {c.data.dropped} has no effect on this model, "
             "which samples an empty prompt with its encoding; leave it out"
         )
+    if c.data.mask_use != "loss" and not family.inpainting:
+        raise UserError(
+            f"--data.mask-use {c.data.mask_use} has no effect on this model, which paints no "
+            "holes; take an inpainting model (9 input channels) or leave it out"
+        )
     if c.samples.negative and family.distilled_guidance:
         raise UserError(
             "--samples.negative has no effect on a guidance-distilled model; leave it out"

@@ -206,7 +206,13 @@ def open_data(config: Config) -> Data:
     captions = _caption_options(config)
     masks = mask_files.prepare_masks(config, images, captions)
     records = dataset.scan_folder(images, repeats=d.repeats, masks=masks, **captions)
-    training = ImageDataset(records, d, seed=config.seed, caption_dropout=d.caption_dropout)
+    training = ImageDataset(
+        records,
+        d,
+        seed=config.seed,
+        caption_dropout=d.caption_dropout,
+        hard_masks=d.mask_use != "loss",
+    )
     if d.buckets:
         size = config.batch_size * config.accumulation
         print(buckets.describe_buckets(training.sizes, size))

@@ -96,6 +96,8 @@ class InputSource:
         made_by = vae_fingerprint(model.family.modules["vae"]) if cache else {}
         self.zeroes_dropped = model_checks.drops_to_zeros(config, model.family)
         self.latents = TensorCache(made_by, cache or None)  # row of a PixelKey: mean and std
+        # row of a PixelKey with a mask of its own as the hole: an inpainting model's input
+        self.holes = TensorCache({**made_by, "hole": "mask"}, cache or None)
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
         self.tokenized: dict[Prompt, dict[str, Tensor]] = {}  # bound text -> token ids [1, ...]
@@ -164,7 +166,7 @@ def _make_inputs(
     if source.model.family.embeds_sizes:
         sizes = sizes._replace(values=to_device(sizes.to_tensor("cpu"), device))
     mask = inpaint = dropout_keys = swapped = plain = None
-    if batch.mask is not None:
+    if batch.mask is not None and config.data.mask_use != "hole":
         mask = _loss_mask(batch.mask, config.mask_scale, stage.mask_temperature, x0)
     if source.model.family.inpainting:
         inpaint = _inpainting_input(source, batch, keys)
@@ -288,13 +290,56 @@ def _loss_mask(mask: Tensor, scale: str, temperature: float, x0: Tensor) -> Tens
     return MASK_SCALES[scale].weights(to_device(small, x0.device, x0.dtype), temperature)
 
 
+@torch.no_grad()
 def _inpainting_input(source: InputSource, batch: Batch, keys: RandomKeys) -> Tensor:
-    """[b, 1 + c, h, w] random inpainting masks and the masked latents."""
-    model = source.model
-    holes = generation.random_hole_masks(keys, batch.pixels.shape[-2], batch.pixels.shape[-1])
-    pixels = to_device(batch.pixels, model.device)
-    with torch.no_grad():
-        return generation.encode_masked_image(model.family, pixels, to_device(holes, model.device))
+    """[b, 1 + c, h, w] inpainting masks and the masked latents.
+
+    The masks are random rectangles or, with --data.mask-use hole or both, those of the images;
+    class images and other images without a mask get random ones then, too.
+    """
+    given = [False] * len(batch.keys)
+    if source.config.data.mask_use != "loss":
+        given = [source.records[key].has_mask for key in batch.keys]
+    holes = generation.random_hole_masks(keys, *batch.pixels.shape[-2:])
+    if batch.mask is not None:
+        holes = torch.where(torch.tensor(given).view(-1, 1, 1, 1), batch.mask, holes)
+    period = source.visits_until_repeat
+    if not period or not any(given):
+        return _encode_hole(source, batch.pixels, holes)
+    parts = []
+    for i, (image, visit) in enumerate(zip(batch.keys, batch.visits)):
+        pixels, hole = batch.pixels[i : i + 1], holes[i : i + 1]
+        if not given[i]:
+            parts.append(_encode_hole(source, pixels, hole))
+            continue
+        key = image, visit % period, batch.pixels.shape[-2:]
+        if key not in source.holes.rows:
+            _cache_hole(source, key, visit, pixels, hole)
+        parts.append(to_device(source.holes.rows[key]["input"], source.model.device)[None])
+    return torch.cat(parts)
+
+
+def _encode_hole(source: InputSource, pixels: Tensor, hole: Tensor) -> Tensor:
+    """[b, 1 + c, h, w] the masks on the grid of the latents, and the latents around them."""
+    family, device = source.model.family, source.model.device
+    pixels, hole = to_device(pixels, device), to_device(hole, device)
+    return generation.encode_masked_image(family, pixels, hole)
+
+
+def _cache_hole(
+    source: InputSource, key: PixelKey, visit: int, pixels: Tensor, hole: Tensor
+) -> None:
+    """Put the input [1 + c, h, w] of an image with its own hole into the cache."""
+    family = source.model.family
+    image, _, (height, width) = key
+    name = source.data.training.cache_key(source.records[image], visit, (height, width))
+    shape = (1 + family.latent_channels, height // family.factor, width // family.factor)
+    source.holes.row(
+        key,
+        lambda: {"input": _encode_hole(source, pixels, hole)[0]},
+        {"input": shape},
+        disk_key=name,
+    )
 
 
 # ---------------------------------------------------------------- captions

@@ -21,6 +21,7 @@ from lora_core.data.images import (
     MaskedImage,
     RecentImages,
     crop_image,
+    harden_mask,
     image_to_pixels,
     image_to_tensor,
     jitter_colors,
@@ -105,8 +106,9 @@ class ImageDataset:
     If some records have a mask, the others get masks of ones, so that a loss does not depend on the
     other images in the batch. No visit has a mask of zeros, which would train nothing (kohya takes
     such a step with the loss 0): a crop without any of the mask is moved to one of the mask's
-    pixels, at random where crops are random. Raises UserError for masks that vanish when they are
-    scaled, and for masks that have one value in every crop.
+    pixels, at random where crops are random. With `hard_masks` greys become black or white
+    (`harden_mask`), as an inpainting model needs them. Raises UserError for masks that vanish when
+    they are scaled, and for masks that have one value in every crop.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class ImageDataset:
         *,
         seed: int = 0,
         caption_dropout: float = 0.0,
+        hard_masks: bool = False,
         keep_bytes: int = 2**29,
     ) -> None:
         if not records:
@@ -129,7 +132,8 @@ class ImageDataset:
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.sizes = [cut_size(settings, r.size) for r in self.records]
-        self.has_masks = any(_has_mask(r) for r in self.records)
+        self.hard_masks = hard_masks
+        self.has_masks = any(r.has_mask for r in self.records)
         self._recent = RecentImages(keep_bytes)
         self._copies: Counter[str] = Counter()  # key -> how many records have this content
         self._copy: list[int] = []  # per record, how many before it have the same content
@@ -167,6 +171,8 @@ class ImageDataset:
             scale = 1 + (s.zoom - 1) * draw("zoom")
             target = (round(size[0] * scale), round(size[1] * scale))
             image = resize_image(image, target, s.interpolation)
+        if self.hard_masks:
+            image = harden_mask(image)
         if s.flip and draw("flip") < 0.5:
             image = mirror_image(image)
         corner = _crop_corner(image, size, draw if s.crop == "random" else None)
@@ -207,6 +213,8 @@ class ImageDataset:
             "interpolation": s.interpolation,
             "reading": READER_VERSION,
         }
+        if self.hard_masks:  # a crop without any of the mask moves to it
+            settings["masks"] = "hard"
         if s.is_random:
             if not s.variants:
                 raise UserError(
@@ -239,17 +247,19 @@ class ImageDataset:
         value in every crop.
         """
         pairs = zip(self.records, self.sizes, strict=True)
-        masked = {record.path: (record, size) for record, size in pairs if _has_mask(record)}
+        masked = {record.path: (record, size) for record, size in pairs if record.has_mask}
         outside = []
         is_center = self.settings.crop == "center"
         has_effect = not is_center or self.settings.zoom > 1
         for path, (record, size) in masked.items():
-            mask = resize_image(self._read(record, size), size).mask
+            image = resize_image(self._read(record, size), size)
+            mask = harden_mask(image).mask if self.hard_masks else image.mask
             assert mask is not None
             if not mask.getbbox():
+                cut = " and cut to black and white at half" if self.hard_masks else ""
                 raise UserError(
-                    f"nothing is left of the mask of {path} when it is scaled to "
-                    f"{size[1]} x {size[0]} pixels; paint a larger one or raise --data.resolution"
+                    f"nothing is left of the mask of {path} when it is scaled to {size[1]} x "
+                    f"{size[0]} pixels{cut}; paint a larger one or raise --data.resolution"
                 )
             if is_center:
                 mask = _crop_mask(mask, _center_corner(mask, size), size)
@@ -275,10 +285,6 @@ class ImageDataset:
             return resize_image(image, resized, self.settings.interpolation)
 
         return self._recent.get((record.key, resized), read)
-
-
-def _has_mask(record: Record) -> bool:
-    return record.use_alpha or record.mask_path is not None
 
 
 def _crop_corner(

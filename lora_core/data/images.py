@@ -216,6 +216,13 @@ def crop_image(masked: MaskedImage, corner: tuple[int, int], size: tuple[int, in
     return masked._replace(image=masked.image.crop(box), mask=mask)
 
 
+def harden_mask(masked: MaskedImage) -> MaskedImage:
+    """The image with a mask of black and white: white where it was at least half (128 of 255)."""
+    if masked.mask is None:
+        return masked
+    return masked._replace(mask=masked.mask.point(lambda grey: 255 * (grey >= 128)))
+
+
 def jitter_colors(masked: MaskedImage, brightness: float, contrast: float) -> MaskedImage:
     """The image with brightness, then contrast, multiplied (1 keeps them; cloneofsimo: 0.9 to 1.1).
 

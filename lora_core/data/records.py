@@ -37,6 +37,11 @@ class Record:
     is_prior: bool = False
     source: Path | str = ""  # source of the captions: a file, or words of data.captions
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether it has a mask of its own, in a file or as alpha."""
+        return self.use_alpha or self.mask_path is not None
+
 
 def scan_folder(
     folder: Path | str,
@@ -121,7 +126,7 @@ def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) 
 
 def without_mask(record: Record) -> Record:
     """The record of the same image without its mask, which is part of a record's key."""
-    if record.mask_path is None and not record.use_alpha:
+    if not record.has_mask:
         return record
     captions = Captions(record.captions, record.source)
     return _make_record(record.path, captions, None, masks="none", is_prior=record.is_prior)
