@@ -38,6 +38,7 @@ FAMILY = {  # config -> tiny model it is tried on
     "flux_pivotal_t5": "flux",
     "flux_textual_inversion": "flux",
     "sd15_lora_pti": "sd",
+    "sd15_inpainting": "inpainting",
     "kohya_lora": "sd",
 }
 CONFIGS = {name: read_toml(FOLDER / f"{name}.toml") for name in FAMILY}
@@ -52,6 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """
     root = tmp_path_factory.mktemp("tiny")
     save_pipeline(root / "sd")
+    save_pipeline(root / "inpainting", channels=9)
     tiny_sdxl.save(root / "sdxl")
     tiny_sdxl.save(root / "edm", scheduler="edm")
     tiny_flux.save(root / "flux")
@@ -260,6 +262,32 @@ VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides sa
         "save_every": 100,
         "seed": 42,
     },
+    "sd15_inpainting": {
+        "model": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+        "stages": [(3000, ("tokens",)), (3000, ("denoiser", "text_encoder"))],
+        "batch_size": 1,
+        "accumulation": 2,
+        "gradient_checkpointing": True,
+        "adapter.rank": 8,
+        "adapter.alpha": 2.0 * 8,
+        "adapter.dropout": 0.1,
+        "adapter.targets": ("cloneofsimo",),
+        "optimizer.lr": {"denoiser": 2 * 2e-4, "text_encoder": 2 * 1e-6, "tokens": 2 * 5e-4},
+        "optimizer.weight_decay": {"denoiser": 0.0, "text_encoder": 0.0, "tokens": 0.0},
+        "optimizer.schedule": "linear",
+        "optimizer.warmup": 0,
+        "stages.1.schedule": "constant",
+        "stages.1.high": 0.8,
+        "tokens.norm": "pull",
+        "tokens.norm_target": 0.4,
+        "data.masks": "file",
+        "data.resolution": 512,
+        "data.jitter": True,
+        "data.variants": 0,
+        "mask_scale": "cloneofsimo",
+        "save_every": 100,
+        "seed": 42,
+    },
     "kohya_lora": {
         "adapter.rank": 16,
         "adapter.alpha": 1.0,
@@ -458,6 +486,7 @@ FLIPS: dict[
     "data.crop": {"data.crop": "center", "data.variants": 0},
     "data.resolution": {"data.resolution": 24},
     "data.buckets": {"data.buckets": False, "data.bucket_step": 64},
+    "data.masks": {"data.masks": "none", "mask_scale": "mean"},
     "weighting": {"weighting": "none", "weighting_arg": {}},
     "weighting_arg.gamma": {"weighting_arg.gamma": 1.0},
     "precision": {"precision": "fp32"},
@@ -473,12 +502,13 @@ FLIPS: dict[
     "optimizer.args.use_bias_correction": {"optimizer.args.use_bias_correction": False},
     "optimizer.args.safeguard_warmup": {"optimizer.args.safeguard_warmup": False},
 }
-WITH = {  # in both runs: the estimate of d has to move
+WITH = {  # in both runs: the estimate of d has to move, a rate to fall
+    "stages.1.schedule": {"stages.1.steps": 2},
     "optimizer.args.safeguard_warmup": {
         "optimizer.args.d0": 1e-2,
         "optimizer.args.d_coef": 1e3,
         "stages.0.steps": 4,
-    }
+    },
 }
 WHERE = {  # the config that shows it best
     "tokens.encoders": "flux_pivotal_t5",

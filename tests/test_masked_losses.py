@@ -223,8 +223,8 @@ def test_scales_and_the_outside_weight_change_what_is_learned(config: Config, qu
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"mask_scale": "mixofshow"}, "--mask-scale has no effect without --data.masks"),
-        ({"prior": {"outside_mask": 1.0}}, "--prior.outside-mask has no effect without --data.mas"),
+        ({"mask_scale": "mixofshow"}, "--mask-scale has no effect without masks"),
+        ({"prior": {"outside_mask": 1.0}}, "--prior.outside-mask has no effect without masks"),
     ],
 )
 def test_without_masks_both_are_refused(config: Config, change: dict[str, Any], said: str) -> None:
