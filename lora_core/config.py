@@ -387,6 +387,11 @@ class Config(ModelConfig):
         """
         return replace(self, resume=False, resume_anyway=False, overwrite=False)
 
+    @property
+    def masks_loss(self) -> bool:
+        """Whether masks weight the loss."""
+        return self.data.masks != "none" and self.data.mask_use != "hole"
+
     def trains(self, group: str) -> bool:
         """Whether some stage trains this group."""
         return any(group in stage.groups for stage in self.stages)

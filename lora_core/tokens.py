@@ -72,7 +72,11 @@ def split_initializer(init: str) -> list[str]:
 
 def ordinary_words(placeholders: Sequence[Placeholder]) -> dict[str, str]:
     """Placeholder word -> the words that its tokens were initialized from; "" without any."""
-    return {p.word: "" if is_random_init(p.init) else p.init for p in placeholders}
+    words = {}
+    for placeholder in placeholders:
+        parts = split_initializer(placeholder.init)
+        words[placeholder.word] = " ".join(part for part in parts if not is_random_init(part))
+    return words
 
 
 class LearnedEmbedding(nn.Module):

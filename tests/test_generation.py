@@ -1,6 +1,7 @@
 """Generated images: start noise and holes by the example, and images that are not finite."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FluxInpaintPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLInpaintPipeline,
 )
@@ -21,7 +23,7 @@ from lora_core.diffusion.generation import random_hole_masks, start_noise
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.errors import UserError
 from models import load_family
-from tests import tiny_sdxl
+from tests import tiny_flux, tiny_sdxl
 from tests.tiny_pipeline import SCALED, save_sd_pipeline
 
 
@@ -141,18 +143,25 @@ def test_a_plain_model_paints_in_an_image_as_diffusers_blends_latents(
     assert (ours - whole).abs().max() > 1e-2
 
 
-def test_sdxl_paints_in_an_image_and_keeps_the_latents_outside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family_name, strength", [("sdxl", 1.0), ("flux", 1.0), ("flux", 0.5)])
+def test_other_families_paint_in_an_image_and_keep_the_latents_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family_name: str, strength: float
 ) -> None:
-    pipe = StableDiffusionXLInpaintPipeline(**tiny_sdxl.save(tmp_path).components)
+    pixels, mask = painting()
+    pipe: Any
+    if family_name == "flux":
+        pipe = FluxInpaintPipeline(**tiny_flux.save(tmp_path).components)
+        settings = generation.SamplerSettings("flow_euler", 4, 3.5)
+    else:
+        pipe = StableDiffusionXLInpaintPipeline(**tiny_sdxl.save(tmp_path).components)
+        settings = generation.SamplerSettings("euler", 4, 2.0)
+    settings = replace(settings, width=32, height=32, strength=strength)
     pipe.set_progress_bar_config(disable=True)
     use_posterior_mean(pipe)
-    pixels, mask = painting()
-    settings = generation.SamplerSettings("euler", 4, 2.0, width=32, height=32)
     theirs = pipe(
         "cat", image=pixels, mask_image=mask, height=32, width=32,
-        num_inference_steps=4, guidance_scale=2.0, strength=1.0, output_type="pt",
-        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=4, guidance_scale=settings.guidance, strength=strength,
+        output_type="pt", generator=torch.Generator().manual_seed(5),
     ).images * 2 - 1  # fmt: skip
     family = load_family(str(tmp_path))
     decoded: list[torch.Tensor] = []

@@ -13,6 +13,7 @@ import train
 from lora_core.config import Config, Stage, TokensConfig
 from lora_core.diffusion.losses import LOSSES, StepOutput, add_preservation, is_capturable
 from lora_core.diffusion.masked_losses import (
+    MASK_FORMULAS,
     MASK_SCALES,
     add_outside_preservation,
     scale_masked_loss,
@@ -101,11 +102,23 @@ def test_every_loss_is_scaled_alike(name: str) -> None:
         torch.testing.assert_close(scale_masked_loss(LOSSES[name], scale)(step), rows * factor)
 
 
+def test_a_run_says_how_masks_act(config: Config, plain: None, capsys: Any) -> None:
+    config = merged(config, {"data": {"masks": "file"}, "prior": {"outside_mask": 0.5}})
+    open_parts(replace(config, mask_scale="mixofshow"))
+    said = (
+        "loss: mse of epsilon, not weighted, masked: sum(m e) / sum(m), plus 0.5 times the change"
+    )
+    assert said in capsys.readouterr().out
+    assert MASK_FORMULAS.keys() == MASK_SCALES.keys()
+
+
 def test_a_scaled_loss_keeps_its_name_and_what_a_graph_can_hold() -> None:
     huber = functools.partial(LOSSES["huber"], delta=0.2)
     for loss in (scale_masked_loss(huber, "mixofshow"), add_outside_preservation(huber, 1.0)):
         assert function_name(loss) == "huber" and is_capturable(loss)
     assert scale_masked_loss(huber, "mean") is huber
+    huber.reads_attention = True  # type: ignore[attr-defined]
+    assert add_outside_preservation(huber, 1.0).reads_attention  # type: ignore[attr-defined]
     assert not is_capturable(scale_masked_loss(lambda step: step.x0.sum(), "mixofshow"))
 
 

@@ -672,3 +672,10 @@ def test_report_names_the_nearest_words_the_norm_and_the_drift(tokenizer):
     assert line.norm == pytest.approx(embedding.rows.norm().item()) and line.drift == pytest.approx(
         line.norm * 2 / 3, rel=1e-6
     )
+
+
+def test_ordinary_words_leave_out_the_random_parts() -> None:
+    words = {"A": "random:0.1", "B": "<rand-0.013>+red woman", "C": "dog", "D": "zero"}
+    placeholders = make_placeholders(words, 2)
+    expected = {"A": "", "B": "red woman", "C": "dog", "D": ""}
+    assert tokens.ordinary_words(placeholders) == expected

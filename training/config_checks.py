@@ -65,10 +65,7 @@ TOKENS = (lambda c: c.trains("tokens"), "a stage that trains tokens")
 VALIDATION = (lambda c: c.validation.every >= 0, "--validation.every 0 or more")
 CLASS_IMAGES = (lambda c: bool(c.prior.prompt), "--prior.prompt, the class prompt")
 DATASET = (lambda c: bool(c.data.dataset), "--data.dataset")
-MASKED_LOSS = (
-    lambda c: c.data.masks != "none" and c.data.mask_use != "hole",
-    "masks that weight the loss (--data.masks)",
-)
+MASKED_LOSS = (lambda c: c.masks_loss, "masks that weight the loss (--data.masks)")
 
 # section or option -> (whether this config uses it, the setting that it needs to have an effect)
 EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
@@ -229,7 +226,7 @@ def _check_stage(c: Config, stage: Stage, i: int) -> None:
             raise UserError(
                 f"--stages.{i}.{option} names {names}, which this stage does not train ({groups})"
             )
-    if stage.mask_temperature != 1 and not MASKED_LOSS[0](c):
+    if stage.mask_temperature != 1 and not c.masks_loss:
         raise UserError(
             f"--stages.{i}.mask-temperature has no effect without masks that weight the loss; "
             "add --data.masks file, alpha, auto or any"

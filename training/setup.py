@@ -24,7 +24,7 @@ from lora_core.adapters import injection
 from lora_core.config import Config
 from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
-from lora_core.diffusion import losses, sampling, validation
+from lora_core.diffusion import losses, masked_losses, sampling, validation
 from lora_core.diffusion.validation import ValidationSet
 from lora_core.family import Family, LoadOptions
 from lora_core.optim import building, gradients, schedules
@@ -366,9 +366,12 @@ def _open_family(config: Config, device: torch.device) -> Family:
 
 def _describe_loss(config: Config, family: Family) -> str:
     space = config.noise.space
-    return losses.describe_loss(
+    words = losses.describe_loss(
         config.weighting, family.prediction, space, loss=config.loss, **config.weighting_arg
     )
+    if config.masks_loss:
+        words += masked_losses.describe_mask(config.mask_scale, config.prior.outside_mask)
+    return words
 
 
 def _parameter_groups(

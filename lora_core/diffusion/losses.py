@@ -55,8 +55,8 @@ class StepOutput:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]
     is_prior: Tensor  # [b] bool, examples of prior preservation
     step: int
-    # base_out(), plain_base_out(), preserved(), decode(latents) for pixels, and attention() where it
-    # was recorded
+    # base_out(), plain_base_out(), preserved(), decode(latents) for pixels, and attention() where
+    # it was recorded
     lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)
     t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
     # The network's own prediction type, for base_out() and preserved(), where `prediction` is

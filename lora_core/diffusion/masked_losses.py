@@ -71,6 +71,22 @@ MASK_SCALES: dict[str, MaskScale] = {
 }
 
 
+MASK_FORMULAS = {  # key of MASK_SCALES -> the loss of a mask m and an error e
+    "mean": "sum(m e) / (c sum(m))",
+    "mixofshow": "sum(m e) / sum(m)",
+    "cloneofsimo": "mean(w e) with w = (m + 0.01)^2 / max",
+    "unnormalized": "mean(m e)",
+}
+
+
+def describe_mask(scale: str, outside: float) -> str:
+    """How a mask acts in the loss, for the line that a run prints about its loss."""
+    words = f", masked: {MASK_FORMULAS[scale]}"
+    if outside:
+        words += f", plus {outside:g} times the change from the base model outside the mask"
+    return words
+
+
 def scale_masked_loss(loss: Loss, scale: str) -> Loss:
     """The loss times the factor of a scale, one of MASK_SCALES.
 
@@ -112,5 +128,6 @@ def add_outside_preservation(loss: Loss, weight: float) -> Loss:
 def _named_like(made: Loss, loss: Loss) -> Loss:
     """A loss made of another, under its name: error messages name the one that the user chose."""
     made.capturable = is_capturable(loss)  # type: ignore[attr-defined]
+    made.reads_attention = getattr(loss, "reads_attention", False)  # type: ignore[attr-defined]
     made.__name__ = function_name(loss)
     return made
