@@ -214,3 +214,15 @@ def test_a_mask_without_an_image_is_refused(model: Path) -> None:
     mask = torch.ones(1, 1, family.resolution, family.resolution)
     with pytest.raises(UserError, match=r"masks .* need an image to start from \(--init-image\)"):
         generation.generate_images(family, ["a"], [3], settings, mask=mask)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_mask_that_the_latents_lose_is_refused(tmp_path: Path, channels: int) -> None:
+    save_sd_pipeline(tmp_path, channels=channels)
+    pixels, mask = painting()
+    mask.zero_()
+    mask[..., 5, 5] = 1  # of latents of 4 x 4 pixels, the nearest to their corner is taken
+    settings = generation.SamplerSettings(steps=1, guidance=1.0, width=32, height=32)
+    family = load_family(str(tmp_path))
+    with pytest.raises(UserError, match="nothing is left of the mask .* 4 x 4 pixels each; paint"):
+        generation.generate_images(family, ["a"], [3], settings, init=pixels, mask=mask)

@@ -123,6 +123,13 @@ def _start_sampling(
         x0 = family.encode_images(init)[0].expand(count, -1, -1, -1)
         if mask is not None and keeps:
             kept = sampling.KeptLatents(x0, eps, latent_mask(mask, x0) > 0.5)
+    hole = kept.hole if kept is not None else inpaint
+    if hole is not None and not hole[:, 0].any():
+        side = family.factor
+        raise UserError(
+            f"nothing is left of the mask on the grid of the latents, {side} x {side} pixels each; "
+            "paint a larger area (--mask)"
+        )
     x = sampling.start_latents(eps, levels, x0 if strength < 1 else None)
     return _Start(x, kept, inpaint)
 
