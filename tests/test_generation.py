@@ -224,5 +224,5 @@ def test_a_mask_that_the_latents_lose_is_refused(tmp_path: Path, channels: int) 
     mask[..., 5, 5] = 1  # of latents of 4 x 4 pixels, the nearest to their corner is taken
     settings = generation.SamplerSettings(steps=1, guidance=1.0, width=32, height=32)
     family = load_family(str(tmp_path))
-    with pytest.raises(UserError, match="nothing is left of the mask .* 4 x 4 pixels each; paint"):
+    with pytest.raises(UserError, match=r"nothing is left of the mask .* 4 x 4 pixels each; paint"):
         generation.generate_images(family, ["a"], [3], settings, init=pixels, mask=mask)

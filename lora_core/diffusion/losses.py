@@ -52,7 +52,7 @@ class StepOutput:
     x_t: Tensor  # [b, c, h, w] noised latents, the network's input before c_in
     level: NoiseLevel  # [b] each
     prediction: str  # a key of PREDICTIONS: the parameterization of out and target
-    mask: Tensor | None  # [b, 1, h, w] in [0, 1]
+    mask: Tensor | None  # [b, 1, h, w] in [0, 1], weights of the loss made of the masks
     is_prior: Tensor  # [b] bool, examples of prior preservation
     step: int
     # base_out(), plain_base_out(), preserved(), decode(latents) for pixels, and attention() where
