@@ -37,7 +37,9 @@ class DataConfig(ImageSettings):
 
     images: str = ""
     """Folder with the training images (jpg, png, webp, tiff, avif ..., heic with the package
-    pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train."""
+    pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
+    with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
+    file of such concepts."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
@@ -327,9 +329,10 @@ class Config(ModelConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     loss: str = "mse"
-    """mse, l1, huber, smooth_l1, or my_loss.py:my_loss."""
+    """mse, l1, huber, smooth_l1, attention (mse, and learned tokens are to act inside the mask),
+    edlora (Mix-of-Show's form of that), or my_loss.py:my_loss."""
     loss_arg: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the loss, e.g. delta=0.1."""
+    """Arguments of the loss, e.g. delta=0.1, or attention_weight=0.01 full_identity=true."""
     mask_scale: Literal["mean", "mixofshow", "cloneofsimo", "unnormalized"] = "mean"
     """How a mask m weights the loss e of a latent with c channels. mean: sum(m e) / (c sum(m));
     mixofshow: sum(m e) / sum(m), c times as much; unnormalized: the mean of m e (kohya);

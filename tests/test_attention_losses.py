@@ -9,6 +9,10 @@ from torch import Tensor
 
 from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion.attention_losses import attention_outside, mixofshow_regularization
+from lora_core.diffusion.losses import LOSSES, add_preservation, bind_arguments
+from lora_core.diffusion.noise import NoiseLevel
+from lora_core.diffusion.step_output import StepOutput
+from lora_core.errors import UserError
 
 GRIDS = (16, 8, 8, 4)
 
@@ -96,3 +100,64 @@ def test_the_normalized_form_is_a_share_of_each_example() -> None:
 def test_an_empty_mask_is_zero_and_finite() -> None:
     ours = attention_outside(maps(), POSITIONS, 0 * corner(), full_identity=True)
     assert not ours.any() and math.isfinite(float(ours.sum()))
+
+
+# ---------------------------------------------------------------- the rows of LOSSES
+
+
+def step_output(**changes) -> StepOutput:
+    generator = torch.Generator().manual_seed(9)
+    out, target, x0, eps = torch.randn(4, 2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    level = NoiseLevel(*torch.full((3, 2), 0.5, dtype=torch.float64))
+    recorded = maps()
+    given = dict(
+        out=out.requires_grad_(), target=target, x0=x0, eps=eps, x_t=x0, level=level,
+        prediction="epsilon", mask=corner(), is_prior=torch.tensor([False, False]), step=0,
+        lazy={"attention": lambda: recorded}, token_positions=POSITIONS,
+    )  # fmt: skip
+    return StepOutput(**(given | changes))
+
+
+def test_edlora_is_the_objective_of_the_trainer() -> None:
+    """sum(m e) / sum(m) of each example, which is c = 3 times the masked mean, and 0.01 times the
+    regularization for the batch.
+    """
+    step = step_output()
+    error = (step.out - step.target) ** 2 * step.mask
+    masked = error.sum((1, 2, 3)) / step.mask.sum((1, 2, 3))
+    for full_identity in (True, False):
+        own = mixofshow_regularization(
+            step.attention, POSITIONS, step.mask, full_identity=full_identity
+        )
+        rows = LOSSES["edlora"](step, full_identity=full_identity)
+        torch.testing.assert_close(rows, masked + 0.01 * own, rtol=1e-12, atol=0)
+
+
+def test_attention_adds_its_share_to_mse() -> None:
+    step = step_output()
+    share = attention_outside(step.attention, POSITIONS, step.mask, full_identity=True)
+    rows = LOSSES["attention"](step, attention_weight=0.5, full_identity=True)
+    torch.testing.assert_close(rows, LOSSES["mse"](step) + 0.5 * share, rtol=1e-12, atol=0)
+
+
+def test_prior_examples_get_no_regularization() -> None:
+    prior = torch.tensor([False, True])
+    rows = LOSSES["edlora"](step_output(is_prior=prior), attention_weight=100.0)
+    plain = LOSSES["edlora"](step_output(), attention_weight=0.0)
+    assert rows[1] == plain[1] and rows[0] > plain[0]
+
+
+@pytest.mark.parametrize("name", ["attention", "edlora"])
+def test_losses_that_wrap_and_bind_ask_for_maps_too(name: str) -> None:
+    for loss in (LOSSES[name], bind_arguments(LOSSES[name], name, {"attention_weight": 0.1})):
+        assert loss.reads_attention and add_preservation(loss, 1.0).reads_attention
+
+
+@pytest.mark.parametrize("name", ["attention", "edlora"])
+def test_without_tokens_masks_or_maps_it_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="reads learns none; train tokens"):
+        LOSSES[name](step_output(token_positions=None))
+    with pytest.raises(UserError, match=r"there are none; set --data\.masks"):
+        LOSSES[name](step_output(mask=None))
+    with pytest.raises(UserError, match=r"write my_loss\.reads_attention = True below"):
+        LOSSES[name](step_output(lazy={}))

@@ -40,6 +40,7 @@ FAMILY = {  # config -> tiny model it is tried on
     "sd15_lora_pti": "sd",
     "sd15_inpainting": "inpainting",
     "kohya_lora": "sd",
+    "edlora": "sd",
 }
 CONFIGS = {name: read_toml(FOLDER / f"{name}.toml") for name in FAMILY}
 
@@ -81,6 +82,9 @@ def small(config: Config, family: str, tiny: dict[str, Path], *, precision: str 
 
     In fp64 a rate times a decay of 1e-8 still changes a weight.
     """
+    if config.tokens.words == ("<TOK>",):  # the captions of "pictures" have TOK
+        start = {"tokens.init": ("<rand-0.013>+b",), "tokens.norm_target": 5.0}
+        config = put(config, {"tokens.words": ("TOK",), "samples.prompts": ("a TOK",), **start})
     rank = min(config.adapter.rank, 4) if config.trains("denoiser") else config.adapter.rank
     stages = tuple(
         replace(stage, steps=2 if i == 0 else 1) for i, stage in enumerate(config.stages)
@@ -288,6 +292,31 @@ VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides sa
         "save_every": 100,
         "seed": 42,
     },
+    "edlora": {
+        "seed": 0,
+        "batch_size": 2 * 2,
+        "loss": "edlora",
+        "loss_arg": {"attention_weight": 0.01, "full_identity": False},
+        "data.masks": "file",
+        "tokens.per_layer": True,
+        "tokens.vectors": 2,
+        "tokens.init": ("<rand-0.013>+woman",),
+        "tokens.norm": "stop",
+        "tokens.norm_target": 0.55,
+        "adapter.rank": 4,
+        "adapter.alpha": 1.0 * 4,
+        "adapter.init": "kaiming",
+        "adapter.targets": ("attention",),
+        "adapter.text_targets": ("attention",),
+        "noise.offset": 0.01,
+        "optimizer.lr": {"denoiser": 1e-4, "text_encoder": 1e-5, "tokens": 1e-3},
+        "optimizer.weight_decay": {"denoiser": 0.01, "text_encoder": 0.01, "tokens": 0.01},
+        "optimizer.schedule": "linear",
+        "stages": [(14 * 500 // 4, ("denoiser", "text_encoder", "tokens"))],
+        "samples.strengths": (0.0, 0.7, 1.0),
+        "samples.steps": 50,
+        "samples.guidance": 7.5,
+    },
     "kohya_lora": {
         "adapter.rank": 16,
         "adapter.alpha": 1.0,
@@ -471,6 +500,8 @@ EXCLUDED = {  # options that a config sets and no weight depends on
     "gradient_checkpointing": "the same numbers with less memory",
     "save_every": "which checkpoints are kept on the disk (tests/test_resume.py)",
     "keep": "the same",
+    "tokens.words": "the word of the captions, which are others here",
+    "samples.strengths": "rows of a sheet (tests/test_samples.py)",
     "samples.every": "when pictures are drawn, not what",
     "stages.0.steps": "cut to fit here",
     "stages.1.steps": "cut to fit here",
@@ -487,6 +518,9 @@ FLIPS: dict[
     "data.resolution": {"data.resolution": 24},
     "data.buckets": {"data.buckets": False, "data.bucket_step": 64},
     "data.masks": {"data.masks": "none", "mask_scale": "mean"},
+    "loss": {"loss": "attention"},
+    "loss_arg.attention_weight": {"loss_arg.attention_weight": 1.0},
+    "loss_arg.full_identity": {"loss_arg.full_identity": True},
     "weighting": {"weighting": "none", "weighting_arg": {}},
     "weighting_arg.gamma": {"weighting_arg.gamma": 1.0},
     "precision": {"precision": "fp32"},
@@ -511,6 +545,7 @@ WITH = {  # in both runs: the estimate of d has to move, a rate to fall
     },
 }
 WHERE = {  # the config that shows it best
+    "data.masks": "sd15_inpainting",
     "tokens.encoders": "flux_pivotal_t5",
     "stages.0.groups": "sdxl_pivotal_prodigy",
     "data.caption": "sd15_lora_pti",

@@ -21,9 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
+from lora_core.config import (
+    AdapterConfig,
+    Config,
+    OptimizerConfig,
+    PriorConfig,
+    Stage,
+    TokensConfig,
+)
 from lora_core.kernels import dispatch
-from tests.conftest import distance, final, learned, rows
+from tests.conftest import distance, final, learned, merged, rows
 from training import config_checks, cuda_graph
 from training.cuda_graph import GraphReplay
 
@@ -181,7 +188,17 @@ CASES: dict[str, dict[str, Any]] = {
     "l1": {"loss": "l1"},
     "preservation": {"stages": (Stage(6, ALL),), "prior": PriorConfig(swap={"TOK": "cat"})},
     "checkpointing": {"gradient_checkpointing": True},
+    "a text for each layer, rows that stop": {
+        "stages": (Stage(6, ALL),),
+        "tokens": TokensConfig(per_layer=True, norm="stop", norm_target=5.0),
+    },
     "autocast": {"autocast": True},
+    "attention": {
+        "stages": (Stage(6, ALL),),
+        "loss": "edlora",
+        "data": {"masks": "file"},
+        "gradient_checkpointing": True,
+    },
 }
 
 
@@ -200,7 +217,8 @@ def test_a_replayed_run_is_the_run(config: Config, quick: None, taped: None, cas
 
 
 def replay(config: Config, case: str) -> None:
-    plain = replace(config, **{"stages": (Stage(6, ("denoiser",)),), **CASES[case]}, log_every=1)
+    changes = {"stages": (Stage(6, ("denoiser",)),), **CASES[case], "log_every": 1}
+    plain = merged(config, changes)
     eager = train.train(plain)
     replayed = train.train(replace(plain, cuda_graph=True, out=plain.out + "_graph"))
     assert Tape.made == len(plain.stages)
@@ -214,8 +232,9 @@ def replay(config: Config, case: str) -> None:
     assert distance(*states) < 1e-5
 
 
+@pytest.mark.parametrize("reads_attention", [False, True])
 def test_compiled_blocks_share_graphs_and_train_alike(
-    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, reads_attention: bool
 ) -> None:
     """backend="eager": what dynamo traces, run as it is. fullgraph=True refuses any break of the
     graph; blocks of one kind are not compiled apart.
@@ -230,6 +249,10 @@ def test_compiled_blocks_share_graphs_and_train_alike(
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     config = replace(config, adapter=AdapterConfig(rank=2, kind="dora"))
+    if reads_attention:  # and a text for each layer
+        stages, tokens = (Stage(2, ALL),), TokensConfig(per_layer=True)
+        changes = {"stages": stages, "tokens": tokens, "loss": "edlora", "data": {"masks": "file"}}
+        config = merged(config, changes)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     run = train.train(replace(config, compile=True))

@@ -92,7 +92,11 @@ def test_a_scale_is_its_sources_formula(scale: str, temperature: float) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+# the other entries of LOSSES have a scale of their own
+OF_THE_OUTPUT = [name for name, loss in LOSSES.items() if not hasattr(loss, "reads_attention")]
+
+
+@pytest.mark.parametrize("name", OF_THE_OUTPUT)
 def test_every_loss_is_scaled_alike(name: str) -> None:
     """A scale is a factor of the loss with the same weights, so ours / sources is that of mse."""
     step = a_step(masks())

@@ -3,8 +3,10 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
@@ -135,3 +137,29 @@ def test_captions_stand_for_prompts_up_to_five(config: Config, quick: None, tmp_
         )
     )
     assert len(s.samples.prompts) == 5
+
+
+def test_a_sample_sheet_has_a_row_for_each_strength(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mix-of-Show's alpha_list; 0 is the tokens alone, and training goes on at strength 1."""
+    monkeypatch.undo()
+    samples = SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",), strengths=(0.0, 0.7, 1.0))
+    s = open_parts(replace(config, samples=samples))
+    for name, parameter in s.model.denoiser.named_parameters():
+        if name.endswith(".up"):
+            torch.nn.init.ones_(parameter)
+    sheets: list[list[ImageRow]] = []
+    blank = Image.new("RGB", (1, 1))
+    monkeypatch.setattr(
+        pictures, "draw_grid", lambda rows, **_: (sheets.append(list(rows)), blank)[1]
+    )
+    run = SimpleNamespace(folder=Path(config.out))
+    save_sample_grid(s.samples, run, 3)  # type: ignore[arg-type]
+    rows = sheets[0]
+    assert [row.label for row in rows] == ["strength 0", "strength 0.7", "strength 1"]
+    images = [row.images[0].tobytes() for row in rows]
+    assert len(set(images)) == 3
+    assert images[2] == s.samples.draw(["a TOK"])[0].tobytes()
+    with s.model.without_adapters():
+        assert images[0] == s.samples.draw(["a TOK"])[0].tobytes()

@@ -193,11 +193,28 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     c.data.check_combination()
     c.adapter.check_combination()
     _check_known_words(c)
+    _check_attention(c)
     _check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
     noise.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
+
+
+def _check_attention(c: Config) -> None:
+    """Raises UserError for a loss on the attention of learned tokens without tokens or masks."""
+    if c.loss not in ("attention", "edlora"):
+        return
+    if not c.trains("tokens") or not c.masks_loss:
+        raise UserError(
+            f"--loss {c.loss} compares the attention on learned tokens with masks; add a stage of "
+            "tokens and --data.masks (with --data.mask-use loss or both), or choose --loss mse"
+        )
+    if c.mask_scale != "mean":
+        raise UserError(
+            f"--mask-scale {c.mask_scale} would scale the attention in --loss {c.loss} as well; "
+            "leave it out (edlora has Mix-of-Show's scale of the masked loss)"
+        )
 
 
 def _check_ranges(c: Config) -> None:

@@ -49,8 +49,9 @@ def list_images(root: Path, *, tabled: bool = True) -> Listing:
     concepts = [] if own.images or (tabled and own.table) else _find_concepts(root)
     if not concepts:
         return list_folder(root, tabled=tabled)
-    known = {path for concept in concepts for path in (concept.folder, concept.folder.parent)}
-    known |= {root / name for name in (*CAPTION_FOLDERS, *MASK_FOLDERS)}
+    known = {root / name for name in (*CAPTION_FOLDERS, *MASK_FOLDERS)}
+    for concept in concepts:
+        known |= {concept.folder, concept.folder.parent}
     others = {path: why for path, why in own.others.items() if path not in known}
     return Listing(root, tuple(concepts), others)
 

@@ -16,114 +16,20 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lora_core.cross_attention import AttentionMap
+from lora_core.diffusion.attention_losses import attention_outside, mixofshow_regularization
 from lora_core.diffusion.noise import NoiseLevel
-from lora_core.diffusion.prediction import PREDICTIONS, to_loss_space
+from lora_core.diffusion.prediction import PREDICTIONS
+from lora_core.diffusion.step_output import StepOutput
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import masked_mean, wide_dtype
 from lora_core.plugins import check_names_file, function_name, load_from_file, name_function
 from lora_core.text import nearest_names
-
-ATTENTION_ADVICE = (
-    "; maps are recorded in the forward pass of a loss that asks for them: "
-    "write my_loss.reads_attention = True below my_loss"
-)
-
-
-@dataclass
-class StepOutput:
-    """Output, target, latents, noise and noise levels of one training step: the input of a loss.
-
-    Members that cost another forward pass are computed at first access.
-    """
-
-    out: Tensor  # [b, c, h, w] the network's output
-    target: Tensor  # [b, c, h, w] the training target, in the same parameterization
-    x0: Tensor  # [b, c, h, w] clean latents
-    eps: Tensor  # [b, c, h, w] the noise added to them
-    x_t: Tensor  # [b, c, h, w] noised latents, the network's input before c_in
-    level: NoiseLevel  # [b] each
-    prediction: str  # a key of PREDICTIONS: the parameterization of out and target
-    mask: Tensor | None  # [b, 1, h, w] in [0, 1], weights of the loss made of the masks
-    is_prior: Tensor  # [b] bool, examples of prior preservation
-    step: int
-    # base_out(), plain_base_out(), preserved(), decode(latents) for pixels, and attention() where
-    # it was recorded
-    lazy: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    t_max: float | None = None  # the schedule's t of pure noise, if its t counts noise up from 0
-    # The network's own prediction type, for base_out() and preserved(), where `prediction` is
-    # "sample" because the loss compares x0.
-    network: str = ""
-    # [b, n] of the learned tokens of each prompt among the columns of the attention maps, in the
-    # prompt's order; -1 where it has fewer than n. For losses that read attention.
-    token_positions: Tensor | None = None
-
-    @cached_property
-    def x0_pred(self) -> Tensor:
-        """[b, c, h, w] the clean latents predicted by the output."""
-        return PREDICTIONS[self.prediction].x0(self.x_t, self.out, self.level)
-
-    @cached_property
-    def base_out(self) -> Tensor:
-        """[b, c, h, w] the base model's output, without gradient, parameterized like `out`."""
-        return self._to_loss_space(self._compute("base_out"))
-
-    @cached_property
-    def plain_base_out(self) -> Tensor:
-        """[b, c, h, w] the base model's output on the caption in ordinary words.
-
-        Without adapters in the text encoders either, and without learned tokens: a class or the
-        words of its initializer replace a placeholder word. Without gradient, parameterized like
-        `out`. Training provides it with --prior.outside-mask.
-        """
-        return self._to_loss_space(self._compute("plain_base_out"))
-
-    @cached_property
-    def preserved(self) -> tuple[Tensor, Tensor]:
-        """Outputs [b, c, h, w] with and without adapters on captions without placeholder words.
-
-        In the captions, classes replace the placeholder words. The base model's output has no
-        gradient; both are parameterized like `out`.
-        """
-        now, before = self._compute("preserved")
-        return self._to_loss_space(now), self._to_loss_space(before.detach())
-
-    @property
-    def attention(self) -> list[AttentionMap]:
-        """Attention maps of the denoiser's layers on the prompt, recorded in the forward pass.
-
-        Only for a loss with the attribute `reads_attention = True`. Gradients pass.
-        """
-        return self._compute("attention")
-
-    @cached_property
-    def pixels(self) -> Tensor:
-        """[b, 3, h, w] x0_pred, decoded, in [-1, 1]; gradients pass."""
-        return self._compute("decode", self.x0_pred)
-
-    def _to_loss_space(self, out: Tensor) -> Tensor:
-        """A network's raw output in the parameterization of `out`."""
-        network = self.network or self.prediction
-        space = "model" if network == self.prediction else "edm"
-        return to_loss_space(network, space, out, self.x0, self.eps, self.level)[0]
-
-    def _compute(self, name: str, *args: Tensor) -> Any:
-        if name not in self.lazy:
-            offered = ", ".join(self.lazy) or "no lazy member"
-            raise UserError(
-                f"this loss reads step.{name}, which the caller does not provide; it has {offered}"
-                f"{ATTENTION_ADVICE if name == 'attention' else ''}"
-            )
-        return self.lazy[name](*args)
-
 
 # ---------------------------------------------------------------- losses: StepOutput -> [b]
 
@@ -163,12 +69,66 @@ def smooth_l1(
     return masked_mean(2 * _pseudo_huber(_error(step), c), step.mask)
 
 
+def attention(
+    step: StepOutput, *, attention_weight: float = 0.01, full_identity: bool = False
+) -> Tensor:
+    """[b] mse plus `attention_weight` times the share of attention outside the mask.
+
+    `attention_outside` has the formula: the first learned token of a prompt is an adjective, the
+    second the subject, which with `full_identity` is to cover the mask.
+    """
+    positions, mask = _attention_targets(step)
+    share = attention_outside(step.attention, positions, mask, full_identity=full_identity)
+    return mse(step) + attention_weight * share
+
+
+def edlora(
+    step: StepOutput, *, attention_weight: float = 0.01, full_identity: bool = True
+) -> Tensor:
+    """[b] the objective of Mix-of-Show's trainer (arXiv 2305.18292): masked mse times the number of
+    latent channels, plus `attention_weight` times its attention regularization.
+
+    The regularization is one number for the batch (`mixofshow_regularization`), which is added to
+    every example but those of prior preservation. Weightings by noise level act on it, too.
+    """
+    positions, mask = _attention_targets(step)
+    regularization = mixofshow_regularization(
+        step.attention, positions, mask, full_identity=full_identity
+    )
+    rows = mse(step) * step.out.shape[1]
+    return rows + attention_weight * torch.where(step.is_prior, 0, regularization)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": mse,
     "l1": l1,
     "huber": huber,
     "smooth_l1": smooth_l1,
+    "attention": attention,
+    "edlora": edlora,
 }
+ATTENTION_LOSSES = (attention, edlora)
+for _loss in ATTENTION_LOSSES:
+    _loss.reads_attention = True  # type: ignore[attr-defined]
+
+
+def _attention_targets(step: StepOutput) -> tuple[Tensor, Tensor]:
+    """(positions of the learned tokens [b, n], mask [b, 1, h, w]).
+
+    Raises UserError where there are no learned tokens that attention reads, or no masks.
+    """
+    if step.token_positions is None:
+        raise UserError(
+            "this loss compares the attention on learned tokens with masks, and the text encoder "
+            "whose tokens the denoiser's attention reads learns none; train tokens "
+            "(stages.0.groups, for a T5 encoder --tokens.encoders t5) or choose another --loss"
+        )
+    if step.mask is None:
+        raise UserError(
+            "this loss compares the attention on learned tokens with masks, and there are none; "
+            "set --data.masks or choose another --loss"
+        )
+    return step.token_positions, step.mask
 
 
 def is_capturable(loss: Callable[..., Tensor]) -> bool:
