@@ -187,6 +187,11 @@ CASES: dict[str, dict[str, Any]] = {
     "smooth_l1": {"loss": "smooth_l1", "loss_arg": {"schedule": "exponential"}},
     "l1": {"loss": "l1"},
     "preservation": {"stages": (Stage(6, ALL),), "prior": PriorConfig(swap={"TOK": "cat"})},
+    "masks": {
+        "data": {"masks": "file"},
+        "mask_scale": "cloneofsimo",
+        "prior": PriorConfig(outside_mask=0.5),
+    },
     "checkpointing": {"gradient_checkpointing": True},
     "a text for each layer, rows that stop": {
         "stages": (Stage(6, ALL),),
