@@ -83,6 +83,24 @@ def test_two_images_of_one_name_share_a_mask(masked: Config) -> None:
     assert paths["0.png"] == paths["0.jpg"] == folder / "0.mask.png"
 
 
+def test_a_concept_with_some_masks_gets_the_others_beside_its_images(
+    masked: Config, tmp_path: Path
+) -> None:
+    """In Mix-of-Show's layout, with masks in a folder of their own."""
+    folder, given = tmp_path / "concept", Path(masked.data.images)
+    for name in ("image", "mask"):
+        (folder / name).mkdir(parents=True)
+    for i in range(3):
+        (given / f"{i}.png").rename(folder / "image" / f"{i}.png")
+    (given / "1.mask.png").rename(folder / "mask" / "1.png")
+    data = {"images": str(folder), "captions": "one", "caption": "a TOK"}
+    records = setup.open_data(merged(masked, {"data": data})).training.records
+    masks = [
+        record.mask_path.relative_to(folder).as_posix() for record in records if record.mask_path
+    ]
+    assert masks == ["image/0.mask.png", "mask/1.png", "image/2.mask.png"]
+
+
 def test_missing_weights_are_one_sentence(masked: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: str) -> str:
         raise OSError("offline")
