@@ -50,8 +50,9 @@ def save_inpainting_model(family: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("use", ["loss", "both"])
-@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "family, use", [("sd", "loss"), ("sd2", "both"), ("sdxl", "loss"), ("sdxl", "both")]
+)
 def test_every_family_learns_to_paint_holes_and_its_files_load(
     config: Config, plain: None, tmp_path: Path, family: str, use: str
 ) -> None:
