@@ -143,6 +143,15 @@ def _take_apart(hint: Any) -> _Option:
 
 # ---------------------------------------------------------------- settings
 
+SCALED = ("rank", "alpha", "rank_pattern", "alpha_pattern", "rslora", "dropout", "module_dropout")
+KIND_OPTIONS: dict[str, tuple[str, ...]] = {  # kind of adapter -> the options that it reads
+    "lora": (*SCALED, "rank_dropout", "init"),
+    "dora": (*SCALED, "rank_dropout", "init", "norm_grad"),
+    "full": (),
+    "lokr": (*SCALED, "factor"),
+    "loha": SCALED,
+}
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -156,7 +165,7 @@ class AdapterSpec:
     exclude: tuple[str, ...] = ()
     """Globs of layers that get no adapter although --adapter.targets matches them."""
     kind: str = "lora"
-    """lora, dora, full (trains the weights themselves, without rank and alpha), or
+    """lora, dora, lokr, loha, full (trains the weights themselves, without rank and alpha), or
     my_adapter.py:Class."""
     rank: Annotated[int, AtLeast(1)] = 16
     """Rank of every adapter that --adapter.rank-pattern does not name."""
@@ -178,6 +187,9 @@ class AdapterSpec:
     norm_grad: Literal["detach", "full"] = "detach"
     """Gradient of a DoRA's row norms: detach treats them as constants (the paper's section 4.3,
     and peft), full differentiates them (LyCORIS)."""
+    factor: Annotated[int, AtLeast(-1)] = -1
+    """Most rows and columns of the smaller matrix of a LoKr (LyCORIS' factor); -1: as many as make
+    both matrices as square as possible."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """down ~ N(0, 1 / rank^2) as cloneofsimo and diffusers, or U(+-1 / sqrt(fan_in)) as kohya and
     peft."""
@@ -188,27 +200,31 @@ class AdapterSpec:
 
     def check_combination(self) -> None:
         """Raises UserError for options that have no effect on this kind of adapter."""
-        if self.kind == "full":
-            self.check_full()
-        if self.norm_grad != "detach" and self.kind == "lora":
+        if self.kind in KIND_OPTIONS:
+            self.refuse_unread(KIND_OPTIONS[self.kind])
+        if self.factor == 0:
             raise UserError(
-                f"--adapter.norm-grad is {self.norm_grad}, which has no effect on --adapter.kind "
-                "lora; leave it out, or use --adapter.kind dora"
+                "--adapter.factor is 0; expected the size of a LoKr's smaller matrix, or -1 for as "
+                "square as possible"
             )
 
-    def check_full(self) -> None:
-        """Raises UserError for changed options other than targets and exclude.
+    def refuse_unread(self, read: tuple[str, ...]) -> None:
+        """Raises UserError for a changed option that the kind does not read.
 
-        A full update has no rank, scale or dropout.
+        `read` are the options that it reads besides targets, exclude and kind.
         """
         for option in fields(AdapterSpec):
             default = {} if option.default is MISSING else option.default
             value = getattr(self, option.name)
-            if option.name not in ("targets", "exclude", "kind") and value != default:
-                raise UserError(
-                    f"--adapter.{option.name.replace('_', '-')} is {value}, which has no effect on "
-                    f"--adapter.kind {self.kind}; leave it out"
-                )
+            is_read = option.name in ("targets", "exclude", "kind", *read)
+            if is_read or value == default:
+                continue
+            readers = [kind for kind, names in KIND_OPTIONS.items() if option.name in names]
+            other = f", or use --adapter.kind {readers[0]}" if len(readers) == 1 else ""
+            raise UserError(
+                f"--adapter.{option.name.replace('_', '-')} is {value}, which has no effect on "
+                f"--adapter.kind {self.kind}; leave it out{other}"
+            )
 
 
 @dataclass(frozen=True)

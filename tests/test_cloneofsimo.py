@@ -268,9 +268,7 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         (AdapterState({"unet": one("nowhere")}), "no Linear or Conv2d named nowhere"),
         (AdapterState({"unet": one(TO_Q, dora=True)}), "to_q is a DoRA"),
         (
-            AdapterState(
-                dense={"unet": {TO_Q: DenseUpdate("LoHa", (8, 8), lambda: torch.ones(8, 8))}}
-            ),
+            AdapterState(dense={"unet": {TO_Q: DenseUpdate("LoHa", (8, 8), {})}}),
             "to_q is a LoHa update",
         ),
         (

@@ -97,7 +97,7 @@ def test_a_dense_update_acts_as_its_merged_weight(name, magnitude):
         given = torch.rand(norm.shape) + 0.5
         merged = merged * given.double() / norm
         given = given.flatten() if magnitude == "rows" else given
-    update = DenseUpdate("LoHa", tuple(weight.shape), lambda: delta, given)
+    update = DenseUpdate("full", tuple(weight.shape), {"diff": delta}, magnitude=given)
     injection.load_factors(net, {"a": update}, "file", 0.5)
     assert type(net["a"].adapter("file")) is LycorisUpdate
     half = weight + 0.5 * (merged - weight)
@@ -117,7 +117,7 @@ def test_kinds_add_up_on_one_layer():
     delta = torch.randn(5, 7)
     plain = LowRank(torch.randn(2, 7), torch.randn(5, 2), 2.0)
     injection.load_factors(net, {"a": lr}, "one", 0.5)
-    update = DenseUpdate("full", (5, 7), lambda: delta)
+    update = DenseUpdate("full", (5, 7), {"diff": delta})
     injection.load_factors(net, {"a": update}, "two", -1.0)
     injection.load_factors(net, {"a": plain}, "three")
     total = weight + 0.5 * (merged - weight) - delta.double()
@@ -150,7 +150,9 @@ def test_what_does_not_fit_is_refused_before_any_change():
     lr, _ = column_dora(layer)
     wrong = {
         r"magnitude \[1, 7\]": lr._replace(magnitude=torch.ones(1, 5)),
-        "the full update of a has the shape": DenseUpdate("full", (5, 6), lambda: torch.ones(5, 6)),
+        "the full update of a has the shape": DenseUpdate(
+            "full", (5, 6), {"diff": torch.ones(5, 6)}
+        ),
     }
     for expected, update in wrong.items():
         with pytest.raises(UserError, match=expected):
@@ -170,7 +172,7 @@ def test_kinds_by_update():
     assert kind_of_update(lr) is ColumnDoRA
     kinds = [kind_of_update(lr._replace(magnitude=m)).__name__ for m in (None, torch.ones(5))]
     assert kinds == ["LoRA", "DoRA"]
-    assert kind_of_update(DenseUpdate("full", (1, 1), lambda: torch.ones(1, 1))) is LycorisUpdate
+    assert kind_of_update(DenseUpdate("full", (1, 1), {"diff": torch.ones(1, 1)})) is LycorisUpdate
 
 
 def lycoris_file(path, pipe):

@@ -186,7 +186,7 @@ def test_rounding_is_counted_and_its_residual_kept(folder, pipe, layout, size):
 def test_updates_that_are_no_factors_are_folded(folder, layout):
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     update = torch.randn(8, 8)
-    state = AdapterState({"unet": {path: DenseUpdate("LoHa", (8, 8), lambda: update)}})
+    state = AdapterState({"unet": {path: DenseUpdate("full", (8, 8), {"diff": update})}})
     ledger, base = FoldStatistics(residual_rank=1), open_model_folder(folder)
     made = fold_adapters([(1.0, base)], [Term(state, 2.0)], layout, ledger)["unet"].read(
         f"{path}.weight"

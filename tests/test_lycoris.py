@@ -283,18 +283,35 @@ def test_what_does_not_make_up_a_weight_is_refused(layout, tmp_path, parts, expe
     assert "a.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_it_can_be_merged_and_nothing_else(layout, tmp_path):
+ADVICE = (
+    r"merge\.py convert --as lora --model BASE makes a LoRA of it, "
+    r"merge\.py fold puts it into a model"
+)
+
+
+def test_what_no_run_trains_can_be_merged_and_nothing_else(layout, tmp_path):
+    parts = loha((8, 12), False)
+    for untrained, what in (
+        ({"diff": torch.ones(8, 12)}, "full update"),
+        (parts | {"dora_scale": torch.ones(8, 1)}, "LoHa update with a DoRA's magnitude"),
+    ):
+        read(untrained, layout, tmp_path)
+        said = f"updates that no run trains: unet.a is a {what}, not a product of two factors"
+        with pytest.raises(UserError, match=f"{said}; {ADVICE}"):
+            formats.load(tmp_path / "a.safetensors", layout)
+    read(parts, layout, tmp_path)
+    state = formats.load(tmp_path / "a.safetensors", layout)
+    assert not state.components and state.updates()["unet"]["a"].kind == "LoHa"
+
+
+def test_it_is_written_under_kohyas_names_only(layout, tmp_path):
     state = read(loha((8, 12), False), layout, tmp_path)
-    advice = (
-        r"unet.a is a LoHa update, not a product of two factors; "
-        r"merge\.py convert --as lora --model BASE makes a LoRA of it, "
-        r"merge\.py fold puts it into a model"
+    said = (
+        "in the format diffusers, cannot be written: unet.a is a LoHa update, not a product of two "
+        f"factors; the format kohya holds it under LyCORIS' names, {ADVICE}"
     )
-    with pytest.raises(UserError, match=f"holds other updates than LoRA and DoRA: {advice}"):
-        formats.load(tmp_path / "a.safetensors", layout)
-    for format in ("kohya", "diffusers"):
-        with pytest.raises(UserError, match=f"cannot be written: {advice}"):
-            formats.save(state, tmp_path / "b.safetensors", format=format, layout=layout)
+    with pytest.raises(UserError, match=said):
+        formats.save(state, tmp_path / "b.safetensors", format="diffusers", layout=layout)
     file = save(
         {f"unet.a.{leaf}": tensor for leaf, tensor in loha((8, 12), False).items()},
         tmp_path / "c.safetensors",
@@ -305,7 +322,7 @@ def test_it_can_be_merged_and_nothing_else(layout, tmp_path):
 
 
 def test_a_magnitude_by_columns_has_no_rows():
-    update = DenseUpdate("full", (4, 3), lambda: torch.ones(4, 3), torch.ones(1, 3))
+    update = DenseUpdate("full", (4, 3), {"diff": torch.ones(4, 3)}, magnitude=torch.ones(1, 3))
     with pytest.raises(ValueError, match="other norms"):
         update.rows(0, 2)
     assert update.rolled(1).magnitude is update.magnitude and AdapterState().dense == {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lora_core.adapters import custom_files, injection, targets
-from lora_core.adapters.kinds import is_low_rank, kind_class
+from lora_core.adapters.kinds import kind_class, kind_options
 from lora_core.adapters.targets import matches_pattern, require_match
 from lora_core.config import AdapterConfig, Config
 from lora_core.data import dataset
@@ -43,8 +43,7 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
         for glob in globs:
             require_match(glob, everywhere, f"--adapter.{option}")
     specs = {name: _component_spec(a, *found) for name, found in chosen.items()}
-    if not is_low_rank(kind_class(a.kind)):
-        a.check_full()
+    a.refuse_unread(kind_options(kind_class(a.kind)))
     return specs
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import kernels
-from lora_core.adapters.kinds import BaseLayer, DoRA, LoRA, has_dropout
+from lora_core.adapters.adapter_module import BaseLayer, has_dropout
+from lora_core.adapters.kinds import DoRA, LoRA
 from lora_core.errors import UserError
 from lora_core.kernels import dispatch
 from lora_core.kernels.reference import wide_dtype

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_core.adapters.adapted_layer import layers_with_adapter
-from lora_core.adapters.kinds import KINDS, is_low_rank
+from lora_core.adapters.kinds import KINDS
+from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.formats import CUSTOM
@@ -29,18 +30,15 @@ NO_FACTORS = (UserError, AttributeError, NotImplementedError)
 
 
 def has_factors(model: nn.Module, name: str = "default") -> bool:
-    """Whether a model's adapters have a low-rank form, which LoRA files need.
+    """Whether adapter files can hold a model's adapters, as factors or as LyCORIS' tensors.
 
     Decided by the first adapter of the model.
     """
     adapter = next(layer.adapter(name) for layer in layers_with_adapter(model, name).values())
-    if not is_low_rank(type(adapter)):
-        return False
     try:
-        adapter.state()
+        return isinstance(adapter.state(), LowRank | DenseUpdate)
     except NO_FACTORS:
         return False
-    return True
 
 
 def check_custom_kind(

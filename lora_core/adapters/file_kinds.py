@@ -1,4 +1,4 @@
-"""Kinds of adapter that files have and runs do not train: DoRA by columns, LyCORIS' updates.
+"""Kinds of adapter that files have and runs do not train: DoRA by columns, whole updates.
 
 They act on a model as those of kinds.py do, and are made by `injection.load_factors`.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.kinds import (
-    BaseLayer,
-    DoRA,
-    FullUpdate,
-    LayerSpec,
-    LoRA,
-    apply_layer,
-    convolution_groups,
+from lora_core.adapters.adapter_module import BaseLayer, LayerSpec, apply_layer, convolution_groups
+from lora_core.adapters.hadamard import LoHa
+from lora_core.adapters.kinds import DoRA, FullUpdate, LoRA
+from lora_core.adapters.kronecker import LoKr
+from lora_core.adapters.product_adapter import ProductAdapter
+from lora_core.adapters.weight_updates import (
+    DenseUpdate,
+    LayerUpdate,
+    LowRank,
+    column_gain,
+    delta_weight,
 )
-from lora_core.adapters.weight_updates import DenseUpdate, LowRank, column_gain, delta_weight
 from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
 
@@ -74,7 +76,10 @@ class ColumnDoRA(LoRA):
 
 
 class LycorisUpdate(FullUpdate):
-    """W' = W + delta W, an update that is not a product of two factors, computed when loaded."""
+    """W' = W + delta W, computed when loaded.
+
+    For LyCORIS' full updates, for LoHa and LoKr with a DoRA's magnitude, and for parts of these.
+    """
 
     def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
         super().__init__(base, spec)
@@ -87,10 +92,14 @@ class LycorisUpdate(FullUpdate):
         self.weight.copy_(delta_weight(update, weight).reshape(self.weight.shape))
 
 
-def kind_of_update(update: LowRank | DenseUpdate) -> type[LoRA] | type[LycorisUpdate]:
+PRODUCT_KINDS: dict[str, type[ProductAdapter]] = {"LoKr": LoKr, "LoHa": LoHa}
+
+
+def kind_of_update(update: LayerUpdate) -> type[LoRA] | type[LycorisUpdate] | type[ProductAdapter]:
     """The class of adapter that applies an update of a file."""
     if isinstance(update, DenseUpdate):
-        return LycorisUpdate
+        is_plain = update.is_whole and update.magnitude is None
+        return PRODUCT_KINDS.get(update.kind, LycorisUpdate) if is_plain else LycorisUpdate
     if update.magnitude is None:
         return LoRA
     return DoRA if update.magnitude.ndim == 1 else ColumnDoRA

@@ -1,4 +1,4 @@
-"""Inject LoRA, DoRA or full updates into a model's Linear and Conv2d layers, and remove them.
+"""Inject LoRA, DoRA and other kinds into a model's Linear and Conv2d layers, and remove them.
 
 An adapted layer is replaced by `Adapted`, which holds the same layer object as `.base` and any
 number of named adapters:
@@ -18,6 +18,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +32,13 @@ from lora_core.adapters.adapted_layer import (
     layers_with_adapter,
     module_parents,
 )
+from lora_core.adapters.adapter_module import BaseLayer, LayerSpec, convolution_groups
 from lora_core.adapters.file_kinds import ColumnDoRA, LycorisUpdate, kind_of_update
 from lora_core.adapters.groups import build_groups
-from lora_core.adapters.kinds import (
-    BaseLayer,
-    DoRA,
-    LayerSpec,
-    check_rank,
-    convolution_groups,
-    factor_shapes,
-    is_low_rank,
-    kind_class,
-)
+from lora_core.adapters.kinds import DoRA, check_rank, factor_shapes, kind_class, kind_options
+from lora_core.adapters.product_adapter import ProductAdapter
 from lora_core.adapters.targets import last_match, nearest_paths, require_match, select_paths
-from lora_core.adapters.weight_updates import DenseUpdate, LowRank
+from lora_core.adapters.weight_updates import DenseUpdate, LayerUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.settings import AdapterSpec
@@ -64,6 +58,7 @@ def layer_spec(spec: AdapterSpec, path: str, seed: int = 0) -> LayerSpec:
         rank_dropout=spec.rank_dropout,
         module_dropout=spec.module_dropout,
         norm_grad=spec.norm_grad,
+        factor=spec.factor,
     )
 
 
@@ -83,12 +78,14 @@ def inject(
     """Put an adapter on every target and return the targets' paths.
 
     The model's output is unchanged, because every update is zero at first. Each layer's initial
-    down depends on (seed, path) alone. The base's requires_grad is left as it is.
+    tensors depend on (seed, path) alone. The base's requires_grad is left as it is.
 
     All or nothing: raises UserError before any change for a pattern without a match, a rank that a
     layer cannot have, a name that is taken, a layer whose forward would not be called.
     """
-    kind = kind_class(spec.kind)
+    kind: Any = kind_class(spec.kind)
+    read = kind_options(kind)
+    spec.refuse_unread(read)
     found = adaptable_layers(model)
     paths = select_paths(list(found), spec.targets, spec.exclude)
     for pattern in spec.rank_pattern:
@@ -97,11 +94,9 @@ def inject(
         require_match(pattern, paths, "--adapter.alpha-pattern")
     _check_name(name, found)
     bases = {path: _adaptable_base(path, found[path]) for path in paths}
-    if is_low_rank(kind):
+    if "rank" in read and not getattr(kind, "any_rank", False):
         for path, base in bases.items():
             check_rank(base, path, layer_spec(spec, path).rank)
-    else:
-        spec.check_full()
     built = {path: kind(base, layer_spec(spec, path, seed)) for path, base in bases.items()}
     _install_adapters(model, built, name, 1.0)
     return paths
@@ -255,23 +250,42 @@ def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]
 
 
 def adapter_factors(model: nn.Module, name: str = "default") -> dict[str, LowRank]:
-    """Copies of the factors by layer path, at strength 1."""
+    """Copies of the factors of LoRA and DoRA by layer path, at strength 1.
+
+    `adapter_updates` takes any kind. Raises UserError for a kind that has no such factors.
+    """
+    factors = {}
+    for path, update in adapter_updates(model, name).items():
+        if not isinstance(update, LowRank):
+            raise UserError(
+                f"the {update.kind} of {path} is not a product of two factors; "
+                "take adapter_updates, or distil it to a LoRA"
+            )
+        factors[path] = update
+    return factors
+
+
+def adapter_updates(model: nn.Module, name: str = "default") -> dict[str, LayerUpdate]:
+    """Copies of each adapter's own tensors by layer path, at strength 1.
+
+    Raises UserError for a kind without a `state` for adapter files.
+    """
     adapted = layers_with_adapter(model, name)
     return {path: layer.adapter(name).state() for path, layer in adapted.items()}
 
 
 def load_factors(
     model: nn.Module,
-    factors: Mapping[str, LowRank | DenseUpdate],
+    factors: Mapping[str, LayerUpdate],
     name: str = "default",
     strength: float = 1.0,
 ) -> None:
     """Load factors, such as those of a file, into the model.
 
-    Layers that have the adapter are overwritten in place; the others get a LoRA or (with a
-    magnitude) a DoRA of the factors' rank. Ranks may differ by layer and exceed min(in, out), as
-    those of concatenated factors do. Updates that are not a product of two factors are computed
-    here, and keep their size in memory.
+    Layers that have the adapter are overwritten in place; the others get an adapter of the
+    factors' kind and rank. Ranks may differ by layer and exceed min(in, out), as those of
+    concatenated factors do. LyCORIS' full updates, and LoHa and LoKr with magnitudes, are computed
+    here and take the memory of the layer's weight.
 
     All or nothing: raises UserError before any change for an unknown path (with the nearest),
     shapes that do not fit, an existing adapter of another rank or kind, or one on layers that the
@@ -281,7 +295,7 @@ def load_factors(
     check_strength(strength)
     existing = _check_paths(found, factors, name)
     _check_name(name, {})
-    fitted: dict[str, LowRank | DenseUpdate] = {}
+    fitted: dict[str, LayerUpdate] = {}
     for path, update in factors.items():
         layer = existing.get(path)
         base = _adaptable_base(path, found[path]) if layer is None else layer.base
@@ -295,11 +309,12 @@ def load_factors(
             if isinstance(update, LowRank):
                 spec = replace(spec, rank=update.rank, scale=update.scale)
             built[path] = kind_of_update(update)(_adaptable_base(path, found[path]), spec)
+    built_products = {path for path, own in built.items() if isinstance(own, ProductAdapter)}
     _install_adapters(model, built, name, strength)
     for path, adapted in layers_with_adapter(model, name).items():
         adapter = adapted.adapter(name)
-        if isinstance(adapter, ColumnDoRA | LycorisUpdate):
-            adapter.load_onto(adapted.base, fitted[path])  # type: ignore[arg-type]
+        if isinstance(adapter, ColumnDoRA | LycorisUpdate) or path in built_products:
+            adapter.load_onto(adapted.base, fitted[path])
         else:
             adapter.load(fitted[path])
         adapted.set_strength(name, strength)
@@ -385,7 +400,7 @@ def _check_name(name: str, found: Mapping[str, BaseLayer | Adapted]) -> None:
         )
 
 
-def _fit_to_layer(path: str, base: BaseLayer, lr: LowRank | DenseUpdate) -> LowRank | DenseUpdate:
+def _fit_to_layer(path: str, base: BaseLayer, lr: LayerUpdate) -> LayerUpdate:
     """The factors in the layer's shapes; [r, in] and [r, in, 1, 1] are interchangeable.
 
     Raises UserError, naming the layer, when they do not fit.
@@ -420,7 +435,7 @@ def _trim_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
 
 
-def _check_same_kind(path: str, layer: Adapted, name: str, lr: LowRank | DenseUpdate) -> None:
+def _check_same_kind(path: str, layer: Adapted, name: str, lr: LayerUpdate) -> None:
     """Raises UserError for an existing adapter of another rank or kind, or a folded one.
 
     The folded copy in the weights would not follow new factors.
@@ -431,18 +446,22 @@ def _check_same_kind(path: str, layer: Adapted, name: str, lr: LowRank | DenseUp
             "unfold it before loading other factors into it"
         )
     kind = kind_of_update(lr)
-    if isinstance(lr, DenseUpdate) or kind is ColumnDoRA:
+    if kind in (LycorisUpdate, ColumnDoRA):
         raise UserError(
             f"adapter {name!r} is on {path} already, and an update of LyCORIS cannot be loaded "
             "into it; remove it first or load under another name"
         )
     own = layer.adapter(name).state()
-    if own.rank != lr.rank or (own.magnitude is None) != (lr.magnitude is None):
+    if _describe_factors(own) != _describe_factors(lr):
         raise UserError(
             f"adapter {name!r} at {path} is {_describe_factors(own)} and the factors are "
             f"{_describe_factors(lr)}; remove it first or load under another name"
         )
 
 
-def _describe_factors(lr: LowRank) -> str:
-    return f"rank {lr.rank} {'lora' if lr.magnitude is None else 'dora'}"
+def _describe_factors(lr: LayerUpdate) -> str:
+    """The kind of an adapter and all that its parameters' shapes depend on, in words."""
+    if isinstance(lr, LowRank):
+        return f"rank {lr.rank} {'lora' if lr.magnitude is None else 'dora'}"
+    shapes = [f"{role} {list(lr.tensors[role].shape)}" for role in sorted(lr.tensors)]
+    return f"a {lr.kind} of {', '.join(shapes)}"

@@ -1,4 +1,4 @@
-"""The kinds of adapter (LoRA, DoRA, full update) of a Linear or Conv2d, and how to add one.
+"""The kinds of adapter of a Linear or Conv2d: LoRA, DoRA, full update; and how to add one.
 
 A kind is an entry of KINDS, or `--adapter.kind my_adapter.py:Class`: an nn.Module class with
 
@@ -9,29 +9,31 @@ A kind is an entry of KINDS, or `--adapter.kind my_adapter.py:Class`: an nn.Modu
                                           too, in y0's dtype or fp32
     delta_weight(base) -> dW              the update of the weight, in its shape, detached, fp32 or
                                           better (for folding)
-    state() -> LowRank, load(LowRank)     its factors, to and from files. Without such a form they
-                                          raise UserError, and a run writes the adapter's state
-                                          dict and the whole model with it folded in
-                                          (custom_files.py)
 
 and, where it applies,
 
+    state(), load(state)                  its tensors, to and from adapter files: a LowRank (factors
+                                          of a LoRA or DoRA) or a DenseUpdate (LyCORIS' tensors).
+                                          For a class without them, or whose `state` raises
+                                          UserError, a run writes the adapter's state dict and the
+                                          whole model with it folded in (custom_files.py)
     delta_bias(base) -> db                the update of the bias, or None (for folding)
+    options                               class attribute: the names of the options of [adapter]
+                                          that it reads besides targets and exclude; others are
+                                          refused. Default: those of LoRA for a class with `state`,
+                                          else none
+    any_rank = True                       class attribute: a rank may exceed min(in, out)
     up                                    the parameter that LoRA+ gives a learning rate of its own
-    low_rank = False                      class attribute: rank, alpha, init and dropout do not
-                                          apply, as in a class without `state`
 
 `set_dropout_keys` sets its attributes `row_keys` and `step` before each training forward.
-A subclass of LoRA has all of this.
+kronecker.LoKr is a kind with all of it on a page; examples/my_adapter.py has the four methods only.
+A subclass of a class here inherits what it does not replace.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,66 +41,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core.adapters import weight_updates
+from lora_core.adapters.adapter_module import (
+    BaseLayer,
+    DroppingAdapter,
+    FullPrecisionModule,
+    LayerSpec,
+    apply_layer,
+    convolution_groups,
+    initial_generator,
+    is_plain_layer,
+)
+from lora_core.adapters.hadamard import LoHa
+from lora_core.adapters.kronecker import LoKr
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
-from lora_core.kernels.reference import Drop, Member, wide_dtype
+from lora_core.kernels.reference import Member, wide_dtype
 from lora_core.plugins import load_from_file
+from lora_core.settings import KIND_OPTIONS
 from lora_core.text import nearest_names
 
-BaseLayer = nn.Linear | nn.Conv2d
 
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """Settings of one layer's adapter: an AdapterSpec resolved for the layer's path."""
-
-    path: str
-    rank: int
-    scale: float  # delta W = scale * up @ down
-    dropout: float = 0.0
-    init: str = "gaussian"  # or "kaiming"; "zero" where a file's factors follow
-    seed: int = 0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    norm_grad: str = "detach"  # or "full": a DoRA's gradient flows through its row norms too
-
-
-class FullPrecisionModule(nn.Module):
-    """A module whose parameters stay fp32 or better whatever the model is cast to.
-
-    model.half() or model.to(bfloat16) moves them and leaves them fp32: in bf16 an update of 1e-4
-    on 0.05 would round to nothing.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def keep_wide(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == wide_dtype(new.dtype) else tensor.to(new.device)
-
-        return super()._apply(keep_wide, recurse)
-
-
-class LoRA(FullPrecisionModule):
+class LoRA(DroppingAdapter):
     """delta W = scale * up @ down (arXiv 2106.09685), down from (seed, path), up zero at first.
 
-    Convolutions take LoCon's form, in which up is 1x1.
-
-    Three dropouts act in training only, each decided per example by a counter hash of (seed, path,
-    purpose, step, row key): `dropout` of the input's elements (peft), `rank_dropout` of ranks
-    between down and up, `module_dropout` of the whole adapter (both kohya's). The first two divide
-    the kept values by 1 - p, the third does not. kohya draws it once for a batch, which would make
-    a result depend on the division into micro-batches.
+    Convolutions take LoCon's form, in which up is 1x1. Rank dropout drops ranks between down and
+    up (kohya).
     """
 
+    options = KIND_OPTIONS["lora"]
+
     def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.scale = spec.scale
-        purposes = ("", "/rank", "/module")
-        self.streams = {name: zlib.crc32(f"{spec.path}{name}".encode()) for name in purposes}
-        self.row_keys: Tensor | None = None  # [b] int64, by set_dropout_keys
-        self.step: Tensor | None = None  # [] int64
+        super().__init__(spec)
         down, up = factor_shapes(base, spec.rank)
         device, dtype = base.weight.device, wide_dtype(base.weight.dtype)
         self.down = nn.Parameter(_initial_down(spec, down).to(device, dtype))
@@ -162,33 +136,6 @@ class LoRA(FullPrecisionModule):
         hidden = (hidden * mask[..., None, None]).to(hidden.dtype)
         return scale * F.conv2d(hidden, up, groups=convolution_groups(base))
 
-    def _kept_examples(self, x: Tensor) -> Tensor | None:
-        """[b, 1, ...] bool, False where module dropout removes an example's adapter, or None."""
-        if not (self.training and self.spec.module_dropout):
-            return None
-        ones = torch.ones(len(x), *[1] * (x.ndim - 1), device=x.device)
-        drop = self._keyed_drop(x, self.spec.module_dropout, "/module")
-        return call("keyed_dropout", ones, *drop) != 0
-
-    def _input_dropout(self, x: Tensor) -> Drop | None:
-        """Dropout of the input, in training."""
-        if not (self.training and self.spec.dropout):
-            return None
-        return self._keyed_drop(x, self.spec.dropout, "")
-
-    def _keyed_drop(self, x: Tensor, p: float, purpose: str) -> Drop:
-        if self.row_keys is None or self.step is None:
-            raise UserError(
-                f"the adapter of {self.spec.path} has dropout; "
-                "call injection.set_dropout_keys before each training forward"
-            )
-        if len(x) != len(self.row_keys):
-            raise UserError(
-                f"adapter dropout at {self.spec.path} got {len(x)} rows for "
-                f"{len(self.row_keys)} row keys; give one key a row"
-            )
-        return Drop(p, self.spec.seed, self.streams[purpose], self.step, self.row_keys)
-
     def _apply_factors(
         self, base: BaseLayer, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float
     ) -> Tensor:
@@ -202,9 +149,6 @@ class LoRA(FullPrecisionModule):
         window = base.stride, padding, base.dilation, base.groups
         return call("lora_conv", x, weight, bias, self.down, self.up, scale, *window)
 
-    def _drops_in_training(self) -> bool:
-        return self.training and has_dropout(self.spec)
-
 
 class DoRA(LoRA):
     """W' = m / n (W + scale * up @ down), n the row norms of the bracket (arXiv 2402.09353).
@@ -216,6 +160,8 @@ class DoRA(LoRA):
     Dropout and rank dropout act on up @ down only (peft also drops the base term's input); module
     dropout leaves the base layer, without the magnitude.
     """
+
+    options = KIND_OPTIONS["dora"]
 
     def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
         super().__init__(base, spec)
@@ -292,7 +238,7 @@ class FullUpdate(FullPrecisionModule):
     and embeddings stay as they are. (DreamBooth, arXiv 2208.12242.)
     """
 
-    low_rank = False
+    options = KIND_OPTIONS["full"]
 
     def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
         super().__init__()
@@ -348,7 +294,9 @@ def _add_update(base: Tensor, delta: Tensor, strength: float) -> Tensor:
     return (base.to(delta.dtype) + strength * delta).to(base.dtype)
 
 
-KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA, "full": FullUpdate}
+KINDS: dict[str, Any] = {"lora": LoRA, "dora": DoRA, "full": FullUpdate, "lokr": LoKr, "loha": LoHa}
+# LyCORIS' names of a LoKr and a LoHa with DoRA's magnitudes -> the kind without them
+WITH_MAGNITUDES = {"dokr": "lokr", "doha": "loha"}
 
 
 def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
@@ -358,6 +306,12 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
     """
     if kind in KINDS:
         return KINDS[kind]
+    if kind in WITH_MAGNITUDES:
+        plain = WITH_MAGNITUDES[kind]
+        raise UserError(
+            f"--adapter.kind {kind}, {plain} with DoRA's magnitudes, is not trained here; "
+            f"take {plain} or dora"
+        )
     file, _, name = kind.rpartition(":")
     if not file.endswith(".py"):
         nearest = nearest_names(kind, KINDS, cutoff=0.6)
@@ -375,45 +329,10 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
     return found
 
 
-def is_low_rank(kind: Any) -> bool:
-    """Whether rank, alpha, init and dropout apply to a kind.
-
-    That is its class attribute `low_rank`, else whether the class has a `state` (factors).
-    """
-    return getattr(kind, "low_rank", hasattr(kind, "state") or not isinstance(kind, type))
-
-
-def has_dropout(spec: LayerSpec) -> bool:
-    return spec.dropout > 0 or spec.rank_dropout > 0 or spec.module_dropout > 0
-
-
-def is_plain_layer(base: nn.Module) -> bool:
-    """Whether base(x) is its weight and bias applied and nothing more.
-
-    A fused op would skip hooks, and a forward that the class or the object overrides.
-    """
-    if type(base) not in (nn.Linear, nn.Conv2d) or "forward" in base.__dict__:
-        return False
-    return not _has_hooks(base)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def apply_layer(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's operation (stride, padding mode, groups ...) with another weight and bias.
-
-    Hooks of the layer do not run.
-    """
-    if isinstance(base, nn.Linear):
-        return F.linear(x, weight, bias)
-    return base._conv_forward(x, weight, bias)
+def kind_options(kind: Any) -> tuple[str, ...]:
+    """The options of [adapter] that a class of adapter reads, besides targets and exclude."""
+    default = KIND_OPTIONS["lora"] if hasattr(kind, "state") else ()
+    return getattr(kind, "options", default)
 
 
 def factor_shapes(base: BaseLayer, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -424,10 +343,6 @@ def factor_shapes(base: BaseLayer, rank: int) -> tuple[tuple[int, ...], tuple[in
     out, *inner = base.weight.shape
     ones = [1] * (len(inner) - 1)
     return (rank, *inner), (out, rank // convolution_groups(base), *ones)
-
-
-def convolution_groups(base: BaseLayer) -> int:
-    return base.groups if isinstance(base, nn.Conv2d) else 1
 
 
 def check_rank(base: BaseLayer, path: str, rank: int) -> None:
@@ -453,8 +368,7 @@ def _initial_down(spec: LayerSpec, shape: tuple[int, ...]) -> Tensor:
     """The initial down, fp32 on the CPU, a function of (seed, path, shape) only."""
     if spec.init == "zero":
         return torch.zeros(shape)
-    digest = hashlib.blake2b(f"{spec.seed}/{spec.path}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = initial_generator(spec)
     if spec.init == "gaussian":
         return torch.randn(shape, generator=generator) / spec.rank
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(math.prod(shape[1:]))

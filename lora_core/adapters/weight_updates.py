@@ -5,14 +5,20 @@ LoRA (arXiv 2106.09685), where `scale` is alpha / rank, resolved when a file is 
 DoRA (arXiv 2402.09353; rows as in peft), where n is the row norm of (W + scale * up @ down):
     delta W = m / n * (W + scale * up @ down) - W
 
-Norms of columns (older LyCORIS) and updates that are not a product of two factors (LoHa, LoKr) are
-read but not trained: see `DenseUpdate`.
+LoHa (arXiv 2108.06098), o the elementwise product; with cores t1, t2 (Tucker form, convolutions)
+each bracket is the sum over i, j of t[i, j, ...] a[i, out] b[j, in]:
+    delta W = scale * (w1_a w1_b) o (w2_a w2_b)
+LoKr (KronA, arXiv 2212.10650; LyCORIS), each factor whole or as a product; a convolution's kernel
+is all in w2:
+    delta W = scale * kron(w1, w2)
+
+Norms of columns (older LyCORIS) and whole updates (LyCORIS' full) are read but not trained.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -40,18 +46,55 @@ class LowRank(NamedTuple):
         return self.down.shape[0]
 
 
+Parts = Mapping[str, Tensor]  # role in files -> tensor of one layer
+
+
 @dataclass(frozen=True)
 class DenseUpdate:
-    """One layer's update that a file stores in another form than two factors.
+    """One layer's update in another form than two factors: the tensors that a file stores of it.
 
-    It can be merged into its weight, or distilled to factors.
+    The update itself is as wide as the layer and is computed when it is needed. It can be merged
+    into its weight, or distilled to factors.
     """
 
-    kind: str  # "LoHa", "LoKr" or "full"
+    kind: str  # "LoHa", "LoKr" or "full": a key of PRODUCTS
     shape: tuple[int, ...]  # of the base weight
-    # The update before any magnitude, fp32 or better, of that shape; computed anew in each call.
-    build: Callable[[], Tensor]
+    tensors: Parts
+    scale: float = 1.0  # factor of the tensors' product
     magnitude: Tensor | None = None  # as in LowRank
+    # The outputs (start, stop) of the product that belong to this layer: files store some layers
+    # as one (formats.joined_layers). None: all.
+    outputs: tuple[int, int] | None = None
+    shift: int = 0  # rotation of the outputs, as torch.roll does it
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the product of the tensors is this layer's update, not one that contains it."""
+        return self.outputs is None and self.shift == 0
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that alpha is divided by; None where no tensor has a rank."""
+        inner = (self.tensors[role] for role in INNER_ROLES if role in self.tensors)
+        return next(map(len, inner), None)
+
+    def build(self, device: str | None = None) -> Tensor:
+        """The update before any magnitude, fp32 or better, in the weight's shape."""
+        wide = {}
+        for role, tensor in self.tensors.items():
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            wide[role] = tensor.to(device=device, dtype=dtype)
+        product = PRODUCTS[self.kind](wide).reshape(-1, *self.shape[1:])
+        if self.shift:
+            product = product.roll(self.shift, 0)
+        if self.outputs is not None:
+            product = product[slice(*self.outputs)]
+        return self.scale * product
+
+    def cast(self, dtype: torch.dtype) -> DenseUpdate:
+        """The update with its tensors in `dtype`; a magnitude is not cast."""
+        tensors = {role: tensor.to(dtype) for role, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     def rows(self, start: int, stop: int) -> DenseUpdate:
         """The update of the outputs from start to stop.
@@ -62,14 +105,19 @@ class DenseUpdate:
             raise ValueError("the columns of a part have other norms than those of the whole")
         part = None if self.magnitude is None else self.magnitude[start:stop]
         shape = (stop - start, *self.shape[1:])
-        return DenseUpdate(self.kind, shape, lambda: self.build()[start:stop], part)
+        first = 0 if self.outputs is None else self.outputs[0]
+        outputs = (first + start, first + stop)
+        return replace(self, shape=shape, magnitude=part, outputs=outputs)
 
     def rolled(self, shift: int) -> DenseUpdate:
-        """The update with its outputs rotated by `shift`, as torch.roll does."""
+        """The update of a whole layer with its outputs rotated by `shift`."""
         magnitude = self.magnitude
         if magnitude is not None and magnitude.ndim == 1:
             magnitude = magnitude.roll(shift)
-        return replace(self, build=lambda: self.build().roll(shift, 0), magnitude=magnitude)
+        return replace(self, shift=(self.shift + shift) % self.shape[0], magnitude=magnitude)
+
+
+LayerUpdate = LowRank | DenseUpdate
 
 
 @dataclass
@@ -84,12 +132,12 @@ class AdapterState:
     # Component -> path of a norm's weight or of a bias -> what is added to it, unscaled (LyCORIS'
     # w_norm, b_norm and diff_b).
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    # Like components, in states that are read to be merged or applied only.
+    # Like components: the layers whose updates are not a product of two factors.
     dense: dict[str, dict[str, DenseUpdate]] = field(default_factory=dict)
 
-    def updates(self) -> dict[str, dict[str, LowRank | DenseUpdate]]:
+    def updates(self) -> dict[str, dict[str, LayerUpdate]]:
         """Component -> path -> update, of `components` and `dense`."""
-        found: dict[str, dict[str, LowRank | DenseUpdate]] = {}
+        found: dict[str, dict[str, LayerUpdate]] = {}
         for modules in (self.components, self.dense):
             for name, own in modules.items():
                 found.setdefault(name, {}).update(own)
@@ -107,7 +155,22 @@ class AdapterState:
         return self.components, self.dense, self.parameters
 
 
-def scaled_product(lr: LowRank | DenseUpdate) -> Tensor:
+def split_updates(
+    updates: Mapping[str, Mapping[str, LayerUpdate]],
+) -> tuple[dict[str, dict[str, LowRank]], dict[str, dict[str, DenseUpdate]]]:
+    """The tables `components` and `dense` of an AdapterState."""
+    factors: dict[str, dict[str, LowRank]] = {}
+    dense: dict[str, dict[str, DenseUpdate]] = {}
+    for name, modules in updates.items():
+        for path, update in modules.items():
+            if isinstance(update, DenseUpdate):
+                dense.setdefault(name, {})[path] = update
+            else:
+                factors.setdefault(name, {})[path] = update
+    return factors, dense
+
+
+def scaled_product(lr: LayerUpdate) -> Tensor:
     """scale * up @ down in fp32 or better, with the shape of the base weight.
 
     [out, in] or [out, in / groups, kh, kw]. The factors of a grouped convolution are grouped alike,
@@ -174,7 +237,7 @@ def refuse_dora(lr: LowRank) -> None:
         )
 
 
-def delta_weight(lr: LowRank | DenseUpdate, weight: Tensor | None = None) -> Tensor:
+def delta_weight(lr: LayerUpdate, weight: Tensor | None = None) -> Tensor:
     """delta W in fp32 or better, so that W + t * delta W is the adapted weight at strength t.
 
     DoRA needs the base weight: (m / n)(W + P) - W = (m / n - 1) W + (m / n) P with
@@ -215,3 +278,66 @@ def _dora_gain(tuned: Tensor, magnitude: Tensor) -> Tensor:
     others = [d for d in range(tuned.ndim) if d != axis]
     norm = torch.linalg.vector_norm(tuned, dim=others, keepdim=True)
     return magnitude.to(tuned.dtype).reshape(norm.shape) / norm
+
+
+# ---------------------------------------------------------------- other products than up @ down
+
+
+def hadamard_product(parts: Parts) -> Tensor:
+    """(w1_a w1_b) o (w2_a w2_b) of a LoHa.
+
+    Raises KeyError for a tensor that is missing, ValueError or RuntimeError for shapes that do not
+    fit.
+    """
+    first, second = (
+        multiply_factors(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"))
+        for i in "12"
+    )
+    if ("hada_t1" in parts) != ("hada_t2" in parts):
+        raise KeyError("hada_t2" if "hada_t1" in parts else "hada_t1")
+    if first.shape != second.shape:
+        raise ValueError("the two products differ in shape")
+    return first * second
+
+
+def kronecker_factors(parts: Parts) -> tuple[Tensor, Tensor]:
+    """w1 and w2 of a LoKr, multiplied out. Raises as `hadamard_product` does."""
+    if "lokr_w1" in parts:
+        w1 = parts["lokr_w1"]
+    else:
+        w1 = multiply_factors(parts["lokr_w1_a"], parts["lokr_w1_b"])
+    if "lokr_w2" in parts:
+        w2 = parts["lokr_w2"]
+    else:
+        w2 = multiply_factors(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+    if w1.ndim != 2 or w2.ndim < 2:
+        raise ValueError("a Kronecker factor is a matrix")
+    return w1, w2
+
+
+def kronecker_product(parts: Parts) -> Tensor:
+    """kron(w1, w2) of a LoKr. Raises as `hadamard_product` does."""
+    w1, w2 = kronecker_factors(parts)
+    wide = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
+    return torch.kron(wide, w2.contiguous())  # torch 2.13 takes a view of it
+
+
+def multiply_factors(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
+    """a [out, r] times b [r, in ...].
+
+    With a core t [r, r, kh, kw], a is [r, out], b [r, in], and the result [out, in, kh, kw].
+    """
+    if core is not None:
+        return torch.einsum("ijhw,io,jn->onhw", core, a, b)
+    if a.ndim != 2:
+        raise ValueError("a left factor is a matrix")
+    return (a @ b.flatten(1)).reshape(len(a), *b.shape[1:])
+
+
+PRODUCTS: dict[str, Callable[[Parts], Tensor]] = {  # kind of update -> product of its tensors
+    "LoHa": hadamard_product,
+    "LoKr": kronecker_product,
+    "full": lambda parts: parts["diff"],
+}
+# Roles of tensors whose length is the rank; the first that a layer has.
+INNER_ROLES = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b")

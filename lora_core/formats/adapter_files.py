@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import joined_layers
 from lora_core.formats.container import is_pickle, read_tensors, write_tensors
@@ -38,6 +38,7 @@ from lora_core.formats.recognition import (
 )
 from lora_core.formats.training_metadata import carry_metadata
 
+TRAINED_KINDS = ("LoKr", "LoHa")  # of dense updates
 HOW_TO_DISTILL = (
     "merge.py convert --as lora --model BASE makes a LoRA of it, merge.py fold puts it into a model"
 )
@@ -61,8 +62,8 @@ def load(
     allow_extra: leave out unknown keys, named in one line on stderr, instead of refusing the file.
     dora_axis: "rows" or "columns", the axis of the DoRA magnitudes in files with kohya's names
     whose shapes and header leave it open.
-    merging: also read updates that no run trains, to be merged or applied: those of LyCORIS that
-    are no product of two factors (`AdapterState.dense`), and DoRAs by columns.
+    merging: also read updates that no run trains, to be merged or applied: LyCORIS' full updates
+    and LoHa and LoKr with a DoRA's magnitude (`AdapterState.dense`), and DoRAs by columns.
 
     Raises UserError for an incomplete file, NaN or Inf, and an unknown key; with a layout, also for
     shapes that do not fit it.
@@ -179,24 +180,24 @@ def _join_states(first: AdapterState, second: AdapterState, one: str, other: str
 
 
 def _refuse_merge_only(state: AdapterState, source: str) -> None:
-    if any(state.dense.values()):
-        raise UserError(
-            f"{source} holds other updates than LoRA and DoRA: {_describe_first_dense(state)}; "
-            f"{HOW_TO_DISTILL}"
-        )
+    for name, updates in state.dense.items():
+        for path, update in updates.items():
+            if update.kind in TRAINED_KINDS and update.is_whole and update.magnitude is None:
+                continue
+            what = _describe_dense(name, path, update)
+            raise UserError(f"{source} holds updates that no run trains: {what}; {HOW_TO_DISTILL}")
     for name, modules in state.components.items():
         for path, lr in modules.items():
             if lr.magnitude is not None and lr.magnitude.ndim > 1:
                 raise UserError(
-                    f"{source} holds other updates than LoRA and DoRA: {name}.{path} is a DoRA by "
+                    f"{source} holds updates that no run trains: {name}.{path} is a DoRA by "
                     f"columns; {HOW_TO_DISTILL}"
                 )
 
 
-def _describe_first_dense(state: AdapterState) -> str:
-    name, modules = next((name, own) for name, own in state.dense.items() if own)
-    path, update = next(iter(modules.items()))
-    return f"{name}.{path} is a {update.kind} update, not a product of two factors"
+def _describe_dense(component: str, path: str, update: DenseUpdate) -> str:
+    form = "update" if update.magnitude is None else "update with a DoRA's magnitude"
+    return f"{component}.{path} is a {update.kind} {form}, not a product of two factors"
 
 
 # ---------------------------------------------------------------- files of a folder
@@ -269,11 +270,9 @@ def save(
         if format in READABLE:
             what = f"{format} is only read"
         raise UserError(f"{what}; the nearest is {nearest_name(format, WRITABLE)}")
-    if any(state.dense.values()):
-        raise UserError(
-            f"{path} cannot be written: {_describe_first_dense(state)}; {HOW_TO_DISTILL}"
-        )
     is_token_format = format in TOKEN_FORMATS
+    if not is_token_format and not FORMATS[format].holds_lycoris:
+        _refuse_dense(state, f"{path}, in the format {format}, cannot be written")
     is_refused = not is_token_format and not FORMATS[format].holds_parameters
     if is_refused and any(state.parameters.values()):
         import_function("parameter_changes", "refuse_parameters")(
@@ -291,6 +290,15 @@ def save(
         names = json.dumps(list(state.token_names), ensure_ascii=False)
         header[TOKEN_NAMES] = names
     write_tensors(path, tensors, header, hashes=FORMATS[format].has_hashes)
+
+
+def _refuse_dense(state: AdapterState, what: str) -> None:
+    for name, modules in state.dense.items():
+        for path, update in modules.items():
+            raise UserError(
+                f"{what}: {_describe_dense(name, path, update)}; the format kohya holds it under "
+                f"LyCORIS' names, {HOW_TO_DISTILL}"
+            )
 
 
 def settle_scales(state: AdapterState, format: str, layout: Layout | None) -> AdapterState:
@@ -318,9 +326,10 @@ def save_run(
 ) -> list[Path]:
     """Writes the adapter files of a finished run, as far as the state has content for them.
 
-    They are NATIVE (diffusers' names), <run>.safetensors (kohya's names) and
-    <run>_emb.safetensors (token rows, always fp32); <run> is the folder's name. For a state that
-    kohya's format cannot hold, that file is left out and one line printed.
+    They are NATIVE (diffusers' names), <run>.safetensors (kohya's names; LyCORIS' for its updates,
+    which the former cannot hold) and <run>_emb.safetensors (token rows, always fp32); <run> is the
+    folder's name. For a state that kohya's format cannot hold, that file is left out and one line
+    printed.
     """
     folder = Path(folder).resolve()
     native, kohya, rows = (folder / name for name in run_file_names(folder.name))
@@ -344,7 +353,9 @@ def run_file_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Pa
     """The files that `save_run` writes of this state."""
     native, kohya, rows = (folder / name for name in run_file_names(folder.name))
     written = []
-    if any(state.components.values()):
+    if any(state.dense.values()):
+        written.append(kohya)
+    elif any(state.components.values()):
         written.append(native)
         if not joined_layers.why_not_joined(state, layout):
             written.append(kohya)
@@ -366,8 +377,11 @@ def _cast_state(state: AdapterState, dtype: torch.dtype | None) -> AdapterState:
         for path, lr in modules.items():
             cast = LowRank(lr.down.to(dtype), lr.up.to(dtype), lr.scale, lr.magnitude)
             components[name][path] = cast
+    dense: dict[str, dict[str, DenseUpdate]] = {}
+    for name, updates in state.dense.items():
+        dense[name] = {path: update.cast(dtype) for path, update in updates.items()}
     parameters = {}
     for name, changes in state.parameters.items():
         parameters[name] = {path: change.to(dtype) for path, change in changes.items()}
     tokens = {key: rows.to(dtype) for key, rows in state.tokens.items()}
-    return replace(state, components=components, parameters=parameters, tokens=tokens)
+    return replace(state, components=components, dense=dense, parameters=parameters, tokens=tokens)

@@ -7,6 +7,7 @@ format is a `Grammar`, a family a `Layout`. Keys are looked up, never parsed.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -18,14 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
+from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, LowRank, split_updates
 from lora_core.errors import UserError
 from lora_core.formats import lycoris
 from lora_core.formats.known_formats import ADAPTER_NAME, PARAMETER_ROLES, ROLE_OF_LEAF
 from lora_core.formats.layout import Component, Layout, Shape, nearest_name
 
 MOST_COMPARED = 200  # names compared for the nearest one: comparing 10^5 takes a minute
-Update = LowRank | DenseUpdate | Tensor  # a tensor: added to a norm or bias
+Update = LayerUpdate | Tensor  # a tensor: added to a norm or bias
 Scale = Callable[[str, int, str], float]  # (path, rank, where) -> the factor of up @ down
 NORM_ROLES = ("w_norm", "b_norm")  # roles that layers do not have
 TensorRole = tuple[str, str, str]  # (component, published path, role)
@@ -195,8 +196,31 @@ def encode_adapter(state: AdapterState, grammar: Grammar, layout: Layout) -> dic
             module = head + spellings[path][0]
             for role, tensor in _tensors_to_write(lr, grammar).items():
                 tensors[module + leaves[role]] = tensor
+    if any(state.dense.values()):
+        tensors |= _encode_dense(state, grammar, layout)
     if any(state.parameters.values()):
         tensors |= _encode_parameters(state, grammar, layout)
+    return tensors
+
+
+def _encode_dense(state: AdapterState, grammar: Grammar, layout: Layout) -> dict[str, Tensor]:
+    """Key -> tensor of LyCORIS' updates.
+
+    A layer that files only have as a part of another is spelled as LyCORIS spells modules.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, modules in state.dense.items():
+        component = layout.component(name)
+        head = spell_heads(grammar, name, component)[0]
+        apart = {*component.swapped}.union(*component.fused.values())
+        starts = {}
+        for path, spellings in spell_paths(grammar, component, modules).items():
+            if path not in component.shapes:
+                layout.module_path(name, path)  # raises the error that names the nearest path
+            starts[path] = head + spellings[0]
+            if path in apart:
+                starts[path] = lycoris.HEAD + path.replace(".", grammar.separator)
+        tensors |= lycoris.encode_updates(modules, starts)
     return tensors
 
 
@@ -295,7 +319,7 @@ def decode_adapter(
         shape = part.shapes[path] if part else None
         is_lycoris = not lycoris.ROLES.isdisjoint(parts)
         if is_lycoris:
-            update: LowRank | DenseUpdate = lycoris.to_dense_update(parts, shape, where)
+            update: LayerUpdate = lycoris.to_dense_update(parts, shape, where)
         else:
             update = _to_low_rank(parts, shape, where)
             if scales and component in scales and "alpha" not in parts:
@@ -312,17 +336,15 @@ def to_adapter_state(
     """The state of decoded updates: factors in `components`, vectors in `parameters`, the rest
     in `dense`.
     """
-    factors: dict[str, dict[str, LowRank]] = {}
-    dense: dict[str, dict[str, DenseUpdate]] = {}
+    layers: dict[str, dict[str, LayerUpdate]] = {}
     parameters: dict[str, dict[str, Tensor]] = {}
     for name, modules in components.items():
         for path, update in modules.items():
             if isinstance(update, Tensor):
                 parameters.setdefault(name, {})[path] = update
-            elif isinstance(update, LowRank):
-                factors.setdefault(name, {})[path] = update
             else:
-                dense.setdefault(name, {})[path] = update
+                layers.setdefault(name, {})[path] = update
+    factors, dense = split_updates(layers)
     return AdapterState(factors, metadata=dict(header), parameters=parameters, dense=dense)
 
 
@@ -398,8 +420,8 @@ def _to_low_rank(parts: Mapping[str, Tensor], shape: Shape | None, where: str) -
 
 
 def _add_magnitude(
-    update: LowRank | DenseUpdate, parts: Mapping[str, Tensor], options: DecodeOptions, where: str
-) -> LowRank | DenseUpdate:
+    update: LayerUpdate, parts: Mapping[str, Tensor], options: DecodeOptions, where: str
+) -> LayerUpdate:
     """The update with the file's DoRA magnitude: [out], or by columns [1, in (, 1, 1)]."""
     given = [role for role in ("magnitude", "dora_scale") if role in parts]
     if len(given) > 1:
@@ -407,17 +429,17 @@ def _add_magnitude(
             f"{where} has two DoRA magnitudes, lora_magnitude_vector and dora_scale; expected one"
         )
     magnitude = parts[given[0]]
-    if isinstance(update, DenseUpdate):
-        shape = update.shape
+    if isinstance(update, LowRank):
+        shape: Shape = (update.up.shape[0], *update.down.shape[1:])
     else:
-        shape = (update.up.shape[0], *update.down.shape[1:])
+        shape = update.shape
     if _magnitude_axis(magnitude, shape, given[0], options, where) == "rows":
         magnitude = magnitude.reshape(shape[0])
     else:
         magnitude = magnitude.reshape(1, shape[1], *[1] * (len(shape) - 2))
-    if isinstance(update, DenseUpdate):
-        return lycoris.add_dense_magnitude(update, magnitude)
-    return update._replace(magnitude=magnitude)
+    if isinstance(update, LowRank):
+        return update._replace(magnitude=magnitude)
+    return dataclasses.replace(update, magnitude=magnitude)
 
 
 def _magnitude_axis(

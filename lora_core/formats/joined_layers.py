@@ -18,12 +18,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LayerUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats.layout import Component, Layout, Shape
 
 Modules = Mapping[str, LowRank]  # path -> factors
-LayerUpdate = LowRank | DenseUpdate
 Update = LayerUpdate | Tensor  # a tensor: added to a norm or bias
 
 
@@ -71,15 +70,43 @@ def join_layers(state: AdapterState, layout: Layout) -> AdapterState:
     components = {}
     for name, modules in state.components.items():
         components[name] = _join_modules(modules, layout.component(name))
+    dense = {name: join_dense(own, layout.component(name)) for name, own in state.dense.items()}
+    state = replace(state, components=components, dense=dense)
     if not any(state.parameters.values()):  # as of most files
-        return replace(state, components=components)
+        return state
     from lora_core.formats.parameter_changes import join_biases
 
     parameters = {}
     for name, changes in state.parameters.items():
         part = layout.component(name)
         parameters[name] = join_biases(changes, part, _swapped_names(part))
-    return replace(state, components=components, parameters=parameters)
+    return replace(state, parameters=parameters)
+
+
+def join_dense(modules: Mapping[str, DenseUpdate], component: Component) -> dict[str, DenseUpdate]:
+    """Updates of LyCORIS, where parts that were read from one stored layer are that layer again.
+
+    Others stay under our names: the parts of a layer have no LoKr or LoHa in common. Raises
+    UserError for one whose only name in files is that of a layer with swapped halves.
+    """
+    stored = dict(modules)
+    for joined, paths in component.fused.items():
+        parts = [stored[path] for path in paths if path in stored]
+        if len(parts) == len(paths) and (whole := _whole_update(parts)):
+            for path in paths:
+                del stored[path]
+            stored[joined] = whole
+    for path, name in _swapped_names(component).items():
+        if path not in stored:
+            continue
+        update = stored.pop(path)
+        if not update.shift and name == path:
+            raise UserError(
+                f"{path} is a {update.kind} update, but files store this layer with its halves "
+                "swapped; make a LoRA of it: merge.py convert --as lora"
+            )
+        stored[name if update.shift else path] = update.rolled(-update.shift)
+    return stored
 
 
 def equalize_parts(state: AdapterState, layout: Layout) -> AdapterState:
@@ -292,6 +319,23 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
         return True
     is_alike = first.dtype == second.dtype and first.shape == second.shape
     return is_alike and torch.equal(first, second)
+
+
+def _whole_update(parts: Sequence[DenseUpdate]) -> DenseUpdate | None:
+    """The update of a stored layer of which these are all outputs, in order; None for others."""
+    first, stop = parts[0], 0
+    for part in parts:
+        is_next = part.outputs == (stop, stop + part.shape[0])
+        is_alike = part.scale == first.scale and part.tensors.keys() == first.tensors.keys()
+        if not is_next or not is_alike:
+            return None
+        if not all(_is_same(part.tensors[role], own) for role, own in first.tensors.items()):
+            return None
+        stop += part.shape[0]
+    magnitudes = [part.magnitude for part in parts if part.magnitude is not None]
+    magnitude = torch.cat(magnitudes) if magnitudes else None
+    shape = (stop, *first.shape[1:])
+    return replace(first, shape=shape, magnitude=magnitude, outputs=None)
 
 
 def _share_scale(parts: Modules) -> dict[str, LowRank]:

@@ -115,6 +115,7 @@ class Format:
     pattern: str = ""  # or a pattern of whole keys
     is_token_rows: bool = False  # rows of an embedding table, no factors
     holds_parameters: bool = False  # changes of norms and biases
+    holds_lycoris: bool = False  # LoHa, LoKr and full updates
     stores_scales: bool = False  # alphas; else the scale is multiplied into the factors
     has_hashes: bool = False  # whether the header gets kohya's hashes of the file
     joins_layers: bool = False  # whether some layers are stored as one (joined_layers.py)
@@ -161,6 +162,7 @@ FORMATS = {  # in the order in which they are tried
         names="kohya_names",
         starts=("lora_", "lycoris_"),
         holds_parameters=True,
+        holds_lycoris=True,
         stores_scales=True,
         has_hashes=True,
         joins_layers=True,

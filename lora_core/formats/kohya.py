@@ -21,12 +21,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.formats import compvis, joined_layers
 from lora_core.formats.grammar import (
@@ -201,11 +201,13 @@ def _all_factors(state: AdapterState) -> list[LowRank]:
 def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
     """The six entries kohya keeps even in its shortest header, the title, and the model spec's.
 
-    "Dynamic" is kohya's word for mixed ranks or alphas.
+    "Dynamic" is kohya's word for mixed ranks or alphas, and for none.
     """
     factors = _all_factors(state)
     ranks = [lr.rank for lr in factors]
     alphas = {lr.scale * rank for lr, rank in zip(factors, ranks)}
+    if any(state.dense.values()):
+        return _lycoris_header(state, layout, title)
     magnitudes = [lr.magnitude for lr in factors if lr.magnitude is not None]
     on_output = {"False" if magnitude.ndim > 1 else "True" for magnitude in magnitudes}
     args = {}
@@ -213,12 +215,41 @@ def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, 
         args = {"algo": "lora", "dora_wd": "True"}
         if len(on_output) == 1:
             args["wd_on_output"] = on_output.pop()
+    module = "lycoris.kohya" if magnitudes else layout.network_module
+    return _make_header(module, ranks, alphas, args, layout, title)
+
+
+def _lycoris_header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
+    """`_kohya_header` of a state with LyCORIS' updates; `algo` is the first one's."""
+    dense: list[DenseUpdate] = []
+    for modules in state.dense.values():
+        dense += modules.values()
+    ranks = [update.rank for update in dense if update.rank]
+    alphas = {update.scale * update.rank for update in dense if update.rank}
+    for lr in _all_factors(state):
+        ranks.append(lr.rank)
+        alphas.add(lr.scale * lr.rank)
+    args = {"algo": dense[0].kind.lower()}
+    magnitudes = [update.magnitude for update in dense if update.magnitude is not None]
+    if magnitudes:
+        args |= {"dora_wd": "True", "wd_on_output": str(magnitudes[0].ndim == 1)}
+    return _make_header("lycoris.kohya", ranks, alphas, args, layout, title)
+
+
+def _make_header(
+    module: str,
+    ranks: Sequence[int],
+    alphas: Collection[float],
+    args: Mapping[str, str],
+    layout: Layout,
+    title: str,
+) -> dict[str, str]:
     header = {
         "ss_v2": str("_v2" in layout.base_model_version),
         "ss_base_model_version": layout.base_model_version,
-        "ss_network_module": "lycoris.kohya" if magnitudes else layout.network_module,
+        "ss_network_module": module,
         "ss_network_dim": str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic",
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        "ss_network_alpha": str(next(iter(alphas))) if len(alphas) == 1 else "Dynamic",
         "ss_network_args": json.dumps(args),
         "ss_output_name": title,
         "modelspec.sai_model_spec": "1.0.1",

@@ -1,11 +1,7 @@
-"""LyCORIS updates other than LoRA: kept as the file's small tensors, built one layer at a time.
+"""LyCORIS updates other than LoRA: LoHa, LoKr and full, read and written as their own tensors.
 
-LoHa (arXiv 2108.06098): delta W = scale * (w1_a w1_b) o (w2_a w2_b), o the elementwise product;
-with t1, t2 (Tucker form, convolutions) each bracket is the sum over i, j of
-t[i, j, ...] a[i, out] b[j, in].
-LoKr: delta W = scale * kron(w1, w2), each factor whole or as a product; a convolution's kernel is
-all in w2. With both whole the scale is 1.
-full: delta W itself, `diff`; it has no scale.
+The products are in adapters.weight_updates. A LoKr of which both factors are whole has scale 1, and
+so has a full update (`diff`): another scale is multiplied into w1 or `diff` when it is written.
 LoCon with a core (`lora_mid`): down and core are multiplied into one down, so it is a LoRA.
 The scale is alpha / rank (with rs_lora LyCORIS writes an alpha for which this holds too), or 1
 without an alpha. A `scalar` in older files multiplies the update.
@@ -19,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import LARGEST_UPDATE, DenseUpdate
+from lora_core.adapters.weight_updates import LARGEST_UPDATE, PRODUCTS, DenseUpdate, Parts
 from lora_core.errors import UserError
+from lora_core.formats.known_formats import LEAVES
 from lora_core.formats.layout import Shape
 
 LYCORIS_KINDS = {  # kind of update -> roles of its tensors
@@ -28,9 +25,11 @@ LYCORIS_KINDS = {  # kind of update -> roles of its tensors
     "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     "full": ("diff",),
 }
+HEAD = "lycoris_"  # beginning of LyCORIS' own keys, which other tools read with our names
 ROLES = frozenset().union(*LYCORIS_KINDS.values())
 COMMON_ROLES = {"alpha", "magnitude", "dora_scale"}
-Parts = Mapping[str, Tensor]  # role -> tensor of one layer
+# Kind of update -> the role of the tensor that a scale is multiplied into where none has a rank.
+SCALED_ROLES = {"LoKr": "lokr_w1", "full": "diff"}
 
 
 def to_dense_update(parts: Parts, shape: Shape | None, where: str) -> DenseUpdate:
@@ -52,19 +51,10 @@ def to_dense_update(parts: Parts, shape: Shape | None, where: str) -> DenseUpdat
             f"{where} is a {kind} update with a {odd[0]}, which belongs to another kind; "
             "expected one kind"
         )
-    build_kind = {"LoHa": _build_loha, "LoKr": _build_lokr, "full": _build_full}[kind]
-    own = {role: tensor for role, tensor in parts.items() if role not in COMMON_ROLES}
-    factor = _resolve_factor(parts, kind, where)
-
-    def build(device: str | None = None) -> Tensor:
-        placed = {role: t if device is None else t.to(device) for role, t in own.items()}
-        built = build_kind({role: _to_fp32(tensor) for role, tensor in placed.items()})
-        if built.shape[0] != shape[0]:
-            raise ValueError("not as many rows as the weight has")
-        return factor * built.reshape(shape)
-
+    own = {role: tensor for role, tensor in parts.items() if role in LYCORIS_KINDS[kind]}
+    update = DenseUpdate(kind, shape, own, _resolve_factor(parts, kind, where))
     try:
-        build("meta")
+        _check_product(update)
     except KeyError as error:
         raise UserError(
             f"{where} is a {kind} update without its {error.args[0]}; the file is incomplete"
@@ -75,11 +65,54 @@ def to_dense_update(parts: Parts, shape: Shape | None, where: str) -> DenseUpdat
             f"{where} has {got}, which do not make up its weight {list(shape)}; "
             "is it for another model?"
         ) from None
-    return DenseUpdate(kind, shape, build)
+    return update
 
 
-def add_dense_magnitude(dense: DenseUpdate, magnitude: Tensor) -> DenseUpdate:
-    return replace(dense, magnitude=magnitude)
+def encode_updates(
+    updates: Mapping[str, DenseUpdate], starts: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Key -> tensor of updates by path, as LyCORIS writes them.
+
+    `starts` has the beginning of each path's keys. Raises UserError for a part of a stored layer.
+    """
+    tensors = {}
+    for path, update in updates.items():
+        if not update.is_whole:
+            raise UserError(
+                f"{path} is a part of a {update.kind} update of a larger layer, which has no "
+                f"{update.kind} of its own; make a LoRA of it: merge.py convert --as lora"
+            )
+        for role, tensor in tensors_to_store(update).items():
+            tensors[starts[path] + LEAVES[role][0]] = tensor
+    return tensors
+
+
+def tensors_to_store(update: DenseUpdate) -> dict[str, Tensor]:
+    """Role -> tensor of a whole update, with the scale as an alpha or multiplied into a tensor."""
+    tensors = dict(fold_scale_without_rank(update).tensors)
+    if update.kind != "full":
+        rank = update.rank
+        alpha = 1.0 if rank is None else update.scale * rank
+        tensors["alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    magnitude = update.magnitude
+    if magnitude is not None:
+        if magnitude.ndim == 1:
+            magnitude = magnitude.reshape(-1, *[1] * (len(update.shape) - 1))
+        tensors["dora_scale"] = magnitude
+    return tensors
+
+
+def fold_scale_without_rank(update: DenseUpdate) -> DenseUpdate:
+    """The update with scale 1, multiplied into a tensor, where no tensor has a rank.
+
+    Multiplied in fp32 or better and rounded to the tensor's dtype.
+    """
+    if update.rank is not None or update.scale == 1:
+        return update
+    role = SCALED_ROLES[update.kind]
+    tensor = update.tensors[role]
+    scaled = (_to_fp32(tensor) * update.scale).to(tensor.dtype)
+    return replace(update, tensors={**update.tensors, role: scaled}, scale=1.0)
 
 
 def merge_core(down: Tensor, mid: Tensor, where: str) -> Tensor:
@@ -117,6 +150,15 @@ def resolve_scalar(parts: Parts, where: str) -> float:
     return float(parts["scalar"])
 
 
+def _check_product(update: DenseUpdate) -> None:
+    """Raises KeyError, ValueError or another error where the tensors do not make up the weight."""
+    tensors = {role: _to_fp32(tensor.to("meta")) for role, tensor in update.tensors.items()}
+    product = PRODUCTS[update.kind](tensors)
+    if product.shape[0] != update.shape[0]:
+        raise ValueError("not as many rows as the weight has")
+    product.reshape(update.shape)
+
+
 def _resolve_factor(parts: Parts, kind: str, where: str) -> float:
     """The number that multiplies an update: its scale and its `scalar`."""
     scalar = resolve_scalar(parts, where)
@@ -129,49 +171,6 @@ def _resolve_factor(parts: Parts, kind: str, where: str) -> float:
             f"{where} has a factor {list(split.shape)}, expected rows for a rank above 0"
         )
     return scalar * resolve_scale(parts, len(split), where)
-
-
-def _build_loha(parts: Parts) -> Tensor:
-    first, second = (
-        _multiply_factors(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"))
-        for i in "12"
-    )
-    if ("hada_t1" in parts) != ("hada_t2" in parts):
-        raise KeyError("hada_t2" if "hada_t1" in parts else "hada_t1")
-    if first.shape != second.shape:
-        raise ValueError("the two products differ in shape")
-    return first * second
-
-
-def _build_lokr(parts: Parts) -> Tensor:
-    if "lokr_w1" in parts:
-        w1 = parts["lokr_w1"]
-    else:
-        w1 = _multiply_factors(parts["lokr_w1_a"], parts["lokr_w1_b"])
-    if "lokr_w2" in parts:
-        w2 = parts["lokr_w2"]
-    else:
-        w2 = _multiply_factors(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
-    if w1.ndim != 2 or w2.ndim < 2:
-        raise ValueError("a Kronecker factor is a matrix")
-    wide = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
-    return torch.kron(wide, w2.contiguous())  # torch 2.13 takes a view of it
-
-
-def _build_full(parts: Parts) -> Tensor:
-    return parts["diff"]
-
-
-def _multiply_factors(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
-    """a [out, r] times b [r, in ...].
-
-    With a core t [r, r, kh, kw], a is [r, out], b [r, in], and the result [out, in, kh, kw].
-    """
-    if core is not None:
-        return torch.einsum("ijhw,io,jn->onhw", core, a, b)
-    if a.ndim != 2:
-        raise ValueError("a left factor is a matrix")
-    return (a @ b.flatten(1)).reshape(len(a), *b.shape[1:])
 
 
 def _to_fp32(tensor: Tensor) -> Tensor:

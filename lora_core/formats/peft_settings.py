@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import DenseUpdate, LowRank
+from lora_core.adapters.weight_updates import LayerUpdate
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import COMPONENTS, PEFT_HEADER
 from lora_core.json_files import LARGEST_NUMBER, parse_object, read_object
@@ -54,7 +54,7 @@ class PeftSettings:
             )
         return alpha / rank ** (0.5 if self.rslora else 1)
 
-    def check(self, modules: Mapping[str, LowRank | DenseUpdate | Tensor], where: str) -> None:
+    def check(self, modules: Mapping[str, LayerUpdate | Tensor], where: str) -> None:
         """Raises UserError where use_dora is set and a magnitude is missing."""
         for path, update in modules.items():
             if isinstance(update, Tensor):  # of a norm or bias
