@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState, LowRank, delta_weight, refuse_dora
+from lora_core.adapters.weight_updates import (
+    AdapterState,
+    LayerUpdate,
+    LowRank,
+    delta_weight,
+    refuse_dora,
+    split_updates,
+)
 from lora_core.errors import UserError
 from merging.factor_sums import WeightedAdapters, concat_factors, frobenius_norm, lpl, slerp_weights
 from merging.stored_layers import OWN_LAYERS, LayerKey, StoredLayers
@@ -49,7 +56,7 @@ class MergedLayer(NamedTuple):
 
     component: str
     path: str
-    adapter: LowRank | None  # None where a budget gives the layer rank 0
+    adapter: LayerUpdate | None  # None where a budget gives the layer rank 0
     report: ApproximationReport
     inputs: InputEnergies | None = None  # of a sum: what is kept of each file that has the layer
     sources: Sequence[int] = ()  # the numbers of these files
@@ -255,13 +262,14 @@ def collect_layers(
     merged: Iterable[MergedLayer],
 ) -> tuple[AdapterState, dict[LayerKey, ApproximationReport]]:
     """(the merge without tokens or header, the reports of all layers, dropped ones included)."""
-    state = AdapterState()
+    updates: dict[str, dict[str, LayerUpdate]] = {}
     reports = {}
     for layer in merged:
         reports[layer.component, layer.path] = layer.report
         if layer.adapter is not None:
-            state.components.setdefault(layer.component, {})[layer.path] = layer.adapter
-    return state, reports
+            updates.setdefault(layer.component, {})[layer.path] = layer.adapter
+    factors, dense = split_updates(updates)
+    return AdapterState(factors, dense=dense), reports
 
 
 def sketch_generator(key: LayerKey, dense: DenseOptions) -> torch.Generator | None:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate
 from lora_core.errors import UserError
 from lora_core.formats.joined_layers import why_not_joined
-from lora_core.formats.known_formats import TOKEN_FORMATS
+from lora_core.formats.known_formats import FORMATS, TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from merging.adapter_sums import Term, layers_by_key
 from merging.commands import Convert, KeepOptions, MergeMethod, OpenOptions
+from merging.dense_layers import keep_dense_layers
 from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile
 from merging.factor_sums import frobenius_norm
@@ -83,6 +84,8 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
     output = settle_format(output, layers=has_layers, tokens=bool(state.tokens))
     _refuse_unheld(state, output, layout)
     warn_of_dora_readers(state, output, reading)
+    stored = stored_layers(output.format, layout)
+    state, dense_reports = keep_dense_layers(state, stored, output.dtype)
     reports = {}
     for component, adapters in state.components.items():
         for name, lr in adapters.items():
@@ -90,8 +93,8 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
             report = ApproximationReport(lr.rank, lr.rank, size, 0.0)
             adapters[name], reports[component, name] = round_adapter(lr, report, output.dtype)
     state, reports = store_scales(state, reports, output, layout)
-    stored = stored_layers(output.format, layout)
-    table = report_table(stored.join_reports(reports, state)) if reports else ""
+    joined = stored.join_reports(reports, state) | dense_reports
+    table = report_table(joined) if joined else ""
     written = write_adapter(state, output, layout)
     if table and output.format not in TOKEN_FORMATS:
         print(table)
@@ -139,8 +142,11 @@ def _refuse_unheld(state: AdapterState, output: Output, layout: Layout | None) -
     for (component, path), lr in layers_by_key(state).items():
         name = f"{component}.{path}"
         if isinstance(lr, DenseUpdate):
+            if FORMATS[output.format].holds_lycoris:
+                continue
             raise UserError(
-                f"{start} {name} is a {lr.kind} update, not a product of two factors; {AS_LORA}"
+                f"{start} {name} is a {lr.kind} update, not a product of two factors (--to kohya "
+                f"keeps it); {AS_LORA}"
             )
         if lr.magnitude is not None and lr.magnitude.ndim > 1 and output.format != "kohya":
             raise UserError(

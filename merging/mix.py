@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, delta_weight
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.formats.known_formats import TOKEN_FORMATS
@@ -27,7 +27,6 @@ from merging.adapter_sums import (
     Term,
     every_layer,
     has_magnitude,
-    sketch_generator,
     weighted_layers,
 )
 from merging.commands import (
@@ -326,19 +325,20 @@ def _merge_layers(
 ) -> Iterator[MergedLayer]:
     """The layers of a merge, one by one. Raises UserError for options that do not go together."""
     joins_doras = method.method == "sum" and not _is_copy(terms, keep)
-    whole = _dense_layers(terms, stored, joins_doras=joins_doras)
+    apart = _dense_layers(terms, stored, joins_doras=joins_doras)
     criterion = keep.per_layer()
-    if whole and (method.method != "sum" or criterion is None):
-        _refuse_dense_layers(whole)
+    others: Iterable[MergedLayer] = ()
+    if apart:
+        from merging.dense_layers import sum_dense_layers
+
+        is_sum = method.method == "sum" and not keep.budget
+        others = sum_dense_layers(apart, terms, criterion, dense, stored, dtype, is_sum=is_sum)
     if method.method == "sum":
-        sources = adapter_sums.layer_sources(terms) if whole else {}
-        factors = [term._replace(factor=_excluding(term.factor, whole)) for term in terms]
-        terms = adapter_sums.join_terms(factors if whole else terms, stored)
+        factors = [term._replace(factor=_excluding(term.factor, apart)) for term in terms]
+        terms = adapter_sums.join_terms(factors if apart else terms, stored)
         wanted = _ranks_or_share(keep, terms, dtype)
         sums = adapter_sums.mix_layers(terms, wanted, dense, rounded=dtype is not None)
-        return itertools.chain(
-            sums, _distill_dense_layers(whole, sources, criterion, dense, stored)
-        )
+        return itertools.chain(sums, others)
     if keep.budget:
         raise UserError(
             f"--budget is for --method sum; {method.method} takes --rank, --max-error or --energy"
@@ -395,48 +395,8 @@ def _dense_layers(
     return found
 
 
-def _refuse_dense_layers(whole: Mapping[LayerKey, WeightedAdapters]) -> NoReturn:
-    key, weighted = next(iter(whole.items()))
-    is_dense = any(isinstance(update, DenseUpdate) for _, update in weighted)
-    kind = "an update of LyCORIS" if is_dense else "a DoRA"
-    raise UserError(
-        f"{'.'.join(key)} is {kind}, not a product of two factors; "
-        f"choose how much to keep {TO_KEEP} (and no --method), or fold it into a model"
-    )
-
-
 def _excluding(factor: LayerFactor, keys: Collection[LayerKey]) -> LayerFactor:
     return lambda component, path: 0.0 if (component, path) in keys else factor(component, path)
-
-
-def _distill_dense_layers(
-    whole: Mapping[LayerKey, WeightedAdapters],
-    sources: Mapping[LayerKey, Sequence[int]],
-    criterion: Keep | None,
-    dense: DenseOptions,
-    stored: StoredLayers,
-) -> Iterator[MergedLayer]:
-    """The nearest adapters of layers with an update that is not a product of two factors."""
-    if not whole:
-        return
-    from merging.survival import energies_of_dense
-    from merging.svd import distill_update
-
-    keep = criterion or Keep(energy=1.0)
-    for key, parts in stored.group_parts(whole).items():
-        by_file: dict[int, dict[LayerKey, Tensor]] = {}
-        try:
-            for part in parts:
-                weight = dense.base(*part) if dense.base else None
-                for number, (strength, lr) in zip(sources[part], whole[part]):
-                    update = strength * delta_weight(lr, weight)
-                    by_file.setdefault(number, {})[part] = update
-            updates = [stored.stack_dense(key, own) for own in by_file.values()]
-            total = torch.stack(updates).sum(0)
-            distilled = distill_update(total, keep, generator=sketch_generator(key, dense))
-        except ValueError as error:
-            raise UserError(f"{'.'.join(key)}: {error}") from None
-        yield MergedLayer(*key, *distilled, energies_of_dense(updates, distilled[0]), [*by_file])
 
 
 def _slerp_layers(
@@ -480,14 +440,15 @@ def _round_layers(
         finished = layer if dtype is None else _round_layer(layer, dtype)
         if layer.inputs is not None and tally.count > 1:
             rounded = None
-            if layer.adapter and finished.adapter and finished.adapter is not layer.adapter:
-                rounded = rounding_shares(layer.adapter, finished.adapter)
+            before, after = layer.adapter, finished.adapter
+            if isinstance(before, LowRank) and isinstance(after, LowRank) and after is not before:
+                rounded = rounding_shares(before, after)
             tally.add_layer(layer.sources, layer.inputs, rounded)
         yield finished
 
 
 def _round_layer(layer: MergedLayer, dtype: torch.dtype) -> MergedLayer:
-    if layer.adapter is None:
+    if not isinstance(layer.adapter, LowRank):  # others have this dtype already
         return layer
     try:
         adapter, report = round_adapter(layer.adapter, layer.report, dtype)

@@ -17,6 +17,7 @@ import models
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
+from lora_core.formats.adapter_files import HOW_TO_DISTILL
 from lora_core.formats.known_formats import TOKEN_FORMATS, WRITABLE
 from lora_core.formats.layout import Layout
 from lora_core.formats.recognition import describe_kind, recognize_file
@@ -106,6 +107,12 @@ def open_adapter(
     state = formats.load(
         path, layout, allow_extra=reading.allow_extra, dora_axis=reading.dora_axis, merging=merging
     )
+    if not merging and any(state.dense.values()):
+        component, updates = next((name, own) for name, own in state.dense.items() if own)
+        raise UserError(
+            f"{path} holds other updates than LoRA and DoRA: {component}.{next(iter(updates))} is "
+            f"no product of two factors; {HOW_TO_DISTILL}"
+        )
     state.components = state.updates()  # type: ignore[assignment]
     state.dense = {}
     return state

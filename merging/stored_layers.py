@@ -29,6 +29,7 @@ class StoredLayers:
     """Which of our layers are one in files; without a layout every layer is its own."""
 
     layout: Layout | None = None
+    holds_lycoris: bool = False  # whether the files hold updates that are no product of two factors
 
     def group_parts(self, keys: Iterable[LayerKey]) -> dict[LayerKey, list[LayerKey]]:
         """Stored layer -> our layers that it holds, in the order of first appearance."""
@@ -112,10 +113,11 @@ OWN_LAYERS = StoredLayers()
 
 def stored_layers(format: str, layout: Layout | None) -> StoredLayers:
     """The stored layers of a format of adapter files and a model."""
+    own = StoredLayers(None, FORMATS[format].holds_lycoris)
     if layout is None or not FORMATS[format].joins_layers:
-        return OWN_LAYERS
+        return own
     is_joined = any(part.fused or part.swapped for part in layout.components.values())
-    return StoredLayers(layout) if is_joined else OWN_LAYERS
+    return replace(own, layout=layout) if is_joined else own
 
 
 def layers_in_file(path: str, layout: Layout | None) -> StoredLayers:

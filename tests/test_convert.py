@@ -121,9 +121,12 @@ def test_a_dora_by_columns_stays_in_kohyas_format_and_nowhere_else(here, capsys)
 def test_a_lycoris_update_cannot_be_renamed_and_what_to_do_is_said(here, capsys):
     module = "lora_unet_" + SQUARE.replace(".", "_")
     save_file({f"{module}.diff": torch.randn(8, 8)}, "l.safetensors")
-    call("convert", "l.safetensors", "x.safetensors", "--to", "kohya", "--model", "base", status=2)
-    said = capsys.readouterr().err
-    assert "is a full update, not a product of two factors; --as lora" in said
+    for format in ("diffusers", "cloneofsimo"):
+        words = ("x.safetensors", "--to", format, "--model", "base")
+        call("convert", "l.safetensors", *words, status=2)
+        said = capsys.readouterr().err
+        assert "is a full update, not a product of two factors (--to kohya keeps it); --as" in said
+    assert not Path("x.safetensors").exists()
 
 
 def test_as_lora_is_repeated_from_its_recipe(here, capsys):

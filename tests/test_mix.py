@@ -187,7 +187,8 @@ def test_lycoris_updates_are_cut_or_folded(here, layout, capsys):
     exact = (parts[f"{name}.hada_w1_a"] @ parts[f"{name}.hada_w1_b"]) * (
         parts[f"{name}.hada_w2_a"] @ parts[f"{name}.hada_w2_b"]
     )
-    call("mix", "0.5*hada.safetensors", "--out", "o.safetensors", "--model", "base", status=2)
+    words = ("--out", "o.safetensors", "--model", "base", "--format", "diffusers")
+    call("mix", "0.5*hada.safetensors", *words, status=2)
     assert "not a product of two factors" in capsys.readouterr().err
     call(
         "mix",

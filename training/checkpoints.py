@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_core import formats, tokens
-from lora_core.adapters import injection
-from lora_core.adapters.weight_updates import AdapterState
+from lora_core.adapters import custom_files, injection
+from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
@@ -89,6 +89,7 @@ class Checkpoints:
             for group, params in self.model.groups.items():
                 for p, saved in zip(params, tree["groups"][group]):
                     p.copy_(saved)
+        custom_files.load_buffers(self.model.adapted, tree.get("buffers", {}))
         self._restore_optimizer(tree["optimizer"])
         scaler, average = self.optimization.scaler, self.optimization.average
         if scaler is not None and tree["scaler"] is not None:
@@ -126,6 +127,7 @@ class Checkpoints:
         scaler, average = self.optimization.scaler, self.optimization.average
         tree = {
             "groups": self.model.groups,
+            "buffers": custom_files.adapter_buffers(self.model.adapted),
             "optimizer": self.optimization.optimizer.state_dict(),
             "optimizer_name": self.config.optimizer.name,
             "scaler": scaler and scaler.state_dict(),
@@ -139,16 +141,17 @@ class Checkpoints:
             formats.save_run(self.learned_state(done), folder, layout=self.model.family.layout)
 
     def learned_state(self, done: int) -> AdapterState:
-        """Adapter factors and token rows after `done` steps, under published names. Without factors
-        for a full fine-tune, which results.py writes.
+        """The adapters' tensors and the token rows after `done` steps, under published names.
+        Without adapters that no adapter file can hold, which results.py writes.
         """
         model, layout = self.model, self.model.family.layout
-        components: dict[str, dict[str, Any]] = {}
+        updates: dict[str, dict[str, LayerUpdate]] = {}
         for name, module in model.adapted.items() if model.has_factors else ():
-            components[name] = {
-                layout.published(name, path): factors
-                for path, factors in injection.adapter_factors(module).items()
+            updates[name] = {
+                layout.published(name, path): own
+                for path, own in injection.adapter_updates(module).items()
             }
+        factors, dense = split_updates(updates)
         rows = {
             layout.encoders[name]: tokens.copy_token_rows(embedding)
             for name, embedding in model.embeddings.items()
@@ -162,7 +165,7 @@ class Checkpoints:
         header = {"lora_core.config": to_toml(shared), "lora_core.steps": str(done)}
         if self.changes:
             header["lora_core.changes"] = "\n".join(self.changes)
-        return AdapterState(components, rows, names, header | words)
+        return AdapterState(factors, rows, names, header | words, dense=dense)
 
     @contextmanager
     def advice_on_interrupt(self) -> Iterator[None]:
@@ -226,7 +229,9 @@ class Checkpoints:
     def _refusal(self, tree: dict[str, Any], step: int) -> str:
         """Why the state of a checkpoint does not fit this run, as a sentence; "" where it does."""
         folder, config = self.run.folder, self.config
-        if _shapes(tree["groups"]) != _shapes(self.model.groups):
+        own = custom_files.adapter_buffers(self.model.adapted)
+        has_same_buffers = _tensor_shapes(tree.get("buffers", {})) == _tensor_shapes(own)
+        if _shapes(tree["groups"]) != _shapes(self.model.groups) or not has_same_buffers:
             return (
                 f"the checkpoint in {folder} has other adapters or tokens than this config; "
                 "resume with the config of the run"
@@ -269,6 +274,10 @@ def _find_wrong_part(tree: Any) -> str:
             return f"its {name} is {shorten_value(tree.get(name))}"
     if not all(isinstance(line, str) for line in tree.get("changes", [])):
         return "its changes are no texts"
+    buffers = tree.get("buffers", {})
+    is_table = isinstance(buffers, dict)
+    if not is_table or not all(isinstance(own, Tensor) for own in buffers.values()):
+        return "its buffers are no tensors"
     for name, params in tree["groups"].items():
         if not isinstance(params, list) or not all(isinstance(p, Tensor) for p in params):
             return f"its group {shorten_value(name)} holds no tensors"
@@ -285,6 +294,10 @@ def _find_wrong_part(tree: Any) -> str:
         if not is_list or type(count) is not int:
             return "its moving average holds no tensors"
     return ""
+
+
+def _tensor_shapes(tensors: dict[str, Any]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _shapes(groups: dict[str, Any]) -> dict[str, list[torch.Size]]:

@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 
+from lora_core import formats
 from lora_core.adapters import custom_files, injection, targets
+from lora_core.adapters.adapted_layer import Adapted, adapted_layers
 from lora_core.adapters.kinds import kind_class, kind_options
+from lora_core.adapters.kronecker import LoKr
 from lora_core.adapters.targets import matches_pattern, require_match
+from lora_core.adapters.weight_updates import DenseUpdate
 from lora_core.config import AdapterConfig, Config
 from lora_core.data import dataset
 from lora_core.errors import UserError
@@ -95,10 +99,11 @@ def _component_spec(a: AdapterConfig, globs: tuple[str, ...], paths: Sequence[st
 def report_adapters(
     c: Config, trained: Mapping[str, torch.nn.Module], paths: Mapping[str, Sequence[str]]
 ) -> bool:
-    """Print the adapters' layers and numbers of parameters; returns whether they have a low-rank
-    form. For those without one, prints which files are written instead.
+    """Print the adapters' layers and numbers of parameters; returns whether adapter files can hold
+    them. Where diffusers' or no file can, prints which files are written instead.
 
-    Raises UserError for adapters that could not be written in any form.
+    Raises UserError for adapters that could not be written in any form, and for a scale that no
+    LoKr has.
     """
     has_factors = all(custom_files.has_factors(module) for module in trained.values())
     rank = f", rank {c.adapter.rank}" if has_factors else ""
@@ -107,9 +112,40 @@ def report_adapters(
         table = targets.target_table if c.list_targets else targets.target_summary
         layers = table(paths[name])
         print(f"{name}: {c.adapter.kind}{rank}, {count:,} parameters on {layers}")
+    run = Path(c.out).resolve().name
     if not has_factors:
-        custom_files.check_custom_kind(trained, c.adapter.kind, Path(c.out).resolve().name)
-    return has_factors
+        custom_files.check_custom_kind(trained, c.adapter.kind, run)
+        return False
+    adapters = [layer.adapter("default") for layer in _adapted_layers(trained)]
+    if adapters and isinstance(adapters[0].state(), DenseUpdate):
+        _report_products(c.adapter, adapters, run)
+    return True
+
+
+def _adapted_layers(trained: Mapping[str, torch.nn.Module]) -> list[Adapted]:
+    return list(chain.from_iterable(map(adapted_layers, trained.values())))
+
+
+def _report_products(a: AdapterConfig, adapters: Sequence[Any], run: str) -> None:
+    """Print the file of a run whose updates diffusers' format cannot hold, and the LoKr without a
+    rank. Raises UserError for a scale where none has one.
+    """
+    whole = [adapter for adapter in adapters if isinstance(adapter, LoKr) and adapter.is_whole]
+    if whole:
+        print(
+            f"{len(whole)} of {len(adapters)} layers have a whole w2 and scale 1: the rank is half "
+            "of its larger side or more"
+        )
+    for option in ("alpha", "alpha_pattern", "rslora"):
+        if len(whole) == len(adapters) and getattr(a, option):
+            raise UserError(
+                f"--adapter.{option.replace('_', '-')} has no effect: every LoKr has a whole w2, "
+                "whose scale is 1; leave it out or lower --adapter.rank"
+            )
+    print(
+        f"the run writes {run}.safetensors, under LyCORIS' names; diffusers' file "
+        f"{formats.NATIVE} cannot hold a {a.kind}"
+    )
 
 
 # ---------------------------------------------------------------- the model

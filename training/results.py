@@ -91,7 +91,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
 def _save_files(
     folder: Path, done: int, config: Config, model: Model, checkpoints: Checkpoints
 ) -> list[Path]:
-    """The LoRA and token files; for adapters without a low-rank form the whole model as well."""
+    """The adapter and token files; for adapters that these cannot hold, the whole model as well."""
     learned = checkpoints.learned_state(done)
     files = formats.save_run(learned, folder, layout=model.family.layout)
     if model.has_factors:

@@ -83,7 +83,7 @@ class Model:
     encoders: dict[str, nn.Module]  # component -> text encoder
     adapted: dict[str, nn.Module]  # component -> network with adapters
     with_dora: tuple[nn.Module, ...]  # those of them with DoRA, whose row norms a step caches
-    has_factors: bool  # whether the adapters have a low-rank form; else a whole model is written
+    has_factors: bool  # whether adapter files can hold the adapters; else a whole model is written
     placeholders: tuple[Placeholder, ...]  # words of the captions and their tokens
     embeddings: dict[str, tokens.LearnedEmbedding]  # text encoder -> token rows [n, d]
     norm_targets: dict[str, Tensor]  # text encoder -> [n, 1] norms for --tokens.norm

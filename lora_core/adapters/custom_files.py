@@ -81,6 +81,29 @@ def adapter_tensors(models: Mapping[str, nn.Module], name: str = "default") -> d
     return found
 
 
+def adapter_buffers(models: Mapping[str, nn.Module], name: str = "default") -> dict[str, Tensor]:
+    """The tensors of `adapter_tensors` that no optimizer trains; none for the kinds in KINDS."""
+    trained = set()
+    for component, model in models.items():
+        for path, layer in layers_with_adapter(model, name).items():
+            for key, _ in layer.adapter(name).named_parameters(remove_duplicate=False):
+                trained.add(f"{component}.{path}.{key}")
+    every = adapter_tensors(models, name)
+    return {key: tensor for key, tensor in every.items() if key not in trained}
+
+
+@torch.no_grad()
+def load_buffers(
+    models: Mapping[str, nn.Module], saved: Mapping[str, Tensor], name: str = "default"
+) -> None:
+    """Copy `adapter_buffers` of these names and shapes back in place."""
+    for component, model in models.items():
+        for path, layer in layers_with_adapter(model, name).items():
+            for key, buffer in layer.adapter(name).named_buffers(remove_duplicate=False):
+                if (own := f"{component}.{path}.{key}") in saved:
+                    buffer.copy_(saved[own])
+
+
 def save_adapters(
     models: Mapping[str, nn.Module], file: Path, header: Mapping[str, str], name: str = "default"
 ) -> Path:

@@ -16,7 +16,7 @@ from lora_core.adapters.adapter_module import (
     initial_generator,
 )
 from lora_core.adapters.product_adapter import ProductAdapter
-from lora_core.adapters.weight_updates import kronecker_product, multiply_factors
+from lora_core.adapters.weight_updates import kronecker_product, multiply_pair
 from lora_core.settings import KIND_OPTIONS
 
 
@@ -50,6 +50,11 @@ class LoKr(ProductAdapter):
             "lokr_w2_b": torch.zeros(spec.rank, fan_in),
         }
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether w2 is one tensor, without a rank."""
+        return "lokr_w2" in self._parameters
+
     def product(self) -> Tensor:
         return kronecker_product(dict(self.named_parameters()))
 
@@ -67,13 +72,13 @@ class LoKr(ProductAdapter):
         if "lokr_w1" in own:
             w1 = own["lokr_w1"]
         else:
-            w1 = multiply_factors(own["lokr_w1_a"], own["lokr_w1_b"])
+            w1 = multiply_pair(own["lokr_w1_a"], own["lokr_w1_b"])
         shape = base.weight.shape[1] // w1.shape[1], *base.weight.shape[2:]
         if "lokr_w2" in own:
             w2 = [own["lokr_w2"].reshape(-1, *shape)]
         elif "lokr_t2" in own:
             core = own["lokr_w2_a"], own["lokr_w2_b"], own["lokr_t2"]
-            w2 = [multiply_factors(*core).reshape(-1, *shape)]
+            w2 = [multiply_pair(*core).reshape(-1, *shape)]
         else:
             w2 = [own["lokr_w2_b"].reshape(-1, *shape), own["lokr_w2_a"]]
         return [tensor.to(dtype) for tensor in (w1, *w2)]

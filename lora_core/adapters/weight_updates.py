@@ -91,6 +91,10 @@ class DenseUpdate:
             product = product[slice(*self.outputs)]
         return self.scale * product
 
+    def scaled(self, factor: float) -> DenseUpdate:
+        """`factor` times the update; of one with a magnitude only the part before it."""
+        return self if factor == 1 else replace(self, scale=self.scale * factor)
+
     def cast(self, dtype: torch.dtype) -> DenseUpdate:
         """The update with its tensors in `dtype`; a magnitude is not cast."""
         tensors = {role: tensor.to(dtype) for role, tensor in self.tensors.items()}
@@ -290,7 +294,7 @@ def hadamard_product(parts: Parts) -> Tensor:
     fit.
     """
     first, second = (
-        multiply_factors(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"))
+        multiply_pair(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"))
         for i in "12"
     )
     if ("hada_t1" in parts) != ("hada_t2" in parts):
@@ -305,11 +309,11 @@ def kronecker_factors(parts: Parts) -> tuple[Tensor, Tensor]:
     if "lokr_w1" in parts:
         w1 = parts["lokr_w1"]
     else:
-        w1 = multiply_factors(parts["lokr_w1_a"], parts["lokr_w1_b"])
+        w1 = multiply_pair(parts["lokr_w1_a"], parts["lokr_w1_b"])
     if "lokr_w2" in parts:
         w2 = parts["lokr_w2"]
     else:
-        w2 = multiply_factors(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
+        w2 = multiply_pair(parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2"))
     if w1.ndim != 2 or w2.ndim < 2:
         raise ValueError("a Kronecker factor is a matrix")
     return w1, w2
@@ -322,7 +326,7 @@ def kronecker_product(parts: Parts) -> Tensor:
     return torch.kron(wide, w2.contiguous())  # torch 2.13 takes a view of it
 
 
-def multiply_factors(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
+def multiply_pair(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
     """a [out, r] times b [r, in ...].
 
     With a core t [r, r, kh, kw], a is [r, out], b [r, in], and the result [out, in, kh, kw].

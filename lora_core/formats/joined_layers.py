@@ -29,7 +29,8 @@ Update = LayerUpdate | Tensor  # a tensor: added to a norm or bias
 def join_layout(layout: Layout) -> Layout:
     """The layout of the layers in files, with joined and swapped layers under their stored names.
 
-    Our own names stay in it, because some files use them.
+    Our own names stay in it, because some files use them; `swapped` are those whose stored name is
+    another.
     """
     components = {name: _join_component(part) for name, part in layout.components.items()}
     return replace(layout, components=components)
@@ -194,12 +195,14 @@ def _join_component(component: Component) -> Component:
     for joined, parts in component.fused.items():
         out = sum([component.shapes[path][0] for path in parts])
         shapes[joined] = (out, *component.shapes[parts[0]][1:])
-    for path, name in _swapped_names(component).items():
+    renamed = _swapped_names(component)
+    for path, name in renamed.items():
         shapes[name] = component.shapes[path]
+    apart = frozenset(path for path, name in renamed.items() if name != path)
     names = {path: own for path, own in component.names.items() if path not in component.swapped}
     biases = _joined_biases(component, _swapped_names(component))
     parameters = {**component.parameters, **biases}
-    return replace(component, shapes=shapes, names=names, parameters=parameters)
+    return replace(component, shapes=shapes, names=names, parameters=parameters, swapped=apart)
 
 
 def _joined_biases(component: Component, swapped: Mapping[str, str]) -> dict[str, Shape]:

@@ -155,6 +155,7 @@ def _file_facts(card: ModelCard, folder: Path) -> dict[str, object]:
         "lora": (folder / NATIVE).is_file(),
         "lora_file": NATIVE,
         "kohya_lora": (folder / f"{name}.safetensors").is_file(),
+        "lycoris": _has_lycoris_only(folder),
         "dora_note": _dora_note(card, folder),
         "whole_model": _has_whole_model(folder),
     }
@@ -182,6 +183,7 @@ def _front_matter(
     is_local = Path(card.base_model).is_dir() or not HUB_ID.fullmatch(card.base_model)
     tags = ["text-to-image", "diffusers", "diffusers-training"]
     tags += ["lora"] if (folder / NATIVE).is_file() else []
+    tags += ["lycoris"] if _has_lycoris_only(folder) else []
     tags += ["textual-inversion"] if rows else []
     data = ModelCardData(
         base_model=None if is_local and card.repo else card.base_model,
@@ -200,6 +202,7 @@ def _contents(folder: Path, rows: Sequence[str]) -> str:
     """The weights in the folder, in words."""
     there = {
         f"a LoRA ({NATIVE})": (folder / NATIVE).is_file(),
+        f"a LyCORIS adapter ({folder.name}.safetensors)": _has_lycoris_only(folder),
         "learned tokens": bool(rows),
         "a whole fine-tuned model (model/)": _has_whole_model(folder),
     }
@@ -213,9 +216,11 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
     settings = "the run's settings: `python train.py config.toml` repeats it"
     if card.repo:
         settings = "the run's settings, without the folders of its images"
+    alone = "the adapter under LyCORIS' names, for lora_core, A1111 and ComfyUI"
+    kohya = "the same LoRA under kohya's names, for A1111 and ComfyUI"
     known = {
         NATIVE: "LoRA under diffusers' names",
-        f"{folder.name}.safetensors": "the same LoRA under kohya's names, for A1111 and ComfyUI",
+        f"{folder.name}.safetensors": alone if _has_lycoris_only(folder) else kohya,
         f"{folder.name}{EMBEDDINGS}": f"rows of the learned tokens: {', '.join(rows)}",
         f"{folder.name}{CUSTOM_ADAPTER_ENDING}": f"{own}: "
         "lora_core.adapters.custom_files.load_adapters reads them",
@@ -250,6 +255,11 @@ def _dora_note(card: ModelCard, folder: Path) -> str:
     )
     advice = f"{_code(command)} makes a plain LoRA, which every tool applies alike"
     return f"{describe_reader_errors(card.dora_errors)}. {advice}."
+
+
+def _has_lycoris_only(folder: Path) -> bool:
+    """Whether the adapter is under LyCORIS' names only: diffusers' cannot hold it."""
+    return not (folder / NATIVE).is_file() and (folder / f"{folder.name}.safetensors").is_file()
 
 
 def _has_whole_model(folder: Path) -> bool:
