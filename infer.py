@@ -89,6 +89,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     overlap, they are averaged (Mix-of-Show). Without a negative prompt it has --negative."""
     refiner: str = ""
     """Folder or hub id of a refiner model, which runs the last steps as image to image."""
+    adapter_kind: str = ""
+    """Class of the adapters of a --lora that a run with --adapter.kind FILE.py:Class wrote
+    (NAME_adapter.safetensors). The code in FILE.py is run."""
 
 
 if __name__ == "__main__":
@@ -179,7 +182,7 @@ def infer(config: Infer) -> list[Path]:
     axes = [parse_axis(text) for text in config.grid]
     check_image_options(config, axes, len(prompts), len(loras))
     refuse_other_files(loras)
-    for lora in loras:
+    for lora in loras if not config.adapter_kind else ():
         warn_of_whole_model(config.model, Path(lora.path))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -188,7 +191,7 @@ def infer(config: Infer) -> list[Path]:
     start = read_start_images(config.init_image, config.mask, height, width)
     regions = [parse_region(text, width, height) for text in config.region]
     with ExitStack() as stack:
-        patches = apply_loras(family, loras, stack)
+        patches = apply_loras(family, loras, stack, config.adapter_kind)
         drawing = Drawing(family, refiner, start, patches, loras, regions)
         texts = [prompt.text for prompt in prompts]
         if sentence := prompts_without_words(texts, drawing.placeholders):

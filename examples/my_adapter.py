@@ -1,26 +1,24 @@
 """A custom adapter, (IA)^3 (arXiv 2205.05638): one learned factor per output feature.
 
     python train.py configs/toy_pti.toml --adapter.kind examples/my_adapter.py:IA3 --out runs/ia3
+    python infer.py --model toy/model --lora runs/ia3 --adapter-kind examples/my_adapter.py:IA3 \
+        --prompt "a photo of TOK on a yellow background" --out ia3.png
 
-(IA)^3 has no low-rank form, so no LoRA file can hold it. The run writes its own parameters
-(runs/ia3/ia3_adapter.safetensors) and the whole model with the adapter folded in (runs/ia3/model,
-for infer.py --model and diffusers). The lines at the end load the parameters onto a model again.
+No LoRA file can hold it. The run writes its own parameters (runs/ia3/ia3_adapter.safetensors) and
+the whole model with them folded in (runs/ia3/model, for diffusers and other programs).
 """
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.kinds import BaseLayer, LayerSpec
+from lora_core.adapters.adapter_module import BaseLayer, LayerSpec
 
 
 class IA3(nn.Module):
     """y = (1 + l) * base(x), with one number l for each output feature."""
 
-    low_rank = False  # rank, alpha and dropout do not apply
-
     def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
         super().__init__()
-        self.layer = layer
         self.scale = nn.Parameter(torch.zeros(base.weight.shape[0], device=base.weight.device))  # l
 
     def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
@@ -36,16 +34,3 @@ class IA3(nn.Module):
 
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
         return None if base.bias is None else self.scale.detach() * base.bias.float()
-
-
-if __name__ == "__main__":
-    from lora_core.adapters.custom_files import load_adapters
-    from lora_core.adapters.injection import AdapterSpec, inject
-    from models import load_family
-
-    family = load_family("toy/model")
-    inject(
-        family.modules["unet"],
-        AdapterSpec(family.layout.presets["unet"]["all"], kind="examples/my_adapter.py:IA3"),
-    )  # as in the run's config
-    load_adapters({"unet": family.modules["unet"]}, "runs/ia3/ia3_adapter.safetensors")

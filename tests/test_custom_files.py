@@ -8,24 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import infer
 import train
-from lora_core import formats
+from lora_core import formats, patch
 from lora_core.adapters import custom_files, injection
 from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.injection import AdapterSpec
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.config import Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
-from models import load_family
+from lora_core.formats.known_formats import CUSTOM_KIND
+from models import load_family, save_family
 from tests.conftest import final, same
 from training import setup
 
 IA3 = "examples/my_adapter.py:IA3"
-# the same without saying low_rank: factors are asked for, and there are none
+# classes with and without a state for adapter files
 FORMS = '''
 import torch
 from torch import nn
@@ -64,6 +69,21 @@ class Nothing(nn.Module):
 class Crooked(Shift):
     def delta_weight(self, base):
         return self.by.detach()
+
+class Counting(Shift):
+    """Its update grows with the number of training forwards, which a buffer counts."""
+    options = ("rank",)
+    def __init__(self, base, layer):
+        super().__init__(base, layer)
+        self.rank = layer.rank
+    def gain(self):
+        return self.rank * (1 + 0.1 * self.calls)
+    def update(self, base, x, y0, strength):
+        if torch.is_grad_enabled():
+            self.calls += 1
+        return self.gain() * super().update(base, x, y0, strength)
+    def delta_weight(self, base):
+        return self.gain() * super().delta_weight(base)
 
 class Half(LoRA):
     pass
@@ -140,7 +160,8 @@ def test_own_parameters_come_back_and_what_does_not_fit_is_refused(
     tensors = load_file(file)
     name = next(iter(tensors))
     for changed, said in (
-        ({}, "only the model has"),
+        ({}, "holds no tensors"),
+        ({"unet.9.x": torch.ones(1)}, "only the model has"),
         (tensors | {"unet.9.x": torch.ones(1)}, "only the file has"),
         (tensors | {name: torch.ones(9)}, "9"),
     ):
@@ -184,9 +205,8 @@ def test_a_run_writes_its_own_form_and_the_whole_model(
         run,
         run / "run_adapter.safetensors",
     ):  # read as a LoRA, by infer.py --lora and merge.py
-        with pytest.raises(
-            UserError, match=rf"holds adapters without a low-rank form.*{run / 'model'}"
-        ):
+        said = rf"holds adapters without a low-rank form.*, {IA3} by its header.*{run / 'model'}"
+        with pytest.raises(UserError, match=said):
             formats.load(place)
     tuned, plain = load_family(str(run / "model")), load_family(config.model)
     for name in ("unet", "text_encoder"):
@@ -227,3 +247,93 @@ def test_a_folder_that_holds_a_whole_model_is_no_lora(tmp_path: Path) -> None:
         "give that as the model",
     ):
         formats.load(tmp_path / "run")
+
+
+def test_buffers_are_resumed_and_settings_are_the_runs(
+    config: Config, forms: str, quick: None, tmp_path: Path
+) -> None:
+    kind = f"{forms}:Counting"
+    own = replace(
+        config,
+        adapter=replace(config.adapter, kind=kind, rank=3),
+        optimizer=OptimizerConfig(lr={"denoiser": 1e-4}),
+        stages=(Stage(4, ("denoiser",)),),
+    )
+    run = train.train(own)
+    part = replace(own, out=config.out + "part", stages=(Stage(2, ("denoiser",)),))
+    train.train(part)
+    resumed = train.train(replace(own, out=part.out, resume=True))
+    assert same(final(resumed), final(run))
+    written = load_file(run / "run_adapter.safetensors")
+    calls = {key: float(tensor) for key, tensor in written.items() if key.endswith("calls")}
+    assert calls and set(calls.values()) == {4.0}
+    family = load_family(config.model)
+    unet = family.modules["unet"]
+    weights = load_family(str(run / "model")).modules["unet"].state_dict()
+    with patch(unet, run / "run_adapter.safetensors", kind=kind) as applied:
+        (adapter, *_) = [m for m in unet.modules() if type(m).__name__ == "Counting"]
+        assert adapter.rank == 3 and adapter.calls == 4
+        folded = merged_state_dict(unet, applied.name)
+        assert all(torch.allclose(folded[key], weights[key], atol=1e-6) for key in weights)
+        applied.set_strength(0.5)
+    assert not any(type(m).__name__ == "Counting" for m in unet.modules())
+
+
+def test_a_class_runs_only_when_it_is_named_again(forms: str, tmp_path: Path) -> None:
+    kind, unet = f"{forms}:Shift", torch.nn.ModuleDict({"a": torch.nn.Linear(4, 6)})
+    injection.inject(unet, AdapterSpec(("a",), kind=kind))
+    header = {CUSTOM_KIND: kind}
+    file = custom_files.save_adapters({"unet": unet}, tmp_path / "x.safetensors", header)
+    injection.remove(unet)
+    modules = {"unet": unet}
+    with pytest.raises(UserError, match=r"Its code is not run unasked: name the class again"):
+        patch(modules, file)
+    with pytest.raises(UserError, match=r"only the file has unet.a"):
+        patch(modules, file, kind=IA3)
+    with pytest.raises(UserError, match=r"adapts unet, but only text_encoder was given"):
+        patch({"text_encoder": unet}, file, kind=kind)
+    other = {"unet": torch.nn.ModuleDict({"b": torch.nn.Linear(4, 6)})}
+    with pytest.raises(UserError, match=r"has no layer of unet.a.by of .* for another model"):
+        patch(other, file, kind=kind)
+    save_file(load_file(file), file, {**header, "lora_core.config": "[adapter]\nrank = 'x'"})
+    with pytest.raises(UserError, match="rank"):
+        patch(modules, file, kind=kind)
+    assert isinstance(unet["a"], torch.nn.Linear)
+    layout = formats.layout_of(modules)
+    update = {"a": LowRank(torch.ones(1, 4), torch.ones(6, 1), 1.0)}
+    formats.save(AdapterState({"unet": update}), tmp_path / "l.safetensors", layout=layout)
+    with pytest.raises(UserError, match=r"holds no adapters of a class of its own"):
+        patch(modules, tmp_path / "l.safetensors", kind=kind)
+
+
+def test_infer_draws_as_the_folded_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = load_family(str(model))
+    unet = family.modules["unet"]
+    injection.inject(unet, AdapterSpec(family.layout.presets["unet"]["attention"], kind=IA3))
+    with torch.no_grad():
+        for p in injection.adapter_parameters(unet):
+            p.normal_(generator=torch.Generator().manual_seed(len(p)))
+    file = tmp_path / "x_adapter.safetensors"
+    custom_files.save_adapters({"unet": unet}, file, {CUSTOM_KIND: IA3})
+    states = {"unet": merged_state_dict(unet)}
+    save_family(family, str(model), tmp_path / "folded", states, "")
+    common = ["--prompt", "a", "--steps", "2", "--out"]
+    applied = ["--model", model, "--lora", file, "--adapter-kind", IA3]
+    images = []
+    for words in (["--model", tmp_path / "folded"], applied, ["--model", model]):
+        out = tmp_path / f"{len(images)}.png"
+        assert infer.main([str(word) for word in (*words, *common, out)]) == 0
+        images.append(numpy.asarray(Image.open(out)).astype(int))
+    folded, drawn, plain = images
+    assert abs(folded - drawn).max() <= 2 < abs(folded - plain).max()
+    again = ["--from", tmp_path / "1.png", "--out", tmp_path / "again.png"]
+    for words, said in (
+        (["--model", model, "--lora", file, *common, out], "is not run unasked"),
+        (["--model", model, "--adapter-kind", IA3, *common, "new.png"], "has no effect: no --lora"),
+        (again, "is not run unasked"),  # an image does not name code
+    ):
+        capsys.readouterr()
+        assert infer.main([str(word) for word in (*words, "--overwrite")]) == 2
+        assert said in capsys.readouterr().err

@@ -22,6 +22,7 @@ from lora_core.data.captions import TYPED
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.validation import Score
 from lora_core.formats import dora_readers
+from lora_core.formats.known_formats import CUSTOM_KIND, TOKEN_NAMES
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.settings import scheduler_changes
@@ -100,7 +101,10 @@ def _save_files(
     if config.adapter.kind in KINDS:  # a full fine-tune is in model/ whole
         return files
     own = folder / f"{folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}"
-    return [*files, custom_files.save_adapters(model.adapted, own, learned.metadata)]
+    header = {CUSTOM_KIND: hide_home(config.adapter.kind), **learned.metadata}
+    if learned.token_names:
+        header[TOKEN_NAMES] = json.dumps(list(learned.token_names), ensure_ascii=False)
+    return [*files, custom_files.save_adapters(model.adapted, own, header)]
 
 
 def _reader_errors(model: Model, files: Sequence[Path]) -> dict[str, float]:

@@ -2,29 +2,36 @@
 
 A class of `--adapter.kind my_adapter.py:Class` whose `state` gives no factors trains like any
 other. Its run writes RUN_adapter.safetensors, with the state dict of each layer's adapter under
-"component.path.name", and model/ with every update folded in. To load the adapters in Python:
+"component.path.name", and model/ with every update folded in. To put the adapters on a model again:
 
-    inject(unet, AdapterSpec(targets, kind="my_adapter.py:Class"))
-    load_adapters({"unet": unet}, "RUN_adapter.safetensors")
+    patch(pipe, "RUN_adapter.safetensors", kind="my_adapter.py:Class")
+
+The header names the class too, but a file never has code run: the caller names it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_core.adapters import injection
 from lora_core.adapters.adapted_layer import layers_with_adapter
-from lora_core.adapters.kinds import KINDS
-from lora_core.adapters.weight_updates import DenseUpdate, LowRank
+from lora_core.adapters.kinds import KINDS, kind_class
+from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.formats import CUSTOM
+from lora_core.formats.container import read_tensors
+from lora_core.settings import AdapterSpec
+from lora_core.toml import from_table, parse_toml
 
 CUSTOM_ADAPTER_ENDING = CUSTOM  # after the run's name
+TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
 # Errors that `state` and `delta_weight` may raise instead of giving tensors.
 NO_FACTORS = (UserError, AttributeError, NotImplementedError)
 
@@ -119,22 +126,80 @@ def load_adapters(models: Mapping[str, nn.Module], file: str | Path, name: str =
     All or nothing: raises UserError before any change for a tensor that is missing, left over or of
     another shape.
     """
-    saved, own = load_file(file), adapter_tensors(models, name)
+    saved, _ = read_tensors(Path(file))
+    own = adapter_tensors(models, name)
+    _check_tensors(saved, own, str(file))
+    for component, model in models.items():
+        for path, layer in layers_with_adapter(model, name).items():
+            _load_state(layer.adapter(name), saved, f"{component}.{path}.")
+
+
+def put_adapters(
+    models: Mapping[str, nn.Module], state: AdapterState, kind: str, name: str, source: str
+) -> None:
+    """Put the custom adapters of a file on the layers that it names, with the run's settings.
+
+    `kind` is the class, FILE.py:Class, whose code runs. All or nothing, as `load_adapters`.
+    """
+    spec = _read_spec(state.metadata, kind, source)
+    built: dict[str, dict[str, nn.Module]] = {}
+    saved, own = {}, {}
+    for component, tensors in state.custom.items():
+        found = injection.adaptable_layers(models[component])
+        built[component] = {}
+        for key, tensor in tensors.items():
+            saved[f"{component}.{key}"] = tensor
+            path = _layer_of_key(key, found, f"{component}.{key} of {source}")
+            if path not in built[component]:
+                base = injection.adaptable_base(path, found[path])
+                adapter = kind_class(kind)(base, injection.layer_spec(spec, path))
+                built[component][path] = adapter
+        for path, adapter in built[component].items():
+            for key, value in adapter.state_dict().items():
+                own[f"{component}.{path}.{key}"] = value
+    _check_tensors(saved, own, source)
+    for component, adapters in built.items():
+        for path, adapter in adapters.items():
+            _load_state(adapter, saved, f"{component}.{path}.")
+        injection.install_adapters(models[component], adapters, name, 1.0)
+
+
+def _read_spec(header: Mapping[str, str], kind: str, source: str) -> AdapterSpec:
+    """The adapter settings of the run that wrote a file, for this class."""
+    where = f"the header entry {TRAINED_BY} of {source}"
+    table = parse_toml(header.get(TRAINED_BY, ""), where).get("adapter", {})
+    chosen = {"targets", "exclude", "kind"}
+    names = {option.name for option in fields(AdapterSpec)} - chosen
+    settings = {}
+    if isinstance(table, dict):
+        settings = {key: value for key, value in table.items() if key in names}
+    return from_table({**settings, "targets": ["*"], "kind": kind}, AdapterSpec)
+
+
+def _layer_of_key(key: str, layers: Collection[str], where: str) -> str:
+    """The layer of "path.name". Raises UserError where the network has none."""
+    path = key
+    while path and path not in layers:
+        path = path.rpartition(".")[0]
+    if not path:
+        raise UserError(f"the network has no layer of {where}; is the file for another model?")
+    return path
+
+
+def _check_tensors(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
     if odd := sorted(saved.keys() ^ own.keys()):
         where = "the file" if odd[0] in saved else "the model"
         raise UserError(
-            f"{file} does not fit these adapters: only {where} has {odd[0]}; "
+            f"{source} does not fit these adapters: only {where} has {odd[0]}; "
             "inject with the settings in the file's header"
         )
     for key, value in saved.items():
         if value.shape != own[key].shape:
             raise UserError(
-                f"{file} does not fit these adapters: {key} is {list(value.shape)}, "
+                f"{source} does not fit these adapters: {key} is {list(value.shape)}, "
                 f"expected {list(own[key].shape)}"
             )
-    with torch.no_grad():
-        for component, model in models.items():
-            for path, layer in layers_with_adapter(model, name).items():
-                adapter = layer.adapter(name)
-                keys = adapter.state_dict()
-                adapter.load_state_dict({key: saved[f"{component}.{path}.{key}"] for key in keys})
+
+
+def _load_state(adapter: nn.Module, saved: Mapping[str, Tensor], start: str) -> None:
+    adapter.load_state_dict({key: saved[start + key] for key in adapter.state_dict()})

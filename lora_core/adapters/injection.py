@@ -93,12 +93,12 @@ def inject(
     for pattern in spec.alpha_pattern:
         require_match(pattern, paths, "--adapter.alpha-pattern")
     _check_name(name, found)
-    bases = {path: _adaptable_base(path, found[path]) for path in paths}
+    bases = {path: adaptable_base(path, found[path]) for path in paths}
     if "rank" in read and not getattr(kind, "any_rank", False):
         for path, base in bases.items():
             check_rank(base, path, layer_spec(spec, path).rank)
     built = {path: kind(base, layer_spec(spec, path, seed)) for path, base in bases.items()}
-    _install_adapters(model, built, name, 1.0)
+    install_adapters(model, built, name, 1.0)
     return paths
 
 
@@ -298,7 +298,7 @@ def load_factors(
     fitted: dict[str, LayerUpdate] = {}
     for path, update in factors.items():
         layer = existing.get(path)
-        base = _adaptable_base(path, found[path]) if layer is None else layer.base
+        base = adaptable_base(path, found[path]) if layer is None else layer.base
         fitted[path] = _fit_to_layer(path, base, update)
     for path, layer in existing.items():
         _check_same_kind(path, layer, name, fitted[path])
@@ -308,9 +308,9 @@ def load_factors(
             spec = LayerSpec(path, 1, 1.0, init="zero")
             if isinstance(update, LowRank):
                 spec = replace(spec, rank=update.rank, scale=update.scale)
-            built[path] = kind_of_update(update)(_adaptable_base(path, found[path]), spec)
+            built[path] = kind_of_update(update)(adaptable_base(path, found[path]), spec)
     built_products = {path for path, own in built.items() if isinstance(own, ProductAdapter)}
-    _install_adapters(model, built, name, strength)
+    install_adapters(model, built, name, strength)
     for path, adapted in layers_with_adapter(model, name).items():
         adapter = adapted.adapter(name)
         if isinstance(adapter, ColumnDoRA | LycorisUpdate) or path in built_products:
@@ -348,9 +348,10 @@ def _check_paths(
     return existing
 
 
-def _install_adapters(
+def install_adapters(
     model: nn.Module, built: Mapping[str, nn.Module], name: str, strength: float
 ) -> None:
+    """Put adapters that are built already on the layers of these paths, which lack the name."""
     found = adaptable_layers(model)
     parents = module_parents(model)
     for path, adapter in built.items():
@@ -364,7 +365,7 @@ def _install_adapters(
     build_groups(model)
 
 
-def _adaptable_base(path: str, layer: BaseLayer | Adapted) -> BaseLayer:
+def adaptable_base(path: str, layer: BaseLayer | Adapted) -> BaseLayer:
     """The layer that an adapter is built for.
 
     Raises UserError where the adapter would not act, or where the base weight is folded.

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_core import formats, tokens
-from lora_core.adapters import changed_parameters, injection
+from lora_core.adapters import changed_parameters, custom_files, injection
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.live_modules import (
     collect_modules,
@@ -115,6 +115,7 @@ def patch(
     *,
     layout: Layout | None = None,
     rename: Mapping[str, str] | None = None,
+    kind: str = "",
 ) -> Patch:
     """Put a file on the given networks; nothing is copied, and several patches add up.
 
@@ -129,6 +130,7 @@ def patch(
     rename: token or placeholder word in the file -> its name here. Two files from separate runs
         both have <s0>: a token that the tokenizer already knows is refused, because a prompt would
         then mean the other file's token; {"<s0>": "<dog0>", "TOK": "DOG"} keeps both.
+    kind: the class of the adapters in a RUN_adapter.safetensors, FILE.py:Class, whose code is run.
 
     The tokenizer is changed in place (it cannot delete tokens, so `undo` puts back a copy of its
     contents made before). Raises UserError before any module is touched: an unreadable file, a name
@@ -140,7 +142,7 @@ def patch(
     modules = collect_modules(modules)
     networks = networks_of(modules)
     layout = layout or live_layout(networks)
-    state = _load_for(file, layout, networks)
+    state = _load_for(file, layout, networks, kind)
     strengths = _component_strengths(strength, state.changed_components, source)
     names, placeholders = _rename_tokens(state, rename, source)
     encoders = _token_rows_by_encoder(state, modules, layout, names, source)
@@ -148,6 +150,8 @@ def patch(
     result = Patch(modules, adapter, placeholders, _unexpected_facts(state, rename, source))
     try:
         _apply_state(state, networks, layout, strengths, result)
+        if state.custom:
+            _put_custom(state, networks, strengths, result, kind, source)
         for name, rows in encoders.items():
             every = (Placeholder("all tokens of the file", names, init="zero"),)
             tokenizer = modules[TOKENIZERS[name]]
@@ -183,10 +187,42 @@ def _apply_state(
             result.adapted.append(name)
 
 
-def _load_for(file: str | Path, layout: Layout, networks: Collection[str]) -> AdapterState:
+def _put_custom(
+    state: AdapterState,
+    networks: Mapping[str, nn.Module],
+    strengths: Mapping[str, float],
+    result: Patch,
+    kind: str,
+    source: str,
+) -> None:
+    """Puts adapters of a user's class on the layers."""
+    custom_files.put_adapters(networks, state, kind, result.name, source)
+    for name in state.custom:
+        result.layered.append(name)
+        result.adapted.append(name)
+        injection.set_strength(networks[name], result.name, strengths[name])
+
+
+def _load_file(file: str | Path, layout: Layout, kind: str) -> AdapterState:
+    """The state of a file; of adapters of a user's class only with this class.
+
+    Raises UserError for a class where the file has no such adapters.
+    """
+    state = formats.load(file, layout, merging=True, custom=bool(kind))
+    if kind and not state.custom:
+        raise UserError(
+            f"{file} holds no adapters of a class of its own, so that the class {kind} has no "
+            "effect on it; leave it out"
+        )
+    return state
+
+
+def _load_for(
+    file: str | Path, layout: Layout, networks: Collection[str], kind: str
+) -> AdapterState:
     """The state of a file. Raises UserError, also for a network that it adapts and is not given."""
     try:
-        state = formats.load(file, layout, merging=True)
+        state = _load_file(file, layout, kind)
         adapted = state.changed_components
     except UserError as error:
         try:

@@ -138,6 +138,9 @@ class AdapterState:
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     # Like components: the layers whose updates are not a product of two factors.
     dense: dict[str, dict[str, DenseUpdate]] = field(default_factory=dict)
+    # Component -> "path.name" -> tensor of adapters of a class that the user wrote; only this class
+    # knows what they do (adapters.custom_files).
+    custom: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def updates(self) -> dict[str, dict[str, LayerUpdate]]:
         """Component -> path -> update, of `components` and `dense`."""
@@ -150,13 +153,13 @@ class AdapterState:
     @property
     def changed_components(self) -> list[str]:
         """The components that the file changes, in layers, norms or biases."""
-        names = dict.fromkeys([*self.components, *self.dense, *self.parameters])
+        names = dict.fromkeys(name for table in self.all_changes for name in table)
         return [name for name in names if any(own.get(name) for own in self.all_changes)]
 
     @property
     def all_changes(self) -> tuple[dict[str, Any], ...]:
-        """The three tables of changes, each component -> path -> change."""
-        return self.components, self.dense, self.parameters
+        """The tables of changes, each component -> path -> change."""
+        return self.components, self.dense, self.parameters, self.custom
 
 
 def split_updates(

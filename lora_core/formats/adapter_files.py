@@ -18,6 +18,7 @@ from lora_core.formats.container import is_pickle, read_tensors, write_tensors
 from lora_core.formats.grammar import DecodeOptions
 from lora_core.formats.known_formats import (
     CUSTOM,
+    CUSTOM_KIND,
     EMBEDDINGS,
     FORMATS,
     NATIVE,
@@ -54,6 +55,7 @@ def load(
     allow_extra: bool = False,
     dora_axis: str = "",
     merging: bool = False,
+    custom: bool = False,
 ) -> AdapterState:
     """The content of an adapter file, of a run's folder, or of an adapter folder written by peft.
 
@@ -64,6 +66,7 @@ def load(
     whose shapes and header leave it open.
     merging: also read updates that no run trains, to be merged or applied: LyCORIS' full updates
     and LoHa and LoKr with a DoRA's magnitude (`AdapterState.dense`), and DoRAs by columns.
+    custom: also read adapters of a class that the user wrote, as tensors (`AdapterState.custom`).
 
     Raises UserError for an incomplete file, NaN or Inf, and an unknown key; with a layout, also for
     shapes that do not fit it.
@@ -79,6 +82,8 @@ def load(
         merged = _join_states(merged, state, str(files[0]), str(file))
     if not merging:
         _refuse_merge_only(merged, str(path))
+    if merged.custom and not custom:
+        raise UserError(custom_file_error(str(files[0]), merged.metadata.get(CUSTOM_KIND, "")))
     return merged
 
 
@@ -111,6 +116,8 @@ def _read_tensors(
     source: str,
     options: DecodeOptions,
 ) -> AdapterState:
+    if CUSTOM_KIND in header:
+        return _read_custom(tensors, header)
     found = recognize_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     refuse_other_kinds(found, source)
     if found.kind == "unknown":
@@ -126,14 +133,28 @@ def _read_tensors(
     return _add_bundled_tokens(state, bundled, source) if bundled else state
 
 
+def _read_custom(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> AdapterState:
+    custom: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        component, _, name = key.partition(".")
+        custom.setdefault(component, {})[name] = tensor
+    return AdapterState(metadata=dict(header), custom=custom)
+
+
+def custom_file_error(source: str, kind: str) -> str:
+    """What to do with a file of adapters of a user's class, whose code is not run unasked."""
+    by_header = f", {kind} by its header" if kind else ""
+    return (
+        f"{source} holds adapters without a low-rank form, of a class of its own{by_header}. Its "
+        "code is not run unasked: name the class again, with --adapter-kind FILE.py:Class in "
+        "infer.py or kind= in patch, or take the whole model next to it, "
+        f"{Path(source).with_name('model')}"
+    )
+
+
 def _unknown_file_error(keys: list[str], source: str) -> str:
     if source.endswith(CUSTOM):
-        model = Path(source).with_name("model")
-        return (
-            f"{source} holds adapters without a low-rank form, which no LoRA can be made of; "
-            f"take the whole model next to it, {model}, "
-            "or put them on again with lora_core.adapters.custom_files.load_adapters"
-        )
+        return custom_file_error(source, "")
     return (
         f"{source} is not an adapter file: none of its {len(keys)} keys "
         f"({', '.join(keys[:3])} ...) is known to {', '.join(READABLE)}"
@@ -164,6 +185,7 @@ def _join_states(first: AdapterState, second: AdapterState, one: str, other: str
         components=first.components | second.components,
         parameters=first.parameters | second.parameters,
         dense=first.dense | second.dense,
+        custom=first.custom | second.custom,
         metadata=second.metadata | first.metadata,
     )
     if second.tokens:

@@ -18,6 +18,7 @@ NATIVE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a
 EMBEDDINGS = "_emb.safetensors"  # ending of a run's file of token rows
 # Ending of a run's file of adapters of a kind that the user defined (adapters.custom_files).
 CUSTOM = "_adapter.safetensors"
+CUSTOM_KIND = "lora_core.adapter_kind"  # header entry of such a file: FILE.py:Class
 
 # Header entry: peft's LoraConfig fields as JSON, "unet.r" and so on.
 PEFT_HEADER = "lora_adapter_metadata"

@@ -61,11 +61,14 @@ def lora_text(lora: LoraSource) -> str:
     return f"{lora.path}:{lora.strength}"
 
 
-def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -> list[Patch]:
+def apply_loras(
+    family: Family, loras: Sequence[LoraSource], stack: ExitStack, kind: str = ""
+) -> list[Patch]:
     """Patches the model with every LoRA, in order, until the stack closes.
 
     Then come the tokens in the folders of LoRAs that are given as single files. Words and tokens
-    that an earlier file has already taken are renamed and reported.
+    that an earlier file has already taken are renamed and reported. `kind` is the class of those
+    files that have adapters of a user's class; raises UserError for one without such a file.
     """
     modules = dict(family.modules)
     del modules["vae"]
@@ -73,19 +76,31 @@ def apply_loras(family: Family, loras: Sequence[LoraSource], stack: ExitStack) -
         modules[name.replace("text_encoder", "tokenizer")] = tokenizer
     token_files = [file for lora in loras if (file := find_token_file(lora.path))]
     patches: list[Patch] = []
+    has_custom = False
     for lora in (*loras, *(LoraSource(file, 1.0) for file in token_files)):
-        state = formats.load(lora.path, family.layout, merging=True)
+        state = formats.load(lora.path, family.layout, merging=True, custom=bool(kind))
+        has_custom = has_custom or bool(state.custom)
         strength = lora.strength
         if isinstance(strength, dict):
             strength = _by_component(strength, state.changed_components, lora.path)
         names = (*embeddings.placeholder_words(state, lora.path), *state.token_names)
         applied = patch(
-            modules, lora.path, strength, layout=family.layout, rename=_free_names(names, patches)
+            modules,
+            lora.path,
+            strength,
+            layout=family.layout,
+            rename=_free_names(names, patches),
+            kind=kind if state.custom else "",
         )
         patches.append(stack.enter_context(applied))
         if not find_token_file(lora.path):  # else its tokens are still to come, from their own file
             for sentence in applied.report:
                 print(f"note: {sentence}", file=sys.stderr)
+    if kind and not has_custom:
+        raise UserError(
+            f"--adapter-kind {kind} has no effect: no --lora has adapters of a class of its own; "
+            "leave it out"
+        )
     return patches
 
 
@@ -195,7 +210,7 @@ def refuse_other_files(loras: Sequence[LoraSource]) -> None:
 def warn_of_whole_model(model: str, run: Path) -> None:
     """Prints a warning for a run of full fine-tuning, if another model than its own is given.
 
-    On another model the run's folder adds only its tokens.
+    On another model the run's folder adds only its tokens, if its class of adapters is not named.
     """
     own = model_of_run(run)
     if own and Path(model).resolve() != own.resolve():
