@@ -4,19 +4,27 @@ Native and kohya's files are read by diffusers' own pipeline; cloneofsimo's, whi
 reads today, are read back.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch.nn import functional as F
 
+import infer
+import merge
+import train
 from lora_core import formats, patch
 from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
 from lora_core.adapters.weight_updates import AdapterState, scaled_product
+from lora_core.config import Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
 from models import read_layout
+from tests.conftest import final, same
 
 MODEL = Path(__file__).parent.parent / "toy" / "model"
 EVERYWHERE = (
@@ -177,3 +185,56 @@ def test_a_dora_is_no_cloneofsimo_file(layout, states, tmp_path):
             states["dora"], tmp_path / "trained.safetensors", format="cloneofsimo", layout=layout
         )
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+def test_a_run_of_lycoris_kinds_is_resumed_and_read_everywhere(
+    config: Config, quick: None, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = replace(
+        config,
+        adapter=replace(config.adapter, kind=kind, rank=1, dropout=0.1),
+        optimizer=OptimizerConfig(lr={"denoiser": 0.3, "text_encoder": 0.3}),
+        stages=(Stage(4, ("denoiser", "text_encoder")),),
+    )
+    run = train.train(own)
+    said = f"the run writes run.safetensors, under LyCORIS' names; diffusers' file {formats.NATIVE}"
+    assert said in capsys.readouterr().out and not (run / formats.NATIVE).exists()
+    card = (run / "README.md").read_text()
+    assert "A LyCORIS adapter (run.safetensors)" in card and "load_lora_weights" not in card
+    assert f"| adapter | {kind}, rank 1, alpha 1 |" in card
+    step = formats.load(run / "checkpoints" / "4", read_layout(config.model))
+    state = formats.load(run, read_layout(config.model))
+    assert state.dense.keys() == {"unet", "text_encoder"} and not state.components
+    for name, updates in state.dense.items():
+        for path, update in updates.items():
+            saved = step.dense[name][path].tensors
+            assert all(torch.equal(saved[role], own) for role, own in update.tensors.items())
+    if kind == "lokr":  # a LoHa is resumed and drawn by the same code
+        part = replace(own, out=config.out + "part", stages=(Stage(2, own.stages[0].groups),))
+        train.train(part)
+        assert same(final(train.train(replace(own, out=part.out, resume=True))), final(run))
+        images_agree(run, config.model, tmp_path)
+
+
+def images_agree(run: Path, model: str, folder: Path) -> None:
+    """Images with a run's adapter are those of the model that it is folded into."""
+    assert merge.main(["fold", model, str(run), str(folder / "folded")]) == 0
+    images = []
+    for words in (["--model", folder / "folded"], ["--model", model, "--lora", run],
+                  ["--model", model]):  # fmt: skip
+        out = folder / f"{len(images)}.png"
+        drawn = [*words, "--prompt", "a", "--steps", "2", "--out", out]
+        assert infer.main([str(word) for word in drawn]) == 0
+        images.append(numpy.asarray(Image.open(out)).astype(int))
+    folded, applied, plain = images
+    assert abs(folded - applied).max() <= 2 < abs(folded - plain).max()
+
+
+@pytest.mark.parametrize("option", ["alpha", "rslora"])
+def test_a_scale_that_no_lokr_has_is_refused(config: Config, quick: None, option: str) -> None:
+    adapter = replace(config.adapter, kind="lokr", rank=10_000, **{option: 2})
+    with pytest.raises(
+        UserError, match=rf"--adapter.{option} has no effect: every LoKr has a whole"
+    ):
+        train.train(replace(config, adapter=adapter))

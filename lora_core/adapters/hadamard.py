@@ -13,11 +13,13 @@ from lora_core.adapters.adapter_module import (
     apply_layer,
     convolution_groups,
     initial_generator,
+    is_plain_layer,
 )
 from lora_core.adapters.product_adapter import ProductAdapter
 from lora_core.adapters.weight_updates import hadamard_product
 from lora_core.errors import UserError
 from lora_core.kernels import call
+from lora_core.kernels.reference import wide_dtype
 from lora_core.settings import KIND_OPTIONS
 
 
@@ -25,8 +27,9 @@ class LoHa(ProductAdapter):
     """delta W = scale * (w1_a w1_b) o (w2_a w2_b), w_a [out, r] and w_b [r, in (kh kw)].
 
     Of rank r^2 at most: with up[o, rs] = w1_a[o, r] w2_a[o, s] and down[rs, i] = w1_b[r, i]
-    w2_b[s, i] it is up @ down. The forward takes these two where they are smaller than delta W,
-    delta W itself otherwise, and for a grouped convolution or a file's Tucker cores.
+    w2_b[s, i] it is up @ down. The forward takes these two where they are smaller than delta W;
+    otherwise, and for a grouped convolution or a file's Tucker cores, delta W itself, added to a
+    base weight of fp32 and applied apart from one of half precision.
 
     At first w1_b and w2_b ~ N(0, 1), w1_a ~ N(0, 0.1^2), and w2_a is zero (LyCORIS).
     """
@@ -55,14 +58,23 @@ class LoHa(ProductAdapter):
     def product(self) -> Tensor:
         return hadamard_product(dict(self.named_parameters()))
 
-    def branch(self, base: BaseLayer, x: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
+        if self._is_small(base) or self._drops_in_training() or not _adds_exactly(base, x):
+            return super().forward(base, x, strength)
+        weight = base.weight + self._delta(base, self.scale * strength)
+        return apply_layer(base, x, weight, base.bias)
+
+    def branch(self, base: BaseLayer, x: Tensor, scale: float) -> Tensor:
         if not self._is_small(base):
-            return apply_layer(base, x, self.product().view_as(base.weight).to(x.dtype), None)
+            return apply_layer(base, x, self._delta(base, scale).to(x.dtype), None)
         down, up = self._low_rank_factors(base)
         if isinstance(base, nn.Linear):
-            return call("lora_linear", x, None, None, down, up, 1.0)
+            return call("lora_linear", x, None, None, down, up, scale)
         hidden = apply_layer(base, x, down.to(x.dtype), None)
-        return nn.functional.conv2d(hidden, up.to(x.dtype))
+        return nn.functional.conv2d(hidden, (scale * up).to(x.dtype))
+
+    def _delta(self, base: BaseLayer, scale: float) -> Tensor:
+        return scale * self.product().view_as(base.weight)
 
     def _is_small(self, base: BaseLayer) -> bool:
         """Whether down and up have fewer numbers than delta W."""
@@ -79,6 +91,15 @@ class LoHa(ProductAdapter):
         down = (first[:, None] * second).reshape(-1, *inner)
         up = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
         return down, up.reshape(out, -1, *[1] * (len(inner) - 1))
+
+
+def _adds_exactly(base: BaseLayer, x: Tensor) -> bool:
+    """Whether W + delta W is applied without rounding it to half precision.
+
+    Then one operation with the sum replaces two with its parts.
+    """
+    is_wide = base.weight.dtype == wide_dtype(base.weight.dtype) == x.dtype
+    return is_wide and is_plain_layer(base) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _normal(spec: LayerSpec, role: str, rows: int, columns: int) -> Tensor:

@@ -58,16 +58,17 @@ class LoKr(ProductAdapter):
     def product(self) -> Tensor:
         return kronecker_product(dict(self.named_parameters()))
 
-    def branch(self, base: BaseLayer, x: Tensor) -> Tensor:
+    def branch(self, base: BaseLayer, x: Tensor, scale: float) -> Tensor:
         if convolution_groups(base) > 1:
-            return apply_layer(base, x, self.product().view_as(base.weight).to(x.dtype), None)
-        w1, *w2 = self._factors(base, x.dtype)
+            delta = scale * self.product().view_as(base.weight)
+            return apply_layer(base, x, delta.to(x.dtype), None)
+        w1, *w2 = self._factors(base, x.dtype, scale)
         if isinstance(base, nn.Linear):
             return _apply_linear(x, w1, w2)
         return _apply_convolution(base, x, w1, w2)
 
-    def _factors(self, base: BaseLayer, dtype: torch.dtype) -> list[Tensor]:
-        """w1, and w2 as one tensor [o2, i2 (, kh, kw)] or as w2_b [r, i2 (...)], w2_a [o2, r]."""
+    def _factors(self, base: BaseLayer, dtype: torch.dtype, scale: float) -> list[Tensor]:
+        """scale * w1, and w2 as one tensor [o2, i2 (, kh, kw)] or as w2_b [r, i2 (...)], w2_a."""
         own: dict[str, Tensor] = dict(self.named_parameters())
         if "lokr_w1" in own:
             w1 = own["lokr_w1"]
@@ -81,7 +82,7 @@ class LoKr(ProductAdapter):
             w2 = [multiply_pair(*core).reshape(-1, *shape)]
         else:
             w2 = [own["lokr_w2_b"].reshape(-1, *shape), own["lokr_w2_a"]]
-        return [tensor.to(dtype) for tensor in (w1, *w2)]
+        return [tensor.to(dtype) for tensor in (scale * w1, *w2)]
 
 
 def factorize(size: int, factor: int) -> tuple[int, int]:

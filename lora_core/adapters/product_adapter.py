@@ -34,8 +34,8 @@ class ProductAdapter(DroppingAdapter):
         """The product, with its graph."""
         raise NotImplementedError
 
-    def branch(self, base: BaseLayer, x: Tensor) -> Tensor:
-        """The layer's operation with the product as its weight, without a bias."""
+    def branch(self, base: BaseLayer, x: Tensor, scale: float) -> Tensor:
+        """The layer's operation with scale * product as its weight, without a bias."""
         raise NotImplementedError
 
     def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
@@ -46,7 +46,7 @@ class ProductAdapter(DroppingAdapter):
         drop = self._input_dropout(x)
         if drop is not None:
             x = call("keyed_dropout", x, *drop)
-        update = self.scale * strength * self.branch(base, x)
+        update = self.branch(base, x, self.scale * strength)
         kept = self._kept_examples(x)
         return update if kept is None else torch.where(kept, update, 0)
 

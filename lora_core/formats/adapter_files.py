@@ -244,8 +244,9 @@ def _find_run_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("[!.]*.safetensors"))  # a dot: left by a writer that was killed
     rows = [file for file in files if file.name.endswith(EMBEDDINGS)]
     loras = [file for file in files if file not in rows]
-    if folder / NATIVE in loras:
-        loras = [folder / NATIVE]
+    for own in (NATIVE, run_file_names(folder.resolve().name)[1]):
+        if folder / own in loras:
+            loras = [folder / own]
     for kind in (loras, rows):
         if len(kind) > 1:
             names = ", ".join(file.name for file in kind[:4])
