@@ -112,9 +112,13 @@ def load_buffers(
 
 
 def save_adapters(
-    models: Mapping[str, nn.Module], file: Path, header: Mapping[str, str], name: str = "default"
+    models: Mapping[str, nn.Module],
+    file: str | Path,
+    header: Mapping[str, str],
+    name: str = "default",
 ) -> Path:
     """Write `adapter_tensors` with a header, whole or not at all."""
+    file = Path(file)
     with atomic_write(file) as temporary:
         save_file(adapter_tensors(models, name), temporary, {"format": "pt", **header})
     return file

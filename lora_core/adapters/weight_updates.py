@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ class AdapterState:
     @property
     def changed_components(self) -> list[str]:
         """The components that the file changes, in layers, norms or biases."""
-        names = dict.fromkeys(name for table in self.all_changes for name in table)
+        names = dict.fromkeys(chain.from_iterable(self.all_changes))
         return [name for name in names if any(own.get(name) for own in self.all_changes)]
 
     @property
