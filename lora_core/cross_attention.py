@@ -4,7 +4,8 @@ Each cross-attention module gets a `LayerAttention` as its processor. It compute
 default processor computes and has three additions, all of which read one `CrossAttention`:
 
 - where prompt embeds have a layer axis [b, layers, s, d], layer l reads slice l (P+, arXiv
-  2303.09522; the layers are in the order that the family gives);
+  2303.09522; the layers are in the order that the family gives). Pipelines that take three axes
+  only get them as [b, s, layers * d], see `pack_layers`;
 - inside the boxes of regions, a layer's output comes from the regions' own texts (Mix-of-Show,
   arXiv 2305.18292 section 3.4);
 - while maps are asked for, queries and keys are kept, from which `maps` computes the attention
@@ -14,7 +15,7 @@ default processor computes and has three additions, all of which read one `Cross
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core.errors import UserError
+
+UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+CROSS_KEYS = ".attn2.to_k"
 
 
 class AttentionMap(NamedTuple):
@@ -60,6 +64,7 @@ class CrossAttention:
 
     def __init__(self, denoiser: nn.Module, paths: Sequence[str]) -> None:
         self.layers: dict[str, LayerAttention] = {}
+        self.count = len(paths)
         self.regions: Sequence[Region] = ()
         self.latent_size = (0, 0)  # (h, w) of the latents in this forward pass
         self.keeps_queries = False  # whether layers keep their queries and keys
@@ -122,13 +127,12 @@ class LayerAttention(nn.Module):
         self,
         attn: Any,
         hidden_states: Tensor,  # [b, h w, c]
-        encoder_hidden_states: Tensor | None = None,  # [b, s, d], or [b, layers, s, d]
+        # [b, s, d], [b, layers, s, d] or [b, s, layers * d]
+        encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        text, split = encoder_hidden_states, (attn.heads, -1)
-        assert text is not None
-        if text.ndim == 4:
-            text = text.index_select(1, self.index).squeeze(1)
+        assert encoder_hidden_states is not None
+        text, split = self._own_text(attn, encoder_hidden_states), (attn.heads, -1)
         q = attn.to_q(hidden_states).unflatten(-1, split).transpose(1, 2)
         k = attn.to_k(text).unflatten(-1, split).transpose(1, 2)
         v = attn.to_v(text).unflatten(-1, split).transpose(1, 2)
@@ -141,6 +145,13 @@ class LayerAttention(nn.Module):
             y = self._replace_regions(attn, q, y)
         y = y.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](y))
+
+    def _own_text(self, attn: Any, text: Tensor) -> Tensor:
+        """[b, s, d] the text of this layer."""
+        count, width = self.shared.count, attn.cross_attention_dim
+        if text.ndim == 3 and count > 1 and text.shape[-1] == count * width:
+            text = text.unflatten(-1, (count, width)).transpose(1, 2)
+        return text.index_select(1, self.index).squeeze(1) if text.ndim == 4 else text
 
     def _replace_regions(self, attn: Any, q: Tensor, context: Tensor) -> Tensor:
         """[b, heads, h w, d] the output with the regions' own attention inside their boxes.
@@ -156,9 +167,7 @@ class LayerAttention(nn.Module):
             if rows.start >= rows.stop or columns.start >= columns.stop:
                 continue
             self.shared.unused.discard(number)
-            text = region.prompt_embeds.to(q.dtype)
-            if text.ndim == 4:
-                text = text.index_select(1, self.index).squeeze(1)
+            text = self._own_text(attn, region.prompt_embeds.to(q.dtype))
             k = attn.to_k(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             v = attn.to_v(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             cropped = queries[:, :, rows, columns]
@@ -167,6 +176,27 @@ class LayerAttention(nn.Module):
             count[rows, columns] += 1
         count = count[..., None]
         return torch.where(count > 0, total / count.clamp(min=1), y).flatten(2, 3)
+
+
+def cross_attention_paths(paths: Iterable[str]) -> tuple[str, ...]:
+    """A UNet's cross-attention modules, those of the down blocks first, then middle, then up.
+
+    Mix-of-Show, kohya's XTI and P+ (arXiv 2303.09522) count them in this order; the UNet itself
+    lists the middle block last. None for a network with other blocks.
+    """
+    found = dict.fromkeys(path.removesuffix(".to_k") for path in paths if path.endswith(CROSS_KEYS))
+    blocks = {path: path.split(".")[0] for path in found}
+    if not set(UNET_BLOCKS).issuperset(blocks.values()):
+        return ()
+    return tuple(sorted(found, key=lambda path: UNET_BLOCKS.index(blocks[path])))
+
+
+def pack_layers(prompt_embeds: Tensor) -> Tensor:
+    """[b, layers, s, d] prompt embeds as [b, s, layers * d].
+
+    diffusers' pipelines take three axes; `LayerAttention` knows the packed ones by their width.
+    """
+    return prompt_embeds.transpose(1, 2).flatten(2)
 
 
 def grid_size(latent_size: tuple[int, int], positions: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-from lora_core.cross_attention import AttentionMap, CrossAttention
+from lora_core.cross_attention import AttentionMap, CrossAttention, cross_attention_paths
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.diffusion.prediction import prediction_from_config
@@ -51,7 +51,6 @@ RESNETS = ("*.resnets.*.conv1", "*.resnets.*.conv2", "*.resnets.*.time_emb_proj"
 FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
 PROJECTIONS = ("*.attentions.*.proj_in", "*.attentions.*.proj_out")
 TRANSFORMER = (*ATTENTION, *FEED_FORWARD, *PROJECTIONS)
-CROSS_KEYS = ".attn2.to_k"
 PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
     "unet": {
         "attention": ATTENTION,  # 128 modules, diffusers' scripts
@@ -258,17 +257,6 @@ def sd_layout(
         block_lists=(17, 26),
         cross_attention=cross_attention_paths(components["unet"].modules),
     )
-
-
-def cross_attention_paths(paths: Iterable[str]) -> tuple[str, ...]:
-    """The UNet's cross-attention modules, those of the down blocks first, then middle, then up.
-
-    Mix-of-Show and P+ (arXiv 2303.09522) count them in this order; the UNet itself lists the middle
-    block last.
-    """
-    found = dict.fromkeys(path.removesuffix(".to_k") for path in paths if path.endswith(CROSS_KEYS))
-    blocks = ("down_blocks", "mid_block", "up_blocks")
-    return tuple(sorted(found, key=lambda path: blocks.index(path.split(".")[0])))
 
 
 def block_indices(paths: Iterable[str]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_core.cross_attention import CrossAttention
+from lora_core.cross_attention import CrossAttention, cross_attention_paths
 from lora_core.diffusion import noise
 from lora_core.diffusion.noise import Schedule
 from lora_core.diffusion.prediction import SIGMA_DATA, prediction_from_config
@@ -321,5 +321,5 @@ def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layo
         found,
         components={**found.components, "unet": named},
         block_lists=(12, 20, 26),
-        cross_attention=sd.cross_attention_paths(component.modules),
+        cross_attention=cross_attention_paths(component.modules),
     )

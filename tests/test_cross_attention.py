@@ -9,10 +9,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters.injection import AdapterSpec, inject
-from lora_core.cross_attention import AttentionMap, Box, CrossAttention, Region, grid_size
+from lora_core.cross_attention import (
+    AttentionMap,
+    Box,
+    CrossAttention,
+    Region,
+    cross_attention_paths,
+    grid_size,
+    pack_layers,
+)
 from lora_core.errors import UserError
 from lora_core.family import Conditioning
-from models.sd import cross_attention_paths
 from tests.tiny_pipeline import pipeline
 
 PATHS = [

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_core.cross_attention import cross_attention_paths
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import COMPONENTS
 from lora_core.formats.layer_numbering import CLASSES, NUMBERINGS
@@ -64,6 +65,8 @@ def networks_of(modules: Mapping[str, Any]) -> dict[str, nn.Module]:
 def live_layout(networks: Mapping[str, nn.Module]) -> Layout:
     """The layout of networks in memory, with the numbers of layers in cloneofsimo's files.
 
+    It has the cross-attention modules of a UNet, in the order of files of per-layer tokens.
+
     A text encoder of T5's classes has T5's token rows, wherever it stands in the pipeline.
     """
     encoders = dict(ENCODERS)
@@ -75,7 +78,9 @@ def live_layout(networks: Mapping[str, nn.Module]) -> Layout:
     for name, numbering in NUMBERINGS.items():
         if name in components and _has_numbered_classes(networks[name]):
             components[name] = replace(components[name], numbering=numbering)
-    return replace(found, components=components)
+    unet = components.get("unet")
+    attention = cross_attention_paths(unet.modules) if unet else ()
+    return replace(found, components=components, cross_attention=attention)
 
 
 def networks_in_file(path: str | Path) -> list[str]:

@@ -3,19 +3,24 @@
 pipe = StableDiffusionPipeline.from_pretrained(...)
 with patch(pipe, "runs/dog", 0.8) as p:
     image = pipe(p.bind("a photo of TOK")).images[0]
+
+Words with tokens for each cross-attention layer (P+) have no place in one text:
+
+with patch(pipe, "edlora.pth") as p:
+    image = pipe(**p.encode("a photo of <dog1> <dog2>", negative="blurry")).images[0]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_core import formats, tokens
-from lora_core.adapters import changed_parameters, custom_files, injection
+from lora_core.adapters import changed_parameters, custom_files, injection, pipeline_prompts
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.live_modules import (
     collect_modules,
@@ -59,6 +64,8 @@ class Patch:
         self.adapted: list[str] = []  # components with this patch's adapters or changes
         self.layered: list[str] = []  # of these the ones with adapted layers
         self.embedded: dict[str, tokens.LearnedEmbedding] = {}  # component -> its learned rows
+        self.pipeline: Any = None  # the diffusers pipeline, where one was given
+        self.processors: dict[str, Any] = {}  # cross-attention module -> its replaced processor
 
     def __enter__(self) -> Patch:
         return self
@@ -67,8 +74,34 @@ class Patch:
         self.undo()
 
     def bind(self, prompt: str) -> str:
-        """The prompt with the file's placeholder words replaced by its learned tokens."""
+        """The prompt with the file's placeholder words replaced by its learned tokens.
+
+        Raises UserError for a word with tokens for each layer (see `encode`).
+        """
+        pipeline_prompts.refuse_layer_words(prompt, self.placeholders)
+        if hasattr(self.pipeline, "maybe_convert_prompt"):
+            return bind_placeholders(
+                prompt, pipeline_prompts.expandable_placeholders(self.placeholders)
+            )
         return bind_placeholders(prompt, self.placeholders)
+
+    def encode(self, prompt: str | Sequence[str], negative: str = "") -> dict[str, Tensor]:
+        """Arguments for the pipeline's call in the place of prompt and negative_prompt.
+
+        pipe(**p.encode("a photo of TOK")) draws any words of the file, also those with tokens for
+        each cross-attention layer (P+): prompt_embeds and negative_prompt_embeds then have the
+        layers' texts side by side, [b, s, layers * d]. Raises UserError where no pipeline was
+        given.
+        """
+        if self.pipeline is None:
+            raise UserError(
+                "encode needs a diffusers pipeline, patch(pipe, FILE); with a model family, give "
+                "placeholders=p.placeholders to generate_images"
+            )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return pipeline_prompts.encode_for_pipeline(
+            self.pipeline, prompts, negative, self.placeholders
+        )
 
     def set_strength(self, strength: float | Mapping[str, float]) -> None:
         """Change the strength, to one number or one per adapted component.
@@ -102,6 +135,10 @@ class Patch:
         for name in list(self.embedded):
             tokens.uninstall_tokens(self.modules[name], self.modules[TOKENIZERS[name]])
             del self.embedded[name]
+        if self.processors:
+            network = self.modules[pipeline_prompts.DENOISER]
+            pipeline_prompts.restore_processors(network, self.processors)
+            self.processors = {}
         while self.layered:
             injection.remove(self.modules[self.layered.pop()], self.name)
         while self.adapted:
@@ -133,12 +170,15 @@ def patch(
     kind: the class of the adapters in a RUN_adapter.safetensors, FILE.py:Class, whose code is run.
 
     The tokenizer is changed in place (it cannot delete tokens, so `undo` puts back a copy of its
-    contents made before). Raises UserError before any module is touched: an unreadable file, a name
-    or shape that does not fit, a component the file needs and `modules` lacks, a strength that
-    would have no effect, a token that is taken.
+    contents made before). For words with tokens for each cross-attention layer (P+) the UNet gets
+    attention processors that read them; `Patch.encode` makes their texts. Raises UserError before
+    any module is touched: an unreadable file, a name or shape that does not fit, tokens for another
+    number of layers, a component the file needs and `modules` lacks, a strength that would have no
+    effect, a token that is taken.
     """
     source = str(file)
     rename = rename or {}
+    pipeline = modules if hasattr(modules, "encode_prompt") else None
     modules = collect_modules(modules)
     networks = networks_of(modules)
     layout = layout or live_layout(networks)
@@ -146,8 +186,10 @@ def patch(
     strengths = _component_strengths(strength, state.changed_components, source)
     names, placeholders = _rename_tokens(state, rename, source)
     encoders = _token_rows_by_encoder(state, modules, layout, names, source)
+    layered = pipeline_prompts.check_layer_words(placeholders, layout, networks, source)
     adapter = _unused_adapter_name(networks, Path(file).stem)
     result = Patch(modules, adapter, placeholders, _unexpected_facts(state, rename, source))
+    result.pipeline = pipeline
     try:
         _apply_state(state, networks, layout, strengths, result)
         if state.custom:
@@ -158,6 +200,9 @@ def patch(
             embedding = tokens.install_tokens(networks[name], tokenizer, every, seed=0)
             result.embedded[name] = embedding
             tokens.load_token_rows(embedding, rows)
+        if layered:
+            network = networks[pipeline_prompts.DENOISER]
+            result.processors = pipeline_prompts.install_layer_attention(network, layered)
     except BaseException:
         result.undo()
         raise
