@@ -25,7 +25,7 @@ def test_a1111_dictionaries(tmp_path, change, older):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({"IN01": ROWS, "MID": ROWS, "OUT03": ROWS}, "per-layer token rows"),
+        ({"IN01": ROWS, "MID": ROWS, "OUT03": ROWS}, "3 blocks of a network; expected kohya's 16"),
         (A1111 | {"string_to_param": {}}, "holds 0 entries"),
         (A1111 | {"string_to_param": {"*": ROWS, "+": ROWS}}, "holds 2 entries"),
         (A1111 | {"string_to_param": Danger()}, "holds 0 entries"),

@@ -78,7 +78,7 @@ class Patch:
 
         Raises UserError for a word with tokens for each layer (see `encode`).
         """
-        pipeline_prompts.refuse_layer_words(prompt, self.placeholders)
+        pipeline_prompts.refuse_bound_layers(prompt, self.placeholders)
         if hasattr(self.pipeline, "maybe_convert_prompt"):
             return bind_placeholders(
                 prompt, pipeline_prompts.expandable_placeholders(self.placeholders)

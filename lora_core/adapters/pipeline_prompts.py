@@ -83,7 +83,7 @@ def restore_processors(network: nn.Module, before: Mapping[str, Any]) -> None:
         module.set_processor(processor)
 
 
-def refuse_layer_words(prompt: str, placeholders: Sequence[Placeholder]) -> None:
+def refuse_bound_layers(prompt: str, placeholders: Sequence[Placeholder]) -> None:
     """Raises UserError for a prompt with a word that is another text in each layer."""
     for placeholder in placeholders:
         if placeholder.layers and has_placeholder(prompt, placeholder.word):

@@ -177,8 +177,8 @@ def with_tokens(
 def token_tensors(state: AdapterState, layout: Layout) -> dict[str, Tensor]:
     """Token -> its row [d], as the format stores it.
 
-    Raises UserError for rows of another encoder, and for a token whose name looks like a factor's
-    key.
+    Raises UserError for rows of another encoder, words with tokens for each layer, and a token
+    whose name looks like a factor's key.
     """
     own = layout.encoders.get(ENCODER)
     for key in state.tokens:
@@ -189,6 +189,7 @@ def token_tensors(state: AdapterState, layout: Layout) -> dict[str, Tensor]:
             )
     if own not in state.tokens:
         return {}
+    embeddings.refuse_layer_words(state, "cloneofsimo's format")
     for name in state.token_names:
         if ":" in name or name.startswith(tuple(layout.components)):
             raise UserError(

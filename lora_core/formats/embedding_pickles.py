@@ -26,7 +26,6 @@ from lora_core.formats.embeddings import (
     only_word,
     placeholder_words,
     read_embeddings,
-    refuse_layerwise,
     rows_of_tensor,
     state_of_words,
 )
@@ -34,6 +33,7 @@ from lora_core.formats.known_formats import SINGLE
 from lora_core.formats.layout import Layout
 from lora_core.formats.pickles import read_pickle
 from lora_core.formats.unpickler import Inert
+from lora_core.formats.xti import is_xti, read_xti
 from lora_core.text import shorten_value
 
 
@@ -59,7 +59,8 @@ def read_pickled_embeddings(path: str | Path, layout: Layout | None = None) -> A
         raise UserError(
             f"{source} holds a {kind}, no embedding; expected a dictionary of token rows"
         )
-    refuse_layerwise(data, source)
+    if is_xti(data):
+        return read_xti(data, layout, source)
     metadata = {}
     for key in (TOKEN_NAMES, PLACEHOLDERS):
         if isinstance(data.get(key), list | dict):

@@ -2,8 +2,8 @@
 
 Its key is `clip_l`, `clip_g` or `t5`, as in diffusers' pivotal scripts, A1111, ComfyUI and kohya.
 Also read: a single tensor for one encoder, `emb_params` (kohya, A1111) or under its token
-(diffusers' learned_embeds), A1111's `.pt` dictionaries (embedding_pickles.py), cog's
-`text_encoders_0/1`, and rows bundled in a LoRA file. The encoder of a single tensor is known by its
+(diffusers' learned_embeds), A1111's `.pt` dictionaries (embedding_pickles.py), kohya's rows for
+each layer (xti.py), cog's `text_encoders_0/1`, and rows bundled in a LoRA file. The encoder of a single tensor is known by its
 width.
 
 Other readers name the tokens after the file or let the user name them; ours finds the tokens' names
@@ -26,7 +26,13 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats.container import check_finite
 from lora_core.formats.grammar import STRICT, DecodeOptions
-from lora_core.formats.known_formats import ENCODER_KEYS, ENCODER_SPELLINGS, SINGLE, TOKEN_NAMES
+from lora_core.formats.known_formats import (
+    ENCODER_KEYS,
+    ENCODER_SPELLINGS,
+    SINGLE,
+    TOKEN_NAMES,
+    import_function,
+)
 from lora_core.formats.layout import Layout, nearest_name
 from lora_core.text import parse_json, shorten_value
 
@@ -35,15 +41,10 @@ WIDTHS = {768: "clip_l", 1024: "clip_l", 1280: "clip_g", 4096: "t5"}
 A1111_ROWS = "string_to_param"  # A1111's dictionary of such tensors
 # Rows inside of a LoRA file: name, key.
 BUNDLE = re.compile(rf"bundle_emb\.(.+?)\.({A1111_ROWS}\.[^.]*|[^.]+)")
-LAYERWISE = re.compile(r"(IN|OUT)\d\d|MID")  # kohya's XTI: rows by block of the network
 PLACEHOLDERS = "placeholders"  # header entry: JSON object, placeholder word -> its tokens
 # Header entry: JSON object, placeholder word -> number of cross-attention layers that its tokens
 # are for; a word with the same tokens for all layers is not in it.
 LAYERS = "placeholder_layers"
-LAYERWISE_REFUSAL = (
-    "per-layer token rows (P+), one for each cross-attention layer, which are not read; "
-    "train plain rows, one for all layers"
-)
 
 
 class WordRows(NamedTuple):
@@ -153,6 +154,8 @@ def read_embeddings(
                 )
         entry = rows_of_tensor(Path(source).stem, tensors[SINGLE], layout, source)
         return state_of_words([entry], metadata, source)
+    if import_function("xti", "is_xti")(tensors):
+        return import_function("xti", "read_xti")(tensors, layout, source)
     rows = check_token_rows(tensors, source)
     order = token_names(metadata, sorted(rows), source)
     if set(order) != set(rows):
@@ -164,11 +167,10 @@ def read_embeddings(
 def check_token_rows(data: Any, source: str) -> dict[str, Tensor]:
     """`data` unchanged, checked to be {token: row [d] or rows [n, d]}.
 
-    Raises UserError for other values and keys, NaN, Inf, and rows per layer.
+    Raises UserError for other values and keys, NaN and Inf.
     """
     if not isinstance(data, Mapping) or not data:
         raise UserError(f"{source} holds no token rows; expected a dictionary {{token: row}}")
-    refuse_layerwise(data, source)
     for key, value in data.items():
         is_rows = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (1, 2)
         if not isinstance(key, str) or not key or not is_rows:
@@ -181,12 +183,6 @@ def check_token_rows(data: Any, source: str) -> dict[str, Tensor]:
             )
     check_finite(data, source)
     return dict(data)
-
-
-def refuse_layerwise(data: Mapping[Any, Any], source: str) -> None:
-    """Raises UserError for rows per layer of the network."""
-    if data and all(isinstance(key, str) and LAYERWISE.fullmatch(key) for key in data):
-        raise UserError(f"{source} has {LAYERWISE_REFUSAL}")
 
 
 def split_bundled_tokens(
@@ -282,12 +278,7 @@ def only_word(state: AdapterState, title: str) -> tuple[str, Tensor]:
             "write the format embeddings"
         )
     words = placeholder_words(state)
-    if layers := word_layers(state):
-        word, count = next(iter(layers.items()))
-        raise UserError(
-            f"{title} would hold the word {word}, whose tokens are for {count} layers (P+); such a "
-            "file has no place for that, write the format embeddings"
-        )
+    refuse_layer_words(state, f"{title}, an embedding of one word,")
     covered = set().union(*words.values())
     free = [name for name in state.token_names if name not in covered]
     if len(words) > 1 or (words and free):
@@ -297,6 +288,15 @@ def only_word(state: AdapterState, title: str) -> tuple[str, Tensor]:
         )
     default = state.token_names[0] if len(state.token_names) == 1 else title
     return next(iter(words), default), next(iter(state.tokens.values()))
+
+
+def refuse_layer_words(state: AdapterState, place: str) -> None:
+    """Raises UserError for words with tokens for each layer, which `place` cannot hold."""
+    for word, count in word_layers(state).items():
+        raise UserError(
+            f"{place} has no place for the word {word}, whose tokens are for {count} layers (P+); "
+            "write the format embeddings, or mixofshow (.pth)"
+        )
 
 
 # ---------------------------------------------------------------- tensors, words and names
