@@ -217,7 +217,8 @@ class AdapterFormat:
     """The format of an adapter file."""
 
     format: Annotated[str, choice("F", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (the first input's)"""
+    """diffusers, kohya, cloneofsimo, mixofshow, embeddings, a1111, textual_inversion (the first
+    input's)"""
 
 
 @dataclass(frozen=True)
@@ -335,7 +336,7 @@ class Convert:
     """the result, of a whole model a folder or a file in .safetensors or .ckpt; OUT may also be
     the last word"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, embeddings, a1111, textual_inversion (diffusers)"""
+    """diffusers, kohya, cloneofsimo, mixofshow, embeddings, a1111, textual_inversion (diffusers)"""
     as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""
     """lora: the update of a DoRA as a plain LoRA, nearest to it at the DoRA's rank"""
     svd: Annotated[SvdOptions, SVD] = SvdOptions()

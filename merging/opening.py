@@ -28,7 +28,8 @@ from models.published import PUBLISHED_MODELS
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
 SPELLED_OUT = ("diffusers", "embeddings")  # formats that can be read without a layout
-NEAREST_WRITABLE = {"comfyui": "kohya", "xlabs": "diffusers", "peft": "diffusers"}  # read only
+# of formats that are only read, or only written where the output's ending asks for it
+NEAREST_WRITABLE = {"comfyui": "kohya"} | dict.fromkeys(("xlabs", "peft", "mixofshow"), "diffusers")
 
 
 def is_whole_model(path: str) -> bool:
@@ -152,12 +153,13 @@ def open_adapters(
 def choose_output_format(paths: Sequence[str]) -> str:
     """The format for a result: that of the first file with factors.
 
-    For a format that is only read, the one that its readers are most likely to know.
+    For a format that is only read, the one that its readers are most likely to know; for one of
+    .pth files, diffusers'.
     """
     for path in paths:
         found = formats.detect_format(path)
         if found not in TOKEN_FORMATS:
-            return found if found in WRITABLE else NEAREST_WRITABLE.get(found, "diffusers")
+            return NEAREST_WRITABLE.get(found, found if found in WRITABLE else "diffusers")
     return "diffusers"
 
 

@@ -41,11 +41,12 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp64": torch.float64,
 }
-FORMATS_WITH_TOKENS = ("cloneofsimo",)  # that hold token rows in the file of the factors
+FORMATS_WITH_TOKENS = ("cloneofsimo", "mixofshow")  # that hold token rows in the file of the factors
 # ending of a file of token rows -> its format where none is chosen
 ROW_FORMATS = {".safetensors": "embeddings", ".pt": "a1111", ".bin": "textual_inversion"}
 SINGLE_BYTES = 4  # of a number in fp32, whose rounding no table shows
-ADAPTER_ENDINGS = tuple(ROW_FORMATS)
+MIXOFSHOW = ".pth"  # ending of the only format of that kind
+ADAPTER_ENDINGS = (*ROW_FORMATS, MIXOFSHOW)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def check_adapter_output(output: Output) -> None:
     if not output.format and path.suffix not in ADAPTER_ENDINGS:
         raise UserError(
             f"the output {path} should end in .safetensors, in .pt for cloneofsimo's lists or "
-            "A1111's embeddings, or in .bin for learned embeddings"
+            "A1111's embeddings, in .pth for Mix-of-Show, or in .bin for learned embeddings"
         )
     if output.format and path.suffix not in FORMATS[output.format].endings:
         endings = " or ".join(FORMATS[output.format].endings)
@@ -156,12 +157,14 @@ def settle_format(
 
     Without a chosen format, layers are written as `default`, or as cloneofsimo's lists where the
     name ends in .pt; rows alone as `embeddings`, as A1111's dictionary in a .pt, as learned_embeds
-    in a .bin. Raises UserError for a chosen format that cannot hold the content, and as
+    in a .bin. Both are written to a .pth as Mix-of-Show has them, in fp32. Raises UserError for a chosen format that cannot hold the content, and as
     `check_output` for files that are written next to the output.
     """
     path = Path(output.path)
     if not layers and not tokens:
         raise UserError(f"nothing is left to write to {path}: no layer and no token")
+    if path.suffix == MIXOFSHOW:
+        return replace(output, format="mixofshow", dtype=output.dtype or torch.float32)
     if not layers:
         return _settle_token_format(output)
     if output.format in TOKEN_FORMATS:
@@ -174,7 +177,8 @@ def settle_format(
         return output
     if path.suffix == ".bin":
         raise UserError(
-            f"the output {path} should end in .safetensors, or in .pt for cloneofsimo's lists"
+            f"the output {path} should end in .safetensors, in .pt for cloneofsimo's lists, or in "
+            ".pth for Mix-of-Show"
         )
     if path.suffix == ".pt":
         for end in (".text_encoder.pt", ".ti.pt"):
@@ -220,6 +224,10 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
         losses = import_function("parameter_changes", "describe_losses")(state, layout)
         if losses:
             print_warning(f"{losses}; merge.py fold puts all of it into a model")
+    if output.format == "mixofshow":
+        for word, concepts in import_function("mixofshow", "concept_names")(state).items():
+            if concepts != (word,):
+                print_note(f"{word} is {' '.join(concepts)} in Mix-of-Show's prompts")
     if path.suffix == ".pt":
         return import_function("factor_lists", "write_factor_lists")(state, path, layout)
     if output.format in FORMATS_WITH_TOKENS or not state.tokens:

@@ -42,15 +42,27 @@ def tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
 
 
-def pipeline(seed=0):
+SMALL_UNET = dict(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+# sixteen cross-attention layers, named as in Stable Diffusion 1 and 2
+DEEP_UNET = dict(
+    block_out_channels=(8,) * 4,
+    layers_per_block=2,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+)
+
+
+def pipeline(seed=0, blocks=SMALL_UNET):
     torch.manual_seed(seed)
     tok = tokenizer()
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=16, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+        sample_size=8, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4, **blocks
+    )
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     config = CLIPTextConfig(
         vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -136,10 +148,10 @@ SCALED = dict(
 
 
 def save_sd_pipeline(
-    folder: Path, *, prediction: str = "epsilon", channels: int = 4
+    folder: Path, *, prediction: str = "epsilon", channels: int = 4, blocks=SMALL_UNET
 ) -> StableDiffusionPipeline:
     """A pipeline with factor-4 VAE and `channels` input channels, saved in the diffusers layout."""
-    pipe = pipeline()
+    pipe = pipeline(blocks=blocks)
     torch.manual_seed(1)
     config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")} | {
         "in_channels": channels

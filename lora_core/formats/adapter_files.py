@@ -278,7 +278,7 @@ def save(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes the part of the state that the format holds: factors, or token rows.
+    """Writes the part of the state that the format holds: factors, or token rows, or both.
 
     Atomic; the same state gives the same bytes. The header has the state's metadata (without what
     described the tensors it came with), then `metadata`, the tokens' names, then the format's own.
@@ -301,6 +301,11 @@ def save(
         import_function("parameter_changes", "refuse_parameters")(
             state, f"{path}, in the format {format},"
         )
+    if FORMATS[format].is_pickle:
+        import_function(FORMATS[format].module, FORMATS[format].writer)(
+            _cast_state(state, dtype or torch.float32), Path(path), layout
+        )
+        return
     if not (state.tokens if is_token_format else state.changed_components):
         missing = "token rows" if is_token_format else "adapted modules"
         raise UserError(f"there is nothing to write to {path}: the state has no {missing}")

@@ -31,7 +31,7 @@ from lora_core.formats.embeddings import (
 )
 from lora_core.formats.known_formats import SINGLE
 from lora_core.formats.layout import Layout
-from lora_core.formats.pickles import read_pickle
+from lora_core.formats.pickles import own_storage, read_pickle
 from lora_core.formats.unpickler import Inert
 from lora_core.formats.xti import is_xti, read_xti
 from lora_core.text import shorten_value
@@ -111,7 +111,7 @@ def write_learned_embeds(state: AdapterState, path: str | Path) -> None:
 
 def _own_rows(rows: Tensor, path: Path) -> Tensor:
     """A copy on the CPU with a storage of its own. Raises UserError for NaN and Inf."""
-    own = rows.detach().cpu().contiguous().clone()
+    own = own_storage(rows)
     check_finite({SINGLE: own}, f"what should become {path}")
     return own
 

@@ -19,7 +19,7 @@ from lora_core.formats.embeddings import check_token_rows
 from lora_core.formats.layer_numbering import list_pairs, numbered_components, place_pairs
 from lora_core.formats.layout import Layout
 from lora_core.formats.parameter_changes import refuse_parameters
-from lora_core.formats.pickles import read_pickle, write_pickle
+from lora_core.formats.pickles import own_storage, read_pickle, write_pickle
 from lora_core.text import shorten_value
 
 FIRST = "unet"  # the network of x.pt
@@ -92,11 +92,11 @@ def write_factor_lists(
     for component, modules in numbered_components(state):
         factors: list[Tensor] = []
         for up, down in list_pairs(modules, layout, component)[1]:
-            factors += [_own_storage(up), _own_storage(down)]
+            factors += [own_storage(up), own_storage(down)]
         file = path if component == FIRST else path.with_suffix(f".{component}.pt")
         contents[file] = factors
     if rows := token_tensors(state, layout):
-        own = {token: _own_storage(row) for token, row in rows.items()}
+        own = {token: own_storage(row) for token, row in rows.items()}
         contents[path.with_suffix(".ti.pt")] = own
     for file, content in contents.items():
         named = content
@@ -118,8 +118,3 @@ def _read_list(file: Path) -> list[Tensor]:
         )
     check_finite({f"factor {i}": tensor for i, tensor in enumerate(data)}, str(file))
     return data
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """A copy on the CPU with a storage of its own, which is what torch.save writes."""
-    return tensor.detach().cpu().contiguous().clone()

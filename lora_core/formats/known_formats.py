@@ -103,7 +103,8 @@ class Format:
     """One format of adapter files.
 
     The reader has the signature read(tensors, header, layout, source, options) -> AdapterState,
-    the writer write(state, layout, title) -> (tensors, header). Both raise UserError.
+    the writer write(state, layout, title) -> (tensors, header); those of a pickle read(content,
+    layout, source) and write(state, path, layout). All raise UserError.
     """
 
     module: str  # in lora_core.formats
@@ -114,6 +115,7 @@ class Format:
     names: str = ""
     starts: tuple[str, ...] = ()  # beginnings of keys that end like a tensor of an adapter
     pattern: str = ""  # or a pattern of whole keys
+    is_pickle: bool = False  # a file of torch.save, found by pickled_adapters.py
     is_token_rows: bool = False  # rows of an embedding table, no factors
     holds_parameters: bool = False  # changes of norms and biases
     holds_lycoris: bool = False  # LoHa, LoKr and full updates
@@ -123,7 +125,9 @@ class Format:
     endings: tuple[str, ...] = (".safetensors",)  # of the names of files that are written
 
     def detect(self, shapes: Shapes) -> bool:
-        """Whether a file is of the format. One matching key is enough: readers refuse others."""
+        """Whether tensors are of the format. One matching key is enough: readers refuse others."""
+        if self.is_pickle:
+            return False
         if self.is_token_rows:
             return is_embedding(shapes)
         if self.pattern:
@@ -174,6 +178,9 @@ FORMATS = {  # in the order in which they are tried
         "write_cloneofsimo",
         pattern=r"[^:]+:\d{1,9}:(up|down)",
         endings=(".safetensors", ".pt"),
+    ),
+    "mixofshow": Format(
+        "mixofshow", "read_mixofshow", "write_mixofshow", is_pickle=True, endings=(".pth",)
     ),
     "xlabs": Format(
         "comfy",

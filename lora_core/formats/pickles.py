@@ -100,6 +100,11 @@ def write_pickle(path: Path, value: Any) -> None:
             raise
 
 
+def own_storage(tensor: Tensor) -> Tensor:
+    """A copy on the CPU with a storage of its own, which is what torch.save writes."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
 def pickled_tensors(data: Any, source: str) -> dict[str, Tensor]:
     """The tensors of a state dict, from the result of `read_pickle`.
 

@@ -74,7 +74,7 @@ class RecognizedFile(NamedTuple):
     """What a file is, and the evidence."""
 
     kind: Kind
-    format: str = ""  # of an adapter or token rows: a name in FORMATS, or mixofshow
+    format: str = ""  # of an adapter or token rows: a name in FORMATS
     what: str = ""  # of a foreign file: its description
     key: str = ""  # of a foreign file or a model: the key that shows it
 
