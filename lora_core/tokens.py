@@ -404,7 +404,7 @@ def _add_tokens(tokenizer: Any, names: list[str], before: dict[str, Any]) -> int
     """
     tokenizer.add_tokens(names)
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
-    joined = tokenizer("".join(names), add_special_tokens=False).input_ids
+    joined = tokenizer("".join(names), add_special_tokens=False, verbose=False).input_ids
     read = [index for index in joined if index in set(ids)]
     if ids != list(range(ids[0], ids[0] + len(ids))) or read != ids:
         _restore_tokenizer(tokenizer, before)

@@ -3,8 +3,8 @@
 Its key is `clip_l`, `clip_g` or `t5`, as in diffusers' pivotal scripts, A1111, ComfyUI and kohya.
 Also read: a single tensor for one encoder, `emb_params` (kohya, A1111) or under its token
 (diffusers' learned_embeds), A1111's `.pt` dictionaries (embedding_pickles.py), kohya's rows for
-each layer (xti.py), cog's `text_encoders_0/1`, and rows bundled in a LoRA file. The encoder of a single tensor is known by its
-width.
+each layer (xti.py), cog's `text_encoders_0/1`, and rows bundled in a LoRA file. The encoder of a
+single tensor is known by its width.
 
 Other readers name the tokens after the file or let the user name them; ours finds the tokens' names
 and the placeholder words in the header. A file with one word for its rows (in A1111 the file's

@@ -38,10 +38,10 @@ CONCEPT_LAYERS = 16  # cross-attention layers of the models that Mix-of-Show wor
 ENCODER = "clip_l"  # the only text encoder
 # Component -> ends of the paths whose factors its loader finds; it passes over all others.
 LOADED = {
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "unet": (
         "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
     ),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
 }  # fmt: skip
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 

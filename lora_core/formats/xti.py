@@ -43,8 +43,8 @@ def read_xti(tensors: Mapping[str, Any], layout: Layout | None, source: str) -> 
     if missing := set(XTI_BLOCKS) ^ tensors.keys():
         raise UserError(
             f"{source} has token rows of {len(tensors)} blocks of a network; expected kohya's "
-            f"{len(XTI_BLOCKS)} ({XTI_BLOCKS[0]} to {XTI_BLOCKS[-1]}), {', '.join(sorted(missing))} "
-            f"{'is' if len(missing) == 1 else 'are'} missing or not among them"
+            f"{len(XTI_BLOCKS)} ({XTI_BLOCKS[0]} to {XTI_BLOCKS[-1]}), "
+            f"{', '.join(sorted(missing))} {'is' if len(missing) == 1 else 'are'} missing or not among them"
         )
     shapes = {key: tuple(getattr(rows, "shape", ())) for key, rows in tensors.items()}
     count, *width = shapes[XTI_BLOCKS[0]] or (0,)
