@@ -342,8 +342,9 @@ def _add_to_model(job: LoraAddition, output: Output, reading: OpenOptions) -> No
             f"upl-ckpt-v2 writes a CompVis checkpoint; the output {output.path} should end in .ckpt"
         )
     state = open_adapter(job.path_2, open_base_model(job.path_1, reading).layout, reading)
-    # A1111's embedding has one encoder's rows
-    embedding = Path(output.path).with_suffix(".pt") if len(state.tokens) == 1 else None
+    # A1111's embedding has one encoder's rows, the same in all layers
+    is_plain = len(state.tokens) == 1 and not embeddings.word_layers(state)
+    embedding = Path(output.path).with_suffix(".pt") if is_plain else None
     if embedding:
         check_output(replace(output, path=str(embedding)))
     output = replace(output, dtype=output.dtype or torch.float16)

@@ -41,7 +41,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp64": torch.float64,
 }
-FORMATS_WITH_TOKENS = ("cloneofsimo", "mixofshow")  # that hold token rows in the file of the factors
+# formats that hold token rows in the file of the factors
+FORMATS_WITH_TOKENS = ("cloneofsimo", "mixofshow")
 # ending of a file of token rows -> its format where none is chosen
 ROW_FORMATS = {".safetensors": "embeddings", ".pt": "a1111", ".bin": "textual_inversion"}
 SINGLE_BYTES = 4  # of a number in fp32, whose rounding no table shows
@@ -157,8 +158,9 @@ def settle_format(
 
     Without a chosen format, layers are written as `default`, or as cloneofsimo's lists where the
     name ends in .pt; rows alone as `embeddings`, as A1111's dictionary in a .pt, as learned_embeds
-    in a .bin. Both are written to a .pth as Mix-of-Show has them, in fp32. Raises UserError for a chosen format that cannot hold the content, and as
-    `check_output` for files that are written next to the output.
+    in a .bin. Both are written to a .pth as Mix-of-Show has them, in fp32. Raises UserError for a
+    chosen format that cannot hold the content, and as `check_output` for files that are written
+    next to the output.
     """
     path = Path(output.path)
     if not layers and not tokens:

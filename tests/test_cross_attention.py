@@ -97,6 +97,17 @@ def test_equal_texts_in_all_layers_are_one_text(unet, noise: Tensor) -> None:
     assert torch.equal(run(unet, noise, wide), run(unet, noise, text))
 
 
+def test_packed_texts_are_the_same_texts(unet, noise: Tensor) -> None:
+    """diffusers' pipelines take three axes; a long plain text is not taken for a packed one."""
+    CrossAttention(unet, PATHS)
+    text = embeds(2, 4, 7)
+    packed = pack_layers(text)
+    assert packed.shape == (2, 7, 4 * 16)
+    assert torch.equal(packed[1, 3, 32:48], text[1, 2, 3])
+    assert torch.equal(run(unet, noise, packed), run(unet, noise, text))
+    assert torch.isfinite(run(unet, noise, embeds(2, 4 * 16))).all()
+
+
 def recorded(unet, x: Tensor, text: Tensor) -> tuple[Tensor, list[AttentionMap]]:
     shared = CrossAttention(unet, PATHS)
     maps: list[AttentionMap] = []

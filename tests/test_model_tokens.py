@@ -3,8 +3,13 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
+import infer
+from lora_core import formats
+from lora_core.formats import embeddings
 from lora_core.formats.model_folders import open_model_folder, weight_key
+from tests.layered_files import LAYERS, save_deep_folder
 from tests.merge_commands import call, deltas
 
 
@@ -31,3 +36,55 @@ def test_upl_writes_the_model_with_its_tokens(
             + 0.8 * update
         )
         torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory):
+    return save_deep_folder(tmp_path_factory.mktemp("deep"))
+
+
+@pytest.mark.parametrize("ending", ["", ".safetensors"])
+def test_tokens_for_layers_are_a_file_next_to_the_model(
+    deep_folder, tmp_path, monkeypatch, capsys, ending
+):
+    monkeypatch.chdir(tmp_path)
+    call("fold", deep_folder / "model", f"0.8*{deep_folder / 'a.pth'}", "--out", f"out{ending}")
+    said = capsys.readouterr()
+    assert "written: out_emb.safetensors" in said.out
+    if not ending:
+        assert "infer.py --model out --lora out_emb.safetensors" in said.err
+        pipe = StableDiffusionPipeline.from_pretrained("out", safety_checker=None)
+        assert "<new0>" not in pipe.tokenizer.get_vocab()
+    tokens = formats.load("out_emb.safetensors")
+    assert embeddings.word_layers(tokens) == {"<dog1>": LAYERS, "<dog2>": LAYERS}
+    if not ending:
+        folded = draw("out", "out_emb.safetensors")
+        kept = draw(deep_folder / "model", f"{deep_folder / 'a.pth'}:0.8")
+        assert (folded - kept).abs().max() <= 1  # of 255
+
+
+def draw(model, lora):
+    words = ("--model", model, "--lora", lora, "--prompt", "a <dog1>", "--steps", 2)
+    more = ("--guidance", 1, "--overwrite", "--out", "x.png")
+    assert infer.main([str(word) for word in (*words, *more)]) == 0
+    image = Image.open("x.png").convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
+
+
+def test_upl_ckpt_v2_makes_no_embedding_of_words_for_layers(deep_folder, tmp_path, monkeypatch):
+    """A1111's embedding has no place for layers."""
+    monkeypatch.chdir(tmp_path)
+    words = (deep_folder / "model", deep_folder / "a.pth", "out.ckpt", 0.8)
+    call(*words, "--mode", "upl-ckpt-v2", lora_add=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ckpt", "out_emb.safetensors"]
+
+
+def test_ljl_keeps_the_layers(deep_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.safetensors"
+    files = (deep_folder / "a.pth", deep_folder / "b.pth")
+    call("add", *files, out, "--mode", "ljl", "--model", deep_folder / "model")
+    state = formats.load("out_emb.safetensors")
+    names = ("<dog1>", "<dog2>", "<dog1-2>", "<dog2-2>")
+    assert embeddings.word_layers(state) == dict.fromkeys(names, LAYERS)
+    assert len(set(state.token_names)) == 4 * LAYERS

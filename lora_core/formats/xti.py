@@ -40,11 +40,12 @@ def read_xti(tensors: Mapping[str, Any], layout: Layout | None, source: str) -> 
 
     Raises UserError for other blocks, and for tensors that are no rows of one shape.
     """
-    if missing := set(XTI_BLOCKS) ^ tensors.keys():
+    if odd := sorted(set(XTI_BLOCKS) ^ tensors.keys()):
+        are = "is" if len(odd) == 1 else "are"
         raise UserError(
             f"{source} has token rows of {len(tensors)} blocks of a network; expected kohya's "
             f"{len(XTI_BLOCKS)} ({XTI_BLOCKS[0]} to {XTI_BLOCKS[-1]}), "
-            f"{', '.join(sorted(missing))} {'is' if len(missing) == 1 else 'are'} missing or not among them"
+            f"{', '.join(odd)} {are} missing or not among them"
         )
     shapes = {key: tuple(getattr(rows, "shape", ())) for key, rows in tensors.items()}
     count, *width = shapes[XTI_BLOCKS[0]] or (0,)
