@@ -80,6 +80,14 @@ def make_placeholders(
     return tuple(placeholders)
 
 
+def describe_tokens(placeholder: Placeholder) -> str:
+    """The tokens as people read them: "<s0><s1>", or "<s0><s1> to <s30><s31>, by layer"."""
+    text = "".join(placeholder.names_at(0))
+    if placeholder.layers > 1:
+        text += f" to {''.join(placeholder.names_at(placeholder.layers - 1))}, by layer"
+    return text
+
+
 def bind_placeholders(caption: str, placeholders: Sequence[Placeholder], layer: int = 0) -> str:
     """The caption with every placeholder word replaced by its tokens, without spaces between them.
 

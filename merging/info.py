@@ -16,6 +16,7 @@ from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
+from lora_core.placeholders import Placeholder, describe_tokens
 from merging.commands import FileReadOptions, Info
 from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
@@ -148,9 +149,9 @@ def _token_lines(state: AdapterState, path: str) -> list[str]:
     words = embeddings.placeholder_words(state, path) if state.tokens else {}
     layers = embeddings.word_layers(state, path) if state.tokens else {}
     for word, names in words.items():
-        line = f"word {word} stands for {''.join(names)}"
-        if word in layers:
-            count = layers[word]
+        count = layers.get(word, 0)
+        line = f"word {word} stands for {describe_tokens(Placeholder(word, names, layers=count))}"
+        if count:
             line += f", {len(names) // count} for each of {count} cross-attention layers (P+)"
         lines.append(line)
     return lines

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
+from lora_core.formats.known_formats import PICKLED
 from lora_core.text import hide_home, read_text
 from merging.commands import flatten
 
@@ -122,6 +123,8 @@ def _recipe_text(place: Path) -> str:
     if place.is_dir():
         file = place / SIDECAR
         return read_text(file) if file.is_file() else ""
+    if place.suffix in PICKLED:
+        return ""
     with safe_open(place, "np") as opened:
         return (opened.metadata() or {}).get(RECIPE, "")
 

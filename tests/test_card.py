@@ -3,6 +3,7 @@ upload.
 """
 
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 from huggingface_hub import RepoCard
 from PIL import Image
 
+import infer
+from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.formats import layout_of, save_run
+from lora_core.formats import embeddings, layout_of, save_run
 from lora_core.runs import card as cards
 from lora_core.runs.card import ModelCard, push_to_hub, write_card
 from models import read_layout
+from tests.layered_files import save_deep_folder
 
 TOKENS = {"TOK": ("<s0>", "<s1>")}
 
@@ -367,3 +371,34 @@ def test_a_dora_says_what_a1111_and_comfyui_make_of_it(
     own = replace(card, dora_errors={"A1111": 5.26, "ComfyUI": 0.108})
     text = section(write_card(own, run).read_text(), title)
     assert "of this one the update is wrong by 526 % in A1111 and 10.8 % in ComfyUI" in text
+
+
+def test_words_for_layers_are_drawn_by_our_own_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of the card runs; nothing in it promises that other tools read such words."""
+    folder = save_deep_folder(tmp_path)
+    run = folder / "run"
+    words = embeddings.placeholder_words(formats.load(run))
+    card = ModelCard(
+        base_model=str(folder / "model"),
+        pipeline="StableDiffusionPipeline",
+        encoders={"text_encoder": "clip_l"},
+        words=words,
+        layers={"<dog>": 16, "TOK": 16},
+        prompts=('a <dog> "b" TOK cat',),
+        sampling={"num_inference_steps": 2, "height": 32, "width": 32},
+    )
+    text = write_card(card, run).read_text()
+    assert "| `<dog>` | `<s0><s1> to <s30><s31>, by layer` |" in text
+    assert "| `cat` | `<s48>` |" in text
+    assert "diffusers, A1111 and ComfyUI cannot read such words" in text
+    assert "load_textual_inversion" not in text
+    assert not re.search(r"^## (A1111|ComfyUI|diffusers)$", text, re.MULTILINE)
+    assert run_code(run / "README.md", monkeypatch).size == (32, 32)
+    (line,) = re.findall(r"```bash\npython infer\.py (.*)\n```", text)
+    monkeypatch.chdir(folder)
+    options = [*shlex.split(line), "--steps", "2"]
+    assert options[options.index("--prompt") + 1] == 'a <dog> "b" TOK cat'
+    assert infer.main(options) == 0
+    assert RepoCard.load(run / "README.md").data.to_dict()["instance_prompt"].startswith("a <dog>")

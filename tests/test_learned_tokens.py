@@ -1,7 +1,9 @@
 """Learned tokens of a run: starts, stopped rows, and tokens for each layer from caption to file."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from lora_core import formats
 from lora_core.config import Config, Stage, TokensConfig
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
+from lora_core.placeholders import Placeholder
 from lora_core.tokens import hold_rows_
 from tests import tiny_flux
 from tests.conftest import learned, rows
+from training.learned_tokens import describe_learned_tokens
 
 LAYERS = 4  # cross-attention layers of the tiny UNet
 
@@ -26,8 +30,14 @@ def layered(config: Config) -> Config:
     return replace(config, tokens=tokens, stages=stages)
 
 
-def test_ed_lora_trains_saves_and_resumes(layered: Config, quick: None) -> None:
+def test_ed_lora_trains_saves_and_resumes(
+    layered: Config, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train.train(layered)
+    said = capsys.readouterr().out
+    assert "tokens: TOK is <s0><s1> to <s6><s7>, by layer" in said
+    assert re.search(r"<s1> to <s7>, 4 layers: norm .* to .*, moved .* to .*, nearest b in 4", said)
+    assert "diffusers, A1111 and ComfyUI cannot read such words" in (run / "README.md").read_text()
     (file,) = run.glob("*_emb.safetensors")
     state = formats.load(file)
     assert state.tokens["clip_l"].shape == (2 * LAYERS, 16)
@@ -40,6 +50,29 @@ def test_ed_lora_trains_saves_and_resumes(layered: Config, quick: None) -> None:
     train.train(first)
     again = train.train(replace(layered, out=out, resume=True, resume_anyway=True))
     assert all(torch.equal(value, learned(again)[key]) for key, value in whole.items())
+
+
+def test_learned_tokens_are_one_line_each_and_one_for_all_layers() -> None:
+    def entry(name: str, norm: float, word: str, encoder: str = "clip_l") -> dict[str, Any]:
+        near = [(f"{word}</w>", 0.9), ("b</w>", 0.5)]
+        return {"encoder": encoder, "name": name, "nearest": near, "norm": norm, "drift": 0.1}
+
+    placeholders = [
+        Placeholder("A", ("<s0>", "<s1>", "<s2>"), layers=3),
+        Placeholder("B", ("<s3>", "<s4>")),
+    ]
+    words = ("cat", "dog", "cat", "fox", "owl")
+    learned = [entry(f"<s{i}>", i + 1, word) for i, word in enumerate(words)]
+    assert describe_learned_tokens(learned, placeholders) == [
+        "<s0> to <s2>, 3 layers: norm 1.000 to 3.000, moved 0.100 to 0.100, "
+        "nearest cat in 2, dog in 1",
+        "<s3>: norm 4.000, moved 0.100, nearest fox 0.90, b 0.50",
+        "<s4>: norm 5.000, moved 0.100, nearest owl 0.90, b 0.50",
+    ]
+    both = learned + [entry(own["name"], 1, "x", "clip_g") for own in learned]
+    lines = describe_learned_tokens(both, placeholders)
+    assert len(lines) == 6 and lines[1].startswith("<s3> of clip_l: ")
+    assert lines[3].startswith("<s0> to <s2> of clip_g, 3 layers: ")
 
 
 def test_rows_of_all_layers_start_alike(layered: Config, quick: None) -> None:
@@ -108,7 +141,7 @@ def test_per_layer_tokens_need_layers_that_read_the_text(config: Config, tmp_pat
         config,
         model=str(tmp_path / "flux"),
         tokens=TokensConfig(per_layer=True),
-        stages=(Stage(1, ("tokens",)),),
+        stages=(Stage(1, ("denoiser", "tokens")),),
     )
     with pytest.raises(UserError, match=r"--tokens\.per-layer needs layers of cross-attention"):
         train.train(flux)

@@ -31,6 +31,8 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path):
     assert read_merge_recipe(str(tmp_path)) == recipe
     assert describe_recipe(recipe).startswith(f"made by: merge.py resize '{source}'")
     assert "has no recipe" in sentence(read_merge_recipe, str(source))
+    torch.save({}, source.with_suffix(".pth"))
+    assert "only .safetensors files" in sentence(read_merge_recipe, str(source.with_suffix(".pth")))
 
 
 def test_the_digest_of_a_folder_leaves_hidden_files_out(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from lora_core.placeholders import Placeholder, make_placeholders
 from training import model_checks
 
 CLIP_ENCODERS = ("clip_l", "clip_g")  # learn tokens where the config names no text encoder
+MOST_WORDS = 5  # that are nearest to a token in some layer
 STOP_NORM = 0.55  # mean norm at which Mix-of-Show's emb_norm_threshold stops SD 1.5's rows
 
 
@@ -75,6 +78,52 @@ def norm_targets(
                     "--tokens.init"
                 )
     return targets
+
+
+def describe_learned_tokens(
+    learned: Sequence[Mapping[str, Any]], placeholders: Sequence[Placeholder]
+) -> list[str]:
+    """A line for each learned token: its norm, distance from its start and nearest words.
+
+    `learned` are the tokens' reports as dictionaries, with their text encoder's key. Tokens of a
+    word for each layer have one line for all layers.
+    """
+    encoders = list(dict.fromkeys(entry["encoder"] for entry in learned))
+    lines = []
+    for encoder in encoders:
+        of_encoder = f" of {encoder}" if len(encoders) > 1 else ""
+        entries = {entry["name"]: entry for entry in learned if entry["encoder"] == encoder}
+        for placeholder in placeholders:
+            for i, name in enumerate(placeholder.names_at(0)):
+                if not placeholder.layers:
+                    lines.append(f"{name}{of_encoder}: {_describe_token(entries[name])}")
+                    continue
+                names = [placeholder.names_at(layer)[i] for layer in range(placeholder.layers)]
+                told = _describe_layers([entries[name] for name in names])
+                lines.append(f"{name} to {names[-1]}{of_encoder}, {len(names)} layers: {told}")
+    return lines
+
+
+def _describe_token(entry: Mapping[str, Any]) -> str:
+    near = [f"{_shown_word(word)} {cosine:.2f}" for word, cosine in entry["nearest"]]
+    moved = f"norm {entry['norm']:.3f}, moved {entry['drift']:.3f}"
+    return f"{moved}, nearest {', '.join(near)}"
+
+
+def _describe_layers(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Ranges over the layers; the word that is nearest in most of them first."""
+    ranges = []
+    for name, key in (("norm", "norm"), ("moved", "drift")):
+        values = [entry[key] for entry in entries]
+        ranges.append(f"{name} {min(values):.3f} to {max(values):.3f}")
+    nearest = Counter(_shown_word(entry["nearest"][0][0]) for entry in entries)
+    near = [f"{word} in {count}" for word, count in nearest.most_common(MOST_WORDS)]
+    return f"{', '.join(ranges)}, nearest {', '.join(near)}"
+
+
+def _shown_word(entry: str) -> str:
+    """An entry of the vocabulary without CLIP's mark of a word's end."""
+    return entry.removesuffix("</w>")
 
 
 def stages_that_stop(config: Config) -> bool:

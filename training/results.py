@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lora_core.toml import to_toml
 from models import read_schedule, save_family
 from training import config_checks, nonfinite
 from training.checkpoints import Checkpoints
+from training.learned_tokens import describe_learned_tokens
 from training.log import Log
 from training.samples import SampleImages, before_after_grid, save_sample_grid
 from training.scores import Scorer, comparable_scores, loss_table, losses_by_timestep
@@ -78,7 +79,8 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     if log.skipped.total:
         why = "their gradients overflowed in fp16"
         print(f"{log.skipped.total} of {done} steps were skipped: {why}")
-    _print_tokens(learned, several=len(model.embeddings) > 1)
+    for line in describe_learned_tokens(learned, model.placeholders):
+        print(line)
     if dora_errors:
         described = dora_readers.describe_reader_errors(dora_errors)
         print(f"note: {described}; {dora_readers.HOW_TO_CONVERT}", file=sys.stderr)
@@ -149,14 +151,6 @@ def _print_results(scores: Before | None, note: str, words: str) -> None:
         print(note or "no validation, so no loss before and after")
 
 
-def _print_tokens(learned: Sequence[Mapping[str, Any]], *, several: bool) -> None:
-    for entry in learned:
-        near = [f"{word.removesuffix('</w>')} {cosine:.2f}" for word, cosine in entry["nearest"]]
-        encoder = f" of {entry['encoder']}" if several else ""
-        moved = f"norm {entry['norm']:.3f}, moved {entry['drift']:.3f}"
-        print(f"{entry['name']}{encoder}: {moved}, nearest {', '.join(near)}")
-
-
 def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, Any]:
     """Optional entries of summary.json: changes on resuming, skipped steps, a remark."""
     notes: dict[str, Any] = {}
@@ -212,6 +206,7 @@ def _make_card(
         encoders={name: family.layout.encoders[name] for name in model.embeddings},
         ends=ends,
         words={p.word: p.names for p in model.placeholders},
+        layers={p.word: p.layers for p in model.placeholders if p.layers},
         prompts=samples.public_prompts,
         instance_prompt=_typed_caption(samples),
         shows_images=_shows_images(samples),

@@ -10,7 +10,7 @@ from lora_core.data.listing import METADATA_TABLES, count_images
 from lora_core.data.records import Record
 from lora_core.data.sample_order import BucketOrder
 from lora_core.errors import printable
-from lora_core.placeholders import Placeholder, bind_placeholders
+from lora_core.placeholders import Placeholder, bind_layers, bind_placeholders, describe_tokens
 
 MOST_NAMES = 3  # files of a kind that are named
 LONGEST_CAPTION = 160  # characters of the example
@@ -49,8 +49,8 @@ def describe_run(
         caption = prior.records[0].captions[0]
         lines.append(f"class images: {count} in {_common_folder(prior.records)}, {caption!r}")
     if placeholders:
-        words = [f"{p.word} is {''.join(p.names)}" for p in placeholders]
-        lines.append(f"tokens: {', '.join(words)}")
+        words = [f"{own.word} is {describe_tokens(own)}" for own in placeholders]
+        lines.append(f"tokens: {'; '.join(words)}")
     lines.append(_describe_length(folder, length))
     root = Path(_common_folder(records))
     for reason, paths in left_out.items():
@@ -97,10 +97,15 @@ def _describe_source(source: Path | str) -> str:
 
 
 def _example_caption(record: Record, placeholders: Sequence[Placeholder]) -> str:
-    """The first caption of an image, with its placeholder replaced by tokens, and the file name."""
+    """The first caption of an image, with its placeholder replaced by tokens, and the file name.
+
+    Of words with tokens for each layer the text of the first layer.
+    """
     caption = bind_placeholders(record.captions[0], placeholders)
     short = caption if len(caption) <= LONGEST_CAPTION else caption[:LONGEST_CAPTION] + "..."
     more = f", one of {len(record.captions)}" if len(record.captions) > 1 else ""
+    if isinstance(bind_layers(record.captions[0], placeholders), tuple):
+        more += ", in the first layer"
     return f"{short!r} ({record.path.name}{more})"
 
 

@@ -19,8 +19,12 @@ from lora_core.layer_prompts import encode_layer_prompts
 from lora_core.placeholders import Placeholder, bind_layers, has_placeholder
 
 # diffusers' processors that compute attention and nothing else
-PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor")
-PLAIN_PROCESSORS += ("XFormersAttnProcessor",)
+PLAIN_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+)
 DENOISER = "unet"  # the component whose layers can read texts of their own
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # arguments of a pipeline's call
 

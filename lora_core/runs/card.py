@@ -23,7 +23,7 @@ from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, first_line, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
 from lora_core.formats.dora_readers import describe_reader_errors
-from lora_core.placeholders import Placeholder, bind_placeholders
+from lora_core.placeholders import Placeholder, bind_placeholders, describe_tokens
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
@@ -45,6 +45,8 @@ class ModelCard:
     # before transformers #24773): transformers then pools at the largest id, a learned token's.
     ends: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)  # word -> its tokens, in order
+    # Word -> number of cross-attention layers, of words with tokens for each layer (P+).
+    layers: Mapping[str, int] = field(default_factory=dict)
     prompts: Sequence[str] = ()  # the first one is the example
     instance_prompt: str = ""  # a typical training caption; empty: the first prompt
     tags: Sequence[str] = ()  # in addition to text-to-image, diffusers and those of the files
@@ -80,6 +82,7 @@ def _read_template() -> Template:
         "json": _json,
         "path": _path,
         "repr": repr,
+        "shell": shlex.quote,
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
@@ -173,6 +176,7 @@ def _prompts(card: ModelCard, folder: Path) -> dict[str, object]:
         "example_comfyui": _example(card, dict.fromkeys(card.words, f"embedding:{stem}")),
         "trigger": card.instance_prompt or _example(card),
         "token_names": list(chain.from_iterable(card.words.values())),
+        "shown_tokens": {own.word: describe_tokens(own) for own in _placeholders(card)},
     }
 
 
@@ -279,10 +283,22 @@ def _token_rows(folder: Path) -> list[str]:
 
 
 def _bind_words(card: ModelCard, prompt: str, spelling: Mapping[str, str] | None = None) -> str:
-    """The prompt with every placeholder word replaced by its tokens, or by another spelling."""
-    names = {word: tuple(tokens) for word, tokens in card.words.items()}
-    names |= {word: (name,) for word, name in (spelling or {}).items()}
-    return bind_placeholders(prompt, [Placeholder(word, tokens) for word, tokens in names.items()])
+    """The prompt with every placeholder word replaced by its tokens, or by another spelling.
+
+    With words for each layer it stays as it is, for programs that bind the words themselves.
+    """
+    if card.layers and spelling is None:
+        return prompt
+    words = {own.word: own for own in _placeholders(card)}
+    words |= {word: Placeholder(word, (name,)) for word, name in (spelling or {}).items()}
+    return bind_placeholders(prompt, list(words.values()))
+
+
+def _placeholders(card: ModelCard) -> list[Placeholder]:
+    return [
+        Placeholder(word, tuple(tokens), layers=card.layers.get(word, 0))
+        for word, tokens in card.words.items()
+    ]
 
 
 def _example(card: ModelCard, spelling: Mapping[str, str] | None = None) -> str:
