@@ -110,6 +110,7 @@ from lora_core.diffusion.regions import PromptRegion, parse_region
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
+from lora_core.formats.model_words import model_placeholders
 from lora_core.prompt_tags import TAG as LORA_TAG
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, draw_rows, parse_axis
@@ -147,11 +148,13 @@ class Drawing:
     patches: Sequence[Patch]
     loras: Sequence[LoraSource]  # those of --lora, then those of the prompts' tags
     regions: Sequence[PromptRegion]
+    words: Sequence[Placeholder] = ()  # the model's own
 
     @property
     def placeholders(self) -> list[Placeholder]:
-        """The words and learned tokens of all files."""
-        return list(chain.from_iterable(patch.placeholders for patch in self.patches))
+        """The words and learned tokens of the model and of all files."""
+        added = chain.from_iterable(patch.placeholders for patch in self.patches)
+        return [*self.words, *added]
 
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], config: Infer
@@ -191,8 +194,9 @@ def infer(config: Infer) -> list[Path]:
     start = read_start_images(config.init_image, config.mask, height, width)
     regions = [parse_region(text, width, height) for text in config.region]
     with ExitStack() as stack:
-        patches = apply_loras(family, loras, stack, config.adapter_kind)
-        drawing = Drawing(family, refiner, start, patches, loras, regions)
+        words = model_placeholders(config.model)
+        patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
+        drawing = Drawing(family, refiner, start, patches, loras, regions, words)
         texts = [prompt.text for prompt in prompts]
         if sentence := prompts_without_words(texts, drawing.placeholders):
             print(f"note: {sentence}", file=sys.stderr)

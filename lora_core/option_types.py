@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache, partial
 from typing import Annotated, Any, get_type_hints
 
@@ -137,3 +137,51 @@ def _parse_pairs(words: Sequence[str], read: Callable[[str], Any]) -> dict[str, 
             raise ValueError(f"{key} is given {times} times, expected once")
         table[key] = read(value)
     return table
+
+
+# ---------------------------------------------------------------- options of one word
+
+
+def number(metavar: str, convert: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
+    """A flag with an `int` or `float` as its value, or none."""
+
+    def read(words: list[str]) -> Any:
+        try:
+            return convert(words[0])
+        except ValueError:
+            raise ValueError(f"invalid {convert.__name__} value: {words[0]!r}") from None
+
+    return _one_word(metavar, read)
+
+
+def choice(metavar: str, names: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
+    """A flag with one of some names as its value."""
+    return replace(_one_word(metavar, lambda words: words[0]), choices=names)
+
+
+def _read_truth(words: list[str]) -> bool:
+    """True or False as python-fire reads it."""
+    if words[0].lower() not in ("true", "false", "1", "0"):
+        raise ValueError(f"{words[0]!r} is neither True nor False")
+    return words[0].lower() in ("true", "1")
+
+
+def _read_count(words: list[str]) -> int:
+    """A number of things that are shown."""
+    if not words[0].isdecimal() or len(words[0]) > 9 or not int(words[0]):
+        raise ValueError(f"invalid number: {words[0]!r}, expected 1 or more")
+    return int(words[0])
+
+
+def _one_word(metavar: str, read: Callable[[list[str]], Any]) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+TRUTH = _one_word("BOOL", _read_truth)
+COUNT = _one_word("N", _read_count)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.text import nearest_names
-from merging.commands import COMMANDS, flatten
+from merging.commands import COMMANDS, Command, flatten
 from merging.expression import find_unquoted_name, quote_name, quote_where_needed
 
 FLAG = re.compile(r"--?[a-zA-Z][\w.-]*(=.*)?", re.DOTALL)
@@ -62,7 +62,7 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
     if len(words) > 1:
         _refuse_split_names(words, "sum" in command.required)
     if command.words:
-        options = replace(options, **{command.words: (*getattr(options, command.words), *rest)})
+        options = _place_listed_words(command, options, rest)
     elif len(rest) == 1 and getattr(options, "out", None) == "" and not rest[0].startswith("-"):
         _refuse_file_as_output(name, words, options)
         options = replace(options, out=rest[0])
@@ -74,6 +74,20 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
         verb = "is" if len(missing) == 1 else "are"
         raise UserError(f"{join_words(names)} {verb} required; {advice}")
     return options
+
+
+def _place_listed_words(command: Command, options: Any, rest: Sequence[str]) -> Any:
+    """The options of a command that takes any number of words; the last may be its output."""
+    words: tuple[str, ...] = (*getattr(options, command.words), *rest)
+    if "out" in command.required and not options.out and len(words) > 1:
+        last, words = words[-1], words[:-1]
+        if os.path.exists(last) and not options.files.overwrite:
+            raise UserError(
+                f"{last} is there already, and the last word is the output; name the output with "
+                "--out, or pass --overwrite to replace it"
+            )
+        options = replace(options, out=last)
+    return replace(options, **{command.words: words})
 
 
 def join_words(words: Sequence[str]) -> str:

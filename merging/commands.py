@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, NamedTuple
 
 from tyro.conf import FlagConversionOff, Positional, arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from lora_core.errors import UserError
 from lora_core.formats.known_formats import WRITABLE
+from lora_core.option_types import COUNT, TRUTH, choice, number
 from merging.truncation import Keep
 
 MERGE_METHODS = ("sum", "slerp", "ties", "dare", "dare_ties", "magnitude")
 DENSITY_METHODS = MERGE_METHODS[2:]  # those that --density has an effect on
+FUSION_METHODS = ("gradient", "sum")
 ADD_MODES = ("lpl", "ljl", "upl", "upl-ckpt-v2")
 DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp64")
 SVD_METHODS = ("randomized", "exact")
@@ -52,50 +53,6 @@ def text(metavar: str, **more: Any) -> Any:
     """A flag with any text as its value."""
     return arg(metavar=metavar, help_behavior_hint="", **more)
 
-
-def number(metavar: str, convert: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
-    """A flag with an `int` or `float` as its value, or none."""
-
-    def read(words: list[str]) -> Any:
-        try:
-            return convert(words[0])
-        except ValueError:
-            raise ValueError(f"invalid {convert.__name__} value: {words[0]!r}") from None
-
-    return _one_word(metavar, read)
-
-
-def choice(metavar: str, names: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
-    """A flag with one of some names as its value."""
-    return replace(_one_word(metavar, lambda words: words[0]), choices=names)
-
-
-def _read_truth(words: list[str]) -> bool:
-    """True or False as python-fire reads it."""
-    if words[0].lower() not in ("true", "false", "1", "0"):
-        raise ValueError(f"{words[0]!r} is neither True nor False")
-    return words[0].lower() in ("true", "1")
-
-
-def _read_count(words: list[str]) -> int:
-    """A number of things that are shown."""
-    if not words[0].isdecimal() or len(words[0]) > 9 or not int(words[0]):
-        raise ValueError(f"invalid number: {words[0]!r}, expected 1 or more")
-    return int(words[0])
-
-
-def _one_word(metavar: str, read: Callable[[list[str]], Any]) -> PrimitiveConstructorSpec[Any]:
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=read,
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-TRUTH = _one_word("BOOL", _read_truth)
-COUNT = _one_word("N", _read_count)
 
 # ---------------------------------------------------------------- groups of flags
 
@@ -236,6 +193,11 @@ class DistillFileOptions(WriteOptions, AdapterFormat, FileReadOptions):
     """How models are read and an adapter is written."""
 
 
+@dataclass(frozen=True)
+class ModelFileOptions(WriteOptions, FileReadOptions):
+    """How adapter files of a given model are read, and a model is written."""
+
+
 # ---------------------------------------------------------------- the commands
 
 
@@ -269,6 +231,43 @@ class Fold:
     residual_rank: Annotated[int, number("N", int), PLAIN] = 0
     """rank of the --residual file (that of the folded updates)"""
     files: Annotated[FileOptions, FILES] = FileOptions()
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """The images of each concept at whose drawing its layers are recorded."""
+
+    steps: Annotated[int, COUNT, PLAIN] = 20
+    """sampling steps of an image (20)"""
+    images: Annotated[int, COUNT, PLAIN] = 1
+    """images of each prompt (1)"""
+    seed: Annotated[int, number("N", int), PLAIN] = 0
+    """seed of the first image; each further one adds 1 (0)"""
+    resolution: Annotated[int, number("N", int), PLAIN] = 0
+    """pixels of a side (the model's own)"""
+    memory: Annotated[float, number("GB", float), PLAIN] = 8.0
+    """gigabytes for sums over inputs; with less the images are drawn several times (8)"""
+    device: Annotated[str, text("D")] = "auto"
+    """auto, cpu, cuda, cuda:1 ... (auto)"""
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Fuse LoRA files of several concepts into one model that draws each as its own file does."""
+
+    concepts: Positional[Annotated[tuple[str, ...], text("CONCEPTS")]] = ()
+    """two or more LoRA files or run folders with their strengths: A B:0.8 C:unet=0.6,text=0.9"""
+    base: Annotated[str, text("M")] = ""
+    """the model that they are for: folder in the diffusers layout, single file, or hub id"""
+    prompts: Annotated[tuple[str, ...], text("P")] = ()
+    """a text, or a file of one prompt a line, for each concept; or texts with {} for the words of
+    every concept ("photo of a {}" "{}")"""
+    out: Annotated[str, text("OUT")] = ""
+    """the result: a folder, or a file in .safetensors or .ckpt; OUT may also be the last word"""
+    how: Annotated[str, choice("H", FUSION_METHODS), PLAIN] = "gradient"
+    """gradient: least squares on each layer's inputs; sum: the sum of the updates (gradient)"""
+    drawing: Annotated[DrawingOptions, group("drawing")] = DrawingOptions()
+    files: Annotated[ModelFileOptions, FILES] = ModelFileOptions()
 
 
 @dataclass(frozen=True)
@@ -416,6 +415,12 @@ COMMANDS = {
     "mix": Command(Mix, ("sum", "out"), f"{EXAMPLE_SUM} --out c.safetensors --rank 16"),
     "fold": Command(
         Fold, ("base", "sum", "out"), 'toy/model "0.8*runs/demo" --out merged.safetensors'
+    ),
+    "fuse": Command(
+        Fuse,
+        ("concepts", "out"),
+        "runs/zib runs/lum:0.8 --base toy/model --out fused",
+        words="concepts",
     ),
     "add": Command(
         Add, (), "toy/model a.safetensors --out merged --alpha 0.8 --mode upl", words="words"

@@ -89,7 +89,7 @@ def write_model_sum(
     else:
         with model_configs(base, reading) as configs:
             written = write_diffusers_folder(model, base, tokens, output, configs)
-    _print_fold_table(statistics)
+    print_fold_table(statistics)
     if changed := len(weighted_parameters(terms)):
         print(f"{changed} norms and biases are changed too")
     if fold.residual and statistics.residual.components:
@@ -163,6 +163,21 @@ def is_single_file_name(path: str) -> bool:
     return Path(path).suffix in (".safetensors", *PICKLED)
 
 
+def print_fold_table(statistics: FoldStatistics) -> None:
+    """The table of a fold, and how much of the update is left in the rounded weights."""
+    if not statistics.roundings:
+        return
+    percent = 100 * statistics.surviving_energy
+    print(report_table(statistics.layer_reports()))
+    print(f"{percent:.2f} % of the update's energy survived rounding to the output's dtype")
+    if percent < 100 * SURVIVING_ENERGY_WARNING:
+        print_warning(
+            f"only {percent:.1f} % of the update survived rounding, less than "
+            f"{100 * SURVIVING_ENERGY_WARNING:g} %; choose --dtype fp32, or keep the loss "
+            "with --residual FILE"
+        )
+
+
 def _check_weights(models: Sequence[WeightedFile]) -> None:
     """Raises UserError for a sum that is not a model; warns if weights do not add up to 1."""
     for model in models:
@@ -210,18 +225,3 @@ def _read_all(model: Model) -> None:
     for weights in model.values():
         for key in weights.infos:
             weights.read(key)
-
-
-def _print_fold_table(statistics: FoldStatistics) -> None:
-    """The table of a fold, and how much of the update is left in the rounded weights."""
-    if not statistics.roundings:
-        return
-    percent = 100 * statistics.surviving_energy
-    print(report_table(statistics.layer_reports()))
-    print(f"{percent:.2f} % of the update's energy survived rounding to the output's dtype")
-    if percent < 100 * SURVIVING_ENERGY_WARNING:
-        print_warning(
-            f"only {percent:.1f} % of the update survived rounding, less than "
-            f"{100 * SURVIVING_ENERGY_WARNING:g} %; choose --dtype fp32, or keep the loss "
-            "with --residual FILE"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from transformers import AutoTokenizer
 from lora_core.adapters.patch import TOKENIZERS
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from lora_core.formats.model_folders import Model
+from lora_core.formats.model_words import write_model_words
 from lora_core.formats.weights import Weights
 from lora_core.json_files import read_object
 from merging.folding import with_embedding_rows
@@ -24,42 +26,60 @@ from models.components import load_part
 EMBEDDING_TABLES = ("embeddings.token_embedding.weight", "shared.weight")  # CLIP's and T5's keys
 
 
+@dataclass
+class AddedTokens:
+    """The new tokens of a model."""
+
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by text encoder
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)  # placeholder word -> tokens
+
+
+def known_tokens(folder: Path, layout: Layout) -> set[str]:
+    """The vocabularies of the tokenizers in a model's folder."""
+    known: set[str] = set()
+    for component in layout.encoders:
+        known.update(_open_tokenizer(folder, component).get_vocab())
+    return known
+
+
 def add_token_rows(
     model: Model, folder: Path, tokens: AdapterState, layout: Layout
-) -> tuple[dict[str, Weights], dict[str, tuple[str, ...]]]:
-    """(the model with rows for new tokens, text encoder -> the new tokens of its tokenizer).
+) -> tuple[dict[str, Weights], AddedTokens]:
+    """(the model with rows for new tokens, these tokens).
 
     `folder` has the tokenizers. Tokens that they have already are renamed, in one printed line.
     Raises UserError for rows that do not fit.
     """
-    grown, added = dict(model), dict[str, tuple[str, ...]]()
+    grown, added = dict(model), AddedTokens()
     names = tokens.token_names
     for component, key in layout.encoders.items():
         if key not in tokens.tokens:
             continue
-        tokenizer = load_part(AutoTokenizer.from_pretrained, str(folder), TOKENIZERS[component])
-        if not added:
+        tokenizer = _open_tokenizer(folder, component)
+        if not added.names:
             names = _rename_known(names, tokenizer)
         tokenizer.add_tokens(list(names))
         ids = tokenizer.convert_tokens_to_ids(list(names))
         rows = dict(zip(ids, tokens.tokens[key]))
         table = _fitting_table(model[component], component, key, tokens.tokens[key].shape[1])
         grown[component] = with_embedding_rows(model[component], table, rows)
-        added[component] = names
-    if added:
+        added.names[component] = names
+    if added.names:
         print(f"tokens {' '.join(names)} are in the tokenizer and the text encoder of the result")
+        renamed = dict(zip(tokens.token_names, names))
+        for word, own in embeddings.placeholder_words(tokens).items():
+            added.words[word] = tuple(renamed[name] for name in own)
     return grown, added
 
 
-def write_tokenizers(
-    added: Mapping[str, tuple[str, ...]], model: Model, source: Path, folder: Path
-) -> None:
+def write_tokenizers(added: AddedTokens, model: Model, source: Path, folder: Path) -> None:
     """Writes the tokenizers of the folder `source`, with new tokens, into a model's folder.
 
-    The model's configs get the new sizes of the vocabularies.
+    The model's configs get the new sizes of the vocabularies; the new words are written too.
     """
-    for component, names in added.items():
-        tokenizer = load_part(AutoTokenizer.from_pretrained, str(source), TOKENIZERS[component])
+    write_model_words(folder, added.words)
+    for component, names in added.names.items():
+        tokenizer = _open_tokenizer(source, component)
         tokenizer.add_tokens(list(names))
         tokenizer.save_pretrained(folder / TOKENIZERS[component])
         infos = model[component].infos
@@ -71,6 +91,10 @@ def edit_json(path: Path, **changes: object) -> None:
     """Changes entries of a JSON file."""
     table = read_object(path, "fetch the model again") | changes
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _open_tokenizer(folder: Path, component: str) -> Any:
+    return load_part(AutoTokenizer.from_pretrained, str(folder), TOKENIZERS[component])
 
 
 def _rename_known(names: tuple[str, ...], tokenizer: Any) -> tuple[str, ...]:

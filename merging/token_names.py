@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,15 +17,28 @@ from lora_core.formats import embeddings
 Rename = Callable[[int, int, str], str]  # (number of the file, row, name there) -> name
 
 
+@dataclass(frozen=True)
+class TakenNames:
+    """What a model has already, and new tokens and words may not be called."""
+
+    tokens: Collection[str] = ()  # the vocabularies of its tokenizers
+    words: Collection[str] = ()  # its own placeholder words
+
+
 def join_tokens(
-    states: Sequence[AdapterState], paths: Sequence[str], rename: Rename | None = None
+    states: Sequence[AdapterState],
+    paths: Sequence[str],
+    rename: Rename | None = None,
+    *,
+    taken: TakenNames = TakenNames(),
 ) -> tuple[AdapterState, list[str]]:
     """(tokens and placeholder words of several files as one record, a note for each renamed one).
 
-    A name that an earlier file has becomes <s1-2>, TOK2; `rename` names tokens otherwise. The same
-    file twice counts once. Raises UserError for files with rows of different encoders.
+    A name that an earlier file has, or that is taken, becomes <s1-2>, TOK2; `rename` names tokens
+    otherwise. The same file twice counts once. Raises UserError for files with rows of different
+    encoders.
     """
-    joined, seen = _JoinedTokens(), set[str]()
+    joined, seen = _JoinedTokens(taken), set[str]()
     for i, (state, path) in enumerate(zip(states, paths)):
         if state.tokens and path not in seen:
             seen.add(path)
@@ -67,6 +80,7 @@ def free_name(name: str, taken: set[str]) -> str:
 class _JoinedTokens:
     """The tokens of the files so far."""
 
+    taken: TakenNames = TakenNames()
     rows: dict[str, list[Tensor]] = field(default_factory=dict)  # encoder -> [n, d] of each file
     names: list[str] = field(default_factory=list)
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)  # placeholder -> tokens
@@ -91,10 +105,11 @@ class _JoinedTokens:
     def add_file(self, state: AdapterState, path: str, number: int, rename: Rename | None) -> None:
         own_words = embeddings.placeholder_words(state, path)
         used = {*self.names, *self.words}
-        new_names = {}
-        for row, name in enumerate(state.token_names):
-            new_names[name] = rename(number, row, name) if rename else free_name(name, used)
-        new_words = {word: free_name(word, used) for word in own_words}
+        new_names = _free_names(state.token_names, used.union(self.taken.tokens))
+        if rename:
+            numbered = enumerate(state.token_names)
+            new_names = {name: rename(number, row, name) for row, name in numbered}
+        new_words = _free_names(tuple(own_words), used.union(self.taken.words))
         for old, new in [*new_names.items(), *new_words.items()]:
             if old != new:
                 self.notes.append(f"{old} of {path} is called {new} in the result")
@@ -112,3 +127,12 @@ class _JoinedTokens:
         if self.names:
             metadata[embeddings.TOKEN_NAMES] = json.dumps(self.names, ensure_ascii=False)
         return AdapterState(tokens=tokens, token_names=tuple(self.names), metadata=metadata)
+
+
+def _free_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """Name -> itself, or one that is neither taken nor another's."""
+    found: dict[str, str] = {}
+    for name in names:
+        others = {*names, *found.values()} if name in taken else set()
+        found[name] = free_name(name, taken | others)
+    return found

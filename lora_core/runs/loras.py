@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.formats import embeddings
 from lora_core.formats.recognition import model_of_run, recognize_file, refuse_other_kinds
+from lora_core.placeholders import Placeholder
 from lora_core.settings import scheduler_changes
 from lora_core.text import shorten_value
 from lora_core.toml import parse_toml
@@ -32,14 +33,14 @@ class LoraSource(NamedTuple):
     strength: float | dict[str, float]
 
 
-def parse_lora(text: str) -> LoraSource:
+def parse_lora(text: str, option: str = "--lora") -> LoraSource:
     """Parses PATH, PATH:0.8 or PATH:unet=0.6,text=0.9.
 
-    Raises UserError for a strength that is not a number.
+    Raises UserError, which calls the text a value of `option`, for a strength that is no number.
     """
     path, colon, tail = text.rpartition(":")
     if not text.strip() or (colon and not path.strip()):
-        raise UserError(f"--lora {text!r} names no file; write PATH:0.8")
+        raise UserError(f"{option} {text!r} names no file; write PATH:0.8")
     if not colon or "/" in tail or "\\" in tail or Path(text).exists():
         return LoraSource(text, 1.0)
     try:
@@ -49,7 +50,7 @@ def parse_lora(text: str) -> LoraSource:
         return LoraSource(path, {name: float(value) for name, value in pairs})
     except ValueError:
         raise UserError(
-            f"--lora {text}: cannot read the strength {tail!r}; "
+            f"{option} {text}: cannot read the strength {tail!r}; "
             "write PATH:0.8 or PATH:unet=0.6,text=0.9"
         ) from None
 
@@ -61,14 +62,31 @@ def lora_text(lora: LoraSource) -> str:
     return f"{lora.path}:{lora.strength}"
 
 
+def strengths_by_component(lora: LoraSource, components: Collection[str]) -> dict[str, float]:
+    """The strength of each network that a LoRA adapts; 1 for those that it does not name."""
+    if not isinstance(lora.strength, dict):
+        return dict.fromkeys(components, lora.strength)
+    strengths: dict[str, float] = dict.fromkeys(components, 1.0)
+    for name, value in lora.strength.items():
+        named = _matching_components(name, components, lora.path, value)
+        strengths |= dict.fromkeys(named, value)
+    return strengths
+
+
 def apply_loras(
-    family: Family, loras: Sequence[LoraSource], stack: ExitStack, kind: str = ""
+    family: Family,
+    loras: Sequence[LoraSource],
+    stack: ExitStack,
+    words: Sequence[Placeholder] = (),
+    *,
+    kind: str = "",
 ) -> list[Patch]:
     """Patches the model with every LoRA, in order, until the stack closes.
 
     Then come the tokens in the folders of LoRAs that are given as single files. Words and tokens
-    that an earlier file has already taken are renamed and reported. `kind` is the class of those
-    files that have adapters of a user's class; raises UserError for one without such a file.
+    that the model, whose own words are `words`, or an earlier file has already are renamed and
+    reported. `kind` is the class of those files that have adapters of a user's class; raises
+    UserError for one without such a file.
     """
     modules = dict(family.modules)
     del modules["vae"]
@@ -82,14 +100,14 @@ def apply_loras(
         has_custom = has_custom or bool(state.custom)
         strength = lora.strength
         if isinstance(strength, dict):
-            strength = _by_component(strength, state.changed_components, lora.path)
+            strength = strengths_by_component(lora, state.changed_components)
         names = (*embeddings.placeholder_words(state, lora.path), *state.token_names)
         applied = patch(
             modules,
             lora.path,
             strength,
             layout=family.layout,
-            rename=_free_names(names, patches),
+            rename=_free_names(names, _taken_names(family, words, patches)),
             kind=kind if state.custom else "",
         )
         patches.append(stack.enter_context(applied))
@@ -112,10 +130,7 @@ def set_strengths(
     `settings` has strength, unet or text, for all of them, or lora0.strength, lora1.unet ...
     """
     for i, (applied, lora) in enumerate(zip(patches, loras)):
-        given = lora.strength if isinstance(lora.strength, dict) else {}
-        strengths = _by_component(given, applied.adapted, lora.path)
-        if isinstance(lora.strength, float):
-            strengths = dict.fromkeys(applied.adapted, lora.strength)
+        strengths = strengths_by_component(lora, applied.adapted)
         for name, value in settings.items():
             which, _, part = name.rpartition(".")
             if which not in ("", f"lora{i}") or part not in ("strength", "unet", "text"):
@@ -221,17 +236,6 @@ def warn_of_whole_model(model: str, run: Path) -> None:
         )
 
 
-def _by_component(
-    given: Mapping[str, float], components: Collection[str], source: str
-) -> dict[str, float]:
-    """Strength of each network that a file adapts; 1 for those that are not named."""
-    strengths: dict[str, float] = dict.fromkeys(components, 1.0)
-    for name, value in given.items():
-        named = _matching_components(name, components, source, value)
-        strengths |= dict.fromkeys(named, value)
-    return strengths
-
-
 def _matching_components(
     name: str, components: Collection[str], source: str, value: float
 ) -> list[str]:
@@ -255,13 +259,21 @@ def _matching_components(
     return found
 
 
-def _free_names(names: Sequence[str], patches: Sequence[Patch]) -> dict[str, str]:
-    """Old name -> new name, of the words and tokens that earlier patches have taken."""
+def _free_names(names: Sequence[str], taken: Collection[str]) -> dict[str, str]:
+    """Old name -> new name, of the words and tokens that are taken."""
+    return {name: _numbered_name(name, {*taken, *names}) for name in names if name in taken}
+
+
+def _taken_names(
+    family: Family, words: Sequence[Placeholder], patches: Sequence[Patch]
+) -> set[str]:
+    """The words and tokens that the model and earlier patches have."""
     taken: set[str] = set()
-    for applied in patches:
-        for placeholder in applied.placeholders:
-            taken |= {placeholder.word, *placeholder.names}
-    return {name: _numbered_name(name, taken) for name in names if name in taken}
+    for placeholder in (*words, *chain.from_iterable(applied.placeholders for applied in patches)):
+        taken |= {placeholder.word, *placeholder.names}
+    for tokenizer in family.tokenizers.values():
+        taken |= set(tokenizer.get_added_vocab())
+    return taken
 
 
 def _numbered_name(name: str, taken: Collection[str]) -> str:

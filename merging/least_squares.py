@@ -1,0 +1,225 @@
+"""The update of one layer that several concepts share, by least squares on their own inputs.
+
+Gradient fusion of Mix-of-Show (arXiv 2305.18292, section 3.3): for updates D_c and inputs X_c
+[n_c, in] of the layer in the model of concept c, D minimises sum_c |X_c (D - D_c)^T|^2. The source
+runs LBFGS on the weight; here the minimum is solved for. With G_c = X_c^T X_c and G = sum_c G_c,
+
+    D = sum_c D_c G_c G^+                       primal, for n >= in samples
+      = sum_c D_c X_c^T (X X^T)^+ [c, :] X      dual, for fewer samples
+
+is the minimiser of smallest norm: it is 0 for inputs that no concept has, so that the fused weight
+is the base's there. D_c = up_c down_c gives D = [up_1, up_2 ...] [Z_1; Z_2 ...] with Z_c =
+down_c G_c G^+, whose rank is at most the sum of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 14  # rows that are in fp64 at a time
+# Singular values of the inputs below this many units of their dtype are noise of a forward pass:
+# rounding alone gives 2 (|E| <= eps rms (sqrt n + sqrt in), and the largest value is at least
+# rms sqrt(max(n, in))), the layers before it some more.
+NOISE_UNITS = 16
+
+
+class Factors(NamedTuple):
+    """An update up @ down; `up` is None for one that is given as a whole, in `down`."""
+
+    up: Tensor | None  # [out, r]
+    down: Tensor  # [r, in], or [out, in]
+
+
+class InputMoments:
+    """The inputs of a layer in one concept's model: rows, or their Gram matrix once it is smaller.
+
+    Rows are kept in their dtype, the matrix is summed in fp64.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rows: list[Tensor] = []
+        self.gram: Tensor | None = None  # [in, in] fp64
+        self.unit = 0.0  # the relative rounding error of the inputs
+
+    def add(self, rows: Tensor) -> None:
+        """Adds inputs [n, in]."""
+        self.count += len(rows)
+        self.unit = max(self.unit, torch.finfo(rows.dtype).eps)
+        if self.count < rows.shape[1]:
+            self.rows.append(rows.clone())  # of a tensor that the network may write over
+            return
+        if self.gram is None:
+            self.gram = torch.zeros(rows.shape[1:] * 2, dtype=torch.float64, device=rows.device)
+        for part in (*self.rows, rows):
+            _add_gram_(self.gram, part)
+        self.rows = []
+
+    def all_rows(self) -> Tensor:
+        """The inputs [n, in] fp64, of fewer rows than columns."""
+        return torch.cat(self.rows).double()
+
+    def gram_matrix(self) -> Tensor:
+        """X^T X, [in, in] fp64."""
+        if self.gram is not None:
+            return self.gram
+        rows = self.all_rows()
+        return rows.T @ rows
+
+    def inner_products(self, factors: Tensor) -> Tensor:
+        """A X^T X A^T of factors A [k, in], [k, k] fp64."""
+        if self.gram is not None:
+            return factors @ self.gram @ factors.T
+        outputs = self.all_rows() @ factors.T
+        return outputs.T @ outputs
+
+
+class FusedLayer(NamedTuple):
+    """The fused update of a layer, and how well it does each concept's work.
+
+    A residual is |X_c (D - D_c)^T|^2, an energy |X_c D_c^T|^2: kept = 1 - residual / energy.
+    """
+
+    update: Factors  # fp64
+    residuals: tuple[float, ...]
+    energies: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """The relative sum of squares that is left; 0 where every concept's update is 0."""
+        energy = sum(self.energies)
+        return sum(self.residuals) / energy if energy else 0.0
+
+
+@dataclass(frozen=True)
+class InputSpectrum:
+    """The inputs of a layer in the models of all concepts, decomposed once for all updates.
+
+    `layers` that read the same inputs share it.
+    """
+
+    moments: Sequence[InputMoments]
+    kept: Tensor  # [k] eigenvalues of X^T X above the noise, ascending
+    vectors: Tensor  # their eigenvectors: of X^T X [in, k], in the dual form of X X^T [n, k]
+    inputs: Tensor | None  # dual form: X [n, in]
+    own_ranks: tuple[int, ...]  # dual form: directions that each concept has by itself
+
+    @property
+    def rank(self) -> int:
+        """The number of independent inputs."""
+        return len(self.kept)
+
+    @property
+    def condition(self) -> float:
+        """The condition number of X, without the directions that are noise."""
+        return math.sqrt(float(self.kept[-1] / self.kept[0])) if self.rank else 1.0
+
+    def fuse(self, updates: Sequence[Factors]) -> FusedLayer:
+        """The fused update of a layer from one update for each concept."""
+        wide = [_as_double(update, self.kept.device) for update in updates]
+        solved = [Factors(own.up, self._project(i, own.down)) for i, own in enumerate(wide)]
+        residuals = []
+        energies = []
+        for i, moments in enumerate(self.moments):
+            rest = [*solved]
+            rest[i] = Factors(wide[i].up, solved[i].down - wide[i].down)
+            residuals.append(_energy(rest, moments))
+            energies.append(_energy([wide[i]], moments))
+        return FusedLayer(_join_factors(solved), tuple(residuals), tuple(energies))
+
+    def lose_by_sum(self, updates: Sequence[Factors]) -> tuple[float, ...]:
+        """The residual of each concept where the updates are added up instead."""
+        wide = [_as_double(update, self.kept.device) for update in updates]
+        found = []
+        for i, moments in enumerate(self.moments):
+            others = wide[:i] + wide[i + 1 :]
+            found.append(_energy(others, moments) if others else 0.0)
+        return tuple(found)
+
+    def _project(self, concept: int, down: Tensor) -> Tensor:
+        """Z_c = down G_c G^+, [r, in]."""
+        if self.inputs is None:
+            product = down @ self.moments[concept].gram_matrix() @ self.vectors
+            return product / self.kept @ self.vectors.T
+        before = sum(own.count for own in self.moments[:concept])
+        place = slice(before, before + self.moments[concept].count)
+        product = down @ self.inputs[place].T @ self.vectors[place]
+        return product / self.kept @ self.vectors.T @ self.inputs
+
+
+def decompose_inputs(moments: Sequence[InputMoments]) -> InputSpectrum:
+    """The eigenvectors of X^T X, or of X X^T where there are fewer samples than inputs.
+
+    Eigenvalues that are noise are dropped: those below the rounding error of the inputs, squared,
+    or of the decomposition, in fp64, times the largest. Raises ValueError for NaN or Inf.
+    """
+    features = _count_features(moments)
+    unit = max(own.unit for own in moments)
+    noise = max((NOISE_UNITS * unit) ** 2, features * torch.finfo(torch.float64).eps)
+    is_dual = sum(own.count for own in moments) < features
+    if not is_dual:
+        matrix = torch.stack([own.gram_matrix() for own in moments]).sum(0)
+        values, vectors = _eigenvectors(matrix)
+        above = values > noise * values[-1]
+        return InputSpectrum(moments, values[above], vectors[:, above], None, ())
+    inputs = torch.cat([own.all_rows() for own in moments])
+    products = inputs @ inputs.T
+    values, vectors = _eigenvectors(products)
+    least = noise * float(values[-1])
+    above = values > least
+    ranks = []
+    start = 0
+    for own in moments:
+        block = products[start : start + own.count, start : start + own.count]
+        ranks.append(int((torch.linalg.eigvalsh(block) > least).sum()))
+        start += own.count
+    return InputSpectrum(moments, values[above], vectors[:, above], inputs, tuple(ranks))
+
+
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.isfinite(matrix).all():
+        raise ValueError("its inputs hold NaN or Inf; is a file damaged, or a strength too high?")
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def _count_features(moments: Sequence[InputMoments]) -> int:
+    first = moments[0]
+    return first.gram.shape[0] if first.gram is not None else first.rows[0].shape[1]
+
+
+def _add_gram_(gram: Tensor, rows: Tensor) -> None:
+    for part in rows.split(CHUNK):
+        wide = part.double()
+        gram.addmm_(wide.T, wide)
+
+
+def _as_double(update: Factors, device: torch.device) -> Factors:
+    up = None if update.up is None else update.up.to(device, torch.float64)
+    return Factors(up, update.down.to(device, torch.float64))
+
+
+def _join_factors(updates: Sequence[Factors]) -> Factors:
+    """The sum of updates: their factors side by side, or one matrix where one is whole."""
+    ups = [update.up for update in updates if update.up is not None]
+    if len(ups) == len(updates):
+        return Factors(torch.cat(ups, 1), torch.cat([update.down for update in updates]))
+    parts = []
+    for up, down in updates:
+        parts.append(down if up is None else up @ down)
+    return Factors(None, torch.stack(parts).sum(0))
+
+
+def _energy(updates: Sequence[Factors], moments: InputMoments) -> float:
+    """|X D^T|^2 of a sum of updates D."""
+    up, down = _join_factors(updates)
+    products = moments.inner_products(down)
+    if up is None:
+        return float(products.diagonal().sum())
+    return float(((up.T @ up) * products).sum())
