@@ -94,7 +94,7 @@ class _Recorder:
         self.positions = positions
         self.moments: dict[LayerKey, InputMoments] = {}
         self.owners: dict[LayerKey, LayerKey] = {}
-        self.last: tuple[Tensor, LayerKey] | None = None
+        self.last: tuple[Tensor, int, LayerKey] | None = None  # with the tensor's version
 
     def make_hook(self, key: LayerKey) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -109,15 +109,15 @@ class _Recorder:
             raise RuntimeError(f"{'.'.join(key)} reads the input of {owner} in one pass only")
         self.moments.setdefault(key, self.moments.get(owner) or InputMoments())
         if owner == key:
-            self.last = None if isinstance(layer, nn.Conv2d) else (x, key)
+            self.last = None if isinstance(layer, nn.Conv2d) else (x, x._version, key)
             self.moments[key].add(input_rows(layer, x, self.positions(key[0])))
 
     def _shared_owner(self, key: LayerKey, layer: nn.Module, x: Tensor) -> LayerKey:
         """The layer that has recorded this very input just now, or the layer itself."""
         if self.last is None or isinstance(layer, nn.Conv2d):
             return key
-        before, owner = self.last
-        is_same = before.data_ptr() == x.data_ptr() and before._version == x._version
+        before, version, owner = self.last
+        is_same = before.data_ptr() == x.data_ptr() and version == x._version
         return owner if is_same and _spacing(before) == _spacing(x) else key
 
 

@@ -10,6 +10,12 @@ runs LBFGS on the weight; here the minimum is solved for. With G_c = X_c^T X_c a
 is the minimiser of smallest norm: it is 0 for inputs that no concept has, so that the fused weight
 is the base's there. D_c = up_c down_c gives D = [up_1, up_2 ...] [Z_1; Z_2 ...] with Z_c =
 down_c G_c G^+, whose rank is at most the sum of ranks.
+
+The very minimum fits directions in which inputs hardly vary with large numbers, which harm other
+prompts. So a slack above the minimum is allowed, and of all D within it the one of least norm is
+taken: that is D with (G + rho)^-1 in place of G^+ (Tikhonov), for the largest rho within the slack.
+The loss grows by sum_i |R v_i|^2 rho^2 / (l_i (l_i + rho)^2), for R = sum_c D_c G_c and the
+eigenvalues l_i and eigenvectors v_i of G.
 """
 
 from __future__ import annotations
@@ -80,6 +86,15 @@ class InputMoments:
         return outputs.T @ outputs
 
 
+@dataclass(frozen=True)
+class Slack:
+    """How far above its minimum a loss may be, so that the update is small."""
+
+    of_minimum: float = 1e-3  # share of the minimum
+    # Share of sum_c |X_c D_c^T|^2: matters where the minimum is 0.
+    of_energy: float = 1e-12
+
+
 class FusedLayer(NamedTuple):
     """The fused update of a layer, and how well it does each concept's work.
 
@@ -120,17 +135,17 @@ class InputSpectrum:
         """The condition number of X, without the directions that are noise."""
         return math.sqrt(float(self.kept[-1] / self.kept[0])) if self.rank else 1.0
 
-    def fuse(self, updates: Sequence[Factors]) -> FusedLayer:
+    def fuse(self, updates: Sequence[Factors], slack: Slack = Slack()) -> FusedLayer:
         """The fused update of a layer from one update for each concept."""
         wide = [_as_double(update, self.kept.device) for update in updates]
-        solved = [Factors(own.up, self._project(i, own.down)) for i, own in enumerate(wide)]
-        residuals = []
-        energies = []
-        for i, moments in enumerate(self.moments):
-            rest = [*solved]
-            rest[i] = Factors(wide[i].up, solved[i].down - wide[i].down)
-            residuals.append(_energy(rest, moments))
-            energies.append(_energy([wide[i]], moments))
+        energies = [_energy([own], moments) for own, moments in zip(wide, self.moments)]
+        seen = [Factors(own.up, self._project(i, own.down)) for i, own in enumerate(wide)]
+        solved = self._solve(seen, 0.0)
+        least = sum(self._residuals(wide, solved))
+        allowed = slack.of_minimum * least + slack.of_energy * sum(energies)
+        squares = _column_squares(_join_factors(seen))
+        solved = self._solve(seen, largest_ridge(self.kept, squares, allowed))
+        residuals = self._residuals(wide, solved)
         return FusedLayer(_join_factors(solved), tuple(residuals), tuple(energies))
 
     def lose_by_sum(self, updates: Sequence[Factors]) -> tuple[float, ...]:
@@ -143,14 +158,46 @@ class InputSpectrum:
         return tuple(found)
 
     def _project(self, concept: int, down: Tensor) -> Tensor:
-        """Z_c = down G_c G^+, [r, in]."""
+        """down G_c V for the eigenvectors V of G, [r, k]."""
         if self.inputs is None:
-            product = down @ self.moments[concept].gram_matrix() @ self.vectors
-            return product / self.kept @ self.vectors.T
+            return down @ self.moments[concept].gram_matrix() @ self.vectors
         before = sum(own.count for own in self.moments[:concept])
         place = slice(before, before + self.moments[concept].count)
-        product = down @ self.inputs[place].T @ self.vectors[place]
-        return product / self.kept @ self.vectors.T @ self.inputs
+        return down @ self.inputs[place].T @ self.vectors[place] * self.kept.sqrt()
+
+    def _solve(self, seen: Sequence[Factors], ridge: float) -> list[Factors]:
+        """Z_c = down_c G_c V (L + ridge)^-1 V^T of every concept."""
+        axes = self.vectors.T
+        if self.inputs is not None:
+            axes = (self.vectors / self.kept.sqrt()).T @ self.inputs
+        return [Factors(up, down / (self.kept + ridge) @ axes) for up, down in seen]
+
+    def _residuals(self, wide: Sequence[Factors], solved: Sequence[Factors]) -> list[float]:
+        found = []
+        for i, moments in enumerate(self.moments):
+            rest = [*solved]
+            rest[i] = Factors(wide[i].up, solved[i].down - wide[i].down)
+            found.append(_energy(rest, moments))
+        return found
+
+
+def largest_ridge(values: Tensor, squares: Tensor, allowed: float) -> float:
+    """The largest rho, to a relative 1e-3, by which the loss grows by at most `allowed`.
+
+    `values` are the eigenvalues of G, `squares` the squared norms of R v. At most the largest
+    eigenvalue, beyond which an update shrinks as a whole.
+    """
+    low, high = 0.0, float(values[-1]) if len(values) else 0.0
+    while high - low > 1e-3 * high:
+        middle = (low * high) ** 0.5 if low else high * 1e-4
+        growth = float((squares * middle**2 / (values * (values + middle) ** 2)).sum())
+        if growth <= allowed:
+            low = middle
+        elif low or middle > float(values[0]) * 1e-12:
+            high = middle
+        else:
+            return 0.0
+    return low
 
 
 def decompose_inputs(moments: Sequence[InputMoments]) -> InputSpectrum:
@@ -214,6 +261,14 @@ def _join_factors(updates: Sequence[Factors]) -> Factors:
     for up, down in updates:
         parts.append(down if up is None else up @ down)
     return Factors(None, torch.stack(parts).sum(0))
+
+
+def _column_squares(factors: Factors) -> Tensor:
+    """The squared norm of every column of an update."""
+    up, down = factors
+    if up is None:
+        return down.square().sum(0)
+    return (down * ((up.T @ up) @ down)).sum(0)
 
 
 def _energy(updates: Sequence[Factors], moments: InputMoments) -> float:

@@ -9,5 +9,6 @@ def test_try(here, capsys):
     call("fuse", "run", "c.safetensors:0.8", "--base", "base", "--out", "summed", "--how", "sum")
     print(capsys.readouterr())
     import os
+
     print(os.listdir("fused"), open("fused/learned_words.json").read())
     assert 0
