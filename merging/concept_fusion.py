@@ -31,7 +31,8 @@ from lora_core.diffusion.noise import NoiseLevel
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.family import Conditioning, Family, Sizes
-from lora_core.placeholders import Placeholder
+from lora_core.layer_prompts import encode_layer_prompts, split_prompts
+from lora_core.placeholders import Placeholder, Prompt
 from merging.concepts import Concept
 from merging.layer_inputs import (
     ChosenPositions,
@@ -124,11 +125,6 @@ def changed_layers(concepts: Sequence[Concept]) -> list[LayerKey]:
     return list(found)
 
 
-def encode_texts(family: Family, texts: Sequence[str]) -> Conditioning:
-    """The conditioning of prompts in which learned tokens stand in place of words."""
-    return family.encode_prompts(texts)
-
-
 class Step(NamedTuple):
     """One step of a fusion."""
 
@@ -149,6 +145,8 @@ class _FusionRun:
     settings: FusionSettings
     ids: Mapping[str, Tensor]  # text encoder -> the token ids that it read last
     fusion: Fusion = field(default_factory=Fusion)
+    # The number of the text that the first layer reads, of each prompt that the denoiser reads.
+    texts_of_prompts: list[int] = field(default_factory=list)
 
     def fuse_layers(self, step: Step) -> None:
         """Fuses the layers by the inputs that they get, then puts the updates on the model.
@@ -179,29 +177,30 @@ class _FusionRun:
 
     def read_prompts(self, number: int) -> None:
         """Encodes the prompts of a concept."""
-        encode_texts(self.family, self.concepts[number].bound_prompts())
+        encode_layer_prompts(self.family.encode_prompts, self.concepts[number].bound_prompts())
 
     def denoise_once(self, number: int) -> None:
         """One call of the denoiser for the prompts of a concept."""
-        texts = self.concepts[number].bound_prompts()
-        levels, noise = self._levels(), self._noise([0] * len(texts))
-        first = NoiseLevel(*(values[:1].float().expand(len(texts)) for values in levels))
+        prompts = self.concepts[number].bound_prompts()
+        self.texts_of_prompts = first_texts(prompts)
+        levels, noise = self._levels(), self._noise([0] * len(prompts))
+        first = NoiseLevel(*(values[:1].float().expand(len(prompts)) for values in levels))
         level = first.to(self.family.device)
-        self.family.denoise(noise, level, self._conditioning(texts))
+        self.family.denoise(noise, level, self._conditioning(prompts))
 
     def draw_prompts(self, number: int) -> None:
         """Draws images of each prompt, without guidance; each has a seed of its own."""
-        texts = self.concepts[number].bound_prompts()
+        prompts = self.concepts[number].bound_prompts()
         before = sum(len(other.prompts) for other in self.concepts[:number])
-        jobs = list(itertools.product(texts, range(self.settings.images)))
+        jobs = list(itertools.product(prompts, range(self.settings.images)))
         first = self.settings.seed + before * self.settings.images
         sampler = sampling.SAMPLERS[self._sampler]
         levels = self._levels()
         path = self.concepts[number].path
         hidden = hides_progress()
-        for i, (text, _) in enumerate(tqdm(jobs, desc=path, unit="image", disable=hidden)):
+        for i, (prompt, _) in enumerate(tqdm(jobs, desc=path, unit="image", disable=hidden)):
             denoise = sampling.guided_denoiser(
-                self.family.denoise, self.family.prediction, self._conditioning([text])
+                self.family.denoise, self.family.prediction, self._conditioning([prompt])
             )
             sampler.run(denoise, sampling.start_latents(self._noise([first + i]), levels), levels)
 
@@ -211,8 +210,12 @@ class _FusionRun:
         return text_positions(self.ids[component], eos_id)
 
     def word_places(self, component: str) -> Tensor:
-        """The positions of learned tokens and EOS in the prompts that the denoiser reads."""
+        """The positions of learned tokens and EOS in the prompts that the denoiser reads.
+
+        They are the same in the texts of all layers.
+        """
         name, ids = next(iter(self.ids.items()))
+        ids = ids[self.texts_of_prompts]
         tokenizer = self.family.tokenizers[name]
         learned = tokenizer.convert_tokens_to_ids(list(self.names))
         return concept_positions(ids, learned, tokenizer.eos_token_id)
@@ -238,10 +241,11 @@ class _FusionRun:
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         return start_noise(seeds, self._latent_shape).to(self.family.device)
 
-    def _conditioning(self, texts: Sequence[str]) -> Conditioning:
+    def _conditioning(self, prompts: Sequence[Prompt]) -> Conditioning:
         side = self._latent_shape[1] * self.family.factor
-        sizes = Sizes.uncropped(side, side, len(texts))
-        return self.family.add_size_embeddings(encode_texts(self.family, texts), sizes, 1.0)
+        sizes = Sizes.uncropped(side, side, len(prompts))
+        cond = encode_layer_prompts(self.family.encode_prompts, prompts)
+        return self.family.add_size_embeddings(cond, sizes, 1.0)
 
     # ------------------------------------------------------------ layers
 
@@ -338,6 +342,12 @@ class _FusionRun:
             fused.energies,
             spectrum.rank == max(spectrum.own_ranks, default=0) and fused.loss > AGREEMENT,
         )
+
+
+def first_texts(prompts: Sequence[Prompt]) -> list[int]:
+    """For each prompt the number of its first layer's text among those that are encoded."""
+    rows = split_prompts(prompts)[1]
+    return list(range(len(prompts))) if rows is None else [row[0] for row in rows]
 
 
 def _install_learned_tokens(family: Family, learned: AdapterState) -> None:

@@ -21,7 +21,7 @@ from lora_core.adapters.weight_updates import (
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
-from lora_core.placeholders import Placeholder, bind_placeholders, has_placeholder
+from lora_core.placeholders import Placeholder, Prompt, bind_layers, has_placeholder
 from lora_core.runs.loras import LoraSource, find_token_file, parse_lora, strengths_by_component
 from lora_core.text import check_prompt_length, read_lines
 from merging.adapter_sums import Term
@@ -56,9 +56,9 @@ class Concept:
         """All its words, with spaces between."""
         return " ".join(placeholder.word for placeholder in self.placeholders)
 
-    def bound_prompts(self) -> list[str]:
-        """The prompts with learned tokens in place of words."""
-        return [bind_placeholders(prompt, self.placeholders) for prompt in self.prompts]
+    def bound_prompts(self) -> list[Prompt]:
+        """The prompts with learned tokens in place of words, those of each layer in its text."""
+        return [bind_layers(prompt, self.placeholders) for prompt in self.prompts]
 
     def layer_factors(self, key: LayerKey, weight: Tensor) -> Factors:
         """The update of a layer at the concept's strength, 0 where it has none.
@@ -182,11 +182,13 @@ def _with_rows(
 def _rename_words(concept: Concept, names: Mapping[str, str]) -> tuple[Placeholder, ...]:
     """The words of a file with the tokens' names in the result; tokens without a word are words."""
     words = embeddings.placeholder_words(concept.state, concept.path) if names else {}
+    layers = embeddings.word_layers(concept.state, concept.path) if names else {}
     covered = set(itertools.chain.from_iterable(words.values()))
     alone = {name: (name,) for name in names if name not in covered}
     placeholders = []
     for word, tokens in (words | alone).items():
-        placeholders.append(Placeholder(word, tuple(names[token] for token in tokens)))
+        renamed = tuple(names[token] for token in tokens)
+        placeholders.append(Placeholder(word, renamed, layers=layers.get(word, 0)))
     return tuple(placeholders)
 
 

@@ -18,6 +18,7 @@ from lora_core.formats.model_folders import Model
 from lora_core.formats.model_words import write_model_words
 from lora_core.formats.weights import Weights
 from lora_core.json_files import read_object
+from lora_core.placeholders import Placeholder
 from merging.folding import with_embedding_rows
 from merging.output import print_note
 from merging.token_names import free_name
@@ -31,7 +32,7 @@ class AddedTokens:
     """The new tokens of a model."""
 
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by text encoder
-    words: dict[str, tuple[str, ...]] = field(default_factory=dict)  # placeholder word -> tokens
+    words: list[Placeholder] = field(default_factory=list)
 
 
 def known_tokens(folder: Path, layout: Layout) -> set[str]:
@@ -67,8 +68,10 @@ def add_token_rows(
     if added.names:
         print(f"tokens {' '.join(names)} are in the tokenizer and the text encoder of the result")
         renamed = dict(zip(tokens.token_names, names))
+        layers = embeddings.word_layers(tokens)
         for word, own in embeddings.placeholder_words(tokens).items():
-            added.words[word] = tuple(renamed[name] for name in own)
+            here = tuple(renamed[name] for name in own)
+            added.words.append(Placeholder(word, here, layers=layers.get(word, 0)))
     return grown, added
 
 
