@@ -266,6 +266,9 @@ class Fuse:
     """the result: a folder, or a file in .safetensors or .ckpt; OUT may also be the last word"""
     how: Annotated[str, choice("H", FUSION_METHODS), PLAIN] = "gradient"
     """gradient: least squares on each layer's inputs; sum: the sum of the updates (gradient)"""
+    ridge: Annotated[float, number("R", float), PLAIN] = 0.001
+    """how much the layers that draw are kept from fitting every detail of these inputs: a share of
+    their mean square; 0 is the least error on them (0.001)"""
     drawing: Annotated[DrawingOptions, group("drawing")] = DrawingOptions()
     files: Annotated[ModelFileOptions, FILES] = ModelFileOptions()
 

@@ -41,7 +41,13 @@ from merging.layer_inputs import (
     recorded_inputs,
     text_positions,
 )
-from merging.least_squares import Factors, InputMoments, InputSpectrum, decompose_inputs
+from merging.least_squares import (
+    Factors,
+    InputMoments,
+    InputSpectrum,
+    Regularization,
+    decompose_inputs,
+)
 from merging.stored_layers import LayerKey
 
 KEYS_AND_VALUES = re.compile(r".*\.attn2\.to_[kv]")
@@ -52,13 +58,14 @@ Records = Sequence[Mapping[LayerKey, InputMoments]]  # of each concept
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """Images that are drawn of each prompt, and the memory for Gram matrices."""
+    """Images that are drawn of each prompt, the memory for Gram matrices, the ridge."""
 
     steps: int = 20
     images: int = 1
     seed: int = 0
     resolution: int = 0  # pixels; 0: the model's own
     memory: float = 8e9  # bytes
+    ridge: float = 1e-3  # of the layers of the third step, as in Regularization
 
 
 class LayerFit(NamedTuple):
@@ -111,7 +118,9 @@ def fuse_concepts(
         for number, concept in enumerate(concepts):
             _add_parameters(family, concept, encoders, f"fused {number}")
         run.fuse_layers(Step("keys, values", crossed, (), run.denoise_once, run.word_places))
-        run.fuse_layers(Step("other layers", others, (family.denoiser,), run.draw_prompts))
+        how = Regularization(ridge=settings.ridge)
+        drawn = Step("other layers", others, (family.denoiser,), run.draw_prompts, how=how)
+        run.fuse_layers(drawn)
     return run.fusion
 
 
@@ -133,6 +142,7 @@ class Step(NamedTuple):
     networks: Sequence[str]  # that have a concept's own changes meanwhile
     run: Callable[[int], None]  # forward passes for the concept of that number
     positions: ChosenPositions = lambda component: None
+    how: Regularization = Regularization()
 
 
 @dataclass
@@ -167,7 +177,7 @@ class _FusionRun:
             self._check_records(part, records)
             for keys, spectrum in self._spectra(part, records):
                 for key in keys:
-                    fits[key] = self._fit_layer(key, spectrum)
+                    fits[key] = self._fit_layer(key, spectrum, step.how)
         _refuse_small_sets(step.name, fits)
         for name in dict.fromkeys(key[0] for key in step.keys):
             made = {key: self.fusion.updates[key] for key in step.keys if key[0] == name}
@@ -325,14 +335,14 @@ class _FusionRun:
             except ValueError as error:
                 raise UserError(f"{'.'.join(group[0])}: {error}") from None
 
-    def _fit_layer(self, key: LayerKey, spectrum: InputSpectrum) -> LayerFit:
+    def _fit_layer(self, key: LayerKey, spectrum: InputSpectrum, how: Regularization) -> LayerFit:
         """Fuses a layer, keeps its update, and returns how well it fits."""
         weight = self._base_weight(key)
         try:
             factors = [concept.layer_factors(key, weight) for concept in self.concepts]
         except ValueError as error:
             raise UserError(f"{'.'.join(key)}: {error}") from None
-        fused = spectrum.fuse(factors)
+        fused = spectrum.fuse(factors, how)
         self.fusion.updates[key] = _as_update(fused.update, weight.shape)
         return LayerFit(
             sum(own.count for own in spectrum.moments),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
@@ -43,6 +44,10 @@ def run_fuse(options: Fuse) -> None:
     if not options.base:
         raise UserError("--base is required: the model that the concepts were trained on")
     _refuse_idle_options(options)
+    if not 0 <= options.ridge < math.inf:
+        raise UserError(f"--ridge {options.ridge:g} is not 0 or more; 0.001 is the default")
+    if not options.drawing.memory > 0:
+        raise UserError(f"--memory {options.drawing.memory:g} is not a number of gigabytes above 0")
     options = replace(options, prompts=prompt_texts(options.prompts))
     base = open_base_model(options.base, options.files)
     concepts = read_concepts(options.concepts, base.layout, options.files)
@@ -68,7 +73,7 @@ def run_fuse(options: Fuse) -> None:
             written = write_model_file(model, base, learned, output)
         else:
             written = write_diffusers_folder(model, base, learned, output, configs)
-    print_fold_table(statistics)
+    print_fold_table(statistics, terms)
     print_written(written, output)
 
 
@@ -79,7 +84,12 @@ def _fuse_on_model(
     paths = [concept.path for concept in concepts]
     drawing = options.drawing
     settings = FusionSettings(
-        drawing.steps, drawing.images, drawing.seed, drawing.resolution, 1e9 * drawing.memory
+        drawing.steps,
+        drawing.images,
+        drawing.seed,
+        drawing.resolution,
+        1e9 * drawing.memory,
+        options.ridge,
     )
     family = _load_model(options, base, paths)
     fusion = fuse_concepts(family, concepts, learned, settings)
@@ -164,6 +174,7 @@ def _refuse_idle_options(options: Fuse) -> None:
     if options.how == "gradient":
         return
     given = ["--prompts"] if options.prompts else []
+    given += ["--ridge"] if options.ridge != Fuse().ridge else []
     for option in fields(DrawingOptions):
         if getattr(options.drawing, option.name) != option.default:
             given.append(f"--{option.name}")

@@ -12,10 +12,10 @@ is the base's there. D_c = up_c down_c gives D = [up_1, up_2 ...] [Z_1; Z_2 ...]
 down_c G_c G^+, whose rank is at most the sum of ranks.
 
 The very minimum fits directions in which inputs hardly vary with large numbers, which harm other
-prompts. So a slack above the minimum is allowed, and of all D within it the one of least norm is
-taken: that is D with (G + rho)^-1 in place of G^+ (Tikhonov), for the largest rho within the slack.
-The loss grows by sum_i |R v_i|^2 rho^2 / (l_i (l_i + rho)^2), for R = sum_c D_c G_c and the
-eigenvalues l_i and eigenvectors v_i of G.
+prompts. So a little more than the minimum is allowed, and of all D within that the one of least
+norm is taken: it is D with (G + rho)^-1 in place of G^+ (Tikhonov), for the largest such rho. The
+loss grows by sum_i |R v_i|^2 rho^2 / (l_i (l_i + rho)^2), for R = sum_c D_c G_c and the eigenvalues
+l_i and eigenvectors v_i of G.
 """
 
 from __future__ import annotations
@@ -87,12 +87,16 @@ class InputMoments:
 
 
 @dataclass(frozen=True)
-class Slack:
+class Regularization:
     """How far above its minimum a loss may be, so that the update is small."""
 
     of_minimum: float = 1e-3  # share of the minimum
     # Share of sum_c |X_c D_c^T|^2: matters where the minimum is 0.
     of_energy: float = 1e-12
+    ridge: float = 0.0  # the least rho, as a share of the mean eigenvalue of G
+
+
+EXACT = Regularization(0.0, 0.0)  # the minimiser
 
 
 class FusedLayer(NamedTuple):
@@ -135,16 +139,20 @@ class InputSpectrum:
         """The condition number of X, without the directions that are noise."""
         return math.sqrt(float(self.kept[-1] / self.kept[0])) if self.rank else 1.0
 
-    def fuse(self, updates: Sequence[Factors], slack: Slack = Slack()) -> FusedLayer:
+    def fuse(
+        self, updates: Sequence[Factors], how: Regularization = Regularization()
+    ) -> FusedLayer:
         """The fused update of a layer from one update for each concept."""
         wide = [_as_double(update, self.kept.device) for update in updates]
         energies = [_energy([own], moments) for own, moments in zip(wide, self.moments)]
         seen = [Factors(own.up, self._project(i, own.down)) for i, own in enumerate(wide)]
         solved = self._solve(seen, 0.0)
         least = sum(self._residuals(wide, solved))
-        allowed = slack.of_minimum * least + slack.of_energy * sum(energies)
+        allowed = how.of_minimum * least + how.of_energy * sum(energies)
         squares = _column_squares(_join_factors(seen))
-        solved = self._solve(seen, largest_ridge(self.kept, squares, allowed))
+        mean = float(self.kept.sum()) / wide[0].down.shape[1]
+        ridge = max(largest_ridge(self.kept, squares, allowed), how.ridge * mean)
+        solved = self._solve(seen, ridge)
         residuals = self._residuals(wide, solved)
         return FusedLayer(_join_factors(solved), tuple(residuals), tuple(energies))
 

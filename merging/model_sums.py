@@ -89,9 +89,7 @@ def write_model_sum(
     else:
         with model_configs(base, reading) as configs:
             written = write_diffusers_folder(model, base, tokens, output, configs)
-    print_fold_table(statistics)
-    if changed := len(weighted_parameters(terms)):
-        print(f"{changed} norms and biases are changed too")
+    print_fold_table(statistics, terms)
     if fold.residual and statistics.residual.components:
         written += _write_residual(statistics, replace(output, path=fold.residual), base)
     print_written(written, output)
@@ -163,10 +161,15 @@ def is_single_file_name(path: str) -> bool:
     return Path(path).suffix in (".safetensors", *PICKLED)
 
 
-def print_fold_table(statistics: FoldStatistics) -> None:
-    """The table of a fold, and how much of the update is left in the rounded weights."""
-    if not statistics.roundings:
-        return
+def print_fold_table(statistics: FoldStatistics, terms: Sequence[Term]) -> None:
+    """Prints the table of a fold, and how much of the update is left in the rounded weights."""
+    if statistics.roundings:
+        _print_survival(statistics)
+    if changed := len(weighted_parameters(terms)):
+        print(f"{changed} norms and biases are changed too")
+
+
+def _print_survival(statistics: FoldStatistics) -> None:
     percent = 100 * statistics.surviving_energy
     print(report_table(statistics.layer_reports()))
     print(f"{percent:.2f} % of the update's energy survived rounding to the output's dtype")

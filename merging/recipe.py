@@ -19,7 +19,10 @@ from merging.commands import flatten
 
 RECIPE = "lora_core.merge"  # header entry with the recipe as JSON
 SIDECAR = "lora_core_merge.json"  # the same as a file in a model's folder
-TYPED_WITHOUT_FLAG = ("sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2")
+TYPED_WITHOUT_FLAG = (
+    "sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2", "concepts",
+)  # fmt: skip
+TYPED_WITH_FLAG = {"fuse": ("base",)}  # of these, where a command has it as a flag
 CHUNK = 1 << 22  # bytes hashed at a time
 LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # do not change the result
 
@@ -33,7 +36,7 @@ def make_recipe(command: str, options: Any, inputs: Sequence[str]) -> dict[str, 
     changed = {}
     for name, value in flatten(options).items():
         if name not in LEFT_OUT and value != default[name]:
-            changed[name] = hide_home(value) if isinstance(value, str) else value
+            changed[name] = _hide_homes(value)
     digests = {hide_home(path): sha256_digest(path) for path in inputs}
     return {"command": command, "options": changed, "inputs": digests}
 
@@ -87,7 +90,7 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
     """The command line of a recipe, and the first digits of its inputs' digests."""
     words = [f"merge.py {recipe['command']}"]
     for name, value in recipe["options"].items():
-        if name not in TYPED_WITHOUT_FLAG:
+        if name not in TYPED_WITHOUT_FLAG or name in TYPED_WITH_FLAG.get(recipe["command"], ()):
             words.append(f"--{name.strip('_').replace('_', '-')}")
         if value is not True:
             words.append(shlex.join(map(str, value if isinstance(value, list) else [value])))
@@ -117,6 +120,13 @@ def sha256_digest(path: str) -> str:
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
             lines.append(f"{name.as_posix()} {sha256_digest(str(file))}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _hide_homes(value: Any) -> Any:
+    """An option's value, with ~ for the home folder in texts and lists of texts."""
+    if isinstance(value, tuple):
+        return [hide_home(text) for text in value]
+    return hide_home(value) if isinstance(value, str) else value
 
 
 def _recipe_text(place: Path) -> str:

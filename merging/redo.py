@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.formats.model_folders import check_replaced_folder
+from lora_core.runs.loras import parse_lora
 from lora_core.shared_paths import is_in_hub_cache
 from lora_core.text import shorten_value
 from merging.commands import COMMANDS, Redo, flatten, run_merge_command, unflatten
@@ -22,11 +23,12 @@ from models.published import PUBLISHED_MODELS
 
 INPUT_OPTIONS = ("base", "tuned", "file", "path_1", "path_2")  # that name what is read, with sum
 MODEL_OPTIONS = ("model", "model_config")
+LIST_OPTIONS = ("concepts", "prompts")  # of texts
 # Globs of which a folder of a model or an adapter has a file.
 FOLDER_MARKS = ("model_index.json", "*.safetensors", "adapter_config.json", "*/adapter_config.json")
 # The largest folder that is hashed: twice the files of a large model take 3 minutes.
 MOST_FILES, MOST_BYTES = 10_000, 64 << 30
-REPEATABLE = ("mix", "fold", "distill", "resize", "convert", "add")
+REPEATABLE = ("mix", "fold", "fuse", "distill", "resize", "convert", "add")
 
 
 def run_redo(options: Redo) -> None:
@@ -91,6 +93,13 @@ def _check_types(recipe: dict[str, Any], path: str) -> None:
                 f"the recipe of {path} has {shorten_value(value)} as {option}, expected a name; "
                 "make the file anew by hand"
             )
+    for option in LIST_OPTIONS:
+        value = recipe["options"].get(option, [])
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise UserError(
+                f"the recipe of {path} has {shorten_value(value)} as {option}, expected texts; "
+                "make the file anew by hand"
+            )
 
 
 def _expand_home(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +108,8 @@ def _expand_home(recipe: dict[str, Any]) -> dict[str, Any]:
     for option in (*INPUT_OPTIONS, *MODEL_OPTIONS):
         if isinstance(options.get(option), str):
             options[option] = os.path.expanduser(options[option])
+    if "concepts" in options:
+        options["concepts"] = [os.path.expanduser(text) for text in options["concepts"]]
     inputs = {os.path.expanduser(name): digest for name, digest in recipe["inputs"].items()}
     return recipe | {"options": options, "inputs": inputs}
 
@@ -113,6 +124,8 @@ def _check_names(recipe: dict[str, Any], path: str) -> None:
     read = [options[option] for option in INPUT_OPTIONS if options.get(option)]
     if "sum" in options:
         read += [file.path for file in parse_files(str(options["sum"]))]
+    read += [parse_lora(text).path for text in options.get("concepts", ())]
+    read += [text for text in options.get("prompts", ()) if os.path.isfile(text)]
     if others := [name for name in read if name not in inputs]:
         raise UserError(
             f"the recipe of {path} reads {others[0]}, which is not among its inputs; "

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from merging.least_squares import (
+    EXACT,
     Factors,
     FusedLayer,
     InputMoments,
-    Slack,
+    Regularization,
     decompose_inputs,
     largest_ridge,
 )
@@ -20,7 +21,6 @@ from merging.least_squares import (
 ITERATIONS = 500  # of the source
 # Solutions of one problem by two routes in fp64 differ by eps times the condition number of X^T X.
 UNIT = torch.finfo(torch.float64).eps
-EXACT = Slack(0.0, 0.0)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -67,9 +67,12 @@ def moments_of(inputs: Sequence[Tensor], size: int = 1 << 30) -> list[InputMomen
 
 
 def fuse(
-    inputs: Sequence[Tensor], updates: Sequence[Factors], size: int = 1 << 30, slack: Slack = EXACT
+    inputs: Sequence[Tensor],
+    updates: Sequence[Factors],
+    size: int = 1 << 30,
+    how: Regularization = EXACT,
 ) -> FusedLayer:
-    return decompose_inputs(moments_of(inputs, size)).fuse(updates, slack)
+    return decompose_inputs(moments_of(inputs, size)).fuse(updates, how)
 
 
 def objective(inputs: Sequence[Tensor], updates: Sequence[Factors], found: Tensor) -> float:
@@ -123,7 +126,7 @@ def test_the_objective_is_at_most_that_of_lbfgs_in_less_time(
     base = randn(out, features, seed=3, dtype=torch.float32) / features**0.5
     targets = [x @ (base + dense(own).float()).T for x, own in zip(inputs, updates)]
     start = time.perf_counter()
-    ours = dense(fuse(inputs, updates, slack=Slack()).update)
+    ours = dense(fuse(inputs, updates, how=Regularization()).update)
     own_seconds = time.perf_counter() - start
     start = time.perf_counter()
     weight = lbfgs(torch.cat(inputs), torch.cat(targets), base, ITERATIONS)
@@ -214,12 +217,12 @@ def test_whole_updates_are_fused_as_factors_are() -> None:
     assert one.residuals == pytest.approx(other.residuals, rel=1e-9)
 
 
-@pytest.mark.parametrize("slack", [EXACT, Slack(0.1, 0.01)])
+@pytest.mark.parametrize("how", [EXACT, Regularization(0.1, 0.01), Regularization(ridge=0.1)])
 @pytest.mark.parametrize("counts", [(3, 4), (50, 20)])
-def test_residuals_are_those_of_the_outputs(counts: tuple[int, ...], slack: Slack) -> None:
+def test_residuals_are_those_of_the_outputs(counts: tuple[int, ...], how: Regularization) -> None:
     inputs, updates = random_inputs(counts, 10), random_updates(2, 6, 10)
     spectrum = decompose_inputs(moments_of(inputs))
-    fused = spectrum.fuse(updates, slack)
+    fused = spectrum.fuse(updates, how)
     summed = spectrum.lose_by_sum(updates)
     found, total = dense(fused.update), sum(map(dense, updates))
     for i, (rows, own) in enumerate(zip(inputs, updates)):
@@ -236,10 +239,10 @@ def test_of_all_updates_within_the_slack_the_smallest_is_taken(counts: tuple[int
     """The loss uses the slack up; Tikhonov's solution in fp64 for the same loss is the same."""
     inputs, updates = random_inputs(counts, 20, decades=3), random_updates(2, 5, 20)
     exact = fuse(inputs, updates)
-    slack = Slack(0.05, 1e-4)
-    found = fuse(inputs, updates, slack=slack)
+    how = Regularization(0.05, 1e-4)
+    found = fuse(inputs, updates, how=how)
     energy, least = sum(exact.energies), sum(exact.residuals)
-    allowed = slack.of_minimum * least + slack.of_energy * energy
+    allowed = how.of_minimum * least + how.of_energy * energy
     assert sum(found.residuals) == pytest.approx(least + allowed, rel=5e-3, abs=1e-9 * energy)
     assert sum(found.residuals) <= least + allowed * (1 + 1e-6)
     assert float(dense(found.update).norm()) < 0.97 * float(dense(exact.update).norm())
@@ -254,6 +257,17 @@ def test_of_all_updates_within_the_slack_the_smallest_is_taken(counts: tuple[int
         lost = float((rows @ other.T - targets).square().sum())
         norms.append(float(other.norm()) if lost <= least + allowed else float("inf"))
     assert float(dense(found.update).norm()) <= min(norms) * (1 + 1e-3)
+
+
+def test_a_ridge_is_a_share_of_the_mean_eigenvalue() -> None:
+    inputs, updates = random_inputs([60, 40], 12), random_updates(2, 5, 12)
+    rows = torch.cat(inputs)
+    gram = rows.T @ rows
+    gram += 0.01 * gram.trace() / 12 * torch.eye(12, dtype=torch.float64)
+    targets = torch.cat([x @ dense(own).T for x, own in zip(inputs, updates)])
+    expected = torch.linalg.solve(gram, rows.T @ targets).T
+    found = dense(fuse(inputs, updates, how=Regularization(0.0, 0.0, ridge=0.01)).update)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_ridge_is_the_largest_that_is_allowed() -> None:
