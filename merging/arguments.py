@@ -77,17 +77,31 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
 
 
 def _place_listed_words(command: Command, options: Any, rest: Sequence[str]) -> Any:
-    """The options of a command that takes any number of words; the last may be its output."""
+    """The options of a command that takes two or more words; a further one may be its output.
+
+    Raises UserError for an output that exists, or is given twice.
+    """
     words: tuple[str, ...] = (*getattr(options, command.words), *rest)
-    if "out" in command.required and not options.out and len(words) > 1:
-        last, words = words[-1], words[:-1]
-        if os.path.exists(last) and not options.files.overwrite:
+    if "out" in command.required and len(words) > 2:
+        last = words[-1]
+        is_input = os.path.exists(last)
+        if options.out and not is_input and ":" not in last:
+            raise UserError(_output_given_twice(last, options.out))
+        if not options.out and is_input and not options.files.overwrite:
             raise UserError(
                 f"{last} is there already, and the last word is the output; name the output with "
                 "--out, or pass --overwrite to replace it"
             )
-        options = replace(options, out=last)
+        if not options.out:
+            options, words = replace(options, out=last), words[:-1]
     return replace(options, **{command.words: words})
+
+
+def _output_given_twice(word: str, out: str) -> str:
+    return (
+        f"the output is given twice, as {word} and as --out {out}; give one of them, and "
+        "write a path with spaces in quotes"
+    )
 
 
 def join_words(words: Sequence[str]) -> str:
@@ -129,10 +143,7 @@ def _surplus_error(name: str, words: Sequence[str], rest: Sequence[str], options
     out = getattr(options, "out", "")
     is_more_of_sum = rest[0].startswith("-") or os.path.exists(rest[0])
     if out and len(rest) == 1 and not (required[0] == "sum" and is_more_of_sum):
-        return (
-            f"the output is given twice, as {rest[0]} and as --out {out}; give one of them, and "
-            "write a path with spaces in quotes"
-        )
+        return _output_given_twice(rest[0], out)
     shown = ", ".join(words[:SHOWN_WORDS]) + (" ..." if len(words) > SHOWN_WORDS else "")
     if required[0] == "sum":
         return (

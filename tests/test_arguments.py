@@ -10,6 +10,7 @@ from tests.merge_commands import call, snapshot
 LINES = {  # command -> its words before the output, and flags
     "mix": (["0.5*a.safetensors"], ["--rank", "1"]),
     "fold": (["base", "0.5*a.safetensors"], []),
+    "fuse": (["run", "c.safetensors"], ["--base", "base", "--how", "sum"]),
     "add": (["a.safetensors", "a.safetensors"], ["--mode", "ljl"]),
     "distill": (["base", "base"], ["--rank", "1"]),
     "resize": (["a.safetensors"], ["--rank", "1"]),

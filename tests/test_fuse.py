@@ -144,8 +144,9 @@ def test_norms_and_biases_are_summed(here: Path, capsys: pytest.CaptureFixture[s
 
 REFUSED = [
     (("run", "b.safetensors", "o"), "--base is required"),
-    (("run", "o", "--base", "base"), "takes two or more concepts"),
-    (("run", "b.safetensors", "--base", "base"), "b.safetensors is there already, and the last"),
+    (("run", "--out", "o", "--base", "base"), "takes two or more concepts"),
+    (("run", "b.safetensors", "--base", "base"), "--out is required"),
+    (("run", "b.safetensors", "c.safetensors", "--base", "base"), "c.safetensors is there already"),
     (("run", "b.safetensors", "o", "--base", "a.safetensors"), "not a whole model"),
     (("run", "b.safetensors", "o", "--base", "base"), "b.safetensors has no learned words"),
     (("run", "c.safetensors", "o", "--base", "base", "--ridge", "-1"), "--ridge -1 is not"),

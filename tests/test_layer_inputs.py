@@ -1,5 +1,7 @@
 """Inputs of layers as rows: what is recorded, at which positions, and what layers share."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -68,8 +70,8 @@ def test_equal_tensors_that_are_different_ones_are_not_shared() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}])
 @pytest.mark.parametrize("kernel", [1, 3, (3, 2)])
-def test_patches_times_the_kernel_are_the_convolution(kernel: object, settings: dict) -> None:
-    conv = nn.Conv2d(3, 4, kernel, bias=False, dtype=torch.float64, **settings)  # type: ignore[arg-type]
+def test_patches_times_the_kernel_are_the_convolution(kernel: Any, settings: dict) -> None:
+    conv = nn.Conv2d(3, 4, kernel, bias=False, dtype=torch.float64, **settings)
     x = randn(2, 3, 7, 6)
     out = conv(x)
     rows = input_rows(conv, x) @ conv.weight.flatten(1).T
@@ -77,9 +79,10 @@ def test_patches_times_the_kernel_are_the_convolution(kernel: object, settings: 
 
 
 def test_convolutions_of_other_kinds_are_refused() -> None:
-    for settings in ({"groups": 2}, {"padding": 1, "padding_mode": "reflect"}):
+    kinds: list[dict[str, Any]] = [{"groups": 2}, {"padding": 1, "padding_mode": "reflect"}]
+    for settings in kinds:
         with pytest.raises(ValueError, match="groups, or with padding"):
-            input_rows(nn.Conv2d(4, 4, 3, **settings), torch.zeros(1, 4, 5, 5))  # type: ignore[arg-type]
+            input_rows(nn.Conv2d(4, 4, 3, **settings), torch.zeros(1, 4, 5, 5))
 
 
 def test_an_adapted_layer_is_recorded_as_its_base_is() -> None:
