@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         config = read_toml(Path("configs/toy_pti.toml"))
         train.train(shorten(replace(config, out="runs/demo")))
+        shutil.copytree("runs/demo", "runs/trilo")
     for seed, name in enumerate(("a", "b", "my style")):
         save_sd1_lora(folder / f"{name}.safetensors", seed)
     return folder
@@ -99,8 +100,10 @@ def run_command(command: str) -> None:
     elif words[:2] == ["python", "infer.py"]:
         assert infer.main([*words[2:], "--steps", "1", "--device", "cpu"]) == 0
     elif words[:2] == ["python", "merge.py"]:
-        overwrite = [] if words[2] in ("info", "diff", "explain") else ["--overwrite"]
-        assert merge.main([*words[2:], *overwrite]) == 0
+        more = [] if words[2] in ("info", "diff", "explain") else ["--overwrite"]
+        if words[2] == "fuse" and "sum" not in words:
+            more += ["--steps", "1"]
+        assert merge.main([*words[2:], *more]) == 0
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, *words[1:], *FEW], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
