@@ -416,8 +416,7 @@ def _as_update(factors: Factors, shape: torch.Size) -> LowRank | DenseUpdate:
     """The update of a weight of that shape, on the CPU."""
     down = factors.down.cpu()
     if factors.up is None:
-        dense = down.float().reshape(shape)
-        return DenseUpdate("full", tuple(shape), lambda: dense)
+        return DenseUpdate("full", tuple(shape), {"diff": down.float().reshape(shape)})
     ones = [1] * (len(shape) - 2)
     up = factors.up.cpu().reshape(*factors.up.shape, *ones)
     return LowRank(down.reshape(len(down), *shape[1:]), up, 1.0)
