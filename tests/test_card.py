@@ -373,13 +373,18 @@ def test_a_dora_says_what_a1111_and_comfyui_make_of_it(
     assert "of this one the update is wrong by 526 % in A1111 and 10.8 % in ComfyUI" in text
 
 
+@pytest.mark.parametrize("whole_model", [False, True])
 def test_words_for_layers_are_drawn_by_our_own_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_model: bool
 ) -> None:
     """The code of the card runs; nothing in it promises that other tools read such words."""
     folder = save_deep_folder(tmp_path)
     run = folder / "run"
     words = embeddings.placeholder_words(formats.load(run))
+    if whole_model:  # as runs of other adapters than LoRA leave it, in their folder
+        shutil.copytree(folder / "model", run / "model")
+        (run / "pytorch_lora_weights.safetensors").rename(run / "run_adapter.safetensors")
+        (run / "run.safetensors").unlink(missing_ok=True)
     card = ModelCard(
         base_model=str(folder / "model"),
         pipeline="StableDiffusionPipeline",
