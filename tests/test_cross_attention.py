@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -88,6 +89,30 @@ def test_each_layer_reads_its_own_text(unet, noise: Tensor, with_lora: bool) -> 
     ours = run(unet, noise, text)
     assert torch.equal(ours, by_hand)
     assert (ours - run(unet, noise, text[:, 0])).abs().max() > 1e-4
+
+
+def test_sixteen_layers_of_stable_diffusion_read_sixteen_texts() -> None:
+    """SD 1.5's blocks, narrow: one call equals a UNet whose processors hold their texts, in the
+    order in which Mix-of-Show walks over the blocks.
+    """
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16, 16), norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=4,
+    ).requires_grad_(False)  # fmt: skip
+    text = embeds(1, 16, 7)
+    walk = []
+    for block in ("down_blocks", "mid_block", "up_blocks"):
+        inside = unet.get_submodule(block).named_modules(prefix=block)
+        walk += [name for name, _ in inside if name.endswith(".attn2")]
+    assert len(walk) == 16
+    for index, path in enumerate(walk):
+        unet.get_submodule(path).set_processor(OneText(text[:, index]))
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([300])
+    by_hand = unet(x, t, encoder_hidden_states=text[:, 0]).sample
+    keys = [name for name, _ in unet.named_modules() if name.endswith("attn2.to_k")]
+    CrossAttention(unet, cross_attention_paths(keys))
+    assert torch.equal(unet(x, t, encoder_hidden_states=text).sample, by_hand)
 
 
 def test_equal_texts_in_all_layers_are_one_text(unet, noise: Tensor) -> None:
