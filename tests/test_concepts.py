@@ -114,7 +114,7 @@ def test_prompts_that_cannot_be_meant_are_refused(
 def test_factors_are_the_update_at_its_strength_of_any_kind() -> None:
     weight = randn(6, 4, 3, 3)
     lora = LowRank(randn(2, 4, 3, 3, seed=1), randn(6, 2, 1, 1, seed=2), 0.5)
-    full = DenseUpdate("LoHa", (6, 4, 3, 3), lambda: randn(6, 4, 3, 3, seed=3))
+    full = DenseUpdate("full", (6, 4, 3, 3), {"diff": randn(6, 4, 3, 3, seed=3)})
     for update in (lora, lora._replace(magnitude=randn(6, seed=4).abs()), full):
         state = AdapterState({"unet": {"conv": update}})  # type: ignore[dict-item]
         found = Concept("a", state, {"unet": 0.8}).layer_factors(KEY, weight)
