@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 IMAGES ?= ../shared/data/monster_toy
 
-.PHONY: ready wanted demo demo-photos test fuzz test-other-cpu test-all lint docs
+.PHONY: ready wanted demo demo-photos demo-fusion test fuzz test-other-cpu test-all lint docs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
@@ -39,6 +39,9 @@ demo: ready          ## pivotal tuning of the embedded model: runs/demo/before_a
 
 demo-photos: ready   ## the same run on photographs: make demo-photos IMAGES=folder
 	$(PY) -m toy.demo --photos "$(IMAGES)" --out runs/photos $(ARGS)
+
+demo-fusion: ready   ## two concepts, learned apart, in one model and in one image: runs/fusion/fusion.png
+	$(PY) -m toy.fusion $(ARGS)
 
 test: ready          ## all tests that need no GPU
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

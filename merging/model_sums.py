@@ -8,8 +8,6 @@ from pathlib import Path
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.formats.embeddings import word_layers
-from lora_core.formats.known_formats import EMBEDDINGS
 from lora_core.formats.model_files import write_checkpoint_file
 from lora_core.formats.model_folders import Model, write_model_folder
 from lora_core.formats.weights import PICKLED
@@ -126,16 +124,10 @@ def write_diffusers_folder(
 ) -> list[Path]:
     """Writes a model in the diffusers layout, with tokens in its tokenizers and tables.
 
-    Everything but the weights comes from the folder `configs`. Tokens of words that are another
-    text in each layer (P+) become a file next to the folder: a tokenizer does not know layers. On a
-    dry run every tensor is made and dropped.
+    Everything but the weights comes from the folder `configs`. On a dry run every tensor is made
+    and dropped.
     """
-    beside: Output | None = None
-    if words := word_layers(tokens):
-        beside = replace(output, path=f"{Path(output.path)}{EMBEDDINGS}", format="embeddings")
-        check_output(beside)
-    own = AdapterState() if beside else tokens
-    model, added = add_token_rows(model, configs, own, base.layout)
+    model, added = add_token_rows(model, configs, tokens, base.layout)
     if output.dry_run:
         _read_all(with_progress(model, "checking"))
         return []
@@ -147,13 +139,7 @@ def write_diffusers_folder(
 
     counted, path = with_progress(model, "writing"), Path(output.path)
     write_model_folder(counted, configs, path, overwrite=output.overwrite, finish=finish)
-    if not beside:
-        return [path]
-    print_note(
-        f"{', '.join(words)}: tokens for each layer (P+) have no place in a model's "
-        f"folder; draw with infer.py --model {path} --lora {beside.path}"
-    )
-    return [path, *write_adapter(tokens, beside, base.layout)]
+    return [path]
 
 
 def is_single_file_name(path: str) -> bool:

@@ -72,6 +72,11 @@ def add_token_rows(
         for word, own in embeddings.placeholder_words(tokens).items():
             here = tuple(renamed[name] for name in own)
             added.words.append(Placeholder(word, here, layers=layers.get(word, 0)))
+        if layers:
+            print_note(
+                f"{', '.join(layers)}: tokens for each layer (P+), which infer.py draws; other "
+                "programs that load the model do not know which layer reads which token"
+            )
     return grown, added
 
 

@@ -9,6 +9,7 @@ import infer
 from lora_core import formats
 from lora_core.formats import embeddings
 from lora_core.formats.model_folders import open_model_folder, weight_key
+from lora_core.formats.model_words import model_placeholders
 from tests.layered_files import LAYERS, save_deep_folder
 from tests.merge_commands import call, deltas
 
@@ -43,28 +44,32 @@ def deep_folder(tmp_path_factory):
     return save_deep_folder(tmp_path_factory.mktemp("deep"))
 
 
-@pytest.mark.parametrize("ending", ["", ".safetensors"])
-def test_tokens_for_layers_are_a_file_next_to_the_model(
-    deep_folder, tmp_path, monkeypatch, capsys, ending
+def test_tokens_for_layers_are_in_the_model_and_its_words_know_their_layers(
+    deep_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    call("fold", deep_folder / "model", f"0.8*{deep_folder / 'a.pth'}", "--out", f"out{ending}")
-    said = capsys.readouterr()
-    assert "written: out_emb.safetensors" in said.out
-    if not ending:
-        assert "infer.py --model out --lora out_emb.safetensors" in said.err
-        pipe = StableDiffusionPipeline.from_pretrained("out", safety_checker=None)
-        assert "<new0>" not in pipe.tokenizer.get_vocab()
+    call("fold", deep_folder / "model", f"0.8*{deep_folder / 'a.pth'}", "--out", "out")
+    assert "other programs that load the model do not know" in capsys.readouterr().err
+    words = model_placeholders("out")
+    assert {own.word: own.layers for own in words} == {"<dog1>": LAYERS, "<dog2>": LAYERS}
+    pipe = StableDiffusionPipeline.from_pretrained("out", safety_checker=None)
+    assert set(words[0].names) <= set(pipe.tokenizer.get_vocab())
+    kept = draw(deep_folder / "model", "--lora", f"{deep_folder / 'a.pth'}:0.8")
+    assert (draw("out") - kept).abs().max() <= 1  # of 255
+
+
+def test_tokens_for_layers_are_a_file_next_to_a_single_file_model(
+    deep_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    call("fold", deep_folder / "model", f"0.8*{deep_folder / 'a.pth'}", "--out", "out.safetensors")
+    assert "written: out_emb.safetensors" in capsys.readouterr().out
     tokens = formats.load("out_emb.safetensors")
     assert embeddings.word_layers(tokens) == {"<dog1>": LAYERS, "<dog2>": LAYERS}
-    if not ending:
-        folded = draw("out", "out_emb.safetensors")
-        kept = draw(deep_folder / "model", f"{deep_folder / 'a.pth'}:0.8")
-        assert (folded - kept).abs().max() <= 1  # of 255
 
 
-def draw(model, lora):
-    words = ("--model", model, "--lora", lora, "--prompt", "a <dog1>", "--steps", 2)
+def draw(model, *lora):
+    words = ("--model", model, *lora, "--prompt", "a <dog1>", "--steps", 2)
     more = ("--guidance", 1, "--overwrite", "--out", "x.png")
     assert infer.main([str(word) for word in (*words, *more)]) == 0
     image = Image.open("x.png").convert("RGB")
