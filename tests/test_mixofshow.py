@@ -143,8 +143,7 @@ def test_the_loader_finds_the_same_updates(written) -> None:
     """Of ranks 1 to 3 and scales 0.5 and 1, in linear layers and 1 x 1 convolutions."""
     state, params = written
     layers = layers_by_key(state)
-    keys = [f"{component}.{key}" for component in ("unet", "text_encoder")
-            for key in params[component]]  # fmt: skip
+    keys = [*params["unet"], *params["text_encoder"]]
     assert len(keys) == 2 * len(layers)
     for (component, path), lr in layers.items():
         update = delta_weight(lr).double()
@@ -161,9 +160,8 @@ def test_a_concept_has_one_row_in_each_layer(written) -> None:
     assert torch.equal(concepts["<dog1>"], own[:, 0]) and torch.equal(concepts["<dog2>"], own[:, 1])
     assert torch.equal(concepts["<TOK>"], rows[2 * LAYERS : 3 * LAYERS])
     assert torch.equal(concepts["<cat>"], rows[3 * LAYERS :]) and len(concepts["<cat>"]) == 1
-    assert {tensor.dtype for table in params.values() for tensor in table.values()} == {
-        torch.float32
-    }  # fmt: skip
+    tensors = [*concepts.values(), *params["unet"].values(), *params["text_encoder"].values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
 def test_a_file_of_the_trainer_is_written_back_bit_for_bit(tmp_path: Path, deep) -> None:

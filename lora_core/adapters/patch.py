@@ -194,12 +194,7 @@ def patch(
         _apply_state(state, networks, layout, strengths, result)
         if state.custom:
             _put_custom(state, networks, strengths, result, kind, source)
-        for name, rows in encoders.items():
-            every = (Placeholder("all tokens of the file", names, init="zero"),)
-            tokenizer = modules[TOKENIZERS[name]]
-            embedding = tokens.install_tokens(networks[name], tokenizer, every, seed=0)
-            result.embedded[name] = embedding
-            tokens.load_token_rows(embedding, rows)
+        _install_rows(names, encoders, result)
         if layered:
             network = networks[pipeline_prompts.DENOISER]
             result.processors = pipeline_prompts.install_layer_attention(network, layered)
@@ -230,6 +225,16 @@ def _apply_state(
         changed_parameters.add_changes(networks[name], own, result.name, strengths[name])
         if name not in result.adapted:
             result.adapted.append(name)
+
+
+def _install_rows(names: tuple[str, ...], rows: Mapping[str, Tensor], result: Patch) -> None:
+    """Puts a file's tokens into the text encoders of `rows` and their tokenizers."""
+    for component, own in rows.items():
+        every = (Placeholder("all tokens of the file", names, init="zero"),)
+        encoder, tokenizer = result.modules[component], result.modules[TOKENIZERS[component]]
+        embedding = tokens.install_tokens(encoder, tokenizer, every, seed=0)
+        result.embedded[component] = embedding
+        tokens.load_token_rows(embedding, own)
 
 
 def _put_custom(
