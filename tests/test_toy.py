@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from toy import autoencoder, distractors, draw, networks, recogniser, sample
+from lora_core.formats.model_words import model_placeholders
+from toy import autoencoder, distractors, draw, fusion, networks, recogniser, sample
 from toy.concepts import draw_concepts
 
 ROOT = Path(__file__).parent.parent
@@ -221,3 +222,16 @@ def test_demo_prompts_are_new_contexts():
         seen = {background for background, _ in draw_concepts.STATED[name]}
         for prompt, background in draw_concepts.demo_prompts(24, 0, name):
             assert "TOK" in prompt and background not in seen and background in draw.BACKGROUNDS
+
+
+def test_the_fusion_demo_draws_its_sheet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A few steps: every row is there, and the fused model is the one that infer.py draws."""
+    scores = fusion.fuse_demo(fusion.FusionOptions(short=True, out=str(tmp_path / "fusion")))
+    rows = ["each alone", "summed", "fused", "summed, in regions", "fused, in regions"]
+    assert list(scores) == rows and set(scores["fused"]) == {"zib", "trilo"}
+    assert set(scores["fused, in regions"]) == {"zib", "trilo", "both"}
+    assert Image.open(tmp_path / "fusion" / "fusion.png").height > 700
+    words = model_placeholders(tmp_path / "fusion" / "fused")
+    assert [word.word for word in words] == ["TOK", "TOK2"] and words[0].layers == 4
+    said = capsys.readouterr().out
+    assert "--region" in said and "TOK2 at the right" in said

@@ -9,6 +9,7 @@ trained separately, judges every image.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -38,8 +39,14 @@ from toy import recogniser
 from toy.concepts.draw_concepts import demo_prompts
 
 INITIALIZERS = {"zib": "creature", "trilo": "emblem"}  # concept -> word that its tokens start from
+# Prompts in which a concept is to stay what it is, {} for its word.
+PROMPTS = (
+    "photo of a {}", "{}", "a picture of {} in the sea", "a drawing of {} on a red background",
+    "{} on a plain white background", "an image of {} in the snow",
+)  # fmt: skip
 SIDE = 64  # pixels of the model's images; one with both concepts is twice as wide
 SHOWN = 3  # images of a concept in a row of the sheet
+EACH = 4  # images of both concepts in one place
 BATCH = 16
 
 
@@ -70,7 +77,13 @@ def fuse_demo(options: FusionOptions) -> dict[str, dict[str, float]]:
     began = time.perf_counter()
     out = Path(options.out)
     runs = {name: learn_concept(name, options) for name in INITIALIZERS}
-    models = {how: fuse_runs(list(runs.values()), out, how) for how in ("sum", "gradient")}
+    gradient = ["--prompts", *PROMPTS]
+    if options.short:
+        gradient = ["--prompts", *PROMPTS[:2], "--steps", "2"]
+    models = {
+        "summed": fuse_runs(list(runs.values()), out / "summed", ["--how", "sum"]),
+        "fused": fuse_runs(list(runs.values()), out / "fused", gradient),
+    }
     reader = recogniser.load_recogniser()
     count = 2 if options.short else options.samples
     rows: list[ImageRow] = []
@@ -90,25 +103,27 @@ def fuse_demo(options: FusionOptions) -> dict[str, dict[str, float]]:
 def learn_concept(name: str, options: FusionOptions) -> Path:
     """The folder of a finished run on one concept."""
     base: Config = read_toml(Path(options.config))
-    stages = base.stages
-    if options.short:
-        stages = tuple(replace(stage, steps=2) for stage in stages)
     config = replace(
         base,
         out=f"{options.out}/{name}",
         overwrite=True,
         data=replace(base.data, images=f"toy/concepts/{name}"),
         tokens=replace(base.tokens, init=(INITIALIZERS[name],), per_layer=True),
-        stages=stages,
         validation=replace(base.validation, every=-1),
     )
+    if options.short:
+        config = replace(
+            config,
+            data=replace(config.data, variants=2),
+            stages=tuple(replace(stage, steps=2) for stage in base.stages),
+            samples=replace(base.samples, steps=1, guidance=1.0),
+        )
     return train.train(config)
 
 
-def fuse_runs(runs: Sequence[Path], out: Path, how: str) -> Path:
+def fuse_runs(runs: Sequence[Path], folder: Path, options: Sequence[str]) -> Path:
     """The folder of the model with all concepts. Raises UserError where merge.py fails."""
-    folder = out / {"sum": "summed", "gradient": "fused"}[how]
-    words = ["fuse", *map(str, runs), "--base", "toy/model", "--how", how, "--out", str(folder)]
+    words = ["fuse", *map(str, runs), "--base", "toy/model", "--out", str(folder), *options]
     if merge.main([*words, "--overwrite"]):
         raise UserError(f"merge.py {' '.join(words)} failed, see above")
     return folder
@@ -125,8 +140,8 @@ def judge_models(
     count: int,
 ) -> list[tuple[str, JudgedImages]]:
     """(row of the sheet, its images) of each concept alone, both models, and both with regions."""
-    config = read_toml(Path(options.config))
-    recipe = SamplerSettings(config.samples.sampler, config.samples.steps, config.samples.guidance)
+    look = read_toml(Path(options.config)).samples
+    recipe = SamplerSettings(look.sampler, 1 if options.short else look.steps, look.guidance)
     base = load_family("toy/model")
     modules = {**base.modules, "tokenizer": base.tokenizers["text_encoder"]}
     alone = []
@@ -135,15 +150,14 @@ def judge_models(
             words = {name: patched.placeholders[0]}
             alone.append(draw_concepts(base, words, recipe, reader, count))
     found = [("each alone", join_images(alone))]
-    families = {}
-    for label, how in (("summed", "sum"), ("fused", "gradient")):
-        families[label] = load_family(str(models[how]))
-        words = dict(zip(runs, model_placeholders(models[how]), strict=True))
-        found.append((label, draw_concepts(families[label], words, recipe, reader, count)))
-    for label, family in families.items():
+    in_regions = []
+    for label, model in models.items():
+        family = load_family(str(model))
+        words = dict(zip(runs, model_placeholders(model), strict=True))
+        found.append((label, draw_concepts(family, words, recipe, reader, count)))
         both = draw_both(family, words, recipe, reader, count)
-        found.append((f"{label}, in regions", both))
-    return found
+        in_regions.append((f"{label}, in regions", both))
+    return found + in_regions
 
 
 def draw_concepts(
@@ -180,12 +194,14 @@ def draw_both(
     """Images twice as wide, with a region for each concept; each half is judged by itself."""
     wide = replace(recipe, width=len(words) * SIDE, height=SIDE)
     pixels = []
-    for i, (text, _) in enumerate(demo_prompts(count, seed=4, name="zib")):
-        place = text.removeprefix("a photo of ").removeprefix("a picture of ").removeprefix("TOK ")
+    for i, (text, _) in enumerate(demo_prompts(math.ceil(count / EACH), seed=4, name="zib")):
+        place = text[text.index("TOK") + len("TOK ") :]
         regions = side_by_side(words, place)
+        seeds = range(2000 + EACH * i, 2000 + EACH * i + min(EACH, count - EACH * i))
         drawn = generate_images(
-            family, [place], [2000 + i], wide, regions=regions, placeholders=list(words.values())
-        )
+            family, [place] * len(seeds), seeds, wide, regions=regions,
+            placeholders=list(words.values()),
+        )  # fmt: skip
         pixels.append(drawn)
     together = torch.cat(pixels)
     sure = {}
@@ -193,10 +209,11 @@ def draw_both(
         sure[name] = reader.concept(together[..., i * SIDE : (i + 1) * SIDE], name)
     scores = {name: float((values > 0.5).float().mean()) for name, values in sure.items()}
     scores["both"] = float((torch.stack(list(sure.values())) > 0.5).all(0).float().mean())
+    shown = range(0, count, EACH)[: 2 * SHOWN]  # one of each place
     notes = []
-    for i in range(min(count, 2 * SHOWN)):
+    for i in shown:
         notes.append(", ".join(f"{name} {values[i]:.2f}" for name, values in sure.items()))
-    return JudgedImages(to_images(together[: 2 * SHOWN]), notes, scores)
+    return JudgedImages(to_images(together[list(shown)]), notes, scores)
 
 
 def side_by_side(words: dict[str, Placeholder], place: str) -> list[PromptRegion]:
