@@ -137,7 +137,7 @@ class Family(Protocol):
     modules: dict[str, nn.Module]  # "unet" or "transformer", "text_encoder", ..., "vae"
     denoiser: str  # the key in `modules` of the network that is trained
     tokenizers: dict[str, Any]  # text encoder's key in `modules` -> its tokenizer
-    attended: str  # the text encoder on whose tokens attention maps are
+    attended: tuple[str, ...]  # the text encoders on whose tokens attention maps are
     layout: Layout  # its presets name the components that can be adapted
     schedule: Schedule
     prediction: str  # a key of PREDICTIONS

@@ -98,7 +98,7 @@ class Flux:
 
     name = "flux"
     denoiser = "transformer"
-    attended = "text_encoder_2"
+    attended: tuple[str, ...] = ("text_encoder_2",)
     prediction = "flow"
     inpainting = False
     embeds_sizes = False

@@ -77,7 +77,7 @@ class StableDiffusion:
 
     name = "sd"
     denoiser = "unet"
-    attended = "text_encoder"
+    attended: tuple[str, ...] = ("text_encoder",)
     distilled_guidance = False
     embeds_sizes = False
     zeros: tuple[str, ...] = ()

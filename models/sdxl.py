@@ -95,7 +95,7 @@ class StableDiffusionXL(StableDiffusion):
         self.clip_skip = sd.check_clip_skip(how.clip_skip, list(parts.encoders.values()))
         zeros_for_empty = parts.index.get("force_zeros_for_empty_prompt", True)
         self.zeros = ("prompt_embeds", "text_embeds") if zeros_for_empty else ()
-        self.attended = next(iter(parts.encoders))  # both CLIP tokenizers cut texts alike
+        self.attended = tuple(parts.encoders)  # their hidden states lie side by side
         self.takes_score = parts.index.get("requires_aesthetics_score", False)
         self.schedule, self.prediction = sdxl_schedule(scheduler, how.scheduler)
         self.spacing = config.get("timestep_spacing", "leading")

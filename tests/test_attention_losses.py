@@ -79,6 +79,31 @@ def test_examples_without_learned_tokens_do_not_count(formula) -> None:
     assert ours.ndim == 0 or not ours[2:].any()
 
 
+@pytest.mark.parametrize("full_identity", [True, False])
+@pytest.mark.parametrize("formula", [mixofshow_regularization, attention_outside])
+def test_a_batch_without_learned_tokens_has_neither_a_value_nor_gradients(
+    formula, full_identity: bool
+) -> None:
+    """Dropped captions and class images alone: a maximum over no example must not be divided by."""
+    recorded = maps()
+    none = torch.full_like(POSITIONS, -1)
+    ours = formula(recorded, none, corner(), full_identity=full_identity)
+    assert not ours.any()
+    for gradient in torch.autograd.grad(ours.sum(), [m.probabilities for m in recorded]):
+        assert gradient.isfinite().all() and not gradient.any()
+
+
+@pytest.mark.parametrize("formula", [mixofshow_regularization, attention_outside])
+def test_the_only_token_of_a_prompt_is_adjective_and_subject(formula) -> None:
+    """Words of one vector, whichever words the prompts beside it have."""
+    one, two = torch.tensor([[3], [5]]), torch.tensor([[3, -1], [5, -1]])
+    alone = formula(maps(), one, corner(), full_identity=True)
+    assert alone.any()
+    assert torch.equal(formula(maps(), two, corner(), full_identity=True), alone)
+    twice = formula(maps(), one.expand(2, 2), corner(), full_identity=True)
+    assert torch.equal(twice, alone)
+
+
 def test_the_normalized_form_is_a_share_of_each_example() -> None:
     """Uniform attention: the share outside is the area outside, at any resolution and batch."""
     uniform = [AttentionMap("a", torch.full((2, 1, side, side, 9), 1 / 9)) for side in (16, 8)]
@@ -161,3 +186,11 @@ def test_without_tokens_masks_or_maps_it_is_refused(name: str) -> None:
         LOSSES[name](step_output(mask=None))
     with pytest.raises(UserError, match=r"write my_loss\.reads_attention = True below"):
         LOSSES[name](step_output(lazy={}))
+
+
+@pytest.mark.parametrize("name", ["attention", "edlora"])
+def test_arguments_without_sense_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"attention_weight must be 0 or more, got -1"):
+        LOSSES[name](step_output(), attention_weight=-1.0)
+    with pytest.raises(UserError, match=f"full_identity of {name} is 'False', expected true or"):
+        bind_arguments(LOSSES[name], name, {"full_identity": "False"})

@@ -42,6 +42,25 @@ def test_another_vae_and_another_cache_change_what_they_should(
     )
 
 
+@pytest.mark.parametrize("encoder", ["clip_l", "clip_g"])
+def test_token_positions_come_from_any_encoder_that_attention_reads(
+    config: Config, photos: Path, tmp_path: Path, encoder: str
+) -> None:
+    """Tokens of SDXL's second text encoder alone are on the same columns of the maps."""
+    from tests import tiny_sdxl
+
+    tiny_sdxl.save(tmp_path / "xl")
+    captions = {"captions": "one", "caption": "a TOK", "masks": "file"}
+    changes = {"data": captions, "tokens": {"encoders": (encoder,)}, "loss": "attention"}
+    changes |= {"model": str(tmp_path / "xl"), "stages": (Stage(1, ("tokens",)),)}
+    changes |= {"adapter": AdapterConfig(), "optimizer": {"lr": {}}}
+    s = open_parts(merged(config, changes))
+    batch = next(iter(s.data.batches(s.config, 0, 1)))
+    (inputs,) = make_step_inputs(s.source, batch, s.config.stages[0], 0, check=True)
+    assert inputs.token_positions is not None
+    assert inputs.token_positions.tolist() == [[2, 3], [2, 3]]  # after the start and "a"
+
+
 def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: None) -> None:
     config = replace(
         config,

@@ -78,10 +78,12 @@ class InputSource:
         self, config: Config, data: Data, model: Model, *, reads_attention: bool = False
     ) -> None:
         self.config, self.data, self.model = config, data, model
-        self.reads_attention = reads_attention  # whether the loss does
+        # text encoder that learns tokens which attention maps are on; "" where none does
+        learning = [name for name in model.family.attended if name in model.embeddings]
+        self.attended = learning[0] if reads_attention and learning else ""
         self.longest_prompt = 0  # tokens that attention maps can be on
-        if reads_attention:
-            self.longest_prompt = model_checks.token_limits(model.family)[model.family.attended]
+        if self.attended:
+            self.longest_prompt = model_checks.token_limits(model.family)[self.attended]
         self.records: dict[str, Record] = {}
         for folder in filter(None, (data.training, data.class_images)):
             self.records |= {record.key: record for record in folder.records}
@@ -177,7 +179,7 @@ def _make_inputs(
     if config.prior.outside_mask:
         plain = _plain_text(source, batch)
     positions = None
-    if source.reads_attention and source.model.family.attended in source.model.embeddings:
+    if source.attended:
         positions = to_device(_token_positions(source, batch.captions), device)
     return StepInputs(
         x0=x0,
@@ -416,8 +418,8 @@ def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
 
 def _token_positions(source: InputSource, captions: Sequence[str]) -> Tensor:
     """[b, n] positions of the learned tokens in each caption, -1 after the last one."""
-    family, placeholders = source.model.family, source.model.placeholders
-    tokenizer = family.tokenizers[family.attended]
+    placeholders = source.model.placeholders
+    tokenizer = source.model.family.tokenizers[source.attended]
     n = sum(len(placeholder.names_at(0)) for placeholder in placeholders)
     rows = []
     for caption in captions:

@@ -27,17 +27,17 @@ class TokenMaps(NamedTuple):
 def token_maps(maps: Sequence[AttentionMap], positions: Tensor) -> Iterator[TokenMaps]:
     """The maps of each resolution, the finest first, on the tokens at `positions` [b, n].
 
-    The first position is that of the adjective, the second that of the subject; with n = 1 both are
-    the subject's. A position of -1 gives the map of the last token.
+    The first position of a prompt is that of the adjective, the second that of the subject. The
+    only learned token of a prompt is both. Without any the maps are those of the last token.
     """
+    first, second = positions[:, 0], positions[:, min(1, positions.shape[1] - 1)]
+    second = torch.where(second < 0, first, second)
     grids = sorted({m.probabilities.shape[2:4] for m in maps}, reverse=True)
     rows = torch.arange(len(positions), device=positions.device)
     for grid in grids:
         same = [m.probabilities for m in maps if m.probabilities.shape[2:4] == grid]
-        mean = torch.cat(same, dim=1).mean(1)  # [b, h, w, s]
-        adjective = mean.permute(0, 3, 1, 2)[rows, positions[:, 0]]
-        subject = mean.permute(0, 3, 1, 2)[rows, positions[:, min(1, positions.shape[1] - 1)]]
-        yield TokenMaps(adjective, subject)
+        mean = torch.cat(same, dim=1).mean(1).permute(0, 3, 1, 2)  # [b, s, h, w]
+        yield TokenMaps(mean[rows, first], mean[rows, second])
 
 
 def mixofshow_regularization(
@@ -55,7 +55,7 @@ def mixofshow_regularization(
     Examples without learned tokens do not count (in the source every prompt has both). Where the
     mask is nowhere 0, the source gets NaN and leaves the whole term out; here it is 0.
     """
-    has_tokens = (positions[:, :2] >= 0).all(1)[:, None, None]
+    has_tokens = (positions[:, 0] >= 0)[:, None, None]
     total = torch.zeros((), device=mask.device)
     is_defined = torch.ones((), dtype=torch.bool, device=mask.device)
     for adjective, subject in token_maps(maps, positions):
@@ -63,8 +63,8 @@ def mixofshow_regularization(
         counted = has_tokens.expand_as(target)
         outside = counted & (target == 0)
         is_defined = is_defined & outside.any()
-        adjective = adjective / torch.where(counted, adjective, 0).amax()
-        subject = subject / torch.where(counted, subject, 0).amax()
+        adjective = _divide_by_maximum(adjective, counted)
+        subject = _divide_by_maximum(subject, counted)
         total = total + mean_where(adjective, outside)
         if full_identity:
             total = total + mean_where((subject - target) ** 2, counted)
@@ -87,7 +87,7 @@ def attention_outside(
     total variation distance to the mask's own distribution. Resolutions are averaged, masks of
     coarse ones are area means. 0 for examples without learned tokens or with an empty mask.
     """
-    has_tokens = (positions[:, :2] >= 0).all(1)
+    has_tokens = positions[:, 0] >= 0
     resolutions = []
     for adjective, subject in token_maps(maps, positions):
         target = F.interpolate(mask.float(), adjective.shape[1:], mode="area")[:, 0]
@@ -106,6 +106,15 @@ def attention_outside(
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:
     """0-dim mean of the values where `counted` is true; 0 where it is nowhere true."""
     return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
+
+
+def _divide_by_maximum(attention: Tensor, counted: Tensor) -> Tensor:
+    """The attention [b, h, w] divided by its maximum where `counted` is true.
+
+    Divided by 1 where it is nowhere true: 0 / 0 would make every gradient NaN.
+    """
+    maximum = torch.where(counted, attention, 0).amax()
+    return attention / torch.where(counted.any(), maximum, 1)
 
 
 def _share_outside(attention: Tensor, target: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def attention(
     `attention_outside` has the formula: the first learned token of a prompt is an adjective, the
     second the subject, which with `full_identity` is to cover the mask.
     """
-    positions, mask = _attention_targets(step)
+    positions, mask = _attention_targets(step, attention_weight)
     share = attention_outside(step.attention, positions, mask, full_identity=full_identity)
     return mse(step) + attention_weight * share
 
@@ -91,7 +91,7 @@ def edlora(
     The regularization is one number for the batch (`mixofshow_regularization`), which is added to
     every example but those of prior preservation. Weightings by noise level act on it, too.
     """
-    positions, mask = _attention_targets(step)
+    positions, mask = _attention_targets(step, attention_weight)
     regularization = mixofshow_regularization(
         step.attention, positions, mask, full_identity=full_identity
     )
@@ -112,11 +112,14 @@ for _loss in ATTENTION_LOSSES:
     _loss.reads_attention = True  # type: ignore[attr-defined]
 
 
-def _attention_targets(step: StepOutput) -> tuple[Tensor, Tensor]:
+def _attention_targets(step: StepOutput, weight: float) -> tuple[Tensor, Tensor]:
     """(positions of the learned tokens [b, n], mask [b, 1, h, w]).
 
-    Raises UserError where there are no learned tokens that attention reads, or no masks.
+    Raises UserError where there are no learned tokens that attention reads, or no masks, and for a
+    negative weight, which would draw attention out of the masks.
     """
+    if weight < 0:
+        raise UserError(f"attention_weight must be 0 or more, got {weight:g}")
     if step.token_positions is None:
         raise UserError(
             "this loss compares the attention on learned tokens with masks, and the text encoder "
@@ -352,7 +355,7 @@ def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
     """`function` with `args` bound to it; a partial function also gets its function's attributes.
 
     Raises UserError (with `name` for the function) for an argument that it does not take, and for a
-    text where its default is a number.
+    text where its default is a number or true or false.
     """
     if isinstance(function, functools.partial):  # one that the user has bound
         vars(function).update({**vars(function.func), **vars(function)})
@@ -363,9 +366,12 @@ def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
     known = [parameter.name for parameter in parameters]
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     numbers = {p.name for p in parameters if type(p.default) in (int, float)}
+    flags = {p.name for p in parameters if type(p.default) is bool}
     for arg, value in args.items():
         if arg in numbers and isinstance(value, str):
             raise UserError(f"argument {arg} of {name} is {value!r}, expected a number")
+        if arg in flags and not isinstance(value, bool):
+            raise UserError(f"argument {arg} of {name} is {value!r}, expected true or false")
         if arg not in known and not takes_any:
             listed = ", ".join(known) or "none"
             raise UserError(f"{name} takes no argument {arg!r}; it takes {listed}")
