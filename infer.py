@@ -198,7 +198,10 @@ def infer(config: Infer) -> list[Path]:
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
         texts = [prompt.text for prompt in prompts]
-        if sentence := prompts_without_words(texts, drawing.placeholders):
+        others = [config.negative]
+        for region in regions:
+            others += [region.prompt, region.negative]
+        if sentence := prompts_without_words(texts, drawing.placeholders, others):
             print(f"note: {sentence}", file=sys.stderr)
         if axes:
             return [write_grid(drawing, config, prompts, axes)]

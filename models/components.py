@@ -241,13 +241,14 @@ def tokenize_prompts(
     """Token ids [b, length] with the special tokens, padded as the tokenizer pads.
 
     Prints a warning with the words that do not fit, once per prompt; `checked` holds the prompts
-    that were looked at.
+    that were looked at. The texts of one prompt for several layers, which differ in their learned
+    tokens alone, have one warning.
     """
     for prompt in prompts:
         if prompt not in checked:
             checked.add(prompt)
             check_prompt_length(prompt, "a prompt")
-            _warn_of_truncation(tokenizer, prompt, length)
+            _warn_of_truncation(tokenizer, prompt, length, checked)
     return tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -267,10 +268,15 @@ def read_prompt_length(tokenizer: Any) -> int:
     return length
 
 
-def _warn_of_truncation(tokenizer: Any, prompt: str, length: int) -> None:
+def _warn_of_truncation(tokenizer: Any, prompt: str, length: int, checked: set[str]) -> None:
     ids = tokenizer(prompt, add_special_tokens=True, verbose=False).input_ids
     if len(ids) <= length:
         return
+    added = set(tokenizer.get_added_vocab().values())
+    alike = str(["added" if index in added else index for index in ids])
+    if alike in checked:
+        return
+    checked.add(alike)
     words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     kept = length - (len(ids) - len(words))
     lost = tokenizer.decode(words[kept:][:SHOWN_TOKENS], clean_up_tokenization_spaces=False).strip()

@@ -25,7 +25,10 @@ import infer
 import train
 from lora_core.config import Config, PriorConfig, SamplesConfig, Stage
 from lora_core.errors import CLOSED_PIPE, UserError
+from lora_core.layer_prompts import encode_layer_prompts
+from lora_core.placeholders import bind_layers, make_placeholders
 from lora_core.runs import run_folder as run_module
+from lora_core.tokens import install_tokens
 from lora_core.toml import read_toml, to_toml
 from models import load_family
 from tests.conftest import final, learned, merged, same, save_photos
@@ -846,6 +849,22 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(
         family.encode_prompts(["a b c d e f g h i j k l m n o p", "a b"])
     (said,) = capsys.readouterr().err.splitlines()
     assert said == "warning: the prompt is 18 tokens long and CLIP reads 16; cut off: 'o p'"
+
+
+def test_the_texts_of_one_prompt_for_each_layer_have_one_warning(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = load_family(str(model))
+    words = make_placeholders(["TOK"], vectors=1, layers=5)
+    (encoder,) = family.tokenizers
+    tokenizer = family.tokenizers[encoder]
+    install_tokens(family.modules[encoder], tokenizer, words, seed=0)
+    long = "a b c d e f g h i j k l m n TOK p"
+    encode_layer_prompts(family.encode_prompts, [bind_layers(long, words)])
+    encode_layer_prompts(family.encode_prompts, [bind_layers(f"b {long}", words)])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "warning: the prompt is 18 tokens long and CLIP reads 16; cut off: '<s0>p'"
+    assert second.startswith("warning: the prompt is 19 tokens long")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Generated images: start noise and holes by the example, and images that are not finite."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,11 @@ import infer
 from lora_core.diffusion import generation
 from lora_core.diffusion.generation import random_hole_masks, start_noise
 from lora_core.diffusion.noise import RandomKeys
+from lora_core.diffusion.regions import parse_region
 from lora_core.errors import UserError
+from lora_core.family import Conditioning
+from lora_core.placeholders import make_placeholders
+from lora_core.tokens import install_tokens
 from models import load_family
 from tests import tiny_flux, tiny_sdxl
 from tests.tiny_pipeline import SCALED, save_sd_pipeline
@@ -141,6 +146,30 @@ def test_a_plain_model_paints_in_an_image_as_diffusers_blends_latents(
         family, ["cat"], [5], settings, init=pixels, mask=torch.ones_like(mask)
     )
     assert (ours - whole).abs().max() > 1e-2
+
+
+def test_a_refiner_reads_placeholder_words_as_they_are(tmp_path: Path) -> None:
+    """It has not learned their tokens, and may have another number of cross-attention layers."""
+    tiny_sdxl.save(tmp_path / "base")
+    tiny_sdxl.save(tmp_path / "refiner", refiner=True)
+    base, refiner = load_family(str(tmp_path / "base")), load_family(str(tmp_path / "refiner"))
+    words = make_placeholders(["TOK"], vectors=1, layers=len(base.layout.cross_attention))
+    for name, tokenizer in base.tokenizers.items():
+        install_tokens(base.modules[name], tokenizer, words, seed=0)
+    read: list[str] = []
+    encode = refiner.encode_prompts
+
+    def watched(prompts: Sequence[str]) -> Conditioning:
+        read.extend(prompts)
+        return encode(prompts)
+
+    refiner.encode_prompts = watched  # type: ignore[method-assign]
+    settings = generation.SamplerSettings("euler", 3, 1.0, width=16, height=16, refiner_start=0.5)
+    region = parse_region("0,0,8,16: a TOK", 16, 16)
+    generation.generate_images(
+        base, ["TOK b"], [5], settings, refiner=refiner, regions=[region], placeholders=words
+    )
+    assert read == ["TOK b", "a TOK"]
 
 
 @pytest.mark.parametrize("family_name, strength", [("sdxl", 1.0), ("flux", 1.0), ("flux", 0.5)])

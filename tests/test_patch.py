@@ -19,7 +19,8 @@ from lora_core.errors import UserError
 from lora_core.formats import NATIVE, embeddings, layout_of
 from lora_core.placeholders import bind_placeholders
 from lora_core.tokens import LearnedEmbedding
-from tests.tiny_pipeline import outputs, pipeline, random_state
+from tests import layered_files
+from tests.tiny_pipeline import DEEP_UNET, outputs, pipeline, random_state
 
 TEXT = "a cat <s0><s1>"
 
@@ -251,6 +252,20 @@ def test_patches_without_tokens_come_off_in_any_order_and_a_file_can_be_on_twice
     assert_far(outputs(pipe), once)
     second.undo()
     assert snapshot(modules) == before
+
+
+def test_renamed_tokens_of_words_for_each_layer_are_one_sentence(tmp_path):
+    folder = layered_files.save_deep_folder(tmp_path)
+    state = formats.load(folder / "run", merging=True)
+    names = {name: f"{name[:-1]}-2>" for name in state.token_names}
+    other = pipeline(blocks=DEEP_UNET)
+    with patch(other, folder / "run", rename={**names, "TOK": "CAT"}) as p:
+        last = state.token_names[-1]
+        renamed = f"the {len(names)} tokens <s0> to {last} of {folder / 'run'} are called"
+        assert p.report == (
+            f"{renamed} <s0-2> to {names[last]} here",
+            f"TOK of {folder / 'run'} is called CAT here",
+        )
 
 
 def test_a_taken_token_is_refused_and_renaming_keeps_both(pipe, modules, run, tmp_path):

@@ -127,6 +127,16 @@ def test_prompts_without_a_learned_word_are_said(
     assert said in error if said else "learned words" not in error
 
 
+def test_a_word_in_a_region_or_the_negative_prompt_is_enough(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--prompt", "a cat", "--lora", "dog", "--guidance", "2"]
+    side = load_family("model").resolution
+    draw(*asked, "--region", f"0,0,{side},{side}: a TOK", out="region.png")
+    draw(*asked, "--negative", "TOK", out="negative.png")
+    assert "learned words" not in capsys.readouterr().err
+
+
 def test_a_lora_without_tokens_expects_no_word(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

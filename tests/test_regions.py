@@ -11,6 +11,7 @@ def test_a_region_is_parsed_never_evaluated() -> None:
     region = parse_region("0, 128,256 ,512: a TOK: in the snow; negative: blurry", 512, 512)
     assert region.box == Box(0, 0.25, 0.5, 1)
     assert (region.prompt, region.negative) == ("a TOK: in the snow", "blurry")
+    assert parse_region("0,0,9,9: a;negative:b; negative: c", 9, 9).negative == "b; negative: c"
     assert parse_region("0,0,10.5,20:x", 21, 20).box.right == 0.5
     with pytest.raises(UserError, match="is not x0,y0,x1,y1: prompt"):
         parse_region("0,0,__import__('os'),1: x", 512, 512)
@@ -24,6 +25,7 @@ def test_a_region_is_parsed_never_evaluated() -> None:
         ("5,0,5,5: a", "left < right"),
         ("0,0,5,5:", "has no prompt after its box"),
         ("0,0,5,5: ; negative: x", "has no prompt after its box"),
+        ("0,0,5,5: a; negative: ", "has no text after negative:"),
         ("0,0,5: a", "is not x0,y0,x1,y1: prompt"),
         ("a photo", "is not x0,y0,x1,y1: prompt"),
     ],

@@ -34,6 +34,7 @@ from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from lora_core.placeholders import Placeholder, bind_placeholders
 
+MOST_LISTED = 4  # renamed tokens that are reported one by one
 TOKENIZERS = {  # text encoder -> the key of its tokenizer
     "text_encoder": "tokenizer",
     "text_encoder_2": "tokenizer_2",
@@ -397,7 +398,17 @@ def _token_rows_by_encoder(
 def _unexpected_facts(
     state: AdapterState, rename: Mapping[str, str], source: str
 ) -> tuple[str, ...]:
-    facts = [f"{old} of {source} is called {new} here" for old, new in rename.items()]
+    listed = dict(rename)
+    renamed = [name for name in state.token_names if name in rename]
+    facts = []
+    if len(renamed) > MOST_LISTED:  # those of words for each layer can be hundreds
+        first, last = renamed[0], renamed[-1]
+        facts.append(
+            f"the {len(renamed)} tokens {first} to {last} of {source} are called {rename[first]} "
+            f"to {rename[last]} here"
+        )
+        listed = {old: new for old, new in rename.items() if old not in renamed}
+    facts += [f"{old} of {source} is called {new} here" for old, new in listed.items()]
     if state.tokens and embeddings.TOKEN_NAMES not in state.metadata:
         facts.append(
             f"{source} does not name its tokens; they are called {', '.join(state.token_names)}, "

@@ -49,12 +49,13 @@ def generate_images(
 ) -> Tensor:
     """Pixels [b, 3, h, w] in [-1, 1], one for each (prompt, seed).
 
-    `placeholders` are the words in prompts and negative prompts that tokens replace; `regions` are
-    boxes of the images with prompts of their own. `init` [1 or b, 3, h, w] is the image to start
-    from (strength < 1) or, with a mask, to paint in; `mask` [1 or b, 1, h, w] is 1 where it is to
-    be painted. An inpainting model takes both as inputs; of any other model, the latents outside
-    the mask are replaced before each step (`sampling.keep_latents`). The VAE decodes the whole
-    image either way, so that pixels outside the mask change a little (as in diffusers' pipelines).
+    `placeholders` are the words in prompts and negative prompts that tokens replace, but not for
+    the refiner, which has not learned the tokens; `regions` are boxes of the images with prompts of
+    their own. `init` [1 or b, 3, h, w] is the image to start from (strength < 1) or, with a mask,
+    to paint in; `mask` [1 or b, 1, h, w] is 1 where it is to be painted. An inpainting model takes
+    both as inputs; of any other model, the latents outside the mask are replaced before each step
+    (`sampling.keep_latents`). The VAE decodes the whole image either way, so that pixels outside
+    the mask change a little (as in diffusers' pipelines).
     `refiner` is a second family on the same latents, which runs the last steps (image to image
     without new noise). Raises UserError for sizes the model does not take, an init or mask that
     does not fit, and regions that cannot act.
@@ -82,7 +83,8 @@ def generate_images(
     sampler = sampling.SAMPLERS[settings.sampler]
     noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
     for model, stage_levels, stage_inpaint in stages:
-        text = encode_guidance(model, prompts, settings, (height, width), placeholders, regions)
+        words = placeholders if model is family else ()  # a refiner has not learned them
+        text = encode_guidance(model, prompts, settings, (height, width), words, regions)
         denoise = _prompted_denoiser(model, text, settings, stage_inpaint)
         if kept is not None:
             denoise = sampling.keep_latents(denoise, kept, start=levels.t[0].item())

@@ -17,7 +17,7 @@ from lora_core.settings import SamplerSettings
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 REGION = re.compile(rf"{NUMBER},{NUMBER},{NUMBER},{NUMBER}:(.*)", re.DOTALL)
-NEGATIVE = "; negative:"  # before a region's negative prompt
+NEGATIVE = re.compile(r";\s*negative:")  # before a region's negative prompt
 EXAMPLE = '--region "0,0,256,512: a photo of TOK"'
 
 
@@ -33,7 +33,8 @@ def parse_region(text: str, width: int, height: int) -> PromptRegion:
     """Parses "x0,y0,x1,y1: prompt" or "x0,y0,x1,y1: prompt; negative: prompt".
 
     The numbers are pixels of an image of width x height: left, top, right, bottom; nothing is
-    evaluated. Raises UserError for another form, a box outside the image or empty, and no prompt.
+    evaluated. Raises UserError for another form, a box outside the image or empty, no prompt, and
+    an empty negative prompt.
     """
     found = REGION.fullmatch(text)
     if found is None:
@@ -48,11 +49,16 @@ def parse_region(text: str, width: int, height: int) -> PromptRegion:
             f"image, {width} x {height} pixels; write left,top,right,bottom with left < right and "
             "top < bottom"
         )
-    prompt, _, negative = found[5].partition(NEGATIVE)
-    if not prompt.strip():
+    prompt, *negative = (part.strip() for part in NEGATIVE.split(found[5], maxsplit=1))
+    if not prompt:
         raise UserError(f"--region {text!r} has no prompt after its box; write {EXAMPLE}")
+    if negative == [""]:
+        raise UserError(
+            f"--region {text!r} has no text after negative: and would have that of the whole image "
+            "(--negative); write one or leave the negative prompt out"
+        )
     box = Box(left / width, top / height, right / width, bottom / height)
-    return PromptRegion(box, prompt.strip(), negative.strip())
+    return PromptRegion(box, prompt, "".join(negative))
 
 
 def check_regions(

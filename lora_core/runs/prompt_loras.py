@@ -61,8 +61,15 @@ def loras_of_prompt(
     return [*loras[:given], *others]
 
 
-def prompts_without_words(prompts: Sequence[str], placeholders: Sequence[Placeholder]) -> str:
-    """One sentence about prompts that use no learned word or token, or ""."""
+def prompts_without_words(
+    prompts: Sequence[str], placeholders: Sequence[Placeholder], others: Sequence[str] = ()
+) -> str:
+    """One sentence about prompts that use no learned word or token, or "".
+
+    `others` are texts of every image, such as those of regions; a word in one of them is enough.
+    """
+    if any(_has_learned_word(text, placeholders) for text in others):
+        return ""
     lacking = [prompt for prompt in prompts if not _has_learned_word(prompt, placeholders)]
     if not placeholders or not lacking:
         return ""
