@@ -92,6 +92,11 @@ def test_a_list_of_concepts_names_folders_and_a_caption(tmp_path: Path) -> None:
         ),
         ('[{"instance_data_dir": "dog/caption"}]', "has no images that can be read"),
         ('[{"instance_data_dir": "dog/image", "mask_dir": 3}]', "mask_dir of .* is 3, which is no"),
+        (
+            '[{"instance_data_dir": "dog/image", "instance_promt": "TOK"}]',
+            "concept 1 of .* has 'instance_promt', which means nothing here; the nearest is "
+            "instance_prompt of",
+        ),
         ("[", "two.json"),
     ],
 )

@@ -256,6 +256,8 @@ def test_patches_without_tokens_come_off_in_any_order_and_a_file_can_be_on_twice
 
 def test_renamed_tokens_of_words_for_each_layer_are_one_sentence(tmp_path):
     folder = layered_files.save_deep_folder(tmp_path)
+    alone = patch(pipeline(blocks=DEEP_UNET), folder / "run" / NATIVE)
+    assert len(alone.report[0]) < 300 and alone.report[0].endswith("; give the run's folder")
     state = formats.load(folder / "run", merging=True)
     names = {name: f"{name[:-1]}-2>" for name in state.token_names}
     other = pipeline(blocks=DEEP_UNET)

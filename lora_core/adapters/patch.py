@@ -33,6 +33,7 @@ from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from lora_core.placeholders import Placeholder, bind_placeholders
+from lora_core.text import SHOWN
 
 MOST_LISTED = 4  # renamed tokens that are reported one by one
 TOKENIZERS = {  # text encoder -> the key of its tokenizer
@@ -415,8 +416,11 @@ def _unexpected_facts(
             "or as renamed"
         )
     if not state.tokens and embeddings.TOKEN_NAMES in state.metadata:
+        listed_names = state.metadata[embeddings.TOKEN_NAMES]
+        if len(listed_names) > SHOWN:
+            listed_names = listed_names[:SHOWN] + " ..."
         facts.append(
-            f"{source} was trained with the tokens {state.metadata[embeddings.TOKEN_NAMES]}, "
+            f"{source} was trained with the tokens {listed_names}, "
             "whose rows it does not hold; give the run's folder"
         )
     return tuple(facts)

@@ -31,10 +31,11 @@ from lora_core.data.listing import (
     pair_texts,
 )
 from lora_core.errors import UserError
-from lora_core.text import LONGEST_TABLE, parse_json, read_text, shorten_value
+from lora_core.text import LONGEST_TABLE, nearest_names, parse_json, read_text, shorten_value
 
 IMAGE_FOLDERS, CAPTION_FOLDERS = ("image", "images"), ("caption", "captions")
 MASK_FOLDERS = ("mask", "masks")
+KEYS = ("instance_prompt", "instance_data_dir", "caption_dir", "mask_dir")  # of a concept
 EXAMPLE = '[{"instance_prompt": "a photo of TOK", "instance_data_dir": "photos"}]'
 
 
@@ -128,6 +129,13 @@ def _read_concept(file: Path, row: Any, number: int) -> FolderContents:
         raise UserError(
             f"{where} is {shorten_value(row)}, expected an object with instance_data_dir"
         )
+    for key in row:
+        if key not in KEYS:
+            near = nearest_names(key, KEYS)[0]
+            raise UserError(
+                f"{where} has {shorten_value(key)}, which means nothing here; "
+                f"the nearest is {near} of {', '.join(KEYS)}"
+            )
     prompt = row.get("instance_prompt") or ""
     if not isinstance(prompt, str):
         raise UserError(f"instance_prompt of {where} is {shorten_value(prompt)}, expected a text")

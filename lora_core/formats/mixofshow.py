@@ -213,8 +213,8 @@ def _concept_rows(state: AdapterState, refused: str) -> dict[str, Tensor]:
     """Concept -> its rows [16, d], or [1, d] of one token for all layers, which loads there too."""
     if not state.tokens:
         raise UserError(
-            f"{refused} its loader needs a concept, and there are no learned tokens; write the "
-            "format diffusers"
+            f"{refused} its loader needs a concept, and there are no learned tokens; give the "
+            "run's folder, where they are in a file of their own, or write the format diffusers"
         )
     if list(state.tokens) != [ENCODER]:
         raise UserError(
