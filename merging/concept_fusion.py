@@ -388,10 +388,10 @@ def _check_family(family: Family, settings: FusionSettings) -> None:
             "the base is an inpainting model, which draws no image from a prompt alone; "
             "fuse into the plain model of that family"
         )
-    if settings.resolution % family.multiple:
+    if settings.resolution < 0 or settings.resolution % family.multiple:
         raise UserError(
             f"--resolution {settings.resolution}: the sides of this model's images must be "
-            f"multiples of {family.multiple}"
+            f"multiples of {family.multiple}, such as {family.resolution}"
         )
 
 

@@ -90,9 +90,8 @@ def read_concepts(texts: Sequence[str], layout: Layout, reading: FileReadOptions
     paths = [source.path for source in sources]
     if len(paths) < 2:
         raise UserError("a fusion takes two or more concepts; fold puts one LoRA into a model")
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UserError(f"the concept {path} is given twice; give it once, with one strength")
+    for number, path in enumerate(paths):
+        _refuse_same_file(path, paths[:number])
         if is_whole_model(path):
             raise UserError(f"{path} is a whole model where the LoRA of a concept is expected")
     states = open_each(paths, layout, reading, merging=True)
@@ -152,6 +151,18 @@ def prompt_texts(given: Sequence[str]) -> tuple[str, ...]:
     return tuple("\n".join(_read_prompts(text)) for text in given)
 
 
+def _refuse_same_file(path: str, others: Sequence[str]) -> None:
+    """Raises UserError where another path leads to the same file, or to the run folder of it."""
+    own = Path(path).resolve()
+    for other in others:
+        place = Path(other).resolve()
+        if own == place or own.parent == place or place.parent == own:
+            same = "" if path == other else f" ({other} and {path} are the same)"
+            raise UserError(
+                f"the concept {other} is given twice{same}; give it once, with one strength"
+            )
+
+
 def _finite_strengths(source: LoraSource, state: AdapterState) -> dict[str, float]:
     strengths = strengths_by_component(source, state.changed_components)
     for name, value in strengths.items():
@@ -193,13 +204,18 @@ def _rename_words(concept: Concept, names: Mapping[str, str]) -> tuple[Placehold
 
 
 def _read_prompts(text: str) -> list[str]:
-    """The prompts of a text, or of a file of that name: one a line. Raises UserError for none."""
+    """The prompts of a text, or of a file of that name: one a line.
+
+    Raises UserError for none, and for the name of a text file that does not exist.
+    """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if os.path.isfile(text):
         try:
             lines = read_lines(Path(text))
         except OSError as error:
             raise UserError(f"cannot read the prompt file {text}: {error}") from None
+    elif text.endswith(".txt"):
+        raise UserError(f"the prompt file {text} does not exist; give a file, or the prompt itself")
     if not lines:
         raise UserError(f"--prompts {text!r} has no prompt")
     for line in lines:

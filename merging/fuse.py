@@ -20,6 +20,7 @@ from merging.folding import FoldStatistics, fold_adapters
 from merging.model_sums import (
     is_single_file_name,
     print_fold_table,
+    token_file_output,
     write_diffusers_folder,
     write_model_file,
 )
@@ -59,6 +60,7 @@ def run_fuse(options: Fuse) -> None:
         concepts, learned, notes = join_concepts(concepts, taken)
         for note in notes:
             print_note(note)
+        token_file_output(learned, output)  # raises before minutes of drawing
         terms = [concept.term for concept in concepts]
         if options.how == "gradient":
             concepts = add_prompts(concepts, options.prompts)

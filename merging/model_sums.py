@@ -102,9 +102,7 @@ def write_model_file(
     A dry run computes every tensor and drops it.
     """
     path, locations = Path(output.path), network_locations(base)
-    token_output = replace(output, path=str(token_file_path(path)), format="embeddings")
-    if tokens.tokens:
-        check_output(token_output)
+    token_output = token_file_output(tokens, output)
     if output.dry_run:
         _read_all(with_progress(model, "checking"))
         return []
@@ -115,7 +113,7 @@ def write_model_file(
         header=output.header,
         overwrite=output.overwrite,
     )
-    token_files = write_adapter(tokens, token_output, base.layout) if tokens.tokens else []
+    token_files = write_adapter(tokens, token_output, base.layout) if token_output else []
     return [path, *token_files]
 
 
@@ -140,6 +138,19 @@ def write_diffusers_folder(
     counted, path = with_progress(model, "writing"), Path(output.path)
     write_model_folder(counted, configs, path, overwrite=output.overwrite, finish=finish)
     return [path]
+
+
+def token_file_output(tokens: AdapterState, output: Output) -> Output | None:
+    """The file of tokens next to a model that is a single file, or None.
+
+    A folder has them in it. Raises UserError for a file that cannot be written.
+    """
+    if not tokens.tokens or not is_single_file_name(output.path):
+        return None
+    file = str(token_file_path(Path(output.path)))
+    found = replace(output, path=file, format="embeddings")
+    check_output(found)
+    return found
 
 
 def is_single_file_name(path: str) -> bool:

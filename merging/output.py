@@ -84,16 +84,23 @@ def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:
         is_whole_model(path)  # raises for a path that does not exist
     if output.dry_run:
         return output
-    _refuse_inputs_below(output, inputs)
+    _refuse_replaced_inputs(output, inputs)
     if os.path.isfile(output.path):
         check_output(output)
     return replace(output, recipe=make_recipe(command, options, inputs))
 
 
-def _refuse_inputs_below(output: Output, inputs: Sequence[str]) -> None:
-    """Raises UserError for an input in the folder that the output would replace."""
+def _refuse_replaced_inputs(output: Output, inputs: Sequence[str]) -> None:
+    """Raises UserError for an input in the folder that the output would replace, and for a whole
+    model in its place: what was made of it could not be made again.
+    """
     folder = Path(output.path).resolve()
     for path in inputs:
+        if Path(path).resolve() == folder and is_whole_model(path):
+            raise UserError(
+                f"the output {output.path} is the input {path}, a whole model that would be "
+                "replaced; name another output"
+            )
         if folder in Path(path).resolve().parents:
             raise UserError(
                 f"the input {path} lies in the output {output.path}, which would be replaced with "

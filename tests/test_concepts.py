@@ -34,6 +34,8 @@ def test_strengths_are_read_by_network(here: Path, layout: Layout) -> None:
     [
         (["run"], "takes two or more concepts; fold puts one"),
         (["run", "run:0.5"], "run is given twice"),
+        (["run", "./run/"], r"given twice \(run and ./run/ are the same\)"),
+        (["run", "run/run_emb.safetensors"], "given twice"),
         (["run", "base"], "base is a whole model"),
         (["run", "c.safetensors:much"], "the concept c.safetensors:much: cannot read the strength"),
         (["run", "c.safetensors:nan"], "expected a finite number"),
@@ -100,6 +102,7 @@ def test_prompts_are_the_sources_or_a_text_or_file_for_each(tmp_path: Path) -> N
             r"no prompt of b has one of its learned words \(ABC\)",
         ),
         (("TOK", "ABC"), ("a TOK", " "), "has no prompt"),
+        (("", ""), ("a dog", "lost.txt"), "the prompt file lost.txt does not exist"),
         (("", ""), ("a dog", "a dog"), "a and b have the same prompts"),
     ],
 )

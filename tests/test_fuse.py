@@ -160,7 +160,12 @@ REFUSED = [
         "--prompts has no effect with --how sum",
     ),
     (("run", "c.safetensors", "o", "--base", "base", "--resolution", "13"), "--resolution 13"),
+    (("run", "c.safetensors", "o", "--base", "base", "--resolution", "-16"), "--resolution -16"),
     (("run", "c.safetensors", "a.safetensors/o", "--base", "base"), "not a folder"),
+    (
+        ("run", "c.safetensors", "base", "--base", "base", "--overwrite"),
+        "the output base is the input base, a whole model",
+    ),
 ]
 
 
@@ -172,6 +177,16 @@ def test_mistakes_are_one_sentence(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence in errors[0]
     assert not Path("o").exists()
+
+
+def test_a_token_file_that_exists_is_refused_before_anything_is_drawn(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("o_emb.safetensors").write_bytes(b"")
+    call("fuse", "run", "c.safetensors", "o.safetensors", "--base", "base", *FAST, status=2)
+    said = capsys.readouterr()
+    assert "error: o_emb.safetensors is there already" in said.err
+    assert "recorded with" not in said.out and not Path("o.safetensors").exists()
 
 
 def test_concepts_of_different_families_are_refused(
