@@ -77,7 +77,7 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
     output = StepOutput(
         out, target, x.x0, x.eps, x_t, x.level, form, x.mask, x.is_prior, x.number,
         lazy=lazy_members(model, x, x_t, cond, maps), t_max=model.family.schedule.t_max,
-        network=prediction, token_positions=x.token_positions,
+        network=prediction, token_positions=x.token_positions, unweighted_mask=x.unweighted_mask,
     )  # fmt: skip
     rows = loss(output)
     losses.check_loss_shape(rows, loss, len(x.is_prior))

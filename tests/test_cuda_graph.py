@@ -166,6 +166,7 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": OptimizerConfig(warmup=3, schedule="cosine"),
     },
     "dora through the norm": {"adapter": AdapterConfig(rank=2, kind="dora", norm_grad="full")},
+    "lokr": {"adapter": AdapterConfig(rank=2, kind="lokr", dropout=0.3, module_dropout=0.2)},
     "dropout": {
         "adapter": AdapterConfig(rank=2, dropout=0.3, rank_dropout=0.2, module_dropout=0.2)
     },

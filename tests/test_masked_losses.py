@@ -147,6 +147,20 @@ def test_the_loss_outside_is_the_weighted_difference_from_the_base_model() -> No
         add_outside_preservation(LOSSES["mse"], 0.3)(a_step(masks()))
 
 
+@pytest.mark.parametrize("scale", MASK_SCALES)
+def test_outside_is_what_the_drawn_mask_leaves_whatever_the_weights(scale: str) -> None:
+    """Grey of 0.4 everywhere is the brightest of its batch: cloneofsimo's weights are 1 there."""
+    base, drawn = numbers(*SHAPE, seed=2), masks()
+    drawn = torch.cat([drawn[:1], torch.full_like(drawn, 0.4)[:2]])
+    weights = MASK_SCALES[scale].weights(drawn, 2.0)
+    step = replace(a_step(weights, plain_base_out=lambda: base), unweighted_mask=drawn)
+    plain = scale_masked_loss(LOSSES["mse"], scale)
+    outside = 1 - drawn
+    change = (outside * (step.out - base) ** 2).sum((1, 2, 3)) / (4 * outside.sum((1, 2, 3)))
+    found = add_outside_preservation(plain, 0.3)(step)
+    torch.testing.assert_close(found, plain(step) + 0.3 * change, rtol=1e-12, atol=0)
+
+
 def output_of(s: OpenedRun) -> StepOutput:
     """The StepOutput of the first batch, with the model as it is."""
     batch = next(iter(s.data.batches(s.config, 0, 1)))
@@ -223,6 +237,7 @@ def test_a_run_takes_the_scale_and_the_stages_temperature(config: Config, plain:
     small = nn.functional.interpolate(batch.mask, step.mask.shape[-2:], mode="area")
     lifted = (small + 0.01) ** 2
     torch.testing.assert_close(step.mask, (lifted / lifted.max()) ** 2)
+    assert step.drawn_mask is not None and torch.equal(step.drawn_mask, small)
     expected = cloneofsimo(step.out, step.target, small, 2.0)
     torch.testing.assert_close(s.functions.loss(step), expected, rtol=1e-5, atol=0)
 

@@ -67,6 +67,8 @@ class StepInputs:
     # [b, n] of the learned tokens of each caption, in its order; -1 where it has fewer than n. None
     # unless the loss reads attention maps and the encoder that they are on learns tokens.
     token_positions: Tensor | None = None
+    # [b, 1, h, w] the masks that `mask` was made of, where it is not the same
+    unweighted_mask: Tensor | None = None
 
 
 class InputSource:
@@ -167,9 +169,10 @@ def _make_inputs(
     sizes = Sizes(batch.original_sizes, batch.crops, (height, width))
     if source.model.family.embeds_sizes:
         sizes = sizes._replace(values=to_device(sizes.to_tensor("cpu"), device))
-    mask = inpaint = dropout_keys = swapped = plain = None
+    mask = drawn = inpaint = dropout_keys = swapped = plain = None
     if batch.mask is not None and config.data.mask_use != "hole":
-        mask = _loss_mask(batch.mask, config.mask_scale, stage.mask_temperature, x0)
+        drawn = _shrink_mask(batch.mask, x0)
+        mask = MASK_SCALES[config.mask_scale].weights(drawn, stage.mask_temperature)
     if source.model.family.inpainting:
         inpaint = _inpainting_input(source, batch, keys)
     if source.has_dropout:
@@ -201,6 +204,7 @@ def _make_inputs(
         swapped=swapped,
         token_positions=positions,
         plain=plain,
+        unweighted_mask=None if mask is drawn else drawn,
     )
 
 
@@ -286,10 +290,9 @@ def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[T
     )
 
 
-def _loss_mask(mask: Tensor, scale: str, temperature: float, x0: Tensor) -> Tensor:
-    """[b, 1, h, w] the weights of a mask's scale on the grid of the latents."""
-    small = F.interpolate(mask, x0.shape[-2:], mode="area")
-    return MASK_SCALES[scale].weights(to_device(small, x0.device, x0.dtype), temperature)
+def _shrink_mask(mask: Tensor, x0: Tensor) -> Tensor:
+    """[b, 1, h, w] the area means of masks on the grid of the latents."""
+    return to_device(F.interpolate(mask, x0.shape[-2:], mode="area"), x0.device, x0.dtype)
 
 
 @torch.no_grad()

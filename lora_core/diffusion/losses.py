@@ -113,7 +113,7 @@ for _loss in ATTENTION_LOSSES:
 
 
 def _attention_targets(step: StepOutput, weight: float) -> tuple[Tensor, Tensor]:
-    """(positions of the learned tokens [b, n], mask [b, 1, h, w]).
+    """(positions of the learned tokens [b, n], masks [b, 1, h, w] as drawn).
 
     Raises UserError where there are no learned tokens that attention reads, or no masks, and for a
     negative weight, which would draw attention out of the masks.
@@ -126,12 +126,12 @@ def _attention_targets(step: StepOutput, weight: float) -> tuple[Tensor, Tensor]
             "whose tokens the denoiser's attention reads learns none; train tokens "
             "(stages.0.groups, for a T5 encoder --tokens.encoders t5) or choose another --loss"
         )
-    if step.mask is None:
+    if step.drawn_mask is None:
         raise UserError(
             "this loss compares the attention on learned tokens with masks, and there are none; "
             "set --data.masks or choose another --loss"
         )
-    return step.token_positions, step.mask
+    return step.token_positions, step.drawn_mask
 
 
 def is_capturable(loss: Callable[..., Tensor]) -> bool:

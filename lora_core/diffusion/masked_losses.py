@@ -34,14 +34,21 @@ class MaskScale(NamedTuple):
 
 
 def sharpen_mask(mask: Tensor, temperature: float) -> Tensor:
-    """The mask [b, 1, h, w] to the power of the temperature.
+    """The mask [b, 1, h, w] to the power of the temperature, the mask itself for 1.
 
     Where a mask would underflow to zero in this dtype, it is divided by its maximum first, which
     leaves a loss that divides by the mask's sum unchanged.
     """
     raised = mask**temperature
+    if temperature == 1:
+        return mask
     brightest = mask.amax((1, 2, 3), keepdim=True)
     return torch.where(brightest**temperature < 1e-30, (mask / brightest) ** temperature, raised)
+
+
+def raise_mask(mask: Tensor, temperature: float) -> Tensor:
+    """The mask [b, 1, h, w] to the power of the temperature, the mask itself for 1."""
+    return mask if temperature == 1 else mask**temperature
 
 
 def lift_mask(mask: Tensor, temperature: float) -> Tensor:
@@ -67,7 +74,7 @@ MASK_SCALES: dict[str, MaskScale] = {
     ),
     "cloneofsimo": MaskScale(lift_mask, _mean_weight),
     # kohya's --masked_loss
-    "unnormalized": MaskScale(lambda mask, temperature: mask**temperature, _mean_weight),
+    "unnormalized": MaskScale(raise_mask, _mean_weight),
 }
 
 
@@ -109,16 +116,16 @@ def scale_masked_loss(loss: Loss, scale: str) -> Loss:
 def add_outside_preservation(loss: Loss, weight: float) -> Loss:
     """The loss plus `weight` times the squared difference from the base model outside the mask.
 
-    The difference is the mean of (out - base)^2 weighted by 1 - mask; `base` is
-    `step.plain_base_out`. It is 0 for an image without a black part in its mask, such as a class
-    image. Costs one more forward pass without gradient.
+    The difference is the mean of (out - base)^2 weighted by 1 - m for the masks m as drawn,
+    whatever their scale; `base` is `step.plain_base_out`. It is 0 for an image without a black part
+    in its mask, such as a class image. Costs one more forward pass without gradient.
     """
 
     def preserving_loss(step: StepOutput) -> Tensor:
         rows = loss(step)
-        if step.mask is None:
+        if step.drawn_mask is None:
             return rows
-        outside = 1 - step.mask
+        outside = 1 - step.drawn_mask
         change = call("snr_weighted_mse", step.out, step.plain_base_out, outside, None)
         return rows + weight * change
 

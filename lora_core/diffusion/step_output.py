@@ -45,6 +45,14 @@ class StepOutput:
     # [b, n] of the learned tokens of each prompt among the columns of the attention maps, in the
     # prompt's order; -1 where it has fewer than n. For losses that read attention.
     token_positions: Tensor | None = None
+    # [b, 1, h, w] the masks before a scale and a temperature made the weights `mask` of them; None
+    # where `mask` is as they are.
+    unweighted_mask: Tensor | None = None
+
+    @property
+    def drawn_mask(self) -> Tensor | None:
+        """[b, 1, h, w] in [0, 1], the masks of the images as drawn: 1 is what is learned."""
+        return self.mask if self.unweighted_mask is None else self.unweighted_mask
 
     @cached_property
     def x0_pred(self) -> Tensor:
