@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from merging.commands import Fuse
 from merging.least_squares import (
     EXACT,
     Factors,
@@ -18,7 +19,6 @@ from merging.least_squares import (
     largest_ridge,
 )
 
-ITERATIONS = 500  # of the source
 # Solutions of one problem by two routes in fp64 differ by eps times the condition number of X^T X.
 UNIT = torch.finfo(torch.float64).eps
 
@@ -112,29 +112,38 @@ def lbfgs(inputs: Tensor, targets: Tensor, start: Tensor, iterations: int) -> Te
     return best
 
 
-@pytest.mark.parametrize(("counts", "features"), [((9, 12), 48), ((90, 70), 24)])
+@pytest.mark.parametrize(
+    ("counts", "features", "decades", "iterations", "how"),
+    [
+        ((9, 12), 48, 4, 500, Regularization()),
+        ((90, 70), 24, 4, 500, Regularization()),
+        ((400, 300), 64, 2, 50, Regularization(ridge=Fuse().ridge)),
+    ],
+    ids=["text, keys and values: dual", "text, keys and values: primal", "layers that draw"],
+)
 def test_the_objective_is_at_most_that_of_lbfgs_in_less_time(
-    counts: tuple[int, ...], features: int
+    counts: tuple[int, ...], features: int, decades: float, iterations: int, how: Regularization
 ) -> None:
-    """In fp32, as the source: 500 iterations from W0, in the dual and in the primal form.
+    """In fp32 from W0, with the source's iterations and the command's ridge for each step.
 
     The time is asserted at a quarter of what is promised, because a test has noisy neighbours.
     """
     out = 32
-    inputs = random_inputs(counts, features, decades=4, dtype=torch.float32)
+    inputs = random_inputs(counts, features, decades=decades, dtype=torch.float32)
     updates = random_updates(2, out, features)
     base = randn(out, features, seed=3, dtype=torch.float32) / features**0.5
     targets = [x @ (base + dense(own).float()).T for x, own in zip(inputs, updates)]
     start = time.perf_counter()
-    ours = dense(fuse(inputs, updates, how=Regularization()).update)
+    ours = dense(fuse(inputs, updates, how=how).update)
     own_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    weight = lbfgs(torch.cat(inputs), torch.cat(targets), base, ITERATIONS)
+    weight = lbfgs(torch.cat(inputs), torch.cat(targets), base, iterations)
     seconds = time.perf_counter() - start
     theirs = objective(inputs, updates, weight.double() - base.double())
     square = float(torch.cat(targets).double().square().mean())
     assert objective(inputs, updates, ours) <= theirs * 1.001 + 1e-12 * square
-    assert seconds > 5 * own_seconds, (seconds, own_seconds)
+    if iterations == 500:
+        assert seconds > 5 * own_seconds, (seconds, own_seconds)
 
 
 @pytest.mark.parametrize(("counts", "features"), [((3, 5, 4), 17), ((40, 31, 50), 13)])
