@@ -631,7 +631,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
         shown = _center_crop(tmp_path / name, use_alpha=False)
         assert shown.tobytes() == read_image(tmp_path / name).image.tobytes()
         assert (
-            fit_image(str(tmp_path / name), 40, 40).tobytes()
+            fit_image(read_image(tmp_path / name).image, 40, 40).tobytes()
             == read_image(tmp_path / name).image.tobytes()
         )
     clear = noise(8, 8)
@@ -644,7 +644,7 @@ def test_what_shows_a_training_image_reads_it_as_training_does(tmp_path):
     paint = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
     paint.paste((255, 255, 255, 255), (10, 10, 30, 30))
     paint.save(tmp_path / "hole.png")
-    hole = fit_image(str(tmp_path / "hole.png"), 40, 40, is_mask=True)
+    hole = fit_image(read_mask(tmp_path / "hole.png"), 40, 40)
     assert hole.mode == "L" and hole.getbbox() == (10, 10, 30, 30)
 
 
