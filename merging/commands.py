@@ -21,7 +21,7 @@ from merging.truncation import Keep
 
 MERGE_METHODS = ("sum", "slerp", "ties", "dare", "dare_ties", "magnitude")
 DENSITY_METHODS = MERGE_METHODS[2:]  # those that --density has an effect on
-FUSION_METHODS = ("gradient", "sum")
+FUSION_METHODS = ("gradient", "corrected", "sum")
 ADD_MODES = ("lpl", "ljl", "upl", "upl-ckpt-v2")
 DTYPE_NAMES = ("fp32", "fp16", "bf16", "fp64")
 SVD_METHODS = ("randomized", "exact")
@@ -265,10 +265,14 @@ class Fuse:
     out: Annotated[str, text("OUT")] = ""
     """the result: a folder, or a file in .safetensors or .ckpt; OUT may also be the last word"""
     how: Annotated[str, choice("H", FUSION_METHODS), PLAIN] = "gradient"
-    """gradient: least squares on each layer's inputs; sum: the sum of the updates (gradient)"""
+    """gradient: least squares on each layer's inputs; corrected: the same, but near the sum of the
+    updates; sum: the sum of the updates (gradient)"""
     ridge: Annotated[float, number("R", float), PLAIN] = 0.001
     """how much the layers that draw are kept from fitting every detail of these inputs: a share of
     their mean square; 0 is the least error on them (0.001)"""
+    pull: Annotated[float, number("R", float), PLAIN] = 0.3
+    """with --how corrected, how strongly every layer is pulled to the sum: a share of its inputs'
+    mean square (0.3)"""
     drawing: Annotated[DrawingOptions, group("drawing")] = DrawingOptions()
     files: Annotated[ModelFileOptions, FILES] = ModelFileOptions()
 

@@ -58,7 +58,7 @@ Records = Sequence[Mapping[LayerKey, InputMoments]]  # of each concept
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """Images that are drawn of each prompt, the memory for Gram matrices, the ridge."""
+    """Images that are drawn of each prompt, the memory for Gram matrices, the regularization."""
 
     steps: int = 20
     images: int = 1
@@ -66,6 +66,7 @@ class FusionSettings:
     resolution: int = 0  # pixels; 0: the model's own
     memory: float = 8e9  # bytes
     ridge: float = 1e-3  # of the layers of the third step, as in Regularization
+    pull: float = 0.0  # above 0: the ridge of all steps, by which updates are near their sum
 
 
 class LayerFit(NamedTuple):
@@ -114,12 +115,16 @@ def fuse_concepts(
     others = [key for key in own if key not in text and key not in crossed]
     with recorded_ids({name: family.modules[name] for name in encoders}) as ids:
         run = _FusionRun(family, concepts, learned.token_names, settings, ids)
-        run.fuse_layers(Step("text encoders", text, encoders, run.read_prompts, run.text_places))
+        first, last = Regularization(), Regularization(ridge=settings.ridge)
+        if settings.pull:
+            first = last = Regularization(ridge=settings.pull, towards_sum=True)
+        read = Step("text encoders", text, encoders, run.read_prompts, run.text_places, first)
+        run.fuse_layers(read)
         for number, concept in enumerate(concepts):
             _add_parameters(family, concept, encoders, f"fused {number}")
-        run.fuse_layers(Step("keys, values", crossed, (), run.denoise_once, run.word_places))
-        how = Regularization(ridge=settings.ridge)
-        drawn = Step("other layers", others, (family.denoiser,), run.draw_prompts, how=how)
+        crosses = Step("keys, values", crossed, (), run.denoise_once, run.word_places, first)
+        run.fuse_layers(crosses)
+        drawn = Step("other layers", others, (family.denoiser,), run.draw_prompts, how=last)
         run.fuse_layers(drawn)
     return run.fusion
 

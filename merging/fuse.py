@@ -47,6 +47,8 @@ def run_fuse(options: Fuse) -> None:
     _refuse_idle_options(options)
     if not 0 <= options.ridge < math.inf:
         raise UserError(f"--ridge {options.ridge:g} is not 0 or more; 0.001 is the default")
+    if not 0 < options.pull < math.inf:
+        raise UserError(f"--pull {options.pull:g} is not a number above 0; 0.3 is the default")
     if not options.drawing.memory > 0:
         raise UserError(f"--memory {options.drawing.memory:g} is not a number of gigabytes above 0")
     options = replace(options, prompts=prompt_texts(options.prompts))
@@ -62,7 +64,7 @@ def run_fuse(options: Fuse) -> None:
             print_note(note)
         token_file_output(learned, output)  # raises before minutes of drawing
         terms = [concept.term for concept in concepts]
-        if options.how == "gradient":
+        if options.how != "sum":
             concepts = add_prompts(concepts, options.prompts)
             fusion = _fuse_on_model(options, base, concepts, learned)
             parameters = [replace(term.state, components={}) for term in terms]
@@ -92,6 +94,7 @@ def _fuse_on_model(
         drawing.resolution,
         1e9 * drawing.memory,
         options.ridge,
+        options.pull if options.how == "corrected" else 0.0,
     )
     family = _load_model(options, base, paths)
     fusion = fuse_concepts(family, concepts, learned, settings)
@@ -172,18 +175,19 @@ def _warn_of_losses(fusion: Fusion, paths: Sequence[str]) -> None:
 
 
 def _refuse_idle_options(options: Fuse) -> None:
-    """Raises UserError for options of drawing where nothing is drawn."""
-    if options.how == "gradient":
-        return
-    given = ["--prompts"] if options.prompts else []
-    given += ["--ridge"] if options.ridge != Fuse().ridge else []
-    for option in fields(DrawingOptions):
-        if getattr(options.drawing, option.name) != option.default:
-            given.append(f"--{option.name}")
-    if given:
-        raise UserError(
-            f"{given[0]} has no effect with --how {options.how}, which draws nothing; leave it out"
-        )
+    """Raises UserError for options that the chosen method does not read."""
+    usual = Fuse()
+    idle = []
+    for name, how in (("ridge", "gradient"), ("pull", "corrected")):
+        if getattr(options, name) != getattr(usual, name) and options.how != how:
+            idle.append((f"--{name}", f"it belongs to --how {how}"))
+    if options.how == "sum":
+        idle += [("--prompts", "nothing is drawn")] if options.prompts else []
+        for option in fields(DrawingOptions):
+            if getattr(options.drawing, option.name) != option.default:
+                idle.append((f"--{option.name}", "nothing is drawn"))
+    for flag, why in idle:
+        raise UserError(f"{flag} has no effect with --how {options.how}, {why}; leave it out")
 
 
 def _base_words(base: BaseModel) -> list[str]:

@@ -16,6 +16,10 @@ prompts. So a little more than the minimum is allowed, and of all D within that 
 norm is taken: it is D with (G + rho)^-1 in place of G^+ (Tikhonov), for the largest such rho. The
 loss grows by sum_i |R v_i|^2 rho^2 / (l_i (l_i + rho)^2), for R = sum_c D_c G_c and the eigenvalues
 l_i and eigenvectors v_i of G.
+
+`towards_sum` takes the D of least distance to the sum S of the updates instead: the same problem
+for D - S, whose targets are D_c - S = -(the updates of the other concepts). Inputs that no concept
+has get the sum, and with a larger rho all of D is pulled to it.
 """
 
 from __future__ import annotations
@@ -94,6 +98,7 @@ class Regularization:
     # Share of sum_c |X_c D_c^T|^2: matters where the minimum is 0.
     of_energy: float = 1e-12
     ridge: float = 0.0  # the least rho, as a share of the mean eigenvalue of G
+    towards_sum: bool = False  # whether D is to be near the sum of updates, not near 0
 
 
 EXACT = Regularization(0.0, 0.0)  # the minimiser
@@ -145,16 +150,18 @@ class InputSpectrum:
         """The fused update of a layer from one update for each concept."""
         wide = [_as_double(update, self.kept.device) for update in updates]
         energies = [_energy([own], moments) for own, moments in zip(wide, self.moments)]
-        seen = [Factors(own.up, self._project(i, own.down)) for i, own in enumerate(wide)]
+        aims = [_without_others(wide, i) for i in range(len(wide))] if how.towards_sum else wide
+        seen = [Factors(own.up, self._project(i, own.down)) for i, own in enumerate(aims)]
         solved = self._solve(seen, 0.0)
-        least = sum(self._residuals(wide, solved))
+        least = sum(self._residuals(aims, solved))
         allowed = how.of_minimum * least + how.of_energy * sum(energies)
         squares = _column_squares(_join_factors(seen))
         mean = float(self.kept.sum()) / wide[0].down.shape[1]
         ridge = max(largest_ridge(self.kept, squares, allowed), how.ridge * mean)
         solved = self._solve(seen, ridge)
-        residuals = self._residuals(wide, solved)
-        return FusedLayer(_join_factors(solved), tuple(residuals), tuple(energies))
+        residuals = self._residuals(aims, solved)
+        parts = [*solved, *wide] if how.towards_sum else solved
+        return FusedLayer(_join_factors(parts), tuple(residuals), tuple(energies))
 
     def lose_by_sum(self, updates: Sequence[Factors]) -> tuple[float, ...]:
         """The residual of each concept where the updates are added up instead."""
@@ -258,6 +265,14 @@ def _add_gram_(gram: Tensor, rows: Tensor) -> None:
 def _as_double(update: Factors, device: torch.device) -> Factors:
     up = None if update.up is None else update.up.to(device, torch.float64)
     return Factors(up, update.down.to(device, torch.float64))
+
+
+def _without_others(updates: Sequence[Factors], number: int) -> Factors:
+    """D_c - S of one concept: minus the sum of the other concepts' updates."""
+    joined = _join_factors([*updates[:number], *updates[number + 1 :]])
+    if joined.up is None:
+        return Factors(None, -joined.down)
+    return Factors(-joined.up, joined.down)
 
 
 def _join_factors(updates: Sequence[Factors]) -> Factors:

@@ -20,6 +20,7 @@ from lora_core.formats.model_words import model_placeholders
 from lora_core.placeholders import Placeholder
 from merging.concept_fusion import Fusion, LayerFit
 from merging.fuse import fit_table, shares_kept
+from models import load_family
 from tests.merge_commands import call, deltas, summed
 from tests.norm_files import norm_changes, save_changes
 from tests.tiny_pipeline import pipeline
@@ -124,6 +125,16 @@ def test_a_fused_model_is_made_again_from_its_recipe(
     assert "has 'run' as concepts, expected texts" in capsys.readouterr().err
 
 
+def test_corrected_lies_between_gradient_and_sum(here: Path) -> None:
+    """A strong pull gives the sum of the updates."""
+    found = {}
+    for how, more in {"sum": (), "corrected": ("--pull", "1e9", *FAST)}.items():
+        call("fuse", "run", "c.safetensors", f"{how}_out", "--base", "base", "--how", how, *more)
+        found[how] = load_family(f"{how}_out").modules["unet"].state_dict()
+    for key, value in found["sum"].items():
+        torch.testing.assert_close(found["corrected"][key], value, rtol=1e-5, atol=1e-6)
+
+
 def test_words_of_a_fused_base_stay(here: Path) -> None:
     call("fold", "base", "run", "once")
     assert [own.word for own in model_placeholders("once")] == ["TOK"]
@@ -154,6 +165,18 @@ REFUSED = [
     (
         ("run", "c.safetensors", "o", "--base", "base", "--how", "sum", "--steps", "9"),
         "--steps has no effect with --how sum",
+    ),
+    (
+        ("run", "c.safetensors", "o", "--base", "base", "--how", "corrected", "--pull", "0"),
+        "--pull 0 is not",
+    ),
+    (
+        ("run", "c.safetensors", "o", "--base", "base", "--pull", "0.2"),
+        "--pull has no effect with --how gradient, it belongs to --how corrected",
+    ),
+    (
+        ("run", "c.safetensors", "o", "--base", "base", "--how", "corrected", "--ridge", "0.2"),
+        "--ridge has no effect with --how corrected, it belongs to --how gradient",
     ),
     (
         ("run", "c.safetensors", "o", "--base", "base", "--how", "sum", "--prompts", "{}"),

@@ -268,6 +268,29 @@ def test_of_all_updates_within_the_slack_the_smallest_is_taken(counts: tuple[int
     assert float(dense(found.update).norm()) <= min(norms) * (1 + 1e-3)
 
 
+def test_near_the_sum_the_minimum_is_the_same_and_unseen_inputs_get_the_sum() -> None:
+    """A different minimiser: it is the sum where no concept has inputs, not 0."""
+    inputs, updates = random_inputs((9, 7), 40), random_updates(2, 12, 40)
+    near = Regularization(0.0, 0.0, towards_sum=True)
+    plain, moved = fuse(inputs, updates, how=EXACT), fuse(inputs, updates, how=near)
+    assert max(moved.residuals) < 1e-20 * max(moved.energies)
+    assert plain.energies == moved.energies
+    seen = torch.linalg.qr(torch.cat(inputs).T)[0]  # [40, 16]
+    unseen = randn(40, seed=5)
+    unseen = unseen - seen @ (seen.T @ unseen)
+    total = sum(dense(update) for update in updates)
+    torch.testing.assert_close(dense(moved.update) @ unseen, total @ unseen, rtol=1e-9, atol=1e-12)
+    assert (dense(plain.update) @ unseen).abs().max() < 1e-12
+
+
+def test_a_strong_pull_gives_the_sum() -> None:
+    inputs, updates = random_inputs((60, 70), 40), random_updates(3, 12, 40)[:2]
+    strong = Regularization(0.0, 0.0, ridge=1e9, towards_sum=True)
+    total = sum(dense(update) for update in updates)
+    found = dense(fuse(inputs, updates, how=strong).update)
+    torch.testing.assert_close(found, total, rtol=1e-6, atol=1e-8)
+
+
 def test_a_ridge_is_a_share_of_the_mean_eigenvalue() -> None:
     inputs, updates = random_inputs([60, 40], 12), random_updates(2, 5, 12)
     rows = torch.cat(inputs)

@@ -77,12 +77,12 @@ def fuse_demo(options: FusionOptions) -> dict[str, dict[str, float]]:
     began = time.perf_counter()
     out = Path(options.out)
     runs = {name: learn_concept(name, options) for name in INITIALIZERS}
-    gradient = ["--prompts", *PROMPTS]
+    corrected = ["--how", "corrected", "--prompts", *PROMPTS]
     if options.short:
-        gradient = ["--prompts", *PROMPTS[:2], "--steps", "2"]
+        corrected += ["--steps", "2"]
     models = {
         "summed": fuse_runs(list(runs.values()), out / "summed", ["--how", "sum"]),
-        "fused": fuse_runs(list(runs.values()), out / "fused", gradient),
+        "fused": fuse_runs(list(runs.values()), out / "fused", corrected),
     }
     reader = recogniser.load_recogniser()
     count = 2 if options.short else options.samples
