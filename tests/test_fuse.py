@@ -170,9 +170,6 @@ REFUSED = [
         ("run", "c.safetensors", "o", "--base", "base", "--how", "corrected", "--pull", "0"),
         "--pull 0 is not",
     ),
-        ("run", "c.safetensors", "o", "--base", "base", "--how", "corrected", "--pull", "0"),
-        "--pull 0 is not",
-    ),
     (
         ("run", "c.safetensors", "o", "--base", "base", "--pull", "0.2"),
         "--pull has no effect with --how gradient, it belongs to --how corrected",
