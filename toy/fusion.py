@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor
@@ -44,7 +45,9 @@ PROMPTS = (
     "photo of a {}", "{}", "a picture of {} in the sea", "a drawing of {} on a red background",
     "{} on a plain white background", "an image of {} in the snow",
 )  # fmt: skip
-SIDE = 64  # pixels of the model's images; one with both concepts is twice as wide
+SIDE = 64  # pixels of the model's images
+WIDE = 3 * SIDE  # of an image of both concepts, which stand at its ends
+SHIFTS = range(-24, 25, 8)  # pixels by which the part of such an image that is judged is moved
 SHOWN = 3  # images of a concept in a row of the sheet
 EACH = 4  # images of both concepts in one place
 BATCH = 16
@@ -191,8 +194,8 @@ def draw_both(
     reader: recogniser.Recogniser,
     count: int,
 ) -> JudgedImages:
-    """Images twice as wide, with a region for each concept; each half is judged by itself."""
-    wide = replace(recipe, width=len(words) * SIDE, height=SIDE)
+    """Wide images with a region for each concept, each of which is judged by itself."""
+    wide = replace(recipe, width=WIDE, height=SIDE)
     pixels = []
     for i, (text, _) in enumerate(demo_prompts(math.ceil(count / EACH), seed=4, name="zib")):
         place = text[text.index("TOK") + len("TOK ") :]
@@ -205,8 +208,8 @@ def draw_both(
         pixels.append(drawn)
     together = torch.cat(pixels)
     sure = {}
-    for i, name in enumerate(words):
-        sure[name] = reader.concept(together[..., i * SIDE : (i + 1) * SIDE], name)
+    for left, name in zip((0, WIDE - SIDE), words):
+        sure[name] = find_concept(reader, together, name, left)
     scores = {name: float((values > 0.5).float().mean()) for name, values in sure.items()}
     scores["both"] = float((torch.stack(list(sure.values())) > 0.5).all(0).float().mean())
     shown = range(0, count, EACH)[: 2 * SHOWN]  # one of each place
@@ -216,13 +219,27 @@ def draw_both(
     return JudgedImages(to_images(together[list(shown)]), notes, scores)
 
 
+def find_concept(reader: recogniser.Recogniser, pixels: Tensor, name: str, left: int) -> Tensor:
+    """[n] how sure the recogniser is of the concept in the square at `left`, or a little beside it.
+
+    It knows concepts near the middle of an image, and the model puts them anywhere in a region.
+    """
+    margin = max(SHIFTS)
+    padded = F.pad(pixels, (margin, margin, 0, 0), mode="replicate")
+    found = []
+    for shift in SHIFTS:
+        start = margin + left + shift
+        found.append(reader.concept(padded[..., start : start + SIDE], name))
+    return torch.stack(found).amax(0)
+
+
 def side_by_side(words: dict[str, Placeholder], place: str) -> list[PromptRegion]:
-    """A region for each concept, from left to right."""
+    """A region for each concept, at the left and at the right end."""
     regions = []
-    for i, word in enumerate(words.values()):
-        side = "left" if i == 0 else "right"
-        text = f"{i * SIDE},0,{(i + 1) * SIDE},{SIDE}: {word.word} at the {side} {place}"
-        regions.append(parse_region(text, len(words) * SIDE, SIDE))
+    ends = ((0, "left"), (WIDE - SIDE, "right"))
+    for (left, side), word in zip(ends, words.values(), strict=True):
+        text = f"{left},0,{left + SIDE},{SIDE}: {word.word} at the {side} {place}"
+        regions.append(parse_region(text, WIDE, SIDE))
     return regions
 
 
@@ -261,9 +278,9 @@ def print_scores(scores: dict[str, dict[str, float]], out: Path, seconds: float)
             print(f"fusion keeps {fused[name] / alone[name]:.0%} of the score of {name} alone")
     first, second = (word.word for word in model_placeholders(out / "fused"))
     print(f"""{seconds:.0f} s in all; see {out / "fusion.png"}; draw more of it:
-  python infer.py --model {out / "fused"} --width {2 * SIDE} --height {SIDE} --out two.png \\
+  python infer.py --model {out / "fused"} --width {WIDE} --height {SIDE} --out two.png \\
     --prompt "in the desert" --region "0,0,{SIDE},{SIDE}: {first} at the left in the desert" \\
-    --region "{SIDE},0,{2 * SIDE},{SIDE}: {second} at the right in the desert" """)
+    --region "{WIDE - SIDE},0,{WIDE},{SIDE}: {second} at the right in the desert" """)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
