@@ -131,8 +131,10 @@ class LayerAttention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        assert encoder_hidden_states is not None
-        text, split = self._own_text(attn, encoder_hidden_states), (attn.heads, -1)
+        text, split = encoder_hidden_states, (attn.heads, -1)
+        assert text is not None
+        if text.ndim != 3 or text.shape[-1] != attn.cross_attention_dim:
+            text = self._own_text(attn, text)
         q = attn.to_q(hidden_states).unflatten(-1, split).transpose(1, 2)
         k = attn.to_k(text).unflatten(-1, split).transpose(1, 2)
         v = attn.to_v(text).unflatten(-1, split).transpose(1, 2)
