@@ -355,7 +355,7 @@ class _FusionRun:
             fused.residuals,
             spectrum.lose_by_sum(factors),
             fused.energies,
-            spectrum.rank == max(spectrum.own_ranks, default=0) and fused.loss > AGREEMENT,
+            spectrum.rank == max(spectrum.own_ranks, default=0) and fused.least_loss > AGREEMENT,
         )
 
 

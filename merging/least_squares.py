@@ -113,12 +113,13 @@ class FusedLayer(NamedTuple):
     update: Factors  # fp64
     residuals: tuple[float, ...]
     energies: tuple[float, ...]
+    minimum: float  # the least possible sum of residuals
 
     @property
-    def loss(self) -> float:
-        """The relative sum of squares that is left; 0 where every concept's update is 0."""
+    def least_loss(self) -> float:
+        """The relative sum of squares that no update avoids; 0 where every update is 0."""
         energy = sum(self.energies)
-        return sum(self.residuals) / energy if energy else 0.0
+        return self.minimum / energy if energy else 0.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class InputSpectrum:
         solved = self._solve(seen, ridge)
         residuals = self._residuals(aims, solved)
         parts = [*solved, *wide] if how.towards_sum else solved
-        return FusedLayer(_join_factors(parts), tuple(residuals), tuple(energies))
+        return FusedLayer(_join_factors(parts), tuple(residuals), tuple(energies), least)
 
     def lose_by_sum(self, updates: Sequence[Factors]) -> tuple[float, ...]:
         """The residual of each concept where the updates are added up instead."""

@@ -169,7 +169,8 @@ def test_one_concept_is_kept_on_its_inputs_and_nothing_is_changed_elsewhere() ->
     torch.testing.assert_close(inputs[0] @ found.T, inputs[0] @ own.T, rtol=1e-12, atol=1e-13)
     unseen = torch.linalg.svd(inputs[0])[2][5:]
     assert float((unseen @ found.T).abs().max()) < 1e-14
-    assert fused.loss < 1e-24 < fused.energies[0]
+    assert fused.least_loss < 1e-24 < fused.energies[0]
+    assert sum(fused.residuals) < 1e-24 * sum(fused.energies)
 
 
 def test_concepts_with_orthogonal_inputs_are_all_kept() -> None:
@@ -281,6 +282,14 @@ def test_near_the_sum_the_minimum_is_the_same_and_unseen_inputs_get_the_sum() ->
     total = sum(dense(update) for update in updates)
     torch.testing.assert_close(dense(moved.update) @ unseen, total @ unseen, rtol=1e-9, atol=1e-12)
     assert (dense(plain.update) @ unseen).abs().max() < 1e-12
+
+
+def test_a_pull_is_no_contradiction_between_concepts() -> None:
+    """Equal concepts with equal inputs: the pull leaves a residual that the minimum has not."""
+    inputs = [random_inputs((9,), 40)[0]] * 2
+    updates = [random_updates(1, 12, 40)[0]] * 2
+    pulled = fuse(inputs, updates, how=Regularization(ridge=0.3, towards_sum=True))
+    assert pulled.least_loss < 100 * UNIT and sum(pulled.residuals) > 1e-3 * sum(pulled.energies)
 
 
 def test_a_strong_pull_gives_the_sum() -> None:
