@@ -174,8 +174,8 @@ class AdapterFormat:
     """The format of an adapter file."""
 
     format: Annotated[str, choice("F", WRITABLE), PLAIN] = ""
-    """diffusers, kohya, cloneofsimo, mixofshow, embeddings, a1111, textual_inversion (the first
-    input's)"""
+    """diffusers, kohya, cloneofsimo, mixofshow, embeddings, a1111, textual_inversion (as the
+    input)"""
 
 
 @dataclass(frozen=True)
@@ -260,19 +260,17 @@ class Fuse:
     base: Annotated[str, text("M")] = ""
     """the model that they are for: folder in the diffusers layout, single file, or hub id"""
     prompts: Annotated[tuple[str, ...], text("P")] = ()
-    """a text, or a file of one prompt a line, for each concept; or texts with {} for the words of
-    every concept ("photo of a {}" "{}")"""
+    """a text or a file of prompts for each concept, or texts with {} for its words ("a {}" "{}")"""
     out: Annotated[str, text("OUT")] = ""
     """the result: a folder, or a file in .safetensors or .ckpt; OUT may also be the last word"""
     how: Annotated[str, choice("H", FUSION_METHODS), PLAIN] = "gradient"
-    """gradient: least squares on each layer's inputs; corrected: the same, but near the sum of the
-    updates; sum: the sum of the updates (gradient)"""
+    """gradient: least squares on each layer's inputs; corrected: so, but near the sum; sum
+    (gradient)"""
     ridge: Annotated[float, number("R", float), PLAIN] = 0.001
     """how much the layers that draw are kept from fitting every detail of these inputs: a share of
     their mean square; 0 is the least error on them (0.001)"""
     pull: Annotated[float, number("R", float), PLAIN] = 0.3
-    """with --how corrected, how strongly every layer is pulled to the sum: a share of its inputs'
-    mean square (0.3)"""
+    """how strongly corrected layers are pulled to the sum: a share of inputs' mean square (0.3)"""
     drawing: Annotated[DrawingOptions, group("drawing")] = DrawingOptions()
     files: Annotated[ModelFileOptions, FILES] = ModelFileOptions()
 
