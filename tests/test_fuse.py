@@ -125,8 +125,8 @@ def test_a_fused_model_is_made_again_from_its_recipe(
     assert "has 'run' as concepts, expected texts" in capsys.readouterr().err
 
 
-def test_corrected_lies_between_gradient_and_sum(here: Path) -> None:
-    """A strong pull gives the sum of the updates."""
+def test_corrected_with_a_strong_pull_is_the_sum(here: Path) -> None:
+    """At the smallest pull it is the least-squares fit (tests/test_least_squares.py)."""
     found = {}
     for how, more in {"sum": (), "corrected": ("--pull", "1e9", *FAST)}.items():
         call("fuse", "run", "c.safetensors", f"{how}_out", "--base", "base", "--how", how, *more)
