@@ -185,8 +185,9 @@ def infer(config: Infer) -> list[Path]:
     axes = [parse_axis(text) for text in config.grid]
     check_image_options(config, axes, len(prompts), len(loras))
     refuse_other_files(loras)
-    for lora in loras if not config.adapter_kind else ():
-        warn_of_whole_model(config.model, Path(lora.path))
+    if not config.adapter_kind:
+        for lora in loras:
+            warn_of_whole_model(config.model, Path(lora.path))
     if config.threads:
         torch.set_num_threads(config.threads)
     family, refiner = open_models(config, loras)

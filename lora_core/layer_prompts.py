@@ -44,7 +44,8 @@ def split_prompts(
     rows = []
     for prompt in prompts:
         row = []
-        for text in (prompt,) * layers if isinstance(prompt, str) else prompt:
+        by_layer = (prompt,) * layers if isinstance(prompt, str) else prompt
+        for text in by_layer:
             if text not in numbers or not distinct:
                 numbers[text] = len(texts)
                 texts.append(text)

@@ -102,6 +102,7 @@ class InputSource:
         self.latents = TensorCache(made_by, cache or None)  # row of a PixelKey: mean and std
         # row of a PixelKey with a mask of its own as the hole: an inpainting model's input
         self.holes = TensorCache({**made_by, "hole": "mask"}, cache or None)
+        self.positions: dict[str, list[int]] = {}  # caption -> places of its learned tokens
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
         self.tokenized: dict[Prompt, dict[str, Tensor]] = {}  # bound text -> token ids [1, ...]
@@ -421,13 +422,15 @@ def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
 
 def _token_positions(source: InputSource, captions: Sequence[str]) -> Tensor:
     """[b, n] positions of the learned tokens in each caption, -1 after the last one."""
-    placeholders = source.model.placeholders
+    placeholders, known = source.model.placeholders, source.positions
     tokenizer = source.model.family.tokenizers[source.attended]
     n = sum(len(placeholder.names_at(0)) for placeholder in placeholders)
     rows = []
     for caption in captions:
-        found = token_positions(caption, placeholders, tokenizer, source.longest_prompt)[:n]
-        rows.append([*found, *[-1] * (n - len(found))])
+        if caption not in known:
+            found = token_positions(caption, placeholders, tokenizer, source.longest_prompt)[:n]
+            known[caption] = [*found, *[-1] * (n - len(found))]
+        rows.append(known[caption])
     return torch.tensor(rows)
 
 

@@ -48,7 +48,8 @@ def model_placeholders(model: str | Path) -> tuple[Placeholder, ...]:
     header = {name: json.dumps(table[name]) for name in (PLACEHOLDERS, LAYERS) if name in table}
     entry = table.get(PLACEHOLDERS)
     names: dict[str, None] = {"": None}  # the file has no list of tokens to compare with
-    for tokens in entry.values() if isinstance(entry, dict) else ():
+    lists = entry.values() if isinstance(entry, dict) else ()
+    for tokens in lists:
         names |= dict.fromkeys(map(str, tokens if isinstance(tokens, list) else ()))
     state = AdapterState(token_names=tuple(names), metadata=header)
     words, layers = placeholder_words(state, str(file)), word_layers(state, str(file))
