@@ -10,10 +10,11 @@ import train
 from lora_core.command_line import parse_command_line
 from lora_core.config import Config, SegmenterWords
 from lora_core.errors import UserError
+from lora_core.shared_paths import shorten_mask_source
 from tests.conftest import merged, save_photos
 from tests.tiny_clipseg import save_clipseg
 from training import mask_files, setup
-from training.mask_files import PUBLISHED_WEIGHTS, parse_segmenter, shorten_mask_source
+from training.mask_files import PUBLISHED_WEIGHTS, parse_segmenter
 from training.shared_config import shared_config
 
 

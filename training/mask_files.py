@@ -16,7 +16,6 @@ from lora_core.data.images import mask_path, read_image
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.runs.pictures import save_png
-from lora_core.shared_paths import shorten_path
 from lora_core.text import shorten_value
 from models import choose_device
 
@@ -49,14 +48,6 @@ def parse_segmenter(masks: str) -> SegmenterRequest | None:
             'clipseg:WORDS such as "clipseg:a face" (clipseg@MODEL:WORDS for other weights)'
         )
     return SegmenterRequest(weights or PUBLISHED_WEIGHTS, words.strip())
-
-
-def shorten_mask_source(masks: str, folder: Path | str) -> str:
-    """The option as files show it that people share: its weights' path as in `shorten_path`."""
-    wanted = parse_segmenter(masks)
-    if wanted is None or "@" not in masks.partition(":")[0]:
-        return masks
-    return f"clipseg@{shorten_path(wanted.weights, folder)}:{wanted.words}"
 
 
 def prepare_masks(config: Config, images: str, captions: Mapping[str, Any]) -> FoundMasks:
