@@ -61,7 +61,8 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     save_sample_grid(samples, run, done, drawn)
     title = f"{run.folder.name}: before and after {done} steps"
     sheet = before_after_grid(samples, drawn, title)
-    pictures.save_png(sheet, run.folder / "before_after.png")
+    path = run.folder / "before_after.png"
+    pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
     words = samples.data.scored.words
     reports.plot_metrics(run.folder, words)
     scores, note = comparable_scores(log.scores, done)
@@ -169,17 +170,10 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
 def _upload_run(folder: Path, config: Config, samples: SampleImages) -> str:
     """Uploads the run's files, with the shared form of its config; returns the address."""
     ignore = list(card.IGNORED)
-    if not _shows_images(samples):
+    if not samples.are_public:
         ignore += ["samples/*", "before_after.png"]
     texts = {"config.toml": to_toml(shared_config(config, folder))}
     return card.push_to_hub(folder, config.push_to_hub, ignore=ignore, texts=texts)
-
-
-def _shows_images(samples: SampleImages) -> bool:
-    """Whether README.md shows the images: those of an inpainting model have the surroundings of
-    the validation images, which may be private.
-    """
-    return samples.config.samples.show_data or not samples.model.family.inpainting
 
 
 def _typed_caption(samples: SampleImages) -> str:
@@ -209,7 +203,7 @@ def _make_card(
         layers={p.word: p.layers for p in model.placeholders if p.layers},
         prompts=samples.public_prompts,
         instance_prompt=_typed_caption(samples),
-        shows_images=_shows_images(samples),
+        shows_images=samples.are_public,
         sampling={"num_inference_steps": look.steps, "guidance_scale": look.guidance},
         training=_training_table(log, checkpoints, samples),
         validation=losses_by_timestep(*scores) if scores else (),

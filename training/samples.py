@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -123,6 +124,13 @@ class SampleImages:
         words = [placeholder.word for placeholder in self.model.placeholders]
         return public or [f"a photo of {word}" for word in words[:1]]
 
+    @property
+    def are_public(self) -> bool:
+        """Whether people may see the images: those of an inpainting model have the surroundings of
+        the validation images, which may be private.
+        """
+        return self.config.samples.show_data or not self.model.family.inpainting
+
     def _prompts(self) -> dict[str, bool]:
         """Prompt -> whether it is private: a caption from a file, without --samples.show-data."""
         if self.config.samples.prompts:
@@ -156,9 +164,10 @@ def save_sample_grid(
     for strength in strengths:
         images = drawn if drawn and strength == 1 else samples.draw(prompts, strength=strength)
         label = f"strength {strength:g}" if len(strengths) > 1 else ""
-        sheet += wrap_row(ImageRow(label, images, shown))
+        sheet += wrap_row(ImageRow(label, images, shown, "sample", strength))
     grid = pictures.draw_grid(sheet, title=f"after {done} steps")
-    pictures.save_png(grid, run.folder / "samples" / f"step_{done:06d}.png")
+    path = run.folder / "samples" / f"step_{done:06d}.png"
+    pictures.save_sheet(grid, path, step=done, is_private=not samples.are_public)
 
 
 def before_after_grid(
@@ -173,7 +182,8 @@ def before_after_grid(
     model, config, prompts = samples.model, samples.config, samples.prompts
     shown = samples.shown_prompts
     ordinary = [samples.ordinary_prompt(prompt) for prompt in shown]
-    rows = [ImageRow("before: the base model", samples.draw(prompts, base=True), ordinary)]
+    drawn_before = samples.draw(prompts, base=True)
+    rows = [ImageRow("before: the base model", drawn_before, ordinary, "base")]
     learned = []
     if model.placeholders:
         learned.append("tokens")
@@ -181,24 +191,25 @@ def before_after_grid(
         learned.append(config.adapter.kind.split(":")[-1])
     if len(learned) == 2:
         alone = samples.draw(prompts, strength=0)
-        rows.append(ImageRow("learned tokens alone", alone, shown))
-    rows.append(ImageRow(f"after: {' + '.join(learned)}", drawn, shown))
+        rows.append(ImageRow("learned tokens alone", alone, shown, "tokens"))
+    rows.append(ImageRow(f"after: {' + '.join(learned)}", drawn, shown, "after"))
     sheet = []
     if config.samples.show_data:
         images = _reference_images(samples.data.training.records)
-        sheet.append(ImageRow("what it learned from", images))
+        sheet.append(ImageRow("what it learned from", images, role="training"))
     for together in zip(*[wrap_row(row) for row in rows], strict=True):
         sheet += together
     new = list(config.samples.new_prompts)
     if new:
-        sheet += wrap_row(ImageRow("after: new places", samples.draw(new), new))
+        sheet += wrap_row(ImageRow("after: new places", samples.draw(new), new, "new"))
     return pictures.draw_grid(sheet, title=title)
 
 
 def wrap_row(row: ImageRow) -> Iterator[ImageRow]:
     """The row split into rows of at most COLUMNS images, with their captions and the same label."""
     for i in range(0, len(row.images), COLUMNS):
-        yield ImageRow(row.label, row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS])
+        images, captions = row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS]
+        yield replace(row, images=images, captions=captions)
 
 
 def _reference_images(records: Sequence[Record]) -> list[Image.Image]:

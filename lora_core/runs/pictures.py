@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ MARGIN, GAP = 14, 10  # pixels around a grid, and between its images
 LABEL_WIDTH = 170  # pixels left of the images
 CAPTION_LINE = 16  # pixels
 COLORS = ("#bcd5ea", "#1b4f8a", "#d95f0e")  # of `plot_steps_and_lines`
+CELLS = "lora_core_cells"  # the PNG text chunk that says which image is where on a sheet
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class ImageRow:
     label: str
     images: Sequence[Image.Image]
     captions: Sequence[str] = ()
+    # What the images are, for programs: sample, base, tokens, after, new, training
+    role: str = ""
+    strength: float | None = None  # of the adapters
 
     def image_height(self, cell: int) -> int:
         """Height of the tallest image when all are `cell` pixels wide."""
@@ -74,7 +80,8 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
 def draw_grid(rows: Sequence[ImageRow], *, title: str = "", cell: int = 192) -> Image.Image:
     """All rows in one image: labels on the left, captions underneath.
 
-    Each image is scaled to `cell` pixels wide with Lanczos.
+    Each image is scaled to `cell` pixels wide with Lanczos. The places of the images are in the
+    sheet's `info`, from which `save_sheet` writes them.
     """
     left = MARGIN + (LABEL_WIDTH if any(row.label for row in rows) else 0)
     columns = max(len(row.images) for row in rows)
@@ -83,30 +90,50 @@ def draw_grid(rows: Sequence[ImageRow], *, title: str = "", cell: int = 192) -> 
     width = left + columns * (cell + GAP) - GAP + MARGIN
     height = top + sum(heights) + GAP * (len(rows) - 1) + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
+    cells: list[dict[str, Any]] = []
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(17))
     for row, row_height in zip(rows, heights):
         for i, text in enumerate(_wrap(row.label, left - MARGIN - 12, 7.6)):
             draw.text((MARGIN, top + 4 + 20 * i), text, INK, ImageFont.load_default(15))
-        _paste_row(sheet, draw, row, (left, top), cell)
+        boxes = _paste_row(sheet, draw, row, (left, top), cell)
+        for i, box in enumerate(boxes):
+            caption = row.captions[i] if i < len(row.captions) else ""
+            own = {"role": row.role, "label": row.label, "strength": row.strength}
+            cells.append({"box": box, "caption": caption, **own})
         top += row_height + GAP
+    sheet.info[CELLS] = cells
     return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path, *, step: int, is_private: bool) -> None:
+    """Write a grid as PNG, with a text chunk (CELLS) in which `report_images` finds its images.
+
+    `is_private`: whether they show images that only the owner of the run has.
+    """
+    facts = {"step": step, "private": is_private, "cells": sheet.info.get(CELLS, [])}
+    save_png(sheet, path, {CELLS: json.dumps(facts)})
 
 
 def _paste_row(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, row: ImageRow, corner: tuple[int, int], cell: int
-) -> None:
-    """Puts the images and captions of a row on the sheet; `corner`: x, y of the first image."""
+) -> list[Box]:
+    """Put the images and captions of a row on the sheet, and return the places of the images;
+    `corner`: x, y of the first one.
+    """
     font = ImageFont.load_default(13)
     left, top = corner
     under = top + row.image_height(cell) + 4
+    boxes = []
     for i, image in enumerate(row.images):
         x = left + i * (cell + GAP)
         size = cell, round(image.height * cell / image.width)
         sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, top))
+        boxes.append((x, top, x + size[0], top + size[1]))
         caption = row.captions[i] if i < len(row.captions) else ""
         for j, text in enumerate(_wrap(caption, cell, 6.4)):
             draw.text((x, under + CAPTION_LINE * j), text, INK, font)
+    return boxes
 
 
 def _wrap(text: str, width: float, advance: float) -> list[str]:
