@@ -51,20 +51,24 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
     Left out are PRIVATE_OPTIONS, and a dataset that is a folder. Other paths are those of
     `shorten_path`, or have ~ for the home folder.
     """
-    shared = {name: dict(own) if isinstance(own, dict) else own for name, own in table.items()}
+    shared: dict[str, Any] = {}
+    for name, value in table.items():
+        shared[name] = dict(value) if isinstance(value, dict) else value
     for name in ("model", "vae", "model_config"):
         if isinstance(shared.get(name), str):
             shared[name] = shorten_path(shared[name], folder)
     if "out" in shared:
         shared["out"] = Path(str(shared["out"])).name
     for section, name in PRIVATE_OPTIONS:
-        if name in shared.get(section, {}):
-            shared[section][name] = ""
-    data = shared.get("data", {})
-    if Path(str(data.get("dataset", ""))).exists() and "dataset" in data:
-        data["dataset"] = ""
-    if isinstance(data.get("masks"), str):
-        data["masks"] = shorten_mask_source(data["masks"], folder)
+        own = shared.get(section)
+        if isinstance(own, dict) and name in own:
+            own[name] = ""
+    data = shared.get("data")
+    if isinstance(data, dict):
+        if "dataset" in data and Path(str(data["dataset"])).exists():
+            data["dataset"] = ""
+        if isinstance(data.get("masks"), str):
+            data["masks"] = shorten_mask_source(data["masks"], folder)
     return {name: _hide_homes(value) for name, value in shared.items()}
 
 

@@ -249,7 +249,7 @@ def merged(config: Config, change: dict[str, Any]) -> Config:
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without pictures and plots at their end."""
+    """Runs without pictures, plots and page at their end."""
     from training import results
 
     def draw(self: object, prompts: Sequence[str], **_: bool) -> list[Image.Image]:
@@ -258,6 +258,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "before_after_grid", lambda *_: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(results.SampleImages, "draw", draw)
     monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
+    monkeypatch.setattr(results, "write_report", lambda runs: None)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.validation import Score
 from lora_core.formats import dora_readers
 from lora_core.formats.known_formats import CUSTOM_KIND, TOKEN_NAMES
+from lora_core.report import write_report
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.settings import scheduler_changes
@@ -42,8 +43,8 @@ Before = tuple[Sequence[Score], Sequence[Score]]  # scores before and after
 
 
 def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: SampleImages) -> Path:
-    """Write the run's files, images, plots, summary.json and README.md, print losses and learned
-    tokens, and return the run's folder.
+    """Write the run's files, images, plots, summary.json, README.md and report.html, print losses
+    and learned tokens, and return the run's folder.
     """
     run, config, model = log.run, log.config, log.model
     done = config.steps
@@ -74,6 +75,8 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         **_summary_notes(log, checkpoints, note),
         "files": {file.name: file.stat().st_size for file in files},
         "tokens": learned,
+        "images": len({record.path for record in samples.data.training.records}),
+        "scored": words,
     }
     run.write("summary.json", json.dumps(summary, indent=1))
     _print_results(scores, note, words)
@@ -87,6 +90,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         print(f"note: {described}; {dora_readers.HOW_TO_CONVERT}", file=sys.stderr)
     own = replace(_make_card(log, checkpoints, samples, scores), dora_errors=dora_errors)
     card.write_card(own, run.folder)
+    write_report([run.folder])
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder
@@ -171,7 +175,7 @@ def _upload_run(folder: Path, config: Config, samples: SampleImages) -> str:
     """Uploads the run's files, with the shared form of its config; returns the address."""
     ignore = list(card.IGNORED)
     if not samples.are_public:
-        ignore += ["samples/*", "before_after.png"]
+        ignore += ["samples/*", "before_after.png"]  # and report.html has none of their images
     texts = {"config.toml": to_toml(shared_config(config, folder))}
     return card.push_to_hub(folder, config.push_to_hub, ignore=ignore, texts=texts)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -24,6 +24,8 @@ MARGIN, GAP = 14, 10  # pixels around a grid, and between its images
 LABEL_WIDTH = 170  # pixels left of the images
 CAPTION_LINE = 16  # pixels
 COLORS = ("#bcd5ea", "#1b4f8a", "#d95f0e")  # of `plot_steps_and_lines`
+MOST_NAMES = 12  # timesteps that `plot_validation` names
+LINE_STYLES = ("solid", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))  # of `plot_training`
 CELLS = "lora_core_cells"  # the PNG text chunk that says which image is where on a sheet
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -175,6 +177,89 @@ def plot_lines(
             axis.legend(edgecolor="white")
 
 
+class TrainingLook(NamedTuple):
+    """How `plot_training` draws its lines."""
+
+    log: bool = False
+    marks: Sequence[tuple[float, str]] = ()  # (step, text) of vertical lines, such as stages
+    faint: str = ""  # the name of a line that is only a background, such as the single steps
+
+
+def plot_training(
+    series: Series, path: Path, *, axes: tuple[str, str], title: str, look: TrainingLook
+) -> None:
+    """A line plot of metrics over steps as PNG. Later lines are thinner and dashed, so that an
+    earlier one below them is seen.
+    """
+    with _figure(path) as axis:
+        solid = 0
+        for name, (x, y) in series.items():
+            if name == look.faint:
+                axis.plot(x, y, label=name, linewidth=1, color=COLORS[0])
+                continue
+            style = LINE_STYLES[solid % len(LINE_STYLES)]
+            width = max(2.6 - 0.6 * solid, 1.2)
+            axis.plot(x, y, label=name, linewidth=width, linestyle=style, color=f"C{solid}")
+            solid += 1
+        _draw_marks(axis, look.marks)
+        axis.set(xlabel=axes[0], ylabel=axes[1], yscale="log" if look.log else "linear")
+        axis.set_title(title, fontsize=11, pad=18 if look.marks else 6)
+        axis.grid(alpha=0.3)
+        axis.locator_params(axis="x", integer=True)
+        if len(series) > 1:
+            axis.legend(edgecolor="white")
+
+
+def plot_validation(
+    over_steps: Series,
+    before_after: Mapping[str, tuple[float, float]],
+    path: Path,
+    *,
+    title: str,
+    marks: Sequence[tuple[float, str]] = (),
+) -> None:
+    """A PNG of the validation loss: left the change in percent of each timestep over steps, and of
+    all of them, thick; right the loss of each timestep before and after.
+    """
+    import matplotlib.pyplot as plt
+
+    with _figure(path, panels=2) as (left, right):
+        names = list(over_steps)
+        every = -(-len(names) // MOST_NAMES)
+        for i, (name, (x, y)) in enumerate(over_steps.items()):
+            is_last = i == len(names) - 1  # of all timesteps
+            color = INK if is_last else plt.get_cmap("viridis")(0.9 * i / max(len(names) - 2, 1))
+            is_named = is_last or i % every == 0
+            width = 3 if is_last else 1.4
+            label = name if is_named else None
+            left.plot(x, y, ".-", label=label, color=color, linewidth=width)
+        left.axhline(0, color=INK, linewidth=0.8)
+        left.locator_params(axis="x", integer=True)
+        left.set(xlabel="step", ylabel="change in %")
+        left.set_title(f"{title}, change", fontsize=10, pad=18 if marks else 6)
+        left.legend(fontsize=8, frameon=False)
+        _draw_marks(left, marks)
+        places = range(len(before_after))
+        for k, (words, color) in enumerate((("before", COLORS[0]), ("after", COLORS[1]))):
+            heights = [pair[k] for pair in before_after.values()]
+            offsets = [place + 0.4 * k - 0.2 for place in places]
+            right.bar(offsets, heights, 0.4, label=words, color=color)
+        right.set_xticks(list(places)[::every], list(before_after)[::every])
+        right.set(xlabel="timestep", ylabel="loss")
+        right.set_title(f"{title}, before and after", fontsize=10, pad=18 if marks else 6)
+        right.legend(frameon=False)
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+            axis.set_axisbelow(True)
+
+
+def _draw_marks(axis: Any, marks: Sequence[tuple[float, str]]) -> None:
+    for x, text in marks:
+        axis.axvline(x, color="gray", linestyle="--", linewidth=0.9)
+        place = {"xy": (x, 1.0), "xycoords": ("data", "axes fraction")}
+        axis.annotate(text, **place, xytext=(2, 4), textcoords="offset points", fontsize=8)
+
+
 def plot_steps_and_lines(
     filled: Series,
     series: Series,
@@ -216,12 +301,15 @@ def _all_values(series: Series) -> list[float]:
 
 
 @contextmanager
-def _figure(path: Path) -> Iterator[Any]:
-    """Axes of a new figure, which is written to `path` as PNG when the block ends without error."""
+def _figure(path: Path, panels: int = 1) -> Iterator[Any]:
+    """Axes of a new figure, or of several side by side, which is written to `path` as PNG when the
+    block ends without error.
+    """
     import matplotlib.pyplot as plt  # one second of import that only a plot needs
 
     plt.switch_backend("Agg")
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    size = (8, 4.5) if panels == 1 else (5.5 * panels, 4.5)
+    figure, axis = plt.subplots(1, panels, figsize=size, layout="constrained")
     try:
         yield axis
         with atomic_write(path) as temporary:

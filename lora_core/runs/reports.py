@@ -5,9 +5,7 @@ Values on the device are read many steps at a time, not at every step.
 
 from __future__ import annotations
 
-import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +17,19 @@ from torch import Tensor
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.errors import UserError, first_line
-from lora_core.json_files import INTEGER, read_rows
+from lora_core.json_files import read_rows
 from lora_core.runs import pictures
+from lora_core.runs.pictures import TrainingLook
+from lora_core.runs.report_charts import Line
+from lora_core.runs.report_data import STEP_FIELDS, Column, RunRecord, metric_columns, read_run
+from lora_core.runs.report_metrics import (
+    bin_changes,
+    common_scores,
+    mean_window,
+    merge_equal_lines,
+    relative_changes,
+    stage_marks,
+)
 from lora_core.runs.run_folder import Run
 
 
@@ -134,48 +143,70 @@ def check_login(report: str) -> None:
 # ---------------------------------------------------------------- plots
 
 
+MOST_STAGE_NAMES = 3  # that have room above a plot
+
+
 def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
-    """Plots metrics.jsonl as OUT/loss.png and OUT/val.png; returns the files that were written.
+    """Plots the logs of a run as OUT/loss.png and OUT/val.png; returns the files that were written.
 
     An optimizer that estimates a distance gets OUT/d.png too. `scored` names the validation loss in
     the title of val.png, e.g. "held-out loss".
     """
-    columns = _read_columns(folder / "metrics.jsonl")
+    columns = metric_columns(
+        read_rows(folder / "metrics.jsonl", "a run writes it; remove the line", STEP_FIELDS)
+    )
+    record = read_run(folder)
+    marks = _stage_texts(record)
     written = []
     if "loss" in columns:
         steps, loss = columns["loss"]
         written.append(folder / "loss.png")
-        pictures.plot_lines(
-            {"every step": (steps, loss), "mean of 50": (steps, pictures.running_mean(loss, 50))},
+        window = mean_window(len(loss))
+        mean = pictures.running_mean(loss, window)
+        pictures.plot_training(
+            {"every step": (steps, loss), f"mean of {window}": (steps, mean)},
             written[-1],
             axes=("step", "training loss"),
             title="training loss (depends mostly on the sampled timesteps)",
+            look=TrainingLook(marks=marks, faint="every step"),
         )
     distances = {name: xy for name, xy in columns.items() if name == "d" or name[:2] == "d_"}
     if distances:
         written.append(folder / "d.png")
-        title = "Prodigy's distance estimate"
-        pictures.plot_lines(distances, written[-1], axes=("step", "d"), title=title, log=True)
-    if len(columns["val_loss"][0]) > 1:
-        written.append(folder / "val.png")
-        pictures.plot_lines(
-            {scored: columns["val_loss"]},
+        lines = merge_equal_lines(Line(name, *xy) for name, xy in distances.items())
+        pictures.plot_training(
+            {line.name: (line.x, line.y) for line in lines},
             written[-1],
-            axes=("step", "loss"),
-            title=f"{scored}, at fixed timesteps and noise",
+            axes=("step", "d"),
+            title="Prodigy's distance estimate",
+            look=TrainingLook(log=True, marks=marks),
         )
+    if len(columns.get("val_loss", ([], []))[0]) > 1:
+        written.append(folder / "val.png")
+        _plot_validation(record, columns["val_loss"], written[-1], scored)
     return written
 
 
-def _read_columns(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Metric -> (steps, values), those that are finite."""
-    columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-    for entry in read_rows(path, "a run writes it; remove the line", {"step": INTEGER}):
-        for name, value in _floats(entry).items():
-            if math.isfinite(value):
-                columns[name][0].append(entry["step"])
-                columns[name][1].append(value)
-    return columns
+def _plot_validation(record: RunRecord, means: Column, path: Path, scored: str) -> None:
+    """The validation loss of each timestep; without val.jsonl, as in older runs, the mean."""
+    title = f"{scored}, at fixed timesteps and noise"
+    scores, _ = common_scores(record)
+    if len(scores) < 2:
+        pictures.plot_lines({scored: means}, path, axes=("step", "loss"), title=title)
+        return
+    changes = {}
+    for name, values in relative_changes(scores).items():
+        changes[name] = (sorted(scores), [100 * value for value in values])
+    pairs = {row.timestep: (row.before, row.after) for row in bin_changes(scores)}
+    pictures.plot_validation(changes, pairs, path, title=scored, marks=_stage_texts(record))
+
+
+def _stage_texts(record: RunRecord) -> list[tuple[float, str]]:
+    """(first step, groups) of each stage; numbers where there are too many for their names."""
+    marks = stage_marks(record.stages)
+    if len(marks) > MOST_STAGE_NAMES:
+        return [(mark.x, str(number)) for number, mark in enumerate(marks, start=1)]
+    return [(mark.x, mark.text) for mark in marks]
 
 
 # ---------------------------------------------------------------- preview of the noise levels
