@@ -41,9 +41,9 @@ from lora_core.runs.report_sections import (
     RunPart,
     common_settings,
     data_parts,
+    describe_run_part,
     differing_settings,
     last_samples,
-    run_part,
 )
 
 PAGE = "report.html"
@@ -51,8 +51,6 @@ MOST_NAMES = 4  # of groups in a title
 TEMPLATE = Path(__file__).parent / "runs" / "report_template.html"
 MADE_HERE = b'data-made-by="lora_core.report"'  # at the beginning of every page
 SECTIONS = (
-    ("runs", "Runs"),
-    ("comparison", "Comparison"),
     ("images", "Training images"),
     ("samples", "Samples"),
     ("validation", "Validation"),
@@ -61,6 +59,7 @@ SECTIONS = (
     ("settings", "Settings"),
     ("files", "Files"),
 )
+FIRST_OF_MANY = ("runs", "comparison", "settings")  # of a page about several runs
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -118,15 +117,14 @@ def _page_context(records: Sequence[RunRecord]) -> dict[str, Any]:
             last_only=many,
             most_bytes=MOST_BYTES // len(records),
         )
-        parts.append((run_part(record, images, style), last_samples(images)))
+        parts.append((describe_run_part(record, images, style), last_samples(images)))
     runs = [part for part, _ in parts]
-    shown = {"runs": many, "comparison": comparison is not None}
     return {
         "many": many,
         "title": _title(records, groups),
         "lead": _lead(runs),
         "tiles": [] if many else _tiles(runs[0]),
-        "sections": [own for own in SECTIONS if shown.get(own[0], True)],
+        "sections": _list_sections(many=many, compares=comparison is not None),
         "runs": runs,
         "comparison": comparison,
         "group_notes": group_notes,
@@ -142,6 +140,16 @@ def _page_context(records: Sequence[RunRecord]) -> dict[str, Any]:
         "chart_top": report_charts.TOP,
         "chart_bottom": report_charts.HEIGHT - report_charts.BOTTOM,
     }
+
+
+def _list_sections(*, many: bool, compares: bool) -> list[tuple[str, str]]:
+    """(anchor, title) of the sections, in their order on the page."""
+    if not many:
+        return list(SECTIONS)
+    first = [
+        (name, name.capitalize()) for name in FIRST_OF_MANY if compares or name != "comparison"
+    ]
+    return [*first, *(own for own in SECTIONS if own[0] not in FIRST_OF_MANY)]
 
 
 def _title(records: Sequence[RunRecord], groups: Mapping[str, Sequence[Path]]) -> str:
@@ -164,7 +172,8 @@ def _lead(runs: Sequence[RunPart]) -> str:
     model = str(record.options.get("model") or "an unknown model")
     words = f"{', then '.join(stages) or 'Training'} on {model}"
     if not record.is_finished:
-        words += f"; not finished, {record.steps_done:,} of {record.steps:,} steps are done"
+        whole = f" of {record.steps:,}" if record.stages else ""
+        words += f"; not finished, {record.steps_done:,}{whole} steps are done"
     changes = record.summary.get("changes")
     if isinstance(changes, list) and changes:
         words += f"; resumed with changes: {'; '.join(map(str, changes))}"

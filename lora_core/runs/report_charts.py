@@ -63,7 +63,7 @@ class Spread(NamedTuple):
     color: str = COLORS[0]
 
 
-class Axis(NamedTuple):
+class Scale(NamedTuple):
     """The range of an axis and the units that it is drawn on."""
 
     low: float
@@ -128,7 +128,7 @@ def _extent(line: Line) -> list[float]:
     return [*low, *(y + error for y, error in zip(line.y, spread))]
 
 
-def _draw_line(line: Line, across: Axis, up: Axis) -> list[str]:
+def _draw_line(line: Line, across: Scale, up: Scale) -> list[str]:
     points = thin_points(line.x, line.y, MOST_POINTS)
     places = [(across.place(x), up.place(y)) for x, y in points]
     text = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -240,19 +240,19 @@ def spread_chart(groups: Sequence[Spread], *, label: str) -> str:
 
 def _axis(
     values: Sequence[float], start: float, stop: float, *, pad: float, log: bool = False
-) -> Axis:
+) -> Scale:
     """An axis with room for all values, and for `pad` of its length at both ends."""
     low, high = min(values), max(values)
     if log:
         ratio = max((high / low) ** pad, 1.15)
-        return Axis(low / ratio, high * ratio, start, stop, log=True)
+        return Scale(low / ratio, high * ratio, start, stop, log=True)
     room = (high - low) * pad or (0.0 if high > low else abs(high) * 0.1 or 1.0)
     if low >= 0 and pad and low - room < 0:
-        return Axis(0.0, high + room, start, stop)
-    return Axis(low - room, high + room, start, stop)
+        return Scale(0.0, high + room, start, stop)
+    return Scale(low - room, high + room, start, stop)
 
 
-def axis_ticks(axis: Axis) -> list[float]:
+def axis_ticks(axis: Scale) -> list[float]:
     """At most MOST_TICKS round numbers in the range of an axis; of a logarithmic one powers of ten,
     and below two of them 2 and 5 times those.
     """
@@ -276,7 +276,7 @@ def _round_step(least: float) -> float:
     return next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= least * (1 - 1e-9))
 
 
-def _grid(across: Axis, up: Axis, axes: tuple[str, str]) -> list[str]:
+def _grid(across: Scale, up: Scale, axes: tuple[str, str]) -> list[str]:
     parts = []
     for value in axis_ticks(up):
         y = up.place(value)
@@ -287,7 +287,7 @@ def _grid(across: Axis, up: Axis, axes: tuple[str, str]) -> list[str]:
     return parts
 
 
-def _vertical_ticks(across: Axis, height: float, label: str, *, top: float = HEAD) -> list[str]:
+def _vertical_ticks(across: Scale, height: float, label: str, *, top: float = HEAD) -> list[str]:
     parts = []
     bottom = height - BOTTOM
     for value in axis_ticks(across):
@@ -305,7 +305,7 @@ def _zero_line(place: float, *, horizontal: bool, height: float = HEIGHT) -> str
     return f'<path class="zero" d="{path}"/>'
 
 
-def _draw_marks(marks: Sequence[Mark], across: Axis) -> list[str]:
+def _draw_marks(marks: Sequence[Mark], across: Scale) -> list[str]:
     """The lines of the marks inside the chart, each with as much of its text as has room before the
     next one; the text of a mark left of the chart stands at its edge.
     """
@@ -332,7 +332,7 @@ def _text(
 
 
 def _svg(
-    parts: Sequence[str], height: float, label: str, scale: tuple[Axis, Axis] | None = None
+    parts: Sequence[str], height: float, label: str, scale: tuple[Scale, Scale] | None = None
 ) -> str:
     """The SVG element. `scale`: the axes, from which the page's script reads values back."""
     facts = ""

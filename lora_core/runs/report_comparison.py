@@ -11,15 +11,7 @@ from typing import NamedTuple
 from lora_core.diffusion import validation
 from lora_core.errors import UserError
 from lora_core.runs.comparison import Comparison, compare_runs, group_runs
-from lora_core.runs.report_charts import (
-    COLORS,
-    DASHES,
-    Line,
-    Spread,
-    format_number,
-    line_chart,
-    spread_chart,
-)
+from lora_core.runs.report_charts import COLORS, DASHES, Line, Spread, line_chart, spread_chart
 from lora_core.runs.report_data import RunRecord
 from lora_core.runs.report_metrics import Figure, RunStyle, legend_of
 from lora_core.text import hide_home
@@ -165,5 +157,5 @@ def _group_spread(
 
 def _group_row(spread: Spread, count: int) -> GroupRow:
     mean = f"{spread.mean:.5f}" if spread.values else "none"
-    error = "not known" if math.isnan(spread.error) else format_number(spread.error)
+    error = "not known" if math.isnan(spread.error) else f"{spread.error:.5f}"
     return GroupRow(spread.name, spread.color, count, mean, error)

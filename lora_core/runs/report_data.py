@@ -38,8 +38,8 @@ class StageSpan(NamedTuple):
     groups: str  # "denoiser + tokens"
 
 
-class Setting(NamedTuple):
-    """An option that a run sets."""
+class ChangedOption(NamedTuple):
+    """An option of a run that differs from its default."""
 
     name: str  # with dots: optimizer.name, stages.1.schedule
     value: str
@@ -52,7 +52,7 @@ class RunRecord:
 
     folder: Path
     name: str
-    settings: tuple[Setting, ...] = ()  # those that differ from the defaults
+    settings: tuple[ChangedOption, ...] = ()  # those that differ from the defaults
     options: Mapping[str, Any] = field(default_factory=dict)  # of config.toml, as shared
     stages: tuple[StageSpan, ...] = ()
     metrics: Mapping[str, Column] = field(default_factory=dict)
@@ -123,7 +123,7 @@ def read_run(folder: Path) -> RunRecord:
 # ---------------------------------------------------------------- options
 
 
-def changed_settings(options: Mapping[str, Any]) -> list[Setting]:
+def changed_settings(options: Mapping[str, Any]) -> list[ChangedOption]:
     """The options of a config's table that differ from this version's defaults."""
     found = []
     defaults = _default_options()
@@ -137,7 +137,7 @@ def changed_settings(options: Mapping[str, Any]) -> list[Setting]:
             default = format_option(defaults[usual])
         else:
             default = NO_DEFAULT if _is_known(usual, value) else UNKNOWN
-        found.append(Setting(name, format_option(value), default))
+        found.append(ChangedOption(name, format_option(value), default))
     return found
 
 

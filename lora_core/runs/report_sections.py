@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_core.runs.report_card import Block, card_sections
 from lora_core.runs.report_charts import format_number
-from lora_core.runs.report_data import NO_DEFAULT, RunRecord, Setting
+from lora_core.runs.report_data import NO_DEFAULT, ChangedOption, RunRecord
 from lora_core.runs.report_images import Picture, RunImages
 from lora_core.runs.report_metrics import RunStyle
 
@@ -75,7 +75,7 @@ class RunPart:
     card: list[CardPart]
 
 
-def run_part(record: RunRecord, images: RunImages, style: RunStyle) -> RunPart:
+def describe_run_part(record: RunRecord, images: RunImages, style: RunStyle) -> RunPart:
     """The run as the template shows it."""
     before, after = (_number(record.summary.get(f"val_loss_{k}")) for k in ("before", "after"))
     if before is None and len(record.metrics.get("val_loss", ([], []))[1]) > 1:
@@ -113,7 +113,7 @@ def _number(value: Any) -> float | None:
 def differing_settings(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """(option, its value in each run) of the settings in which runs differ."""
     tables = [{own.name: own for own in record.settings} for record in records]
-    names = dict.fromkeys(name for table in tables for name in table)
+    names = dict.fromkeys(chain.from_iterable(tables))
     rows = []
     for name in names:
         default = next(table[name].default for table in tables if name in table)
@@ -124,7 +124,7 @@ def differing_settings(records: Sequence[RunRecord]) -> list[tuple[str, list[str
     return rows
 
 
-def common_settings(records: Sequence[RunRecord]) -> list[Setting]:
+def common_settings(records: Sequence[RunRecord]) -> list[ChangedOption]:
     """The settings that all runs have."""
     others = [set(record.settings) for record in records[1:]]
     first = records[0].settings
@@ -158,7 +158,7 @@ def make_viewer(images: RunImages) -> Viewer:
         groups.append((f"step {sheet.step:,}", by_strength))
     if not groups and (after := images.with_role("after") or images.with_role("sheet")):
         groups.append(("after training", {1.0: after}))
-    strengths = sorted({strength for _, own in groups for strength in own})
+    strengths = sorted(set(chain.from_iterable(own for _, own in groups)))
     if base and strengths:
         groups.insert(0, (BASE, {strengths[-1]: base}))
     if not groups:
