@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 import infer
 import merge
 import train
+from lora_core import report
 from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.toml import read_toml
@@ -104,6 +105,8 @@ def run_command(command: str) -> None:
         if words[2] == "fuse" and "sum" not in words:
             more += ["--steps", "1"]
         assert merge.main([*words[2:], *more]) == 0
+    elif words[:3] == ["python", "-m", "lora_core.report"]:
+        assert report.main(words[3:]) == 0
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, *words[1:], *FEW], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

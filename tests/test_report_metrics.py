@@ -60,6 +60,7 @@ def test_every_metric_has_a_chart_also_a_losss_own(record: RunRecord) -> None:
     both = training_figures([record, replace(record, name="b")], [STYLE, RunStyle("b", "#111111")])
     assert {"Learning rate: tokens", "Prodigy's d: denoiser", "reading"} <= {f.title for f in both}
     assert both[0].legend == (("mine = b", COLORS[0], ""),)  # the same curve
+    assert both[0].note.endswith("The same in all 2 runs.")
 
 
 def test_stages_are_marked_where_all_runs_have_the_same(record: RunRecord) -> None:

@@ -43,6 +43,14 @@ def test_sheets_may_have_different_strengths() -> None:
     assert last_samples(RunImages()) == ("", []) and make_viewer(RunImages()).frames == ()
 
 
+def test_images_at_the_end_take_the_place_of_a_strength_that_no_sheet_has() -> None:
+    half, after = picture("sample", 0.5), picture("after", None)
+    images = RunImages((Sheet(1, (half,)), Sheet(2, (half,))), (after,))
+    assert make_viewer(images).words["held"] == [[0], [0, 1]]
+    assert last_samples(images) == ("step 2, strength 1", [after])
+    assert last_samples(RunImages((), (after,))) == ("after training, strength 1", [after])
+
+
 def test_settings_of_runs_are_common_or_differ() -> None:
     model, loss = ChangedOption("model", "m", "empty"), ChangedOption("loss", "huber", "mse")
     lr = ChangedOption("optimizer.lr.tokens", "1", NO_DEFAULT)

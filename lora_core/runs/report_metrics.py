@@ -140,14 +140,16 @@ def _metric_of_runs(
         if len(values) > SMOOTHED or name in ("loss", "grad_norm"):
             values = running_mean(values, mean_window(len(values)))
         lines.append(Line(style.name, steps, values, style.color, style.dash))
+    count = sum(bool(len(line.x)) for line in lines)
     lines = merge_equal_lines(lines)
     title, note = TITLES.get(name, (name, ""))
     family = next((start for start in FAMILIES if name.startswith(start)), "")
     if family:
-        title, note = FAMILIES[family]
-        title, note = f"{title}: {name.removeprefix(family)}", note.split(";")[0]
+        title, note = f"{FAMILIES[family][0]}: {name.removeprefix(family)}", ""
     if name in ("loss", "grad_norm"):
         note = f"Running mean. {note}"
+    if len(lines) == 1 < count:
+        note = f"{note} The same in all {count} runs.".strip()
     log = name in LOGARITHMIC or family in LOGARITHMIC
     svg = line_chart(lines, axes=("step", family.rstrip("_") or name), log=log, marks=marks)
     return Figure(title, svg, note, legend_of(lines))

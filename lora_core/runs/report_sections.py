@@ -18,6 +18,7 @@ BASE = "base model"
 STRIPS = {  # role of images of before_after.png -> title
     "new": "Further prompts, after training",
     "tokens": "The learned tokens alone, after training",
+    "sheet": "before_after.png",  # of an older version
 }
 LONGEST_VALUE = 300  # characters of a setting
 UNITS = ("bytes", "kB", "MB", "GB")
@@ -156,8 +157,10 @@ def make_viewer(images: RunImages) -> Viewer:
                 1.0 if picture.strength is None else picture.strength, []
             ).append(picture)
         groups.append((f"step {sheet.step:,}", by_strength))
-    if not groups and (after := images.with_role("after") or images.with_role("sheet")):
-        groups.append(("after training", {1.0: after}))
+    if after := images.with_role("after"):
+        if not groups:
+            groups.append(("after training", {}))
+        groups[-1][1].setdefault(1.0, after)  # where --samples.strengths has no 1
     strengths = sorted(set(chain.from_iterable(own for _, own in groups)))
     if base and strengths:
         groups.insert(0, (BASE, {strengths[-1]: base}))
@@ -233,6 +236,8 @@ def _describe_data(record: RunRecord, images: RunImages) -> str:
         words = f"{count} image{'s' * (count != 1)}."
     if shown := len(images.with_role("training")):
         return words if shown == count else f"{words} The first {shown} are shown."
+    if images.with_role("sheet"):
+        return f"{words} The first of them are in before_after.png, below."
     if record.shows_data:
         return f"{words} They are shown once before_after.png has them."
     return f"{words} Neither they nor captions from files are shown (--samples.show-data)."
