@@ -3,7 +3,7 @@
 import re
 
 from lora_core.runs.card import ModelCard, write_card
-from lora_core.runs.report_card import Block, Words, card_sections
+from lora_core.runs.report_card import Block, Words, card_sections, describe_files
 from models import read_layout
 from tests.test_card import leave
 
@@ -24,9 +24,19 @@ def test_the_code_of_a_card_is_shown_as_it_is(model, tmp_path) -> None:
     assert names[0].startswith("pytorch_lora_weights.safetensors: LoRA")
 
 
+def test_files_are_described(model, tmp_path) -> None:
+    run = leave(tmp_path / "mine", read_layout(str(model)))
+    text = write_card(ModelCard(str(model), "StableDiffusionPipeline"), run).read_text()
+    found = describe_files(text)
+    assert found["pytorch_lora_weights.safetensors"] == (
+        Words("LoRA under diffusers' names", False),
+    )
+    assert describe_files("## Files\n\n- x\n- `y`: z\n") == {}
+
+
 def test_lines_are_items_rows_and_paragraphs() -> None:
     table = "|a|b|\n|---|---|\n|`m \\| n`|k|\n"
-    card = f"# a\n\nhead\n\n## b\n\n- [x](y): `` p`q `` z\n\ntext `c`\n\n{table}"
+    card = f"# a\n\nhead\n\n## b\n\n- [x](y): `` p`q `` z\n\n*text* `c`\n\n{table}"
     (section,) = card_sections(f"{card}\n## Training\n\nno\n\n## empty\n")
     assert section.title == "b"
     assert section.blocks == (

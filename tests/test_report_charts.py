@@ -25,6 +25,7 @@ from lora_core.runs.report_charts import (
     sequence_color,
     spread_chart,
     thin_points,
+    unbroken_parts,
 )
 
 
@@ -88,6 +89,17 @@ def test_a_long_line_keeps_its_extremes_and_its_end(values: list[float], most: i
     kept = [y for _, y in points]
     assert min(kept) == min(values) and max(kept) == max(values)
     assert [p[0] for p in points] == sorted({p[0] for p in points})
+
+
+def test_a_line_stops_where_steps_are_left_out() -> None:
+    """A group that pauses for a stage."""
+    x = [1, 2, 3, 8, 9, 10, 11]
+    assert unbroken_parts(x) == [(0, 3), (3, 7)]
+    assert unbroken_parts([0, 10, 20]) == [(0, 3)] and unbroken_parts([4]) == [(0, 1)]
+    for pauses, count in ((True, 2), (False, 1)):
+        svg = line_chart([Line("lr", x, x, pauses=pauses)], axes=("", ""))
+        assert svg.count("<polyline") == count
+        assert sum(len(points.split()) for points in re.findall(r'points="([^"]*)"', svg)) == 7
 
 
 def bar_ends(svg: str) -> Sequence[tuple[float, float]]:

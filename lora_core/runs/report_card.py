@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
+FILES = "Files"
 LEFT_OUT = ("Training",)  # the page itself has these in full
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+EMPHASIS = re.compile(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])")
 CODE = re.compile(r"(`+)(.+?)\1")
 
 
@@ -44,6 +47,20 @@ def card_sections(card: str) -> list[CardSection]:
         if blocks and title.strip() not in LEFT_OUT:
             sections.append(CardSection(title.strip(), blocks))
     return sections
+
+
+def describe_files(card: str) -> dict[str, tuple[Words, ...]]:
+    """Name -> description, of the files that a model card lists."""
+    found = {}
+    sections = [section for section in card_sections(card) if section.title == FILES]
+    blocks = chain.from_iterable(section.blocks for section in sections)
+    for block in blocks:
+        if block.kind == "item" and block.cells[0]:
+            first, *others = block.cells[0]
+            name, colon, rest = first.text.partition(": ")
+            if colon:
+                found[name] = (Words(rest, False), *others)
+    return found
 
 
 def _without_front_matter(card: str) -> str:
@@ -81,6 +98,10 @@ def _read_words(text: str) -> tuple[Words, ...]:
     words = []
     end = 0
     for found in CODE.finditer(text):
-        words += [Words(text[end : found.start()], False), Words(found[2].strip(), True)]
+        words += [_plain_words(text[end : found.start()]), Words(found[2].strip(), True)]
         end = found.end()
-    return tuple(word for word in [*words, Words(text[end:], False)] if word.text)
+    return tuple(word for word in [*words, _plain_words(text[end:])] if word.text)
+
+
+def _plain_words(text: str) -> Words:
+    return Words(EMPHASIS.sub(r"\1", text), False)

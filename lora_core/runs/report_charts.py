@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 440, 262  # units of the view box, about the pixels of a phone
@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 32, 34  # margins
 HEAD = 8  # the upper margin of bars
 CHARACTER = 5.6  # units of a mark's text
 MOST_POINTS = 400  # of a line: an extreme pair for each two units
+FEW_POINTS = 24  # that are drawn as dots too
 MOST_TICKS = 6
 COLORS = (
     "#1b5fa8", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285", "#c2255c", "#5c677d",
@@ -35,6 +36,7 @@ class Line:
     width: float = 1.8
     faint: bool = False  # behind the others, and without an entry in the legend
     errors: Sequence[float] = ()  # standard errors, one for each point
+    pauses: bool = False  # whether it stops where steps are left out: its group was frozen there
 
 
 class Mark(NamedTuple):
@@ -116,7 +118,7 @@ def line_chart(
 def _positive(line: Line) -> Line:
     kept = [(x, y) for x, y in zip(line.x, line.y) if y > 0]
     x, y = [x for x, _ in kept], [y for _, y in kept]
-    return Line(line.name, x, y, line.color, line.dash, line.width, line.faint)
+    return replace(line, x=x, y=y, errors=())
 
 
 def _extent(line: Line) -> list[float]:
@@ -129,8 +131,30 @@ def _extent(line: Line) -> list[float]:
 
 
 def _draw_line(line: Line, across: Scale, up: Scale) -> list[str]:
-    points = thin_points(line.x, line.y, MOST_POINTS)
-    places = [(across.place(x), up.place(y)) for x, y in points]
+    parts = []
+    for first, last in unbroken_parts(line.x) if line.pauses else [(0, len(line.x))]:
+        points = thin_points(line.x[first:last], line.y[first:last], MOST_POINTS)
+        places = [(across.place(x), up.place(y)) for x, y in points]
+        parts += _draw_points(places, line)
+    for x, y, error in zip(line.x, line.y, line.errors):
+        if not math.isnan(error):
+            at = across.place(x)
+            ends = f'y1="{up.place(y - error):.1f}" y2="{up.place(y + error):.1f}"'
+            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" {ends} stroke="{line.color}"/>')
+    return parts
+
+
+def unbroken_parts(x: Sequence[float]) -> list[tuple[int, int]]:
+    """(first, one after the last) of the parts of an ascending x between which there are gaps, of
+    more than 1.5 times the smallest distance.
+    """
+    gaps = [after - before for before, after in pairwise(x)]
+    most = 1.5 * min(gaps, default=0)
+    ends = [i + 1 for i, gap in enumerate(gaps) if gap > most]
+    return list(zip([0, *ends], [*ends, len(x)]))
+
+
+def _draw_points(places: Sequence[tuple[float, float]], line: Line) -> list[str]:
     text = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
     look = f'stroke="{line.color}" stroke-width="{line.width}"{dash}'
@@ -139,14 +163,9 @@ def _draw_line(line: Line, across: Scale, up: Scale) -> list[str]:
     name = escape(line.name)
     kind = "faint" if line.faint else "line"
     parts = [f'<polyline class="{kind}" data-name="{name}" points="{text}" {look}/>']
-    if not line.faint and len(points) <= 24:
+    if not line.faint and len(places) <= FEW_POINTS:
         for x, y in places:
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="{line.color}"/>')
-    for x, y, error in zip(line.x, line.y, line.errors):
-        if not math.isnan(error):
-            at = across.place(x)
-            ends = f'y1="{up.place(y - error):.1f}" y2="{up.place(y + error):.1f}"'
-            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" {ends} stroke="{line.color}"/>')
     return parts
 
 

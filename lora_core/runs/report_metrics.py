@@ -117,7 +117,8 @@ def _family_of_run(
     lines = []
     for i, name in enumerate(names):
         group = name.removeprefix(start)
-        lines.append(Line(group, *metrics[name], COLORS[i], DASHES[i % len(DASHES)]))
+        color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+        lines.append(Line(group, *metrics[name], color, dash, pauses=True))
     lines = merge_equal_lines(lines)
     title, note = FAMILIES[start]
     unit = start.rstrip("_")
@@ -139,7 +140,8 @@ def _metric_of_runs(
         steps, values = record.metrics.get(name, ([], []))
         if len(values) > SMOOTHED or name in ("loss", "grad_norm"):
             values = running_mean(values, mean_window(len(values)))
-        lines.append(Line(style.name, steps, values, style.color, style.dash))
+        pauses = name.startswith(tuple(FAMILIES))
+        lines.append(Line(style.name, steps, values, style.color, style.dash, pauses=pauses))
     count = sum(bool(len(line.x)) for line in lines)
     lines = merge_equal_lines(lines)
     title, note = TITLES.get(name, (name, ""))

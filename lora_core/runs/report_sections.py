@@ -8,7 +8,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_core.runs.report_card import Block, card_sections
+from lora_core.runs.report_card import FILES, Block, Words, card_sections, describe_files
 from lora_core.runs.report_charts import format_number
 from lora_core.runs.report_data import NO_DEFAULT, ChangedOption, RunRecord
 from lora_core.runs.report_images import Picture, RunImages
@@ -54,6 +54,14 @@ class CardPart(NamedTuple):
     grouped: list[tuple[str, list[Block]]]
 
 
+class FileRow(NamedTuple):
+    """A file or folder of a run."""
+
+    name: str
+    size: str
+    words: tuple[Words, ...]  # what the model card says about it
+
+
 @dataclass(frozen=True)
 class RunPart:
     """A run as the template shows it."""
@@ -72,7 +80,7 @@ class RunPart:
     data_words: str
     tokens: list[dict[str, Any]]
     token_words: str
-    files: list[tuple[str, str]]
+    files: list[FileRow]
     card: list[CardPart]
 
 
@@ -99,7 +107,7 @@ def describe_run_part(record: RunRecord, images: RunImages, style: RunStyle) -> 
         data_words=_describe_data(record, images),
         tokens=_token_rows(record),
         token_words=_missing_tokens(record),
-        files=[(name, format_size(size)) for name, size in files],
+        files=_file_rows(files, record.card),
         card=_card_parts(record.card),
     )
 
@@ -299,9 +307,20 @@ def format_size(size: float) -> str:
     return f"{size:.3g} {UNITS[unit]}"
 
 
+def _file_rows(files: Sequence[tuple[str, int]], card: str) -> list[FileRow]:
+    known = describe_files(card)
+    rows = []
+    for name, size in files:
+        words = known.get(name.rstrip("/"), ())
+        rows.append(FileRow(name, format_size(size), words))
+    return rows
+
+
 def _card_parts(card: str) -> list[CardPart]:
     parts = []
     for section in card_sections(card):
+        if section.title == FILES:  # their descriptions are in the table of files
+            continue
         grouped = []
         for kind, blocks in groupby(section.blocks, key=lambda block: block.kind):
             grouped.append((kind, list(blocks)))
