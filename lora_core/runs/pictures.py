@@ -129,8 +129,12 @@ def plot_lines(
     log: bool = False,
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """A line plot of named (x, y) series as PNG; with `errors` (one per point), error bars."""
+    """A line plot of named (x, y) series as PNG; with `errors` (one per point), which differences
+    have, error bars and a line at 0.
+    """
     with _figure(path) as axis:
+        if errors:
+            axis.axhline(0, color=INK, linewidth=0.8)
         for name, (x, y) in series.items():
             yerr = (errors or {}).get(name)
             axis.errorbar(x, y, yerr=yerr, label=name, linewidth=1.4, capsize=3)
