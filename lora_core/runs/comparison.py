@@ -428,19 +428,23 @@ def _difference(t: float, a: Tensor, b: Tensor, *, is_paired: bool) -> PairedDif
 # ---------------------------------------------------------------- text
 
 
-def describe_comparison(comparison: Comparison) -> str:
-    """The sides, the differences of their configs, the table and the verdict, as lines."""
+def describe_sides(comparison: Comparison) -> str:
+    """The runs of both sides, and the options in which their configs differ, as lines."""
     lines = []
     for side, name, folders in zip("AB", comparison.names, comparison.folders):
         listed = " ".join(map(str, folders))
         lines.append(f"{side} = {listed if len(folders) == 1 else f'{name}: {listed}'}")
     changes = comparison.changes or ("none but the seed",)
-    lines += ["differences of the configs:", *(f"  {change}" for change in changes)]
-    lines += ["", comparison_table(comparison)]
+    return "\n".join([*lines, "differences of the configs:", *(f"  {own}" for own in changes)])
+
+
+def describe_result(comparison: Comparison) -> str:
+    """The table and the verdict, as lines."""
+    lines = [comparison_table(comparison)]
     if len(comparison.by_seed) > 1:
         seeds = [f"{seed}: {mean:+.6f}" for seed, mean in comparison.by_seed.items()]
         lines.append(f"each seed: {', '.join(seeds)}")
-    return "\n".join([*lines, "", f"{comparison.measure}: {comparison.verdict}"])
+    return "\n".join([*lines, f"{comparison.measure}: {comparison.verdict}"])
 
 
 def comparison_table(comparison: Comparison) -> str:
