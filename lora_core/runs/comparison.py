@@ -159,7 +159,7 @@ def read_recorded_run(folder: Path) -> RecordedRun:
     them. Raises UserError for a config that cannot be read.
     """
     file = folder / "config.toml"
-    settings = dict(_flatten(to_table(read_toml(file)))) if file.is_file() else {}
+    settings = dict(flatten_settings(to_table(read_toml(file)))) if file.is_file() else {}
     return RecordedRun(folder, settings, _read_weights(folder))
 
 
@@ -178,13 +178,13 @@ def _read_weights(folder: Path) -> dict[str, str]:
     return state if isinstance(state, dict) else {}
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_settings(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every option of a table, also of tables in lists."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         value = dict(enumerate(value))
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _flatten(inner, f"{prefix}{name}.")
+            yield from flatten_settings(inner, f"{prefix}{name}.")
     else:
         yield prefix.removesuffix("."), value
 
