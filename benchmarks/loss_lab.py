@@ -166,9 +166,8 @@ def is_finished(config: Config) -> bool:
 
 
 def train_grid(planned: Sequence[Config], out: Path, jobs: int) -> None:
-    """Train the runs that are not finished, `jobs` at a time; prints a line for each.
-
-    Raises UserError, after all others have ended, where a run failed.
+    """Train the runs that are not finished, `jobs` at a time, each in a process of its own; prints
+    a line for each. Raises UserError, after all others have ended, where a run failed.
     """
     waiting = [config for config in planned if not is_finished(config)]
     if len(waiting) < len(planned):
@@ -177,12 +176,16 @@ def train_grid(planned: Sequence[Config], out: Path, jobs: int) -> None:
     began = time.perf_counter()
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(lambda config: train_run(config, out, jobs), waiting)
-        for number, (config, reason) in enumerate(zip(waiting, results), start=1):
-            name, seconds = Path(config.out).name, time.perf_counter() - began
-            words = "failed" if reason else "done"
-            print(f"{name}: {words} ({number} of {len(waiting)}, {seconds:.0f} s)", flush=True)
-            failed += [f"{name}: {reason}"] if reason else []
+        reasons = pool.map(lambda config: train_run(config, out, jobs), waiting)
+        try:
+            for number, (config, reason) in enumerate(zip(waiting, reasons), start=1):
+                name, seconds = Path(config.out).name, time.perf_counter() - began
+                words = "failed" if reason else "done"
+                print(f"{name}: {words} ({number} of {len(waiting)}, {seconds:.0f} s)", flush=True)
+                failed += [f"{name}: {reason}"] if reason else []
+        except KeyboardInterrupt:  # the processes got the signal too, and write a checkpoint
+            pool.shutdown(cancel_futures=True)
+            raise
     if failed:
         raise UserError(f"{len(failed)} of {len(waiting)} runs failed; {'; '.join(failed)}")
 
