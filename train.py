@@ -106,10 +106,14 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
     output = StepOutput(
         out, target, x.x0, x.eps, x_t, x.level, form, x.mask, x.is_prior, x.number,
         lazy=lazy_members(model, x, x_t, cond, maps), t_max=model.family.schedule.t_max,
-        network=prediction, token_positions=x.token_positions, unweighted_mask=x.unweighted_mask,
+        network=prediction, token_positions=x.caption_tokens.learned,
+        unweighted_mask=x.unweighted_mask, caption_tokens=x.caption_tokens,
+        schedule=model.family.schedule, readings=x.readings,
     )  # fmt: skip
     rows = loss(output)
     losses.check_loss_shape(rows, loss, len(x.is_prior))
+    if getattr(loss, "weighting", None) == "none":
+        return rows
     return rows * losses.loss_weights(
         config.weighting, x.level, prediction, space=space, **config.weighting_arg
     )
@@ -124,7 +128,8 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
     with Signals() as signals, ExitStack() as stack:
         setup.check_before_opening(config, functions.loss, functions.own_step)
         data = setup.open_data(config)
-        model = setup.open_model(config)
+        own_weighting = getattr(functions.loss, "weighting", None)
+        model = setup.open_model(config, weights_itself=own_weighting == "none")
         setup.check_captions(data, model)
         optimization = setup.open_optimizer(config, model.groups, model.up_factors)
         run = stack.enter_context(setup.open_run(config))
@@ -135,8 +140,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         setup.describe_start(config, data, model, run)
         log = Log(run, config, model, optimization)
         scorer = Scorer(config, data, model, optimization)
-        reads_attention = getattr(functions.loss, "reads_attention", False)
-        source = InputSource(config, data, model, reads_attention=reads_attention)
+        source = InputSource(config, data, model, reads_attention=functions.reads_attention)
         replay = GraphReplay() if config.cuda_graph else call_eagerly
         stack.enter_context(checkpoints.advice_on_interrupt())
         if start == 0:
@@ -152,10 +156,10 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     check = number == begin  # reads values back: in a stage's first step only
                     set_learning_rates(stage, number - first, config, optimization)
                     inputs = make_step_inputs(source, batch, stage, number, check=check)
-                    total, norm = replay(functools.partial(advance, check), inputs, key=first)
+                    result = replay(functools.partial(advance, check), inputs, key=first)
                     optimization.update_average_()
                     done = number + 1
-                    log.add_step(done, stage, total, norm, inputs)
+                    log.add_step(done, stage, result, inputs)
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):

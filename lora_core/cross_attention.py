@@ -30,10 +30,16 @@ CROSS_KEYS = ".attn2.to_k"
 
 
 class AttentionMap(NamedTuple):
-    """Attention probabilities of one layer."""
+    """Attention of one layer's image positions on the prompt tokens.
 
-    layer: str  # path of the attention module in the denoiser
-    probabilities: Tensor  # [b, heads, h, w, s] of each position on each prompt token, fp32
+    In a UNet the probabilities of a position sum to 1 over the tokens; where text and image attend
+    to each other, the rest of 1 is attention on the image.
+    """
+
+    name: str  # path of the attention module in the denoiser
+    probabilities: Tensor  # [b, heads, h * w, tokens], fp32
+    h: int  # rows of positions; coarser layers have fewer than the latents
+    w: int  # positions in a row
 
 
 class Box(NamedTuple):
@@ -106,8 +112,7 @@ class CrossAttention:
             assert layer.queries is not None and layer.keys is not None
             q, k = layer.queries.float(), layer.keys.float()  # [b, heads, h w, d], [b, heads, s, d]
             probabilities = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-            height, width = grid_size(self.latent_size, q.shape[2])
-            yield AttentionMap(path, probabilities.unflatten(2, (height, width)))
+            yield AttentionMap(path, probabilities, *grid_size(self.latent_size, q.shape[2]))
 
 
 class LayerAttention(nn.Module):
@@ -217,6 +222,25 @@ def grid_size(latent_size: tuple[int, int], positions: int) -> tuple[int, int]:
             f"{latent_size[0]} x {latent_size[1]}; the shape of this network's maps is not known"
         )
     return height, width
+
+
+def attention_on_tokens(
+    maps: Sequence[AttentionMap], positions: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """[b, *size] attention on the tokens at `positions` [b, n], where -1 stands for none.
+
+    The sum over the tokens, averaged over heads and layers; each layer's map is first resized to
+    `size` bilinearly. An example without tokens has zeros.
+    """
+    is_token = (positions >= 0).to(torch.float32)
+    total = torch.zeros((), device=positions.device)
+    for m in maps:
+        mean = m.probabilities.mean(1)  # [b, h w, tokens]
+        columns = positions.clamp(min=0)[:, None].expand(-1, mean.shape[1], -1)
+        on_tokens = (mean.gather(2, columns) * is_token[:, None]).sum(2)
+        grid = on_tokens.unflatten(1, (1, m.h, m.w))
+        total = total + F.interpolate(grid, size, mode="bilinear")[:, 0]
+    return total / len(maps)
 
 
 def _unused_region(box: Box) -> UserError:

@@ -162,6 +162,31 @@ def token_positions(
     return [position for position, index in enumerate(ids) if index in learned]
 
 
+def word_positions(
+    word: str, caption: str, placeholders: Sequence[Placeholder], tokenizer: Any, length: int
+) -> list[int]:
+    """The positions of a word's tokens among a caption's first `length` tokens, in order.
+
+    The word is a placeholder or any other word or phrase of the caption, each of its occurrences
+    counts. A tokenizer that has not learned a placeholder's tokens reads their names as plain text,
+    of which these are the pieces. Words of several texts (one for each layer) are counted in the
+    first.
+    """
+    bound = bind_placeholders(normalize_unicode(caption), placeholders)
+    wanted = bind_placeholders(normalize_unicode(word), placeholders)
+    spans = [(start, start + len(wanted)) for start, _ in _find_words(bound, (wanted,))]
+    if not spans:
+        return []
+    read = tokenizer(
+        bound, verbose=False, truncation=True, max_length=length, return_offsets_mapping=True
+    )
+    found = []
+    for position, (first, last) in enumerate(read.offset_mapping):
+        if any(first < end and start < last for start, end in spans):
+            found.append(position)
+    return found
+
+
 def _find_words(caption: str, words: Sequence[str]) -> Iterator[tuple[int, str]]:
     """(position, word) of the whole words in a caption, from left to right.
 

@@ -1,8 +1,12 @@
-"""Attention of Flux's double blocks, where text and image attend to each other, and its maps."""
+"""Attention of Flux's blocks, where text and image attend to each other, and its maps.
+
+In a double block text and image have their own projections; in a single block the sequence of text
+and image is projected as one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,16 +18,29 @@ from lora_core.cross_attention import AttentionMap
 
 
 class JointAttention:
-    """The processor of one double block's attention module, which can keep queries and keys.
+    """The processor of one attention module, which can keep queries and keys.
 
     It computes what diffusers' own processor computes.
     """
 
     def __init__(self) -> None:
         self.keeps_queries = False
-        self.queries: Tensor | None = None  # [b, heads, h w, d] of the image, rotated
-        self.keys: Tensor | None = None  # [b, heads, s + h w, d] of text and image, rotated
-        self.text_length = 0  # s
+        self.queries: Tensor | None = None  # [b, heads, s + h w, d] of text and image, rotated
+        self.keys: Tensor | None = None  # the same of the keys
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any, mask: Tensor | None) -> Tensor:
+        """[b, s + h w, heads * d] from queries, keys and values [b, s + h w, heads, d]."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if self.keeps_queries:
+            self.queries, self.keys = q, k
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).flatten(2)
+
+
+class DoubleAttention(JointAttention):
+    """The processor of a double block's attention module."""
 
     def __call__(
         self,
@@ -38,31 +55,44 @@ class JointAttention:
         q = _join(attn.norm_added_q, attn.add_q_proj(text), attn.norm_q, attn.to_q(image), heads)
         k = _join(attn.norm_added_k, attn.add_k_proj(text), attn.norm_k, attn.to_k(image), heads)
         v = torch.cat([attn.add_v_proj(text), attn.to_v(image)], dim=1).unflatten(-1, (heads, -1))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if image_rotary_emb is not None:
-            q, k = apply_rotary(q, *image_rotary_emb), apply_rotary(k, *image_rotary_emb)
+        y = self.attend(q, k, v, image_rotary_emb, attention_mask)
         s = text.shape[1]
-        if self.keeps_queries:
-            self.queries, self.keys, self.text_length = q[:, :, s:], k, s
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        y = y.transpose(1, 2).flatten(2)
         of_image = attn.to_out[1](attn.to_out[0](y[:, s:].contiguous()))
         return of_image, attn.to_add_out(y[:, :s].contiguous())
 
 
+class SingleAttention(JointAttention):
+    """The processor of a single block's attention module, which has no projection at its end."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,  # [b, s + h w, c] of text and image
+        encoder_hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        split = (attn.heads, -1)
+        q = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, split))
+        k = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, split))
+        v = attn.to_v(hidden_states).unflatten(-1, split)
+        return self.attend(q, k, v, image_rotary_emb, attention_mask)
+
+
 def install_joint_attention(transformer: nn.Module) -> dict[str, JointAttention]:
-    """Path -> the new processor of every double block's attention module."""
-    found = {}
+    """Path -> the new processor of every block's attention module."""
+    found: dict[str, JointAttention] = {}
     for path, module in transformer.named_modules():
-        if hasattr(module, "norm_added_k"):
-            found[path] = JointAttention()
+        if hasattr(module, "set_processor") and hasattr(module, "norm_q"):
+            is_double = hasattr(module, "norm_added_k")
+            found[path] = DoubleAttention() if is_double else SingleAttention()
             module.set_processor(found[path])
     return found
 
 
 @contextmanager
 def keep_maps(
-    layers: dict[str, JointAttention], grid: tuple[int, int], maps: list[AttentionMap] | None
+    layers: Mapping[str, JointAttention], grid: tuple[int, int], maps: list[AttentionMap] | None
 ) -> Iterator[None]:
     """A context for one forward pass; appends the layers' maps to `maps`, if any, at its end.
 
@@ -75,7 +105,7 @@ def keep_maps(
         yield
         if maps is not None:
             for path, layer in layers.items():
-                maps.append(AttentionMap(path, _text_columns(layer).unflatten(2, grid)))
+                maps.append(AttentionMap(path, _text_columns(layer, grid[0] * grid[1]), *grid))
     finally:
         for layer in layers.values():
             layer.keeps_queries, layer.queries, layer.keys = False, None, None
@@ -91,12 +121,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
-def _text_columns(layer: JointAttention) -> Tensor:
-    """[b, heads, h w, s] attention probabilities of the image's positions on the text."""
+def _text_columns(layer: JointAttention, positions: int) -> Tensor:
+    """[b, heads, h w, s] attention of the image's h w positions on the text."""
     assert layer.queries is not None and layer.keys is not None
-    q, k = layer.queries.float(), layer.keys.float()
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return scores.softmax(-1)[..., : layer.text_length]
+    s = layer.keys.shape[2] - positions
+    q, k = layer.queries[:, :, s:].float(), layer.keys.float()
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)[..., :s]
 
 
 def _join(text_norm: Any, text: Tensor, image_norm: Any, image: Tensor, heads: int) -> Tensor:

@@ -60,8 +60,7 @@ def open_parts(config: Config) -> OpenedRun:
         checkpoints.restore(0.0)
         log = Log(run, config, model, optimization)
     scorer = Scorer(config, data, model, optimization)
-    reads_attention = getattr(functions.loss, "reads_attention", False)
-    source = InputSource(config, data, model, reads_attention=reads_attention)
+    source = InputSource(config, data, model, reads_attention=functions.reads_attention)
     return OpenedRun(
         config, functions, data, model, optimization, run, samples, checkpoints, log, scorer, source
     )

@@ -21,8 +21,8 @@ def maps(b: int = 2, *, seed: int = 0) -> list[AttentionMap]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for i, side in enumerate(GRIDS):
-        scores = torch.randn(b, 3, side, side, 9, generator=generator, dtype=torch.float64)
-        found.append(AttentionMap(str(i), scores.softmax(-1).requires_grad_()))
+        scores = torch.randn(b, 3, side * side, 9, generator=generator, dtype=torch.float64)
+        found.append(AttentionMap(str(i), scores.softmax(-1).requires_grad_(), side, side))
     return found
 
 
@@ -40,8 +40,8 @@ def test_the_sources_formula(full_identity: bool) -> None:
     recorded, mask = maps(), corner()
     total = torch.zeros((), dtype=torch.float64)
     for side in sorted(set(GRIDS)):
-        heads = [m.probabilities for m in recorded if m.probabilities.shape[2] == side]
-        mean = torch.cat(heads, 1).mean(1)
+        heads = [m.probabilities for m in recorded if m.h == side]
+        mean = torch.cat(heads, 1).mean(1).unflatten(1, (side, side))
         adjective = torch.stack([mean[i, ..., POSITIONS[i, 0]] for i in range(2)])
         subject = torch.stack([mean[i, ..., POSITIONS[i, 1]] for i in range(2)])
         adjective, subject = adjective / adjective.max(), subject / subject.max()
@@ -70,9 +70,8 @@ def test_a_mask_of_ones_leaves_the_term_out_without_nan() -> None:
 @pytest.mark.parametrize("formula", [mixofshow_regularization, attention_outside])
 def test_examples_without_learned_tokens_do_not_count(formula) -> None:
     alone = formula(maps()[:1], POSITIONS, corner(), full_identity=False)
-    both = [
-        AttentionMap(m.layer, torch.cat([m.probabilities, m.probabilities])) for m in maps()[:1]
-    ]
+    first = maps()[0]
+    both = [first._replace(probabilities=torch.cat([first.probabilities] * 2))]
     positions = torch.cat([POSITIONS, torch.full_like(POSITIONS, -1)])
     ours = formula(both, positions, corner(4), full_identity=False)
     assert torch.allclose(ours[:2] if ours.ndim else ours, alone)
@@ -106,7 +105,9 @@ def test_the_only_token_of_a_prompt_is_adjective_and_subject(formula) -> None:
 
 def test_the_normalized_form_is_a_share_of_each_example() -> None:
     """Uniform attention: the share outside is the area outside, at any resolution and batch."""
-    uniform = [AttentionMap("a", torch.full((2, 1, side, side, 9), 1 / 9)) for side in (16, 8)]
+    uniform = []
+    for side in (16, 8):
+        uniform.append(AttentionMap("a", torch.full((2, 1, side * side, 9), 1 / 9), side, side))
     mask = torch.zeros(2, 1, 16, 16)
     mask[0, :, :8] = 1
     mask[1, :, :4] = 1
@@ -116,7 +117,7 @@ def test_the_normalized_form_is_a_share_of_each_example() -> None:
     torch.testing.assert_close(full, torch.tensor([0.5 + 0.5, 0.75 + 0.75]))
     inside = torch.zeros(2, 1, 16, 16, 9)
     inside[0, :, :8], inside[1, :, :4] = 0.1, 0.1
-    perfect = [AttentionMap("a", inside)]
+    perfect = [AttentionMap("a", inside.flatten(2, 3), 16, 16)]
     for full_identity in (True, False):
         ours = attention_outside(perfect, POSITIONS, mask, full_identity=full_identity)
         torch.testing.assert_close(ours, torch.zeros(2), atol=1e-6, rtol=0)

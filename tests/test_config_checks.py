@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 import train
-from lora_core.config import AdapterConfig, Config, DataConfig
+from lora_core.config import AdapterConfig, Config, DataConfig, Stage
+from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
 from lora_core.runs import lock
+from tests.conftest import merged, rows
 from training import config_checks, cuda_graph
 
 
@@ -108,6 +110,36 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="nowhere does not exist"):
         train.train(replace(nowhere, report="wandb"))
+
+
+def test_what_a_loss_says_of_itself_is_kept_or_refused(config: Config, quick: None) -> None:
+    """An x0 loss is weighted by nothing, in EDM's space neither; a loss over the batch gets it."""
+
+    def of_x0(step: StepOutput) -> Tensor:
+        assert step.network == "epsilon" and len(step.x0) == 2
+        return (step.x0_pred - step.x0).square().mean((1, 2, 3))
+
+    of_x0.whole_batch = True  # type: ignore[attr-defined]
+    of_x0.weighting = "min_snr"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"of_x0\.weighting is 'min_snr'; expected \"none\""):
+        train.train(config, loss=of_x0)
+    of_x0.weighting = "none"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"--weighting min_snr would weight the loss of_x0.*give"):
+        train.train(replace(config, weighting="min_snr"), loss=of_x0)
+    with pytest.raises(UserError, match=r"of_x0 compares.*--accumulation 3.*--batch-size 6"):
+        train.train(replace(config, accumulation=3), loss=of_x0)
+    masked = merged(config, {"data": {"masks": "file"}, "mask_scale": "unnormalized"})
+    with pytest.raises(UserError, match="--accumulation 2 gives it a part"):
+        train.train(replace(masked, accumulation=2), loss=of_x0)  # through a loss made of it
+    assert not Path(config.out).exists()
+    edm = merged(config, {"noise": {"space": "edm"}, "stages": (Stage(1),)})
+    seen = []
+    run = train.train(edm, loss=lambda step: seen.append(of_x0(step)) or mse(step))
+    plain = train.train(replace(edm, out=edm.out + "_x0"), loss=of_x0)
+    logged = rows(plain)[1]["loss"]
+    assert logged == pytest.approx(float(seen[0].mean().detach()), rel=1e-5)
+    assert abs(rows(run)[1]["loss"] / logged - 1) > 0.1  # the same error, weighted by snr
+    assert "not weighted by noise level" in (plain / "README.md").read_text()
 
 
 def test_a_graph_needs_a_gpu_and_a_loss_that_is_the_same_each_step(

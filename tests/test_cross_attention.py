@@ -15,6 +15,7 @@ from lora_core.cross_attention import (
     Box,
     CrossAttention,
     Region,
+    attention_on_tokens,
     cross_attention_paths,
     grid_size,
     pack_layers,
@@ -147,13 +148,35 @@ def test_maps_have_layers_sizes_and_gradients_in_one_pass(unet, noise: Tensor) -
     unet.register_forward_hook(lambda *_: calls.append(1))
     text = embeds(2, 16).requires_grad_()
     _, maps = recorded(unet, noise, text)
-    assert len(calls) == 1 and [m.layer for m in maps] == PATHS
-    sizes = [tuple(m.probabilities.shape) for m in maps]
-    assert sizes == [(2, 4, 8, 8, 16), (2, 4, 4, 4, 16), (2, 4, 8, 8, 16), (2, 4, 8, 8, 16)]
+    assert len(calls) == 1 and [m.name for m in maps] == PATHS
+    assert [(m.h, m.w) for m in maps] == [(8, 8), (4, 4), (8, 8), (8, 8)]
+    assert all(m.probabilities.shape == (2, 4, m.h * m.w, 16) for m in maps)
     for m in maps:
         assert torch.allclose(m.probabilities.sum(-1), torch.ones(()), atol=1e-5)
     (gradient,) = torch.autograd.grad(maps[1].probabilities[..., 3].sum(), text)
     assert gradient.abs().max() > 0
+
+
+def test_attention_on_tokens_is_their_sum_averaged_over_heads_and_layers() -> None:
+    """Against loops over examples, layers and tokens, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    maps = []
+    for side in (8, 4):
+        scores = torch.randn(3, 2, side * side, 7, generator=generator, dtype=torch.float64)
+        maps.append(AttentionMap("a", scores.softmax(-1), side, side))
+    positions = torch.tensor([[1, 2], [6, -1], [-1, -1]])
+    ours = attention_on_tokens(maps, positions, (8, 8))
+    for i, tokens in enumerate([[1, 2], [6], []]):
+        wanted = torch.zeros(8, 8, dtype=torch.float64)
+        for m in maps:
+            for token in tokens:
+                grid = m.probabilities[i, :, :, token].mean(0).view(1, 1, m.h, m.w)
+                wanted += torch.nn.functional.interpolate(grid, (8, 8), mode="bilinear")[0, 0] / 2
+        assert torch.allclose(ours[i], wanted, atol=1e-12)
+    uniform = [AttentionMap("a", torch.full((1, 2, 64, 7), 1 / 7), 8, 8)]
+    assert torch.allclose(
+        attention_on_tokens(uniform, torch.tensor([[0, 3]]), (16, 16)), torch.tensor(2 / 7)
+    )
 
 
 def test_gradient_checkpointing_changes_no_gradient(unet, noise: Tensor) -> None:

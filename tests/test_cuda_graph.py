@@ -199,6 +199,11 @@ CASES: dict[str, dict[str, Any]] = {
         "tokens": TokensConfig(per_layer=True, norm="stop", norm_target=5.0),
     },
     "autocast": {"autocast": True},
+    "attention on a word, logged": {
+        "stages": (Stage(6, ALL),),
+        "loss": "examples/attention_in_mask.py:attention_in_mask",
+        "data": {"masks": "file"},
+    },
     "attention": {
         "stages": (Stage(6, ALL),),
         "loss": "edlora",

@@ -1,4 +1,4 @@
-"""Attention of Flux's double blocks: diffusers' bits, and maps against its own functions."""
+"""Attention of Flux's blocks: diffusers' bits, and maps against its own functions."""
 
 import pytest
 import torch
@@ -36,7 +36,18 @@ def test_the_processor_is_diffusers_to_the_bit(family) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_maps_are_the_probabilities_of_the_double_blocks(family) -> None:
+def joined_heads(m, kind: str, given: dict) -> Tensor:
+    """Rotated queries or keys [b, heads, s + h w, d] of a module, by diffusers' own functions."""
+    image = getattr(m, f"to_{kind}")(given["hidden_states"]).unflatten(-1, (2, 16))
+    both = getattr(m, f"norm_{kind}")(image)
+    if "encoder_hidden_states" in given:
+        text = getattr(m, f"add_{kind}_proj")(given["encoder_hidden_states"])
+        text = getattr(m, f"norm_added_{kind}")(text.unflatten(-1, (2, 16)))
+        both = torch.cat([text, both], dim=1)
+    return apply_rotary_emb(both, given["image_rotary_emb"], sequence_dim=1).transpose(1, 2)
+
+
+def test_maps_are_the_probabilities_of_all_blocks(family) -> None:
     """In one pass, of the image's positions on the text; what is left of 1 is on the image."""
     seen: dict = {}
     blocks = {path: family.transformer.get_submodule(path) for path in family.joint_attention}
@@ -53,20 +64,13 @@ def test_maps_are_the_probabilities_of_the_double_blocks(family) -> None:
     assert torch.equal(family.denoise(x, level, cond, maps=maps), plain)
     for hook in hooks:
         hook.remove()
-    assert [m.layer for m in maps] == list(blocks) and len(maps) == 2
-
-    def joined(m, kind: str, given: dict) -> Tensor:
-        text, image = given["encoder_hidden_states"], given["hidden_states"]
-        added = getattr(m, f"add_{kind}_proj")(text).unflatten(-1, (2, 16))
-        own = getattr(m, f"to_{kind}")(image).unflatten(-1, (2, 16))
-        norms = getattr(m, f"norm_added_{kind}"), getattr(m, f"norm_{kind}")
-        both = torch.cat([norms[0](added), norms[1](own)], dim=1)
-        return apply_rotary_emb(both, given["image_rotary_emb"], sequence_dim=1).transpose(1, 2)
-
+    assert [m.name for m in maps] == list(blocks)
+    kinds = {name.split(".")[0] for name in blocks}
+    assert kinds == {"transformer_blocks", "single_transformer_blocks"} and len(maps) == 4
     for m in maps:
-        given = seen[blocks[m.layer]]
-        q, k = (joined(blocks[m.layer], kind, given) for kind in "qk")
+        block = blocks[m.name]
+        q, k = (joined_heads(block, kind, seen[block]) for kind in "qk")
         expected = (q @ k.transpose(-1, -2) / 4).softmax(-1)[:, :, 24:, :24]
-        assert m.probabilities.shape == (2, 2, 3, 4, 24)
-        assert torch.allclose(m.probabilities.flatten(2, 3), expected, atol=1e-6)
+        assert m.probabilities.shape == (2, 2, 3 * 4, 24) and (m.h, m.w) == (3, 4)
+        assert torch.allclose(m.probabilities, expected, atol=1e-6)
         assert (m.probabilities.sum(-1) < 1).all()

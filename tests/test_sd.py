@@ -159,7 +159,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tmp_path: Path)
     )
     recorded: list[AttentionMap] = []
     family.denoise(x, level, cond, maps=recorded)
-    maps = [layer.probabilities.flatten(2, 3) for layer in recorded]
+    maps = [layer.probabilities for layer in recorded]
     seen = []
     layers = [m for name, m in family.unet.named_modules() if name.endswith("attn2")]
     for layer in layers:
@@ -173,7 +173,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tmp_path: Path)
         m: m.get_attention_scores(m.head_to_batch_dim(m.to_q(h)), m.head_to_batch_dim(m.to_k(e)))
         for m, h, e in seen
     }
-    for layer, ours in zip([family.unet.get_submodule(m.layer) for m in recorded], maps):
+    for layer, ours in zip([family.unet.get_submodule(m.name) for m in recorded], maps):
         assert torch.allclose(ours.flatten(0, 1), expected[layer], atol=1e-6)
         assert torch.allclose(ours.sum(-1), torch.ones(()), atol=1e-5)
 

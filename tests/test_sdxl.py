@@ -397,7 +397,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     recorded: list[AttentionMap] = []
     family.denoise(x, level, cond, maps=recorded)
-    maps = [layer.probabilities.flatten(2, 3) for layer in recorded]
+    maps = [layer.probabilities for layer in recorded]
     for hook in hooks:
         hook.remove()
     assert len(maps) == len(layers) == len(seen) == 2 * (2 + 1 + 3)
@@ -405,7 +405,7 @@ def test_attention_maps_are_the_probabilities_diffusers_computes(tiny: Tiny) -> 
         m: m.get_attention_scores(m.head_to_batch_dim(m.to_q(h)), m.head_to_batch_dim(m.to_k(e)))
         for m, h, e in seen
     }
-    for layer, ours in zip([family.unet.get_submodule(m.layer) for m in recorded], maps):
+    for layer, ours in zip([family.unet.get_submodule(m.name) for m in recorded], maps):
         assert ours.shape == (2, layer.heads, 16, 16) and torch.allclose(
             ours.sum(-1), torch.ones(()), atol=1e-5
         )

@@ -405,6 +405,29 @@ def check_capturable(loss: Callable[..., Any], name: str, step: Callable[..., An
         )
 
 
+def check_declared_needs(c: Config, loss: Callable[..., Any], name: str) -> None:
+    """Raises UserError for options that contradict what a loss or step function says of itself: its
+    attributes `weighting` and `whole_batch`.
+    """
+    own = getattr(loss, "weighting", None)
+    if own not in (None, "none"):
+        raise UserError(
+            f'{name}.weighting is {own!r}; expected "none", for a loss that is not to be weighted '
+            "by noise level"
+        )
+    if own == "none" and c.weighting != "none":
+        raise UserError(
+            f"--weighting {c.weighting} would weight the loss {name} by noise level, which says of "
+            f'itself {name}.weighting = "none"; give --weighting none'
+        )
+    if getattr(loss, "whole_batch", False) and c.accumulation > 1:
+        raise UserError(
+            f"{name} compares the images of a whole batch ({name}.whole_batch = True), and "
+            f"--accumulation {c.accumulation} gives it a part at a time; use --accumulation 1 and "
+            f"--batch-size {c.batch_size * c.accumulation}"
+        )
+
+
 def rerun_reason(c: Config) -> str:
     """Why config.toml alone cannot repeat its run, as a sentence; empty where it can."""
     functions = {"loss": c.loss, "step": c.step}

@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch._dynamo
@@ -22,6 +22,8 @@ from lora_core.kernels import choice
 # Eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialize
 # themselves, kernels are compiled.
 WARMUP_CALLS = 3
+
+Outputs = TypeVar("Outputs")  # a tuple with tensors in it
 
 
 class Recording(Protocol):
@@ -60,7 +62,7 @@ class CudaGraph:
 class _Capture:
     inputs: Any  # its tensors are overwritten before each replay
     recording: Recording
-    outputs: tuple[Tensor, ...]
+    outputs: Any
 
 
 class GraphReplay:
@@ -81,9 +83,7 @@ class GraphReplay:
         self.captures: dict[Hashable, _Capture] = {}
         self.ready = False  # whether an eager call came after the last capture
 
-    def __call__(
-        self, fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
-    ) -> tuple[Tensor, ...]:
+    def __call__(self, fn: Callable[[Any], Outputs], inputs: Any, key: Hashable = None) -> Outputs:
         """fn(inputs), as copies that the next call does not overwrite."""
         kind = (key, tuple((tuple(t.shape), t.dtype) for t in tree_tensors(inputs)))
         self.calls[kind] = self.calls.get(kind, 0) + 1
@@ -105,12 +105,10 @@ class GraphReplay:
         for old, new in zip(tree_tensors(capture.inputs), tree_tensors(inputs), strict=True):
             old.copy_(new)
         capture.recording.replay()
-        return tuple(t.clone() for t in capture.outputs)
+        return map_tensors(capture.outputs, torch.clone)
 
 
-def call_eagerly(
-    fn: Callable[[Any], tuple[Tensor, ...]], inputs: Any, key: Hashable = None
-) -> tuple[Tensor, ...]:
+def call_eagerly(fn: Callable[[Any], Outputs], inputs: Any, key: Hashable = None) -> Outputs:
     """fn(inputs): the replacement of a GraphReplay without --cuda-graph."""
     return fn(inputs)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from lora_core.config import Config, Stage
@@ -23,6 +22,7 @@ from training import nonfinite
 from training.scores import Scorer, on_common_images, relative_change
 from training.setup import Model, Optimization
 from training.shared_config import shared_config
+from training.step import StepResult
 from training.step_inputs import StepInputs
 
 
@@ -53,11 +53,13 @@ class Log:
         self.flush()
 
     def add_step(
-        self, done: int, stage: Stage, loss: Tensor, norm: Tensor, inputs: Sequence[StepInputs]
+        self, done: int, stage: Stage, result: StepResult, inputs: Sequence[StepInputs]
     ) -> None:
-        """Add the row of a step: loss, gradient norm, learning rates, Prodigy's distances d."""
+        """Add the row of a step: loss, gradient norm, what the loss logged, learning rates,
+        Prodigy's distances d.
+        """
         self.inputs = inputs
-        values: dict[str, Any] = {"loss": loss, "grad_norm": norm}
+        values: dict[str, Any] = {"loss": result.loss, "grad_norm": result.norm, **result.readings}
         groups = [g for g in self.optimizer.param_groups if g["name"] in stage.groups]
         for group in reversed(groups):  # the last one counts: with LoRA+ that of down
             values[f"lr_{group['name']}"] = group["rate"]

@@ -19,7 +19,7 @@ from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.kinds import KINDS, DoRA
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
-from lora_core.diffusion import losses, noise, validation
+from lora_core.diffusion import noise, validation
 from lora_core.diffusion.validation import Score
 from lora_core.formats import dora_readers
 from lora_core.formats.known_formats import CUSTOM_KIND, TOKEN_NAMES
@@ -238,10 +238,7 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
     if model.adapted:
         factors = f", rank {a.rank}, alpha {a.alpha or a.rank:g}" if model.has_factors else ""
         table["adapter"] = f"{a.kind}{factors}"
-    described = losses.describe_loss(
-        c.weighting, model.family.prediction, c.noise.space, loss=c.loss, **c.weighting_arg
-    )
-    table["loss"] = described.removeprefix("loss: ")
+    table["loss"] = model.objective.removeprefix("loss: ")
     if c.step:
         table["step"] = hide_home(c.step)
     if checkpoints.changes:

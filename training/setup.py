@@ -91,6 +91,7 @@ class Model:
     groups: dict[str, list[nn.Parameter]]  # trainable parameters of denoiser, text_encoder, tokens
     up_factors: dict[str, list[Tensor]]  # group -> up factors of its adapters, with LoRA+ only
     identity: dict[str, str]  # component -> hash of its weights as they were loaded
+    objective: str  # the loss, its weighting and masks in words
     guidance: float  # scale that a guidance-distilled denoiser reads
     autocast: torch.autocast  # matrix products in bf16 with --autocast
 
@@ -170,6 +171,9 @@ def check_before_opening(
     one. Raises UserError. `own_step`: the function that replaces train.training_step, if any.
     """
     config_checks.check_startup(config)
+    config_checks.check_declared_needs(config, loss, plugins.function_name(loss))
+    if own_step is not None:
+        config_checks.check_declared_needs(config, own_step, plugins.function_name(own_step))
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -294,15 +298,17 @@ def check_captions(data: Data, model: Model) -> None:
 # ---------------------------------------------------------------- the model
 
 
-def open_model(config: Config) -> Model:
+def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     """Load the model onto the config's device and inject adapters and learned tokens. Prints the
     loss and the adapters. Raises UserError for options that this model does not support.
+    `weights_itself`: whether the loss takes no weighting by noise level.
     """
     plan = model_checks.plan_adapters(config, read_layout(config.model, config.model_config))
     device = choose_device(config.device)
     family = _open_family(config, device)
     identity = model_identity(family.modules, family.schedule, family.prediction)
-    print(_describe_loss(config, family))
+    objective = _describe_loss(config, family, weights_itself=weights_itself)
+    print(objective)
     encoders = {name: family.modules[name] for name in family.tokenizers}
     adapted = {name: family.modules[name] for name in plan}
     paths = {
@@ -326,6 +332,7 @@ def open_model(config: Config) -> Model:
         groups=_parameter_groups(family, adapted, embeddings),
         up_factors=_up_factors(config, family, adapted),
         identity=identity,
+        objective=objective,
         guidance=config.noise.guidance,
         # a graph replays addresses: no copies of weights may be kept from one step to the next
         autocast=torch.autocast(
@@ -364,11 +371,13 @@ def _open_family(config: Config, device: torch.device) -> Family:
     return family
 
 
-def _describe_loss(config: Config, family: Family) -> str:
+def _describe_loss(config: Config, family: Family, *, weights_itself: bool) -> str:
     space = config.noise.space
-    words = losses.describe_loss(
-        config.weighting, family.prediction, space, loss=config.loss, **config.weighting_arg
-    )
+    words = f"loss: {config.loss}, not weighted by noise level"
+    if not weights_itself:
+        words = losses.describe_loss(
+            config.weighting, family.prediction, space, loss=config.loss, **config.weighting_arg
+        )
     if config.masks_loss:
         words += masked_losses.describe_mask(config.mask_scale, config.prior.outside_mask)
     return words

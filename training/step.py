@@ -7,8 +7,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.prediction import scale_input
+from lora_core.diffusion.step_output import Readings
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import arrange_by_layer
@@ -41,6 +42,20 @@ class StepFunctions:
     step: Step
     loss: Loss
     own_step: Step | None = None  # equal to `step` where that is not train.training_step
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the loss or the step reads attention maps and token places."""
+        functions = (self.loss, self.step)
+        return any(getattr(function, "reads_attention", False) for function in functions)
+
+
+class StepResult(NamedTuple):
+    """What one step of the optimizer gives the log."""
+
+    loss: Tensor  # []
+    norm: Tensor  # [] of the gradient before clipping
+    readings: dict[str, Tensor]  # values that the loss logged, by name
 
 
 # ---------------------------------------------------------------- the networks' forward passes
@@ -82,6 +97,14 @@ def lazy_members(
     pass; and the attention maps, if the forward pass recorded any.
     """
 
+    def out_at(level: NoiseLevel, other: Tensor) -> Tensor:
+        return denoise(model, other, level, cond, x.inpaint)
+
+    @torch.no_grad()
+    def base_out_at(level: NoiseLevel, other: Tensor) -> Tensor:
+        with injection.disable_adapters(model.denoiser):
+            return denoise(model, other, level, cond, x.inpaint)
+
     @torch.no_grad()
     def base_out(other: Conditioning = cond) -> Tensor:
         with injection.disable_adapters(model.denoiser):
@@ -96,13 +119,17 @@ def lazy_members(
         ours, base = (encode_conditioning(model, text, x.sizes) for text in x.swapped)
         return denoise(model, x_t, x.level, ours, x.inpaint), base_out(base)
 
-    decode = model.family.decode
-    members: dict[str, Callable[..., Any]] = {"base_out": base_out, "preserved": preserved}
+    members: dict[str, Callable[..., Any]] = {
+        "base_out": base_out,
+        "out_at": out_at,
+        "base_out_at": base_out_at,
+        "preserved": preserved,
+    }
     if x.plain is not None:
         members["plain_base_out"] = plain_base_out
     if maps is not None:
         members["attention"] = lambda: maps
-    return {**members, "decode": decode}
+    return {**members, "decode": model.family.decode}
 
 
 # ---------------------------------------------------------------- the optimizer step
@@ -116,13 +143,14 @@ def optimizer_step(
     optimization: Optimization,
     check: bool,
     inputs: Sequence[StepInputs],
-) -> tuple[Tensor, Tensor]:
-    """(loss, norm of the gradient before clipping) of one step over the micro-batches. A CUDA graph
-    captures this function. With `check`, which waits for the device, raises UserError for losses
-    that are not finite and for groups without a gradient.
+) -> StepResult:
+    """One step over the micro-batches. A CUDA graph captures this function. With `check`, which
+    waits for the device, raises UserError for losses that are not finite and for groups without a
+    gradient.
     """
     optimization.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
+    readings: Readings = {}
     images = config.batch_size * config.accumulation
     with ExitStack() as stack:
         for network in model.with_dora:  # no adapter changes before the optimizer's step
@@ -130,7 +158,7 @@ def optimizer_step(
         for x in inputs:
             if x.dropout_keys is not None:
                 set_step_dropout_keys(model.adapted, x.dropout_keys, x.step)
-            rows = functions.step(model, x, config, functions.loss)
+            rows = functions.step(model, replace(x, readings=readings), config, functions.loss)
             if check:
                 returned_by = functions.own_step or functions.loss
                 nonfinite.check_loss_values(rows, returned_by, inputs, model, config)
@@ -148,7 +176,12 @@ def optimizer_step(
             before[name] = embedding.rows.detach().clone()
     norm = update_parameters(model, optimization, stage, config)
     control_token_norms(model, optimization, stage, config, before)
-    return total, norm
+    return StepResult(total, norm, mean_readings(readings) if readings else {})
+
+
+def mean_readings(readings: Readings) -> dict[str, Tensor]:
+    """Name -> mean of its values over the micro-batches of a step."""
+    return {name: torch.stack(values).mean() for name, values in readings.items()}
 
 
 def update_parameters(

@@ -4,10 +4,11 @@ the host, keyed by image and visit, and copied to the device before the step beg
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,16 @@ from lora_core.data.dataset import Batch, Record, micro_batches
 from lora_core.diffusion import generation, noise
 from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
+from lora_core.diffusion.step_output import CaptionTokens, Readings
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import encode_layer_prompts, split_prompts
-from lora_core.placeholders import Placeholder, Prompt, bind_layers, token_positions
+from lora_core.placeholders import Placeholder, Prompt, bind_layers
 from lora_core.runs.run_folder import nonfinite_names
 from lora_core.tokens import ordinary_words
 from training import model_checks
-from training.cuda_graph import tree_tensors
+from training.caption_tokens import CaptionReader
+from training.cuda_graph import map_tensors, tree_tensors
 from training.setup import Data, Model
 
 PixelKey = tuple[str, int, torch.Size]  # image, visit up to repetition, (h, w)
@@ -59,16 +62,23 @@ class StepInputs:
     dropout_keys: Tensor | None  # [b] int64, keys of the adapters' dropout
     step: Tensor  # [] int64, for the adapters' dropout
     number: int  # of the step, from 0; in a replayed step that of the capture
+    caption_tokens: CaptionTokens
     # With --prior.swap: the captions with classes in place of the placeholder words, and the
     # conditioning of the base model for them.
     swapped: tuple[Conditioning | TokenIds, Conditioning] | None
     # With --prior.outside-mask: the base model's conditioning for the captions in ordinary words.
     plain: Conditioning | None = None
-    # [b, n] of the learned tokens of each caption, in its order; -1 where it has fewer than n. None
-    # unless the loss reads attention maps and the encoder that they are on learns tokens.
-    token_positions: Tensor | None = None
     # [b, 1, h, w] the masks that `mask` was made of, where it is not the same
     unweighted_mask: Tensor | None = None
+    readings: Readings = field(default_factory=dict)  # what the loss logs in this step
+
+    @property
+    def token_positions(self) -> Tensor | None:
+        """[b, n] of the learned tokens of each caption, in its order; -1 where it has fewer than n.
+
+        None unless the loss reads attention and the encoder that the maps are on learns tokens.
+        """
+        return self.caption_tokens.learned
 
 
 class InputSource:
@@ -80,12 +90,9 @@ class InputSource:
         self, config: Config, data: Data, model: Model, *, reads_attention: bool = False
     ) -> None:
         self.config, self.data, self.model = config, data, model
-        # text encoder that learns tokens which attention maps are on; "" where none does
-        learning = [name for name in model.family.attended if name in model.embeddings]
-        self.attended = learning[0] if reads_attention and learning else ""
-        self.longest_prompt = 0  # tokens that attention maps can be on
-        if self.attended:
-            self.longest_prompt = model_checks.token_limits(model.family)[self.attended]
+        self.caption_reader = None
+        if reads_attention:
+            self.caption_reader = CaptionReader(data, model, keeps_text=not config.cuda_graph)
         self.records: dict[str, Record] = {}
         for folder in filter(None, (data.training, data.class_images)):
             self.records |= {record.key: record for record in folder.records}
@@ -102,7 +109,6 @@ class InputSource:
         self.latents = TensorCache(made_by, cache or None)  # row of a PixelKey: mean and std
         # row of a PixelKey with a mask of its own as the hole: an inpainting model's input
         self.holes = TensorCache({**made_by, "hole": "mask"}, cache or None)
-        self.positions: dict[str, list[int]] = {}  # caption -> places of its learned tokens
         self.encoded: dict[str, Conditioning] = {}  # caption -> encoding in this stage
         self.base_encoded: dict[str, Conditioning] = {}  # caption -> encoding without adapters
         self.tokenized: dict[Prompt, dict[str, Tensor]] = {}  # bound text -> token ids [1, ...]
@@ -182,9 +188,10 @@ def _make_inputs(
         swapped = _swapped_text(source, batch, stage)
     if config.prior.outside_mask:
         plain = _plain_text(source, batch)
-    positions = None
-    if source.attended:
-        positions = to_device(_token_positions(source, batch.captions), device)
+    caption_tokens = CaptionTokens(() if config.cuda_graph else tuple(batch.captions))
+    if source.caption_reader is not None:
+        read = source.caption_reader.read(batch.captions)
+        caption_tokens = map_tensors(read, functools.partial(to_device, device=device))
     return StepInputs(
         x0=x0,
         eps=eps_on_device,
@@ -203,7 +210,7 @@ def _make_inputs(
         step=torch.full((), number, dtype=torch.int64, device=device),
         number=number,
         swapped=swapped,
-        token_positions=positions,
+        caption_tokens=caption_tokens,
         plain=plain,
         unweighted_mask=None if mask is drawn else drawn,
     )
@@ -418,20 +425,6 @@ def _kept_captions(source: InputSource, batch: Batch) -> Tensor:
     """[b] 0 for examples whose caption was dropped, else 1."""
     kept = torch.tensor([float(not dropped) for dropped in batch.dropped])
     return to_device(kept, source.model.device)
-
-
-def _token_positions(source: InputSource, captions: Sequence[str]) -> Tensor:
-    """[b, n] positions of the learned tokens in each caption, -1 after the last one."""
-    placeholders, known = source.model.placeholders, source.positions
-    tokenizer = source.model.family.tokenizers[source.attended]
-    n = sum(len(placeholder.names_at(0)) for placeholder in placeholders)
-    rows = []
-    for caption in captions:
-        if caption not in known:
-            found = token_positions(caption, placeholders, tokenizer, source.longest_prompt)[:n]
-            known[caption] = [*found, *[-1] * (n - len(found))]
-        rows.append(known[caption])
-    return torch.tensor(rows)
 
 
 def _encode(

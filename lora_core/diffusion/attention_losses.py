@@ -32,11 +32,11 @@ def token_maps(maps: Sequence[AttentionMap], positions: Tensor) -> Iterator[Toke
     """
     first, second = positions[:, 0], positions[:, min(1, positions.shape[1] - 1)]
     second = torch.where(second < 0, first, second)
-    grids = sorted({m.probabilities.shape[2:4] for m in maps}, reverse=True)
+    grids = sorted({(m.h, m.w) for m in maps}, reverse=True)
     rows = torch.arange(len(positions), device=positions.device)
     for grid in grids:
-        same = [m.probabilities for m in maps if m.probabilities.shape[2:4] == grid]
-        mean = torch.cat(same, dim=1).mean(1).permute(0, 3, 1, 2)  # [b, s, h, w]
+        same = [m.probabilities for m in maps if (m.h, m.w) == grid]
+        mean = torch.cat(same, dim=1).mean(1).mT.unflatten(2, grid)  # [b, s, h, w]
         yield TokenMaps(mean[rows, first], mean[rows, second])
 
 

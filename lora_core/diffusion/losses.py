@@ -2,10 +2,14 @@
 
 A loss is a pure function of one StepOutput and returns [b], one number per example, unreduced.
 Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with
-`--loss my_loss.py:my_loss`; `mse` below is an example. A loss that does the same operations in
-every step and reads nothing back to the host may set `my_loss.capturable = True`: then a CUDA graph
-can hold its step. One that reads `step.attention` sets `my_loss.reads_attention = True`: then the
-forward pass records attention maps.
+`--loss my_loss.py:my_loss`; `mse` below is an example. What a loss says of itself are attributes,
+set in the lines below it:
+
+    my_loss.reads_attention = True   reads step.attention or token places, which are recorded then
+    my_loss.weighting = "none"       is not weighted by noise level, as an error of x0 or of pixels
+    my_loss.whole_batch = True       compares the examples of a batch, which is not to be divided
+    my_loss.capturable = True        does the same operations in every step and reads nothing back
+                                     to the host: a CUDA graph can hold its step
 
 All weightings follow one law. An error e in the network's output is an error |d x0 / d out| e in
 x0, so whatever the network predicts, weight = W(snr) * |d x0 / d out|^2, where W is the weighting
@@ -110,6 +114,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 ATTENTION_LOSSES = (attention, edlora)
 for _loss in ATTENTION_LOSSES:
     _loss.reads_attention = True  # type: ignore[attr-defined]
+edlora.whole_batch = True  # type: ignore[attr-defined]
 
 
 def _attention_targets(step: StepOutput, weight: float) -> tuple[Tensor, Tensor]:
@@ -144,6 +149,17 @@ def is_capturable(loss: Callable[..., Tensor]) -> bool:
     while isinstance(loss, functools.partial):
         loss = loss.func
     return loss in LOSSES.values() or getattr(loss, "capturable", False) is True
+
+
+def copy_declarations(made: Callable[..., Tensor], loss: Callable[..., Tensor]) -> Any:
+    """A loss `made` of another, with its attributes and its name, which error messages give."""
+    while isinstance(loss, functools.partial):
+        vars(made).update(vars(loss))
+        loss = loss.func
+    vars(made).update(vars(loss))
+    made.capturable = is_capturable(loss)  # type: ignore[attr-defined]
+    made.__name__ = function_name(loss)
+    return made
 
 
 def huber_delta(level: NoiseLevel, t_max: float | None, *, delta: float, schedule: str) -> Tensor:
@@ -188,12 +204,7 @@ def add_preservation(
         now, before = step.preserved
         return loss(step) + weight * call("snr_weighted_mse", now, before, None, None)
 
-    preserving_loss.capturable = is_capturable(loss)  # type: ignore[attr-defined]
-    reads_attention = getattr(loss, "reads_attention", False)
-    preserving_loss.reads_attention = reads_attention  # type: ignore[attr-defined]
-    # error messages name the loss that the user chose
-    preserving_loss.__name__ = getattr(loss, "__name__", "loss")
-    return preserving_loss
+    return copy_declarations(preserving_loss, loss)
 
 
 def _pseudo_huber(d: Tensor, c: Tensor) -> Tensor:

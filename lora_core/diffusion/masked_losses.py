@@ -19,9 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.diffusion.losses import StepOutput, is_capturable
+from lora_core.diffusion.losses import StepOutput, copy_declarations
 from lora_core.kernels import call
-from lora_core.plugins import function_name
 
 Loss = Callable[[StepOutput], Tensor]  # -> [b]
 
@@ -110,7 +109,7 @@ def scale_masked_loss(loss: Loss, scale: str) -> Loss:
             return rows
         return rows * factor(step.mask, step.out.shape[1]).to(rows)
 
-    return _named_like(scaled_loss, loss)
+    return copy_declarations(scaled_loss, loss)
 
 
 def add_outside_preservation(loss: Loss, weight: float) -> Loss:
@@ -129,12 +128,4 @@ def add_outside_preservation(loss: Loss, weight: float) -> Loss:
         change = call("snr_weighted_mse", step.out, step.plain_base_out, outside, None)
         return rows + weight * change
 
-    return _named_like(preserving_loss, loss)
-
-
-def _named_like(made: Loss, loss: Loss) -> Loss:
-    """A loss made of another, under its name: error messages name the one that the user chose."""
-    made.capturable = is_capturable(loss)  # type: ignore[attr-defined]
-    made.reads_attention = getattr(loss, "reads_attention", False)  # type: ignore[attr-defined]
-    made.__name__ = function_name(loss)
-    return made
+    return copy_declarations(preserving_loss, loss)
