@@ -3,7 +3,7 @@
     python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200
     python train.py --model MODEL --data.images FOLDER --data.caption "a photo of TOK" --out OUT
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
-    python train.py --compare "runs/a_*" --against "runs/b_*"   # the same over seeds
+    python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
@@ -51,7 +51,7 @@ class CompareRuns:
 
 
 if __name__ == "__main__":  # before torch is imported
-    if sys.argv[1:2] == [COMPARE_FLAG]:
+    if COMPARE_FLAG in sys.argv:
         answer_help(CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE)
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_train_command(words: list[str]) -> None:
     """Train, compare runs, or preview noise levels."""
-    if words[:1] == [COMPARE_FLAG]:
+    if COMPARE_FLAG in words:
         compare_finished_runs(words)
         return
     options = [word for word in words if word != PREVIEW_FLAG]

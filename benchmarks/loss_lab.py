@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import train
 from lora_core.command_line import parse_command_line
@@ -235,23 +235,41 @@ def compare_grid(
 
 def run_lab(words: Sequence[str]) -> None:
     """Train, compare and write the page, as the words of the command line ask."""
+    lab = plan_lab(words)
+    train_grid(lab.runs, lab.out, lab.jobs)
+    compare_grid(lab.runs, lab.measures, lab.out)
+    from lora_core.report import write_report
+
+    page = write_report([Path(config.out) for config in lab.runs], lab.out / "page.html")
+    print(f"\npage: {page}")
+
+
+class Lab(NamedTuple):
+    """What a command line asks for."""
+
+    runs: list[Config]
+    measures: list[measures.Measure]
+    out: Path
+    jobs: int
+
+
+def plan_lab(words: Sequence[str]) -> Lab:
+    """The runs and measures of a command line; draws held-out images where `add_held_out_images`
+    does. Raises UserError for what cannot be trained or compared.
+    """
     args, flags = make_parser().parse_known_args(words)
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    losses, out = parse_losses(args.loss), args.out
+    losses = parse_losses(args.loss)
     wanted = measures.find_measures(args.metric or [measures.RECORDED], {})
     base = parse_command_line(Config, [args.config, *flags], prog="loss_lab", example=USAGE)
     if base.validation.every < 0:
         raise UserError("the runs are compared by their validation; leave --validation.every out")
     if args.steps:
         base = replace(base, stages=scale_stages(base.stages, args.steps))
-    planned = plan_runs(add_held_out_images(base, out), losses, args.seeds, out)
-    train_grid(planned, out, args.jobs)
-    compare_grid(planned, wanted, out)
-    from lora_core.report import write_report
-
-    print(f"\npage: {write_report([Path(config.out) for config in planned], out / 'page.html')}")
+    base = add_held_out_images(base, args.out)
+    return Lab(plan_runs(base, losses, args.seeds, args.out), wanted, args.out, args.jobs)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -85,23 +85,31 @@ def measure_runs(
     `step` is train.training_step. Raises UserError for runs that draw images differently, where
     images are measured.
     """
-    scores: list[dict[Path, Sequence[Score]]] = [{} for _ in measures]
-    needs_model = any(measure.loss or measure.of_samples for measure in measures)
     if any(measure.of_samples for measure in measures):
         _check_same_sampling(folders)
-    for folder in folders:
-        trained = open_trained_run(folder) if needs_model else None
-        images: list[Any] = []  # are drawn once for all measures of them
-        for measure, own in zip(measures, scores):
-            if trained is None or not (measure.loss or measure.of_samples):
-                own[folder] = recorded_losses(read_recorded_run(folder))
-            elif measure.loss:
-                own[folder] = score_by_loss(trained, measure.loss, step)
-            else:
-                images = images or draw_validation_prompts(trained)
-                own[folder] = _score_images(trained, images, measure)
-    pairs = zip(measures, scores)
-    return [Measured(measure.name, measure.higher_is_better, own) for measure, own in pairs]
+    rows = {folder: _measure_run(folder, measures, step) for folder in folders}
+    found = []
+    for i, measure in enumerate(measures):
+        scores = {folder: own[i] for folder, own in rows.items()}
+        found.append(Measured(measure.name, measure.higher_is_better, scores))
+    return found
+
+
+def _measure_run(folder: Path, measures: Sequence[Measure], step: Step) -> list[Sequence[Score]]:
+    """Each measure of one run; its model is freed when this returns."""
+    needs_model = any(measure.loss or measure.of_samples for measure in measures)
+    trained = open_trained_run(folder) if needs_model else None
+    images: list[Any] = []  # are drawn once for all measures of them
+    found: list[Sequence[Score]] = []
+    for measure in measures:
+        if trained is not None and measure.loss:
+            found.append(score_by_loss(trained, measure.loss, step))
+        elif trained is not None and measure.of_samples:
+            images = images or draw_validation_prompts(trained)
+            found.append(_score_images(trained, images, measure))
+        else:
+            found.append(recorded_losses(read_recorded_run(folder)))
+    return found
 
 
 # ---------------------------------------------------------------- of the network
@@ -115,7 +123,7 @@ def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
     model, scorer = trained.model, trained.scorer
     # whole batches, no weights by noise level, and the network's own output
     config = replace(trained.config, accumulation=1, weighting="none", weighting_arg={})
-    config = replace(config, noise=replace(config.noise, space="model"))
+    config = replace(config, noise=replace(config.noise, space="model"), cuda_graph=False)
     images = trained.data.validation
     data = replace(trained.data, training=images, class_images=None)
     reads_attention = getattr(loss, "reads_attention", False)

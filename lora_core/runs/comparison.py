@@ -45,6 +45,7 @@ CASTS = ("precision", "vae_precision")  # change the numbers of the same weights
 NOT_SET = "not set"
 NO_TIME = -1e9  # the t of scores of a measure without timesteps
 SHOWN = 3  # names in a sentence
+LONGEST_LABEL = 30  # characters of a side's name in a table
 
 
 class Measured(NamedTuple):
@@ -449,13 +450,12 @@ def describe_result(comparison: Comparison) -> str:
 
 def comparison_table(comparison: Comparison) -> str:
     """A line for each timestep, and one for all of them."""
-    names = [name[-14:] for name in comparison.names]
-    lines = [
-        f"{'timestep':>9} {names[0]:>14} {names[1]:>14} {'B - A':>11} "
-        f"{'std. error':>11} {'pairs':>6}"
-    ]
+    width = min(LONGEST_LABEL, max(14, *map(len, comparison.names)))
+    names = [f"{name[:width]:>{width}}" for name in comparison.names]
+    head = f"{'timestep':>9} {names[0]} {names[1]} {'B - A':>11} {'std. error':>11} {'pairs':>6}"
+    lines = [head]
     for row in (*comparison.bins, comparison.overall):
-        values = f"{row.a:14.6f} {row.b:14.6f} {row.mean:+11.6f} {row.error:11.6f}"
+        values = f"{row.a:{width}.6f} {row.b:{width}.6f} {row.mean:+11.6f} {row.error:11.6f}"
         lines.append(f"{format_timestep(row.t):>9} {values} {row.pairs:6d}")
     return "\n".join(lines)
 
