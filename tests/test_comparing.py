@@ -66,6 +66,6 @@ def test_a_measure_without_timesteps_is_plotted_over_seeds(
     found = compare_runs(*sides, measured=Measured("folder/x.py:fn", True, scores))
     path = comparing.plot_path(found)
     assert path == sides[1][0] / f"compare_{found.names[0]}_x.py_fn.png"
+    if len(seeds) == 1:  # as of a single image, which has no error
+        found = replace(found, overall=found.overall._replace(error=float("nan")))
     assert Image.open(comparing.plot_comparison(found, path)).width > 100
-    bare = replace(found, overall=found.overall._replace(error=float("nan")))
-    assert Image.open(comparing.plot_comparison(bare, path)).width > 100
