@@ -3,7 +3,7 @@
     python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200
     python train.py --model MODEL --data.images FOLDER --data.caption "a photo of TOK" --out OUT
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
-    python train.py --compare "runs/a_*" --against "runs/b_*"   # the same over seeds
+    python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
@@ -14,7 +14,10 @@ loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import tyro
 
 from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import Config
@@ -36,12 +39,19 @@ class CompareRuns:
     patterns in quotes. Two runs without --against are A and B."""
     against: tuple[str, ...] = ()
     """Runs of side B; with the same seeds as A they are paired by seed."""
+    metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What is compared: loss (recorded by the runs; also without this flag), x0 (squared error of
+    the predicted latents), the name of a loss, FILE.py:FUNCTION of the kind of a loss or, with the
+    attribute reads_samples = True, of (images, prompts), or clip:MODEL (folder or hub id of a CLIP
+    model: likeness of drawn images to prompts and training images). Repeat the flag for several."""
+    metric_arg: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the one metric, e.g. delta=0.2."""
     plot: str = ""
     """PNG file of the plot; empty: compare_A.png in the first folder of side B."""
 
 
 if __name__ == "__main__":  # before torch is imported
-    if sys.argv[1:2] == [COMPARE_FLAG]:
+    if COMPARE_FLAG in sys.argv:
         answer_help(CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE)
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
@@ -61,8 +71,8 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import UserError, exit_status
-from lora_core.runs import comparison, destination
-from training import comparing, results, setup
+from lora_core.runs import destination
+from training import comparing, measures, results, setup
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -200,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_train_command(words: list[str]) -> None:
     """Train, compare runs, or preview noise levels."""
-    if words[:1] == [COMPARE_FLAG]:
+    if COMPARE_FLAG in words:
         compare_finished_runs(words)
         return
     options = [word for word in words if word != PREVIEW_FLAG]
@@ -227,8 +237,9 @@ def compare_finished_runs(words: list[str]) -> None:
         sides = [Path(a[0])], [Path(a[1])]
     else:
         sides = comparing.find_runs(a, "--compare"), comparing.find_runs(b, "--against")
-    found = comparison.compare_runs(*sides, draws_apart=is_pair)
-    comparing.show_comparison(found, options.plot)
+    wanted = measures.find_measures(options.metric or (measures.RECORDED,), options.metric_arg)
+    found = measures.measure_runs([*sides[0], *sides[1]], wanted, training_step)
+    comparing.show_comparisons(sides, found, options.plot, draws_apart=is_pair)
 
 
 if __name__ == "__main__":

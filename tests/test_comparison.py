@@ -146,7 +146,7 @@ def test_a_measure_of_which_more_is_better_is_called_so(write: Write) -> None:
     assert found.verdict.startswith("B higher by 0.5") and "which is better" in found.verdict
     worse = compare_runs(*reversed(runs), measured=measured)
     assert worse.verdict.startswith("B lower by 0.5") and "which is worse" in worse.verdict
-    text = comparison.describe_comparison(found)
+    text = comparison.describe_result(found)
     assert "likeness: B higher by" in text and "timestep" in text and "each seed: 0: " in text
 
 

@@ -36,26 +36,26 @@ def test_the_interval_holds_the_truth_19_times_of_20(
 ) -> None:
     """Two standard errors would hold it in 0.86 of the cases where seeds differ most."""
     generator = torch.Generator().manual_seed(1)
-    count, inside, squares = 1000, 0, 0.0
+    count, inside, squares = 500, 0, 0.0
     for _ in range(count):
         found = paired_estimate(draw(generator, sds, SEEDS, IMAGES))
         inside += not found.is_significant  # the true mean is 0
         squares += found.error**2
     true = sds[0] ** 2 / SEEDS + sds[1] ** 2 / IMAGES + sds[2] ** 2 / (SEEDS * IMAGES)
-    # 4 standard deviations of 1000 such shares, 0.028, and Satterthwaite's 0.008
-    assert 0.914 < inside / count < 0.995
+    # 4 standard deviations of 500 such shares, 0.039, and Satterthwaite's 0.008
+    assert 0.903 < inside / count < 0.995
     spread = math.sqrt(2 / 3 / count)  # of a variance with 3 degrees of freedom, the least here
     assert squares / count / true == pytest.approx(excess, abs=4 * spread * excess)
 
 
 def test_the_interval_of_different_seeds_holds_the_truth_too() -> None:
     generator = torch.Generator().manual_seed(2)
-    count, inside = 1000, 0
+    count, inside = 500, 0
     for _ in range(count):
         image = torch.randn(1, IMAGES, generator=generator, dtype=torch.float64)  # in both sides
         sides = [draw(generator, (0.6, 0.4, 0.5), n, IMAGES) + 5 * image for n in (3, 5)]
         inside += not unpaired_estimate(*sides).is_significant
-    assert 0.914 < inside / count < 0.995
+    assert 0.903 < inside / count < 0.995
 
 
 def test_it_is_the_variance_of_a_bootstrap_over_both() -> None:

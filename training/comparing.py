@@ -10,7 +10,13 @@ from pathlib import Path
 
 from lora_core.errors import UserError
 from lora_core.runs import pictures
-from lora_core.runs.comparison import Comparison, describe_comparison
+from lora_core.runs.comparison import (
+    Comparison,
+    Measured,
+    compare_runs,
+    describe_result,
+    describe_sides,
+)
 from lora_core.runs.run_folder import is_run
 from lora_core.text import print_escaped
 
@@ -43,23 +49,33 @@ def _below(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def show_comparison(comparison: Comparison, out: str = "") -> None:
-    """Print the configs' differences, the table and the verdict, and write the plot: to `out`, else
-    into the first folder of side B.
+def show_comparisons(
+    sides: Sequence[Sequence[Path]], measured: Sequence[Measured], plot: str, *, draws_apart: bool
+) -> list[Comparison]:
+    """Print the differences of the configs, and the table and the verdict by each measure, and
+    write a plot for each: to `plot`, else into the first folder of side B.
     """
-    print_escaped(describe_comparison(comparison))
-    print(f"plot: {plot_comparison(comparison, Path(out) if out else plot_path(comparison))}")
+    found = []
+    for own in measured:
+        found.append(compare_runs(*sides, measured=own, draws_apart=draws_apart))
+    print_escaped(describe_sides(found[0]))
+    for comparison in found:
+        path = plot_path(comparison, plot, several=len(found) > 1)
+        print_escaped(f"\n{describe_result(comparison)}")
+        print_escaped(f"plot: {plot_comparison(comparison, path)}")
+    return found
 
 
-def plot_path(comparison: Comparison) -> Path:
-    """compare_A.png in the first folder of side B, with A's name and that of another measure than
-    the loss.
+def plot_path(comparison: Comparison, plot: str = "", *, several: bool = False) -> Path:
+    """The file `plot`, else compare_A.png in the first folder of side B, with A's name; with the
+    name of the measure if that is not the loss, or one of several in `plot`.
     """
-    name = f"compare_{comparison.names[0]}"
-    if comparison.measure != "loss":
-        name += f"_{comparison.measure}"
-    plain = re.sub(r"[^\w.-]+", "_", name)
-    return comparison.folders[1][0] / f"{plain}.png"
+    path = Path(plot or comparison.folders[1][0] / f"compare_{comparison.names[0]}.png")
+    stem = path.stem
+    if several if plot else comparison.measure != "loss":
+        stem += f"_{Path(comparison.measure).name}"
+    plain = re.sub(r"[^\w.-]+", "_", stem)
+    return path.with_name(f"{plain}{path.suffix or '.png'}")
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> Path:

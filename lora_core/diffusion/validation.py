@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +88,28 @@ def bin_midpoints(schedule: Schedule, bins: int) -> Tensor:
     return schedule.ts[rows.to(schedule.ts.device)]
 
 
+class NoisedPoint(NamedTuple):
+    """One draw of noise for each of some images, at one timestep."""
+
+    draw: int
+    bin: int
+    t: float
+    eps: Tensor  # [n, c, h, w]
+    level: NoiseLevel  # [n] each
+
+
+def noise_points(
+    x0: Tensor, names: Sequence[str], schedule: Schedule, *, bins: int, draws: int, seed: int
+) -> Iterator[NoisedPoint]:
+    """The noise and levels at which latents x0 [n, c, h, w] of the images `names` are validated."""
+    for draw in range(draws):
+        keys = RandomKeys(seed, tuple(names), (draw,) * len(names))
+        eps = keys.normal("validation", tuple(x0.shape[1:])).to(x0)
+        for i, t in enumerate(bin_midpoints(schedule, bins).tolist()):
+            level = schedule.level(torch.full((len(names),), t, dtype=torch.float32)).to(x0.device)
+            yield NoisedPoint(draw, i, t, eps, level)
+
+
 @torch.no_grad()
 def score_latents(
     denoise: RawDenoise,
@@ -105,15 +127,12 @@ def score_latents(
     `denoise` is called once for each bin and draw; `names` are the examples' keys.
     """
     scores = []
-    for draw in range(draws):
-        keys = RandomKeys(seed, tuple(names), (draw,) * len(names))
-        eps = keys.normal("validation", tuple(x0.shape[1:])).to(x0)
-        for i, t in enumerate(bin_midpoints(schedule, bins).tolist()):
-            level = schedule.level(torch.full((len(names),), t, dtype=torch.float32)).to(x0.device)
-            out = denoise(noise.add_noise(x0, eps, level), level, torch.arange(len(names)))
-            target = PREDICTIONS[prediction].target(x0, eps, level)
-            errors = (out.double() - target.double()).square().flatten(1).mean(1).tolist()
-            scores += [Score(name, draw, i, t, error) for name, error in zip(names, errors)]
+    for at in noise_points(x0, names, schedule, bins=bins, draws=draws, seed=seed):
+        x_t = noise.add_noise(x0, at.eps, at.level)
+        out = denoise(x_t, at.level, torch.arange(len(names)))
+        target = PREDICTIONS[prediction].target(x0, at.eps, at.level)
+        errors = (out.double() - target.double()).square().flatten(1).mean(1).tolist()
+        scores += [Score(name, at.draw, at.bin, at.t, error) for name, error in zip(names, errors)]
     return scores
 
 

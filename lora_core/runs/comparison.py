@@ -45,6 +45,7 @@ CASTS = ("precision", "vae_precision")  # change the numbers of the same weights
 NOT_SET = "not set"
 NO_TIME = -1e9  # the t of scores of a measure without timesteps
 SHOWN = 3  # names in a sentence
+LONGEST_LABEL = 30  # characters of a side's name in a table
 
 
 class Measured(NamedTuple):
@@ -159,7 +160,7 @@ def read_recorded_run(folder: Path) -> RecordedRun:
     them. Raises UserError for a config that cannot be read.
     """
     file = folder / "config.toml"
-    settings = dict(_flatten(to_table(read_toml(file)))) if file.is_file() else {}
+    settings = dict(flatten_settings(to_table(read_toml(file)))) if file.is_file() else {}
     return RecordedRun(folder, settings, _read_weights(folder))
 
 
@@ -178,13 +179,13 @@ def _read_weights(folder: Path) -> dict[str, str]:
     return state if isinstance(state, dict) else {}
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_settings(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every option of a table, also of tables in lists."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         value = dict(enumerate(value))
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _flatten(inner, f"{prefix}{name}.")
+            yield from flatten_settings(inner, f"{prefix}{name}.")
     else:
         yield prefix.removesuffix("."), value
 
@@ -428,30 +429,33 @@ def _difference(t: float, a: Tensor, b: Tensor, *, is_paired: bool) -> PairedDif
 # ---------------------------------------------------------------- text
 
 
-def describe_comparison(comparison: Comparison) -> str:
-    """The sides, the differences of their configs, the table and the verdict, as lines."""
+def describe_sides(comparison: Comparison) -> str:
+    """The runs of both sides, and the options in which their configs differ, as lines."""
     lines = []
     for side, name, folders in zip("AB", comparison.names, comparison.folders):
         listed = " ".join(map(str, folders))
         lines.append(f"{side} = {listed if len(folders) == 1 else f'{name}: {listed}'}")
     changes = comparison.changes or ("none but the seed",)
-    lines += ["differences of the configs:", *(f"  {change}" for change in changes)]
-    lines += ["", comparison_table(comparison)]
+    return "\n".join([*lines, "differences of the configs:", *(f"  {own}" for own in changes)])
+
+
+def describe_result(comparison: Comparison) -> str:
+    """The table and the verdict, as lines."""
+    lines = [comparison_table(comparison)]
     if len(comparison.by_seed) > 1:
         seeds = [f"{seed}: {mean:+.6f}" for seed, mean in comparison.by_seed.items()]
         lines.append(f"each seed: {', '.join(seeds)}")
-    return "\n".join([*lines, "", f"{comparison.measure}: {comparison.verdict}"])
+    return "\n".join([*lines, f"{comparison.measure}: {comparison.verdict}"])
 
 
 def comparison_table(comparison: Comparison) -> str:
     """A line for each timestep, and one for all of them."""
-    names = [name[-14:] for name in comparison.names]
-    lines = [
-        f"{'timestep':>9} {names[0]:>14} {names[1]:>14} {'B - A':>11} "
-        f"{'std. error':>11} {'pairs':>6}"
-    ]
+    width = min(LONGEST_LABEL, max(14, *map(len, comparison.names)))
+    names = [f"{name[:width]:>{width}}" for name in comparison.names]
+    head = f"{'timestep':>9} {names[0]} {names[1]} {'B - A':>11} {'std. error':>11} {'pairs':>6}"
+    lines = [head]
     for row in (*comparison.bins, comparison.overall):
-        values = f"{row.a:14.6f} {row.b:14.6f} {row.mean:+11.6f} {row.error:11.6f}"
+        values = f"{row.a:{width}.6f} {row.b:{width}.6f} {row.mean:+11.6f} {row.error:11.6f}"
         lines.append(f"{format_timestep(row.t):>9} {values} {row.pairs:6d}")
     return "\n".join(lines)
 
