@@ -15,7 +15,9 @@ from torch import Tensor
 from lora_core.diffusion import noise, validation
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.runs import pictures, reports
+from lora_core.runs.pictures import TrainingLook
 from lora_core.runs.reports import Objective, preview_density, preview_table, timestep_bins
+from tests.report_runs import write_jsonl, write_run
 
 VP = noise.vp_schedule_from_config(
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -154,3 +156,44 @@ def test_the_plot_says_which_images_it_is_of(
         "series": ["loss on the training images"],
         "title": "loss on the training images, at fixed timesteps and noise",
     }
+
+
+def test_plots_mark_the_stages_and_equal_distances_share_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [{"step": i, "loss": 0.5, "d_tokens": i / 10, "d_denoiser": i / 10} for i in range(1, 9)]
+    rows += [{"step": i, "val_loss": 0.5} for i in (0, 8)]
+    write_jsonl(run / "metrics.jsonl", rows)
+    seen: dict[str, Any] = {}
+
+    def plot(series: Any, path: Path, **how: Any) -> None:
+        seen[path.name] = (list(series), how["look"])
+
+    def plot_bins(over_steps: Any, pairs: Any, path: Path, **how: Any) -> None:
+        seen[path.name] = (list(over_steps), list(pairs), how["marks"])
+
+    monkeypatch.setattr(pictures, "plot_training", plot)
+    monkeypatch.setattr(pictures, "plot_validation", plot_bins)
+    assert [path.name for path in reports.plot_metrics(run)] == ["loss.png", "d.png", "val.png"]
+    marks = [(0, "tokens"), (3, "denoiser")]
+    assert seen["loss.png"] == (
+        ["every step", "mean of 5"],
+        TrainingLook(marks=marks, faint="every step"),
+    )
+    assert seen["d.png"] == (["d_tokens = d_denoiser"], TrainingLook(log=True, marks=marks))
+    bins = ["125", "375", "625", "875", "all"]
+    assert seen["val.png"] == (bins, bins, marks)
+
+
+def test_validation_is_drawn_over_steps_and_before_and_after(tmp_path: Path) -> None:
+    """Of many timesteps, of which some are named."""
+    names = [f"{i}" for i in range(40)]
+    over_steps = {name: ([0, 10], [0.0, -float(name)]) for name in names}
+    pairs = {name: (1.0, 1.0 - float(name) / 100) for name in names}
+    path = tmp_path / "val.png"
+    pictures.plot_validation(over_steps, pairs, path, title="loss", marks=[(5, "tokens")])
+    with Image.open(path) as image:
+        assert image.size == (1320, 540)
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
+    assert {(188, 213, 234), (27, 79, 138)} <= colors  # before and after

@@ -179,6 +179,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Config) -> None:
         "samples/step_000002.png",
         "samples/step_000004.png",
         "before_after.png",
+        "report.html",
         "loss.png",
         "val.png",
         "d.png",

@@ -113,6 +113,7 @@ def test_training_data_is_shown_on_demand(
     train.train(replace(private, samples=replace(private.samples, show_data=True)))
     assert has_color(uploaded["before_after.png"], tmp_path / "x.png")
     assert b"anna in the garden" in uploaded["README.md"]
+    assert b"anna in the garden" in uploaded["report.html"]
     assert b"photos of anna" not in b"".join(uploaded.values())
 
 
@@ -124,6 +125,8 @@ def test_an_inpainting_model_shows_no_surroundings(
     assert not [name for name in uploaded if name.startswith(("samples/", "before_after"))]
     assert b"samples/" not in uploaded["README.md"]
     assert b"before_after" not in uploaded["README.md"]
+    assert b"data:image/jpeg" not in uploaded["report.html"]
+    assert b"surroundings of validation images" in uploaded["report.html"]
 
 
 def test_prompts_that_are_options_are_shown(private: Config, uploaded: dict[str, bytes]) -> None:

@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 440, 262  # units of the view box, about the pixels of a phone
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 32, 34  # margins
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 32, 34  # margins
 HEAD = 8  # the upper margin of bars
 CHARACTER = 5.6  # units of a mark's text
 MOST_POINTS = 400  # of a line: an extreme pair for each two units
