@@ -204,12 +204,12 @@ def format_duration(seconds: float) -> str:
 
 def _samples_by_prompt(parts: Sequence[tuple[RunPart, tuple[str, list[Any]]]]) -> dict[str, Any]:
     """The last samples of several runs: prompt -> (run, image, what differs from the others)."""
-    steps = {words for _, (words, pictures) in parts if pictures}
+    steps = {words for _, (words, images) in parts if images}
     prompts: dict[str, list[Any]] = {}
-    for run, (words, pictures) in parts:
-        for picture in pictures:
+    for run, (words, images) in parts:
+        for image in images:
             own = f", {words}" if len(steps) > 1 else ""
-            prompts.setdefault(picture.caption, []).append((run, picture, own))
+            prompts.setdefault(image.caption, []).append((run, image, own))
     drawn = f" ({steps.pop()})" if len(steps) == 1 else ""
     words = f"The last sheet of each run{drawn}, with the same seed for a prompt."
     return {"prompts": list(prompts.items()), "sample_words": words}

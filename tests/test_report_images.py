@@ -14,7 +14,7 @@ from lora_core.runs.pictures import CELLS
 from lora_core.runs.report_images import (
     LONGEST_PROMPT,
     MOST_SHEETS,
-    Picture,
+    SheetImage,
     encode_image,
     evenly_chosen,
     read_images,
@@ -22,7 +22,7 @@ from lora_core.runs.report_images import (
 from tests.report_runs import STRENGTHS, color_of, flat, write_run, write_sheet
 
 
-def color_in(picture: Picture) -> tuple[int, ...]:
+def color_in(picture: SheetImage) -> tuple[int, ...]:
     """The color of a flat picture, as the page holds it."""
     code = picture.source.removeprefix("data:image/jpeg;base64,")
     image = Image.open(io.BytesIO(base64.b64decode(code)))
@@ -36,7 +36,7 @@ def test_each_image_is_cut_where_the_sheet_says(tmp_path: Path) -> None:
     images = read_images(run, shows_data=False)
     assert [sheet.step for sheet in images.samples] == [4, 8] and images.notes == ()
     for sheet in images.samples:
-        for i, picture in enumerate(sheet.pictures):
+        for i, picture in enumerate(sheet.images):
             strength, prompt = STRENGTHS[i // 2], i % 2
             assert (picture.role, picture.strength) == ("sample", strength)
             wanted = color_of(sheet.step, strength, prompt)
@@ -71,7 +71,7 @@ def test_sheets_of_older_versions_are_shown_where_the_card_shows_them(tmp_path: 
     assert hidden.samples == () and "of an older version" in hidden.notes[0]
     shown = read_images(run, shows_data=False, card="![a](samples/step_000008.png)")
     assert [sheet.step for sheet in shown.samples] == [4, 8]
-    assert shown.samples[0].pictures[0].role == "sheet" and "as a whole" in shown.notes[0]
+    assert shown.samples[0].images[0].role == "sheet" and "as a whole" in shown.notes[0]
 
 
 @pytest.mark.parametrize("box", [[0, 0, 9999, 5], [5, 5, 5, 9], "left", [0, 0, 2.5, 3], None])
@@ -90,12 +90,12 @@ def test_images_are_bounded_and_the_last_ones_stay(tmp_path: Path) -> None:
         write_sheet(run / "samples" / f"step_{step:06d}.png", step, ("a",))
     whole = read_images(run, shows_data=False)
     sizes = [len(p.source) for p in whole.before_after]
-    sheets = [sum(len(p.source) for p in sheet.pictures) for sheet in whole.samples]
+    sheets = [sum(len(p.source) for p in sheet.images) for sheet in whole.samples]
     for count in (1, 2, 4):
         bounded = read_images(run, shows_data=False, most_bytes=sum(sizes) + count * max(sheets))
         held: list[str] = []
         for sheet in bounded.samples:
-            held += [p.source for p in sheet.pictures]
+            held += [p.source for p in sheet.images]
         assert sum(map(len, held)) <= count * max(sheets)
         assert (
             bounded.samples[-1].step == 8 and f"of {len(sheets)} sample sheets" in bounded.notes[0]

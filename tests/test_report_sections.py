@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.runs.report_data import NO_DEFAULT, ChangedOption, RunRecord
-from lora_core.runs.report_images import Picture, RunImages, Sheet, read_images
+from lora_core.runs.report_images import RunImages, Sheet, SheetImage, read_images
 from lora_core.runs.report_sections import (
     common_settings,
     differing_settings,
@@ -18,8 +18,8 @@ from lora_core.runs.report_sections import (
 from tests.report_runs import write_run
 
 
-def picture(role: str, strength: float | None) -> Picture:
-    return Picture("data:,", 1, 1, f"{role} {strength}", role, strength, "")
+def picture(role: str, strength: float | None) -> SheetImage:
+    return SheetImage("data:,", 1, 1, f"{role} {strength}", role, strength, "")
 
 
 def test_sliders_reach_every_image_and_begin_at_the_last_step(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ MOST_SHEETS = 40  # steps of a slider
 LONGEST_PROMPT = 400  # characters under an image
 
 
-class Picture(NamedTuple):
+class SheetImage(NamedTuple):
     """An image of a sheet as a page shows it."""
 
     source: str  # data:image/jpeg;base64,...
@@ -42,7 +42,7 @@ class Sheet:
     """A sheet of images after a number of steps."""
 
     step: int
-    pictures: tuple[Picture, ...]
+    images: tuple[SheetImage, ...]
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class RunImages:
     """The images of a run."""
 
     samples: tuple[Sheet, ...] = ()  # in order of their steps
-    before_after: tuple[Picture, ...] = ()
+    before_after: tuple[SheetImage, ...] = ()
     notes: tuple[str, ...] = ()  # sentences about what is missing or left out
 
-    def with_role(self, role: str) -> list[Picture]:
-        """The pictures of before_after.png that are of that kind."""
-        return [picture for picture in self.before_after if picture.role == role]
+    def with_role(self, role: str) -> list[SheetImage]:
+        """The images of before_after.png that are of that kind."""
+        return [image for image in self.before_after if image.role == role]
 
 
 def read_images(
@@ -79,7 +79,7 @@ def read_images(
     if not paths:
         notes.append("There are no sample sheets yet.")
     whole = read(folder / "before_after.png")
-    before_after = whole.pictures if whole else ()
+    before_after = whole.images if whole else ()
     left = most_bytes - _count_bytes(before_after)
     if left < 0:
         notes.append("before_after.png is too large for this page: it lies in the run's folder.")
@@ -110,13 +110,13 @@ def evenly_chosen(items: Sequence[Any], most: int) -> list[Any]:
 
 def _fit_sheets(sheets: list[Sheet], most_bytes: int) -> list[Sheet]:
     """The sheets, or every second of them and so on, that fit; the last one goes last."""
-    while sheets and sum(_count_bytes(sheet.pictures) for sheet in sheets) > most_bytes:
+    while sheets and sum(_count_bytes(sheet.images) for sheet in sheets) > most_bytes:
         sheets = evenly_chosen(sheets, len(sheets) // 2)
     return sheets
 
 
-def _count_bytes(pictures: Iterable[Picture]) -> int:
-    return sum(len(picture.source) for picture in pictures)
+def _count_bytes(images: Iterable[SheetImage]) -> int:
+    return sum(len(image.source) for image in images)
 
 
 # ---------------------------------------------------------------- one sheet
@@ -124,7 +124,7 @@ def _count_bytes(pictures: Iterable[Picture]) -> int:
 
 @dataclass
 class _SheetReader:
-    """Reads a sheet's pictures; what cannot be shown is a sentence in `notes`."""
+    """Reads a sheet's images; what cannot be shown is a sentence in `notes`."""
 
     shows_data: bool
     shows_older: bool  # whether sheets of older versions are shown, as a whole
@@ -156,9 +156,9 @@ class _SheetReader:
             )
             return None
         wanted = [c for c in cells if c["role"] != "training" or self.shows_data]
-        pictures = [_cut(sheet, cell) for cell in wanted]
+        images = [_cut(sheet, cell) for cell in wanted]
         self.found += 1
-        return Sheet(facts["step"], tuple(pictures))
+        return Sheet(facts["step"], tuple(images))
 
     def _older(self, sheet: Image.Image, path: Path) -> Sheet | None:
         """A sheet that does not say where its images are."""
@@ -173,7 +173,7 @@ class _SheetReader:
         self.notes.append("Its sheets are of an older version and shown as a whole.")
         source, width, height = encode_image(sheet, WIDEST_SHEET)
         self.found += 1
-        return Sheet(step, (Picture(source, width, height, path.name, "sheet", None, ""),))
+        return Sheet(step, (SheetImage(source, width, height, path.name, "sheet", None, ""),))
 
 
 def _checked(cell: Any, sheet: Image.Image, name: str) -> dict[str, Any]:
@@ -195,12 +195,12 @@ def _lies_on(box: Any, sheet: Image.Image) -> bool:
     return 0 <= left < right <= sheet.width and 0 <= top < bottom <= sheet.height
 
 
-def _cut(sheet: Image.Image, cell: dict[str, Any]) -> Picture:
+def _cut(sheet: Image.Image, cell: dict[str, Any]) -> SheetImage:
     source, width, height = encode_image(sheet.crop(cell["box"]), LONGEST_SIDE)
     caption = cell["caption"]
     if len(caption) > LONGEST_PROMPT:
         caption = caption[:LONGEST_PROMPT] + " ..."
-    return Picture(source, width, height, caption, cell["role"], cell["strength"], cell["label"])
+    return SheetImage(source, width, height, caption, cell["role"], cell["strength"], cell["label"])
 
 
 def encode_image(image: Image.Image, longest: int) -> tuple[str, int, int]:

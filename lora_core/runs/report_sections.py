@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lora_core.runs.report_card import FILES, Block, Words, card_sections, describe_files
 from lora_core.runs.report_charts import format_number
 from lora_core.runs.report_data import NO_DEFAULT, ChangedOption, RunRecord
-from lora_core.runs.report_images import Picture, RunImages
+from lora_core.runs.report_images import RunImages, SheetImage
 from lora_core.runs.report_metrics import RunStyle
 
 BASE = "base model"
@@ -30,7 +30,7 @@ class Frame:
 
     position: int
     strength: int
-    pictures: tuple[Picture, ...]
+    images: tuple[SheetImage, ...]
     words: str
     is_shown: bool
     is_whole: bool  # a sheet of an older version
@@ -74,8 +74,8 @@ class RunPart:
     change: str
     size: str
     viewer: Viewer
-    strips: list[tuple[str, list[Picture]]]
-    training: list[Picture]
+    strips: list[tuple[str, list[SheetImage]]]
+    training: list[SheetImage]
     image_notes: tuple[str, ...]
     data_words: str
     tokens: list[dict[str, Any]]
@@ -156,14 +156,14 @@ def make_viewer(images: RunImages) -> Viewer:
     """The frames of the sliders: the base model's images first, then each sheet of samples, its
     rows by strength.
     """
-    groups: list[tuple[str, dict[float, list[Picture]]]] = []
+    groups: list[tuple[str, dict[float, list[SheetImage]]]] = []
     base = images.with_role("base")
     for sheet in images.samples:
-        by_strength: dict[float, list[Picture]] = {}
-        for picture in sheet.pictures:
-            by_strength.setdefault(
-                1.0 if picture.strength is None else picture.strength, []
-            ).append(picture)
+        by_strength: dict[float, list[SheetImage]] = {}
+        for image in sheet.images:
+            by_strength.setdefault(1.0 if image.strength is None else image.strength, []).append(
+                image
+            )
         groups.append((f"step {sheet.step:,}", by_strength))
     if after := images.with_role("after"):
         if not groups:
@@ -178,7 +178,7 @@ def make_viewer(images: RunImages) -> Viewer:
 
 
 def _lay_out(
-    groups: Sequence[tuple[str, dict[float, list[Picture]]]], strengths: Sequence[float]
+    groups: Sequence[tuple[str, dict[float, list[SheetImage]]]], strengths: Sequence[float]
 ) -> Viewer:
     start = strengths.index(1.0) if 1.0 in strengths else len(strengths) - 1
     names = [f"{strength:g}" for strength in strengths]
@@ -190,30 +190,30 @@ def _lay_out(
         other.append("none: it has no adapters" if has_none else f"drawn at {names[own[-1]]} only")
         shown = start if start in own else own[-1]
         for place in own:
-            pictures = tuple(by_strength[strengths[place]])
+            images = tuple(by_strength[strengths[place]])
             frames.append(
                 Frame(
                     position,
                     place,
-                    pictures,
+                    images,
                     name if has_none else f"{name}, strength {names[place]}",
                     is_shown=position == len(groups) - 1 and place == shown,
-                    is_whole=pictures[0].role == "sheet",
+                    is_whole=images[0].role == "sheet",
                 )
             )
         if has_none:  # whatever the strength
             held[-1] = [-1]
-            frames[-1] = Frame(position, -1, frames[-1].pictures, name, frames[-1].is_shown, False)
+            frames[-1] = Frame(position, -1, frames[-1].images, name, frames[-1].is_shown, False)
     positions = tuple(name for name, _ in groups)
     words = {"positions": positions, "strengths": names, "held": held, "other": other}
     return Viewer(positions, tuple(names), tuple(frames), start, words)
 
 
-def last_samples(images: RunImages) -> tuple[str, list[Picture]]:
+def last_samples(images: RunImages) -> tuple[str, list[SheetImage]]:
     """(step and strength in words, the images) of the last sheet, at the strength nearest to 1."""
     viewer = make_viewer(images)
     shown = [frame for frame in viewer.frames if frame.is_shown]
-    return (shown[0].words, list(shown[0].pictures)) if shown else ("", [])
+    return (shown[0].words, list(shown[0].images)) if shown else ("", [])
 
 
 class DataPart(NamedTuple):
@@ -221,14 +221,14 @@ class DataPart(NamedTuple):
 
     runs: list[RunPart]
     words: str
-    pictures: list[Picture]
+    images: list[SheetImage]
 
 
 def data_parts(runs: Sequence[RunPart]) -> list[DataPart]:
     """The training images of the runs, the same ones once."""
     parts: dict[tuple[str, ...], DataPart] = {}
     for run in runs:
-        key = (run.data_words, *(picture.source for picture in run.training))
+        key = (run.data_words, *(image.source for image in run.training))
         parts.setdefault(key, DataPart([], run.data_words, run.training)).runs.append(run)
     return list(parts.values())
 
