@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.config import Config, SegmenterWords
+from lora_core.data.pairs import names_columns
 from lora_core.shared_paths import shorten_path
 from lora_core.text import hide_home
 from training.mask_files import shorten_mask_source
@@ -20,6 +21,7 @@ def shared_config(config: Config, folder: Path | str) -> Config:
     """
     c = config.recorded
     masks = SegmenterWords(shorten_mask_source(c.data.masks, folder))
+    pairs = c.data.pairs if names_columns(c.data.pairs) else ""
     dataset = "" if Path(c.data.dataset).exists() else c.data.dataset
     bare = replace(
         c,
@@ -27,7 +29,7 @@ def shared_config(config: Config, folder: Path | str) -> Config:
         vae=shorten_path(c.vae, folder),
         model_config=shorten_path(c.model_config, folder),
         out=Path(c.out).name,
-        data=replace(c.data, images="", cache="", dataset=dataset, masks=masks),
+        data=replace(c.data, images="", pairs=pairs, cache="", dataset=dataset, masks=masks),
         prior=replace(c.prior, images=""),
         validation=replace(c.validation, images=""),
     )
