@@ -16,6 +16,7 @@ from torch import Tensor
 import train
 from examples.diffusion_dpo import diffusion_dpo
 from lora_core.config import AdapterConfig, Config, PriorConfig, Stage, ValidationConfig
+from lora_core.data.buckets import describe_buckets
 from lora_core.data.dataset import ImageDataset, ImageSettings, iterate_batches, micro_batches
 from lora_core.data.pairs import scan_pairs
 from lora_core.data.records import Record, find_unused_files, scan_folder
@@ -74,6 +75,14 @@ def test_folders_pair_by_name_whatever_the_ending(folders: tuple[Path, str]) -> 
     assert [a.key == b.key for a, b in zip(changed[1], pairs)] == [False, True, True, True]
 
 
+def test_a_loser_with_the_winners_own_ending_comes_first(tmp_path: Path) -> None:
+    for i, name in enumerate(("1.png", "1.bmp", "2.png")):
+        save_image(noise_image(8, 8, i), tmp_path / "w" / name)
+        save_image(noise_image(8, 8, 9 + i), tmp_path / "l" / name.replace("2.png", "2.gif"))
+    _, pairs = scan_pairs(tmp_path / "w", str(tmp_path / "l"), caption="a")
+    assert names(pairs) == [("1.bmp", "1.bmp"), ("1.png", "1.png"), ("2.png", "2.gif")]
+
+
 def test_sub_folders_pair_with_sub_folders_of_the_same_name(tmp_path: Path) -> None:
     for folder in ("2_TOK", "1_cat"):
         for side, seed in (("good", 1), ("good/worse", 2)):
@@ -130,8 +139,14 @@ FOLDER_ERRORS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda root: (root / "losers/2.bmp").unlink(),
         "1 of 4 winners have no loser, first .*winners/2.png: no image .*losers/2 with any ending",
     ),
-    "no winner": (put_loser("7.png", 1), "loser .*losers/7.png belongs to no image in .*winners:"),
-    "two losers": (put_loser("1.png", 1), r"loser .*losers/1\.png is a second one"),
+    "no winner": (
+        put_loser("7.png", 1),
+        "loser .*losers/7.png belongs to no image in .*winners that has none yet",
+    ),
+    "two losers": (
+        put_loser("1.png", 1),
+        r"loser .*losers/1\.bmp belongs to no image in .*winners",
+    ),
     "the same": (put_loser("1.bmp", 1), ""),
     "damaged": (
         lambda root: void((root / "losers/3.bmp").write_bytes(b"x")),
@@ -240,6 +255,8 @@ def test_batches_are_winner_loser_winner_loser(folders: tuple[Path, str], bucket
         assert all(p.is_loser is not None and p.is_loser.tolist() == [False, True] for p in parts)
         seen += batch.keys[::2]
     assert set(seen) == by_key.keys() and (len(set(images.sizes)) > 1) == buckets
+    said = describe_buckets(images.sizes, 2, "pair")
+    assert said.startswith("3 buckets" if buckets else "one bucket, 16 x 16: 4 pairs in 2 batches")
 
 
 # ---------------------------------------------------------------- runs

@@ -225,7 +225,8 @@ def open_data(config: Config) -> Data:
     )
     if d.buckets:
         size = config.batch_size * config.accumulation
-        print(buckets.describe_buckets(training.sizes, size))
+        unit = "pair" if d.pairs else "image"
+        print(buckets.describe_buckets(training.sizes, size, unit))
     _print_warnings(training, images)
     _check_words(config, records)
     model_checks.check_masks(config, training)

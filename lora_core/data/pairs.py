@@ -22,6 +22,7 @@ from lora_core.data.concept_folders import list_images
 from lora_core.data.listing import FolderContents, file_stem, list_one_folder
 from lora_core.data.records import Record, loser_key, make_record, scan_folder
 from lora_core.errors import UserError
+from lora_core.text import normalize_unicode
 
 EXAMPLE = "winner_file_name,loser_file_name"  # two columns of a table
 BY_TABLE: tuple[CaptionMode, ...] = ("auto", "metadata")  # captions that a table's pairs can have
@@ -71,7 +72,7 @@ def _join_pair(winner: Record, loser: Record) -> Record:
     """The pair of two images, with the winner's captions and a key of both contents."""
     if winner.key == loser.key:
         raise UserError(
-            f"{winner.path} and {loser.path} are the same image, of which none can be preferred; "
+            f"{winner.path} and {loser.path} are the same image, so that neither can be preferred; "
             "correct one or take both out"
         )
     content = f"{winner.key} is preferred to {loser.key}".encode()
@@ -94,31 +95,52 @@ def _find_losers(winners: Sequence[Path], folder: Path) -> dict[Path, Path]:
             f"--data.pairs {folder} is no folder; give the folder with the losers, or two columns "
             f"of the metadata table such as {EXAMPLE}"
         )
-    root = Path(os.path.commonpath([path.parent for path in winners]))
-    by_folder: dict[Path, dict[str, Path]] = {}  # winners by their names
-    for path in winners:
-        by_folder.setdefault(path.parent, {})[file_stem(path)] = path
+    by_folder: dict[Path, list[Path]] = {}
+    for path in dict.fromkeys(winners):
+        by_folder.setdefault(path.parent, []).append(path)
+    root = os.path.commonpath(map(os.path.abspath, by_folder))
     found: dict[Path, Path] = {}
-    for parent, named in by_folder.items():
-        place = folder / parent.relative_to(root)
+    missing: list[tuple[Path, Path]] = []  # winner, and where its loser should be
+    for parent, own in by_folder.items():
+        place = folder / os.path.relpath(os.path.abspath(parent), root)
         losers = list_one_folder(place).images if place.is_dir() else ()
-        for loser in losers:
-            winner = named.get(file_stem(loser))
-            if winner is None or winner in found:
-                why = f"belongs to no image in {parent}" if winner is None else "is a second one"
-                raise UserError(
-                    f"the loser {loser} {why}: winner and loser have the same name, whatever its "
-                    "ending; rename it or remove it"
-                )
-            found[winner] = loser
-    missing = [path for path in dict.fromkeys(winners) if path not in found]
+        matched, spare = _match_names(own, losers)
+        if spare:
+            raise UserError(
+                f"the loser {spare[0]} belongs to no image in {parent} that has none yet: winner "
+                "and loser have the same name, whatever its ending; rename it or remove it"
+            )
+        missing += [(path, place / path.stem) for path in own if path not in matched]
+        found |= matched
     if missing:
-        place = folder / missing[0].relative_to(root).with_suffix("")
+        winner, place = missing[0]
         raise UserError(
-            f"{len(missing)} of {len(set(winners))} winners have no loser, first {missing[0]}: "
+            f"{len(missing)} of {len(found) + len(missing)} winners have no loser, first {winner}: "
             f"no image {place} with any ending; add it or take the winner out"
         )
     return found
+
+
+def _match_names(
+    winners: Sequence[Path], losers: Sequence[Path]
+) -> tuple[dict[Path, Path], Sequence[Path]]:
+    """(winner -> the loser of its name, or else of its name with another ending; other losers)."""
+    found: dict[Path, Path] = {}
+
+    def full_name(path: Path) -> str:
+        return normalize_unicode(path.name)
+
+    for name in (full_name, file_stem):
+        named = {name(path): path for path in winners if path not in found}
+        spare = []
+        for loser in losers:
+            winner = named.pop(name(loser), None)
+            if winner is None:
+                spare.append(loser)
+            else:
+                found[winner] = loser
+        losers = spare
+    return found, losers
 
 
 # ---------------------------------------------------------------- a table
