@@ -22,8 +22,10 @@ def diffusion_dpo(step: StepOutput, *, beta: float = 5000.0) -> Tensor:
     """
     gain = mse(replace(step, out=step.base_out)) - mse(step)
     winner, loser = step.split_pairs(gain)
+    step.log("accuracy", (winner > loser).float())  # pairs of which the winner gained more
     return -F.logsigmoid(beta / 2 * (winner - loser)).repeat_interleave(2)
 
 
 diffusion_dpo.reads_pairs = True
 diffusion_dpo.capturable = True
+diffusion_dpo.weighting = "none"  # the paper weights by noise level inside the sigmoid

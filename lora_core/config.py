@@ -387,11 +387,6 @@ class Config(ModelConfig):
         return sum(stage.steps for stage in self.stages)
 
     @property
-    def images_per_step(self) -> int:
-        """Training images in a step of the optimizer, the two of each pair included."""
-        return self.batch_size * self.accumulation * (2 if self.data.pairs else 1)
-
-    @property
     def recorded(self) -> Config:
         """The config as files and headers store it, without the options that start a process.
 

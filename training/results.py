@@ -230,7 +230,7 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
     table: dict[str, Any] = {
         "images": f"{images}, at {c.data.resolution} pixels",
         "stages": "; ".join(stages),
-        "batch": c.images_per_step,
+        "batch": f"{c.batch_size * c.accumulation}{' pairs' if c.data.pairs else ''}",
         "optimizer": c.optimizer.name,
         "learning rates": ", ".join(rates),
         "precision": c.precision,

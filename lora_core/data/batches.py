@@ -36,20 +36,13 @@ class Batch:
     mask: Tensor | None  # [b, 1, h, w] in [0, 1]; None when no example has one
     captions: list[str]
     keys: tuple[str, ...]
+    image_keys: tuple[str, ...]  # `keys`, but a loser's image has a key of its own
     visits: tuple[int, ...]
     is_prior: Tensor  # [b] bool
     original_sizes: list[tuple[int, int]]
     crops: list[tuple[int, int]]
     dropped: tuple[bool, ...]  # whether its caption was dropped, per example
     is_loser: Tensor | None = None  # [b] bool; None without pairs
-
-    @property
-    def image_keys(self) -> tuple[str, ...]:
-        """Keys of the examples' images: `keys`, but a loser has its own (`loser_key`)."""
-        if self.is_loser is None:
-            return self.keys
-        pairs = zip(self.keys, self.is_loser.tolist())
-        return tuple(loser_key(key) if is_loser else key for key, is_loser in pairs)
 
     def rows(self, index: slice | Sequence[int]) -> "Batch":
         """The batch with some of its examples: rows(slice(0, 2)) are the first two."""
@@ -59,6 +52,7 @@ class Batch:
             mask=None if self.mask is None else self.mask[index],
             captions=[self.captions[i] for i in chosen],
             keys=tuple(self.keys[i] for i in chosen),
+            image_keys=tuple(self.image_keys[i] for i in chosen),
             visits=tuple(self.visits[i] for i in chosen),
             is_prior=self.is_prior[index],
             original_sizes=[self.original_sizes[i] for i in chosen],
@@ -81,6 +75,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         mask=mask,
         captions=[example.caption for example in examples],
         keys=tuple(example.key for example in examples),
+        image_keys=tuple(loser_key(e.key) if e.is_loser else e.key for e in examples),
         visits=tuple(example.visit for example in examples),
         is_prior=torch.tensor([example.is_prior for example in examples]),
         original_sizes=[example.original_size for example in examples],
