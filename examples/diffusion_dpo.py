@@ -18,7 +18,8 @@ def diffusion_dpo(step: StepOutput, *, beta: float = 5000.0) -> Tensor:
     e and r are the mean squared errors of the model and of the reference, which is the model
     without adapters, on the winner w and the loser l with the same noise. beta is beta_dpo of the
     paper's code (beta / 2 is the paper's beta T omega times the size of a latent, for e is a mean);
-    diffusers' LoRA script has beta in place of beta / 2. The first step's loss is ln 2.
+    diffusers' LoRA script has beta in place of beta / 2. The first step's loss is ln 2. Train the
+    denoiser alone: the reference reads what trained text encoders and tokens make of the text.
     """
     gain = mse(replace(step, out=step.base_out)) - mse(step)
     winner, loser = step.split_pairs(gain)

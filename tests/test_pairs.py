@@ -381,21 +381,26 @@ def test_an_inpainting_model_has_no_pairs(paired: Config, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 @pytest.mark.parametrize("beta", [5000.0, 2.0])
-def test_dpo_is_its_formula_in_float64(prediction: str, beta: float) -> None:
+def test_dpo_and_its_gradient_are_those_of_the_published_script(
+    prediction: str, beta: float
+) -> None:
+    """SalesforceAIResearch/DiffusionDPO in float64: winners, then losers; -0.5 beta_dpo; means."""
     step = make(prediction)
     base = step.out + 0.01 * torch.randn_like(step.out)
+    step.out.requires_grad_()
     step = replace(step, lazy={"base_out": lambda: base}, is_loser=torch.tensor([False, True] * 2))
-    rows = diffusion_dpo(step, beta=beta)
-
-    def error(out: Tensor, row: int) -> Tensor:
-        return (out[row] - step.target[row]).double().pow(2).mean()
-
-    for pair in range(2):
-        w, loser = 2 * pair, 2 * pair + 1
-        inside = error(step.out, w) - error(base, w) - (error(step.out, loser) - error(base, loser))
-        wanted = -torch.nn.functional.logsigmoid(-0.5 * beta * inside)  # eq. 14
-        torch.testing.assert_close(rows[w].double(), wanted, rtol=1e-9, atol=1e-12)
-        assert torch.equal(rows[w], rows[loser])
+    found = diffusion_dpo(step, beta=beta)
+    (gradient,) = torch.autograd.grad(found.mean(), step.out)
+    order = torch.tensor([0, 2, 1, 3])
+    model_losses = (step.out - step.target)[order].double().square().mean((1, 2, 3))
+    reference_losses = (base - step.target)[order].double().square().mean((1, 2, 3))
+    model_difference = model_losses[:2] - model_losses[2:]
+    inside = -0.5 * beta * (model_difference - (reference_losses[:2] - reference_losses[2:]))
+    wanted = -torch.nn.functional.logsigmoid(inside)
+    (wanted_gradient,) = torch.autograd.grad(wanted.mean(), step.out)
+    torch.testing.assert_close(found[::2].double(), wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found[::2], found[1::2])
 
 
 def test_dpo_learns_the_preference_of_the_embedded_model(quick: None, tmp_path: Path) -> None:
