@@ -259,6 +259,15 @@ def test_batches_are_winner_loser_winner_loser(folders: tuple[Path, str], bucket
     assert said.startswith("3 buckets" if buckets else "one bucket, 16 x 16: 4 pairs in 2 batches")
 
 
+def test_single_images_do_not_mix_with_pairs(folders: tuple[Path, str]) -> None:
+    winners, pairs = scan_pairs(*folders)
+    with pytest.raises(ValueError, match="some records are pairs and others are single images"):
+        ImageDataset([*pairs, *winners], ImageSettings(16))
+    prior = ImageDataset([replace(one, is_prior=True) for one in winners], ImageSettings(16))
+    with pytest.raises(ValueError, match="pairs of images have no prior images"):
+        iterate_batches(ImageDataset(pairs, ImageSettings(16)), prior, batch=1, seed=0, stop=1)
+
+
 # ---------------------------------------------------------------- runs
 
 

@@ -91,7 +91,9 @@ class ImageDataset:
         self.sizes = [cut_size(settings, r.size) for r in self.records]
         self.hard_masks = hard_masks
         self.has_masks = any(r.has_mask for r in self.records)
-        self.has_pairs = any(r.loser is not None for r in self.records)
+        self.has_pairs = self.records[0].loser is not None
+        if any((record.loser is not None) != self.has_pairs for record in self.records):
+            raise ValueError("some records are pairs and others are single images")
         self._recent = RecentImages(keep_bytes)
         self._copies: Counter[str] = Counter()  # key -> how many records have this content
         self._copy: list[int] = []  # per record, how many before it have the same content
@@ -122,7 +124,10 @@ class ImageDataset:
         sizes, a crop's place is the same share of what each has to spare.
         """
         record, s = self.records[index], self.settings
-        file = record.loser if is_loser and record.loser is not None else record
+        file = record
+        if is_loser:
+            assert record.loser is not None
+            file = record.loser
         size = size or self.sizes[index]
         variant = visit % s.variants if s.variants else visit
 
@@ -161,7 +166,7 @@ class ImageDataset:
             visit=visit,
             is_prior=record.is_prior,
             dropped=dropped,
-            is_loser=file is not record,
+            is_loser=is_loser,
         )
 
     def visit_examples(self, index: int, visit: int) -> list[Example]:
@@ -377,6 +382,8 @@ def iterate_batches(
             "the prior folder holds records that are not marked as prior; "
             "scan it with is_prior=True"
         )
+    if prior is not None and folder.has_pairs:
+        raise ValueError("pairs of images have no prior images beside them")
     order = BucketOrder(folder.sizes, batch, seed) if folder.settings.buckets else None
 
     def make_batch(step: int) -> Batch:
