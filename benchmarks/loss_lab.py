@@ -305,7 +305,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: run_lab(words), "what is done is kept, and the same command goes on with it")
+    return exit_status(
+        lambda: run_lab(words), "what is done is kept, and the same command goes on with it"
+    )
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 python examples/patch_model.py
 """
 
-from lora_core import patch
+from lora_core import load_family, patch
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.runs.pictures import to_images
-from models import load_family
 
 family = load_family("toy/model")
-modules = {**family.modules, "tokenizer": family.tokenizers["text_encoder"]}
-with patch(modules, "runs/demo", {"unet": 0.8}) as p:  # denoiser, text encoder and tokens
+with patch(family, "runs/demo", {"unet": 0.8}) as p:  # denoiser, text encoder and tokens
     prompt = p.bind("a photo of TOK in the desert")
     pixels = generate_images(family, [prompt], [0], SamplerSettings())
 to_images(pixels)[0].save("patched.png")  # the model is what it was before

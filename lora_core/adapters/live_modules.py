@@ -1,4 +1,4 @@
-"""Networks in memory: the modules of a pipeline, of a dictionary or a single network, by component.
+"""Networks in memory: the modules of a pipeline, a family, a dictionary or one, by component.
 
 Their layout is found from the modules themselves and the names of their classes.
 """
@@ -37,13 +37,18 @@ NOT_ADAPTED = ("vae", "safety_checker", "image_encoder", "feature_extractor", "s
 
 
 def collect_modules(given: Any) -> dict[str, Any]:
-    """Component -> module or tokenizer of a diffusers pipeline, a dictionary or one network.
+    """Component -> module or tokenizer of a pipeline, a family, a dictionary or one network.
 
     A single network gets the component that its class has in pipelines. Raises UserError for
     anything else, and for a network whose class does not tell.
     """
     if isinstance(given, nn.Module):
         return {_component_of(given): given}
+    if family_layout(given) is not None:
+        parts = dict(given.modules)
+        for encoder, tokenizer in given.tokenizers.items():
+            parts[encoder.replace("text_encoder", "tokenizer")] = tokenizer
+        return parts
     found = given if isinstance(given, Mapping) else getattr(given, "components", None)
     if not isinstance(found, Mapping):
         raise UserError(
@@ -51,6 +56,12 @@ def collect_modules(given: Any) -> dict[str, Any]:
             'or a dictionary such as {"unet": unet, "text_encoder": text_encoder}'
         )
     return {name: part for name, part in found.items() if part is not None}
+
+
+def family_layout(given: Any) -> Layout | None:
+    """The layout of a loaded family; None for anything else."""
+    layout = getattr(given, "layout", None)
+    return layout if isinstance(layout, Layout) else None
 
 
 def networks_of(modules: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -24,6 +24,7 @@ from lora_core.adapters import changed_parameters, custom_files, injection, pipe
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.live_modules import (
     collect_modules,
+    family_layout,
     live_layout,
     networks_in_file,
     networks_of,
@@ -158,9 +159,9 @@ def patch(
 ) -> Patch:
     """Put a file on the given networks; nothing is copied, and several patches add up.
 
-    modules: a diffusers pipeline, one network, or {"unet": ..., "text_encoder": ..., "tokenizer":
-        ...} with the names that components have in pipelines; what the file does not touch may be
-        among them.
+    modules: a diffusers pipeline, a loaded family, one network, or {"unet": ..., "text_encoder":
+        ..., "tokenizer": ...} with the names that components have in pipelines; what the file does
+        not touch may be among them.
     file: a .safetensors LoRA or embedding, or a run's folder (LoRA and token rows).
     strength: one number, or one for each component that the file adapts,
         {"unet": 0.6, "text_encoder": 0.9}. Tokens are on or off.
@@ -181,6 +182,7 @@ def patch(
     source = str(file)
     rename = rename or {}
     pipeline = modules if hasattr(modules, "encode_prompt") else None
+    layout = layout or family_layout(modules)
     modules = collect_modules(modules)
     networks = networks_of(modules)
     layout = layout or live_layout(networks)
