@@ -3,6 +3,7 @@
     python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200
     python train.py --model MODEL --data.images FOLDER --data.caption "a photo of TOK" --out OUT
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
+    python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
@@ -13,6 +14,10 @@ loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import tyro
 
 from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import Config
@@ -21,8 +26,34 @@ EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
 )
-if __name__ == "__main__":
-    answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)  # before torch is imported
+COMPARE_FLAG, PREVIEW_FLAG = "--compare", "--preview-density"
+COMPARE_EXAMPLE = 'python train.py --compare "runs/mse_*" --against "runs/huber_*"'
+
+
+@dataclass(frozen=True)
+class CompareRuns:
+    """Compare finished runs: B - A on the same images, timesteps and noise, over seeds."""
+
+    compare: tuple[str, ...] = ()
+    """Runs of side A, which differ in their seed alone: folders of runs, folders that hold runs, or
+    patterns in quotes. Two runs without --against are A and B."""
+    against: tuple[str, ...] = ()
+    """Runs of side B; with the same seeds as A they are paired by seed."""
+    metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What is compared: loss (recorded by the runs; also without this flag), x0 (squared error of
+    the predicted latents), the name of a loss, FILE.py:FUNCTION of the kind of a loss or, with the
+    attribute reads_samples = True, of (images, prompts), or clip:MODEL (folder or hub id of a CLIP
+    model: likeness of drawn images to prompts and training images). Repeat the flag for several."""
+    metric_arg: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the one metric, e.g. delta=0.2."""
+    plot: str = ""
+    """PNG file of the plot; empty: compare_A.png in the first folder of side B."""
+
+
+if __name__ == "__main__":  # before torch is imported
+    if COMPARE_FLAG in sys.argv:
+        answer_help(CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE)
+    answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
 import functools
 import time
@@ -41,7 +72,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import UserError, exit_status
 from lora_core.runs import destination
-from training import results, setup
+from training import comparing, measures, results, setup
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -60,8 +91,6 @@ from training.step import (
     optimizer_step,
 )
 from training.step_inputs import InputSource, StepInputs, make_step_inputs
-
-COMPARE_FLAG, PREVIEW_FLAG = "--compare", "--preview-density"
 
 
 def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
@@ -180,12 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_train_command(words: list[str]) -> None:
-    """Train, compare two runs, or preview noise levels."""
-    if words[:1] == [COMPARE_FLAG]:
-        if len(words) != 3:
-            example = "python train.py --compare runs/a runs/b"
-            raise UserError(f"--compare takes two run folders: {example}")
-        results.print_comparison(Path(words[1]), Path(words[2]))
+    """Train, compare runs, or preview noise levels."""
+    if COMPARE_FLAG in words:
+        compare_finished_runs(words)
         return
     options = [word for word in words if word != PREVIEW_FLAG]
     config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)
@@ -196,6 +222,24 @@ def run_train_command(words: list[str]) -> None:
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
     print(f"done: {train(config)}")
+
+
+def compare_finished_runs(words: list[str]) -> None:
+    """Print and plot the comparison that the words of the command line ask for."""
+    options = parse_command_line(
+        CompareRuns, words, prog="train.py --compare", example=COMPARE_EXAMPLE
+    )
+    a, b = options.compare, options.against
+    is_pair = not b and len(a) == 2
+    if not is_pair and not (a and b):
+        raise UserError(f"--compare takes two runs, or runs and --against: {COMPARE_EXAMPLE}")
+    if is_pair:
+        sides = [Path(a[0])], [Path(a[1])]
+    else:
+        sides = comparing.find_runs(a, "--compare"), comparing.find_runs(b, "--against")
+    wanted = measures.find_measures(options.metric or (measures.RECORDED,), options.metric_arg)
+    found = measures.measure_runs([*sides[0], *sides[1]], wanted, training_step)
+    comparing.show_comparisons(sides, found, options.plot, draws_apart=is_pair)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class ClipSegmenter:
         self.path, self.device = path, torch.device(device)
         self.network = load_network(CLIPSegForImageSegmentation, path, "", torch.float32, device)
         self.tokenizer = load_part(CLIPTokenizer.from_pretrained, path, "")
-        self.side, self.mean, self.std = _read_preparation(path)
+        self.side, self.mean, self.std = read_preparation(path)
         self.network.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -84,8 +84,8 @@ def mask_levels(logits: Tensor) -> Tensor:
     return (255 * chances / chances.max()).to(torch.uint8)
 
 
-def _read_preparation(path: str) -> tuple[int, Tensor, Tensor]:
-    """(side in pixels, mean [3, 1, 1], std [3, 1, 1]) of the images that the network takes.
+def read_preparation(path: str) -> tuple[int, Tensor, Tensor]:
+    """(side in pixels, mean [3, 1, 1], std [3, 1, 1]) of the images that a CLIP network takes.
 
     They are in preprocessor_config.json, which recent versions of the library write into
     processor_config.json.
@@ -101,7 +101,9 @@ def _read_preparation(path: str) -> tuple[int, Tensor, Tensor]:
             raise error from None
         name = "processor_config.json"
     size = table.get("size")
-    side: Any = size.get("height") if isinstance(size, dict) else size
+    side: Any = size
+    if isinstance(size, dict):
+        side = size.get("height", size.get("shortest_edge"))
     mean, std = table.get("image_mean"), table.get("image_std")
     is_side = type(side) is int and 1 <= side <= LARGEST_SIDE
     if not (is_side and _is_color(mean) and _is_color(std) and min(std) > 0):

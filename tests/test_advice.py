@@ -14,6 +14,7 @@ from infer import Infer
 from lora_core.config import Config, Stage
 from merging.commands import COMMANDS, flatten
 from tests.test_house import PRODUCT, ROOT
+from train import CompareRuns
 
 UNKNOWN = "\0"  # stands for what a message fills in
 FLAG = re.compile(r"--([a-z\0][\w.\-\0]*)(?: (\w+))?")
@@ -63,7 +64,8 @@ def merge_flags() -> Iterator[str]:
 
 
 CONFIG = dict(options(Config))
-TAKEN = CONFIG | dict(options(Infer)) | dict.fromkeys(merge_flags(), str)
+TAKEN = CONFIG | dict(options(Infer)) | dict(options(CompareRuns))
+TAKEN |= dict.fromkeys(merge_flags(), str)
 READ_BY_HAND = {
     "train.py": {"compare", "preview-density"},
     "command_line.py": {"help"},

@@ -1,6 +1,7 @@
 """Every code block of the README and of docs/ runs in a folder with photos, a run and LoRA files.
 
-bash: each command, with one training step; commands that need the hub are parsed and not run.
+bash: each command, with one training step; commands that need the hub, the reader's runs or minutes
+are parsed and not run.
 python: the blocks of a page share one namespace. toml: a valid config. text: not code.
 """
 
@@ -23,9 +24,11 @@ from safetensors.torch import save_file
 import infer
 import merge
 import train
+from benchmarks import loss_lab
 from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.toml import read_toml
+from training.measures import find_measures
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,6 +104,10 @@ def run_command(command: str) -> None:
         if "--preview-density" in words:
             assert train.main(words[2:]) == 0
             return
+        if "--compare" in words:  # of runs that a reader has
+            asked = parse_command_line(train.CompareRuns, words[2:], prog="train.py", example="")
+            assert asked.compare and find_measures(asked.metric, asked.metric_arg) is not None
+            return
         config = parse_command_line(Config, words[2:], prog="train.py", example="")
         if not HUB.match(config.model):
             train.train(replace(shorten(config), overwrite=True))  # two pages train to one folder
@@ -111,6 +118,8 @@ def run_command(command: str) -> None:
         if words[2] == "fuse" and "sum" not in words:
             more += ["--steps", "1"]
         assert merge.main([*words[2:], *more]) == 0
+    elif words[:3] == ["python", "-m", "benchmarks.loss_lab"]:  # minutes
+        assert len(loss_lab.plan_lab(words[3:]).runs) > 1
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, *words[1:], *FEW], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

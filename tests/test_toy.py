@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lora_core.formats.model_words import model_placeholders
-from toy import autoencoder, distractors, draw, fusion, networks, recogniser, sample
+from toy import autoencoder, distractors, draw, evaluate, fusion, networks, recogniser, sample
 from toy.concepts import draw_concepts
 
 ROOT = Path(__file__).parent.parent
@@ -203,6 +203,15 @@ def test_concept_recogniser_is_right_and_strict():
         assert (reader.concept(near, name) > 0.5).float().mean() <= 0.05
     with pytest.raises(ValueError, match="unknown concept"):
         reader.concept(pictures[:1], "zob")
+
+
+def test_the_score_of_a_concept_is_high_on_its_drawings_alone():
+    drawn = torch.cat([evaluate.concept_images(name, 12) for name in draw_concepts.CONCEPTS])
+    scenes = [draw.render_scene(draw.scene(865_000_000 + i)) for i in range(24)]
+    others = autoencoder.images_to_tensor(scenes)
+    assert evaluate.concept_score(drawn, ["TOK"] * 24).min() > 0.5
+    assert evaluate.concept_score(others, ["TOK"] * 24).max() < 0.5
+    assert evaluate.concept_score.reads_samples and evaluate.concept_score.higher_is_better
 
 
 @pytest.mark.parametrize("name", [*draw_concepts.CONCEPTS, "inkwash"])

@@ -9,6 +9,7 @@ the sheet of the concepts.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from textwrap import wrap
@@ -75,6 +76,19 @@ def accuracy_per_object(
         if hits:
             shares[name] = round(sum(hits) / len(hits), 2)
     return shares
+
+
+def concept_score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """[b] the probability that each image [b, 3, 64, 64] shows a concept, zib or trilo.
+
+    A measure for `train.py --compare A --against B --metric toy/evaluate.py:concept_score`.
+    """
+    reader = recogniser.load_recogniser()
+    return torch.stack([reader.concept(images, name) for name in CONCEPTS]).sum(0)
+
+
+concept_score.reads_samples = True  # type: ignore[attr-defined]
+concept_score.higher_is_better = True  # type: ignore[attr-defined]
 
 
 def concept_images(name: str, n: int) -> Tensor:

@@ -54,6 +54,9 @@ class Checkpoints:
     that earlier processes of a resumed run took.
     """
 
+    # The end of the error for a checkpoint that was made from other data, weights or options.
+    advice = "resume with what the run began with, or pass --resume-anyway"
+
     def __init__(
         self, run: Run, config: Config, data: Data, model: Model, optimization: Optimization
     ) -> None:
@@ -216,7 +219,7 @@ class Checkpoints:
                 "was made from; it is taken as it is"
             )
         if refusal or (found and not self.config.resume_anyway):
-            advice = refusal or "resume with what the run began with, or pass --resume-anyway"
+            advice = refusal or self.advice
             if found:
                 which = f"the checkpoint of step {step} in {self.run.folder}"
                 advice = f"{which} is not of this run: {'; '.join(found)}; {advice}"

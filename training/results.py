@@ -1,5 +1,5 @@
-"""Results of a run: its files, images, plots, summary.json and README.md; the comparison of two
-runs, and the preview of a config's noise levels.
+"""Results of a run: its files, images, plots, summary.json and README.md; the preview of a config's
+noise levels.
 """
 
 from __future__ import annotations
@@ -247,27 +247,6 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
     if log.skipped.total:
         table["steps skipped in fp16"] = log.skipped.total
     return table
-
-
-# ---------------------------------------------------------------- --compare
-
-
-def print_comparison(run_a: Path, run_b: Path) -> None:
-    """Prints the paired difference B - A of the last validations of two runs, and writes
-    RUN_B/compare_RUN_A.png.
-    """
-    rows = validation.compare_scores(run_a, run_b)
-    print(validation.comparison_table(rows, (run_a.name, run_b.name)))
-    bins, name = rows[:-1], f"{run_b.name} - {run_a.name}"
-    out = run_b / f"compare_{run_a.name}.png"
-    pictures.plot_lines(
-        {name: ([r.t for r in bins], [r.mean for r in bins])},
-        out,
-        axes=("timestep", "loss difference (std. error)"),
-        title=f"{name}, paired on the same images and noise",
-        errors={name: [r.error for r in bins]},
-    )
-    print(f"plot: {out}")
 
 
 # ---------------------------------------------------------------- --preview-density

@@ -5,7 +5,7 @@ before and after training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,8 @@ from lora_core.placeholders import bind_layers
 from training import step
 from training.setup import Data, Model, Optimization
 
+BatchScores = Callable[[range], list[Score]]  # indices of images -> the scores of them all
+
 
 class Scorer:
     """Scores the validation images, in batches of the training's size."""
@@ -33,9 +35,11 @@ class Scorer:
         self.model, self.optimization = model, optimization
         self.latents: dict[int, Example] = {}  # image index -> its example, latents as pixels
 
-    def score(self) -> list[Score]:
+    def score(self, score_batch: BatchScores | None = None) -> list[Score]:
         """One score for each image, timestep and noise draw, with the moving average if there is
         one; sorted by draw and timestep, the images in order within each.
+
+        By the squared error of the network's output, or what `score_batch` measures.
         """
         found: list[Score] = []
         count = len(self.images)
@@ -44,7 +48,7 @@ class Scorer:
             for first in range(0, count, size):
                 # The last batch is as large as the others: a GEMM's bits depend on its row count.
                 start = min(first, count - size)
-                scores = self._score_batch(range(start, start + size))
+                scores = (score_batch or self._score_batch)(range(start, start + size))
                 for i, score in enumerate(scores):
                     if start + i % size >= first:
                         found.append(score)
@@ -52,17 +56,14 @@ class Scorer:
 
     def _score_batch(self, images: range) -> list[Score]:
         model, family = self.model, self.model.family
-        batch = collate([self._encoded(i) for i in images])
+        batch = collate([self.encode_image(i) for i in images])
         side = self.images.settings.resolution
         prompts = [bind_layers(caption, model.placeholders) for caption in batch.captions]
         sizes = Sizes(batch.original_sizes, batch.crops, (side, side))
         cond = family.add_size_embeddings(
             encode_layer_prompts(family.encode_prompts, prompts), sizes, self.config.noise.guidance
         )
-        inpaint = None
-        if family.inpainting:
-            gray = torch.zeros(len(images), 3, side, side, device=model.device)
-            inpaint = generation.encode_masked_image(family, gray, torch.ones_like(gray[:, :1]))
+        inpaint = self.repaint_all(len(images))
 
         def denoise(x_t: Tensor, level: NoiseLevel, _rows: Tensor) -> Tensor:
             return step.denoise(model, x_t, level, cond, inpaint)
@@ -79,7 +80,17 @@ class Scorer:
             seed=v.seed,
         )
 
-    def _encoded(self, i: int) -> Example:
+    def repaint_all(self, count: int) -> Tensor | None:
+        """[count, 1 + c, h, w] input of an inpainting model that sees nothing of the images; None
+        of other models.
+        """
+        if not self.model.family.inpainting:
+            return None
+        side = self.images.settings.resolution
+        gray = torch.zeros(count, 3, side, side, device=self.model.device)
+        return generation.encode_masked_image(self.model.family, gray, torch.ones_like(gray[:, :1]))
+
+    def encode_image(self, i: int) -> Example:
         """Image i with the mean of its latents [c, h, w], on the CPU, in place of its pixels;
         decoded and encoded once a run.
         """

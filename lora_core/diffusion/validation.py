@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +88,28 @@ def bin_midpoints(schedule: Schedule, bins: int) -> Tensor:
     return schedule.ts[rows.to(schedule.ts.device)]
 
 
+class NoisedPoint(NamedTuple):
+    """One draw of noise for each of some images, at one timestep."""
+
+    draw: int
+    bin: int
+    t: float
+    eps: Tensor  # [n, c, h, w]
+    level: NoiseLevel  # [n] each
+
+
+def noise_points(
+    x0: Tensor, names: Sequence[str], schedule: Schedule, *, bins: int, draws: int, seed: int
+) -> Iterator[NoisedPoint]:
+    """The noise and levels at which latents x0 [n, c, h, w] of the images `names` are validated."""
+    for draw in range(draws):
+        keys = RandomKeys(seed, tuple(names), (draw,) * len(names))
+        eps = keys.normal("validation", tuple(x0.shape[1:])).to(x0)
+        for i, t in enumerate(bin_midpoints(schedule, bins).tolist()):
+            level = schedule.level(torch.full((len(names),), t, dtype=torch.float32)).to(x0.device)
+            yield NoisedPoint(draw, i, t, eps, level)
+
+
 @torch.no_grad()
 def score_latents(
     denoise: RawDenoise,
@@ -105,15 +127,12 @@ def score_latents(
     `denoise` is called once for each bin and draw; `names` are the examples' keys.
     """
     scores = []
-    for draw in range(draws):
-        keys = RandomKeys(seed, tuple(names), (draw,) * len(names))
-        eps = keys.normal("validation", tuple(x0.shape[1:])).to(x0)
-        for i, t in enumerate(bin_midpoints(schedule, bins).tolist()):
-            level = schedule.level(torch.full((len(names),), t, dtype=torch.float32)).to(x0.device)
-            out = denoise(noise.add_noise(x0, eps, level), level, torch.arange(len(names)))
-            target = PREDICTIONS[prediction].target(x0, eps, level)
-            errors = (out.double() - target.double()).square().flatten(1).mean(1).tolist()
-            scores += [Score(name, draw, i, t, error) for name, error in zip(names, errors)]
+    for at in noise_points(x0, names, schedule, bins=bins, draws=draws, seed=seed):
+        x_t = noise.add_noise(x0, at.eps, at.level)
+        out = denoise(x_t, at.level, torch.arange(len(names)))
+        target = PREDICTIONS[prediction].target(x0, at.eps, at.level)
+        errors = (out.double() - target.double()).square().flatten(1).mean(1).tolist()
+        scores += [Score(name, at.draw, at.bin, at.t, error) for name, error in zip(names, errors)]
     return scores
 
 
@@ -144,81 +163,6 @@ def read_scores(run: Path) -> dict[int, list[Score]]:
     for row in read_rows(file, "a run writes it; remove the line or train again", SCORE_FIELDS):
         steps[row["step"]].append(Score(*(row[name] for name in Score._fields)))
     return steps
-
-
-class PairedDifference(NamedTuple):
-    """Mean of B - A over pairs of scores of the same image, draw and timestep."""
-
-    t: float  # nan: over all timesteps
-    a: float
-    b: float
-    mean: float
-    error: float  # standard error of the mean
-    pairs: int
-
-
-def compare_scores(run_a: Path, run_b: Path) -> list[PairedDifference]:
-    """The paired difference of two runs' last validations, per timestep and over all of them.
-
-    The last entry is over all timesteps. Both scores of a pair have the same noise, so only the
-    models differ; the standard error is over images and draws (for the total: over the images'
-    means). Raises UserError when the runs were not scored on the same images,
-    timesteps and draws.
-    """
-    a, b = _last_losses(run_a), _last_losses(run_b)
-    if a.keys() != b.keys():
-        raise UserError(
-            f"{run_a} and {run_b} were validated on different images, timesteps or draws; "
-            "give both the same [validation] and data"
-        )
-    by_timestep: dict[float, list[tuple[float, float]]] = defaultdict(list)
-    by_image: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for key, draw, t in sorted(a):
-        pair = (a[key, draw, t], b[key, draw, t])
-        by_timestep[t].append(pair)
-        by_image[key, draw].append(pair)
-    differences = [_difference(t, by_timestep[t]) for t in sorted(by_timestep)]
-    means = []
-    for image in sorted(by_image):
-        own = by_image[image]
-        mean_a, mean_b = (sum(losses) / len(own) for losses in zip(*own))
-        means.append((mean_a, mean_b))
-    differences.append(_difference(math.nan, means))
-    return differences
-
-
-def _last_losses(run: Path) -> dict[tuple[str, int, float], float]:
-    """(key, draw, t) -> loss of a run's last validation."""
-    steps = read_scores(run)
-    if not steps:
-        raise UserError(
-            f"{run / 'val.jsonl'} is empty; was the run stopped before its first validation?"
-        )
-    return {(score.key, score.draw, score.t): score.loss for score in steps[max(steps)]}
-
-
-def _difference(t: float, pairs: Sequence[tuple[float, float]]) -> PairedDifference:
-    n = len(pairs)
-    changes = [y - x for x, y in pairs]
-    mean = sum(changes) / n
-    error = math.nan
-    if n > 1:
-        error = math.sqrt(sum((change - mean) ** 2 for change in changes) / (n - 1) / n)
-    mean_a, mean_b = sum(x for x, _ in pairs) / n, sum(y for _, y in pairs) / n
-    return PairedDifference(t, mean_a, mean_b, mean, error, n)
-
-
-def comparison_table(rows: Sequence[PairedDifference], names: tuple[str, str]) -> str:
-    """The comparison as a text table; `names` are those of the runs A and B."""
-    head = (
-        f"{'timestep':>9} {names[0][-14:]:>14} {names[1][-14:]:>14} {'B - A':>11} "
-        f"{'std. error':>11} {'pairs':>6}"
-    )
-    lines = [head]
-    for row in rows:
-        losses = f"{row.a:14.6f} {row.b:14.6f} {row.mean:+11.6f} {row.error:11.6f}"
-        lines.append(f"{format_timestep(row.t):>9} {losses} {row.pairs:6d}")
-    return "\n".join(lines)
 
 
 def format_timestep(t: float) -> str:

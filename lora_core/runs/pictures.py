@@ -129,15 +129,24 @@ def plot_lines(
     log: bool = False,
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """A line plot of named (x, y) series as PNG; with `errors` (one per point), error bars."""
+    """A line plot of named (x, y) series as PNG; with `errors` (one per point), which differences
+    have, error bars and a line at 0.
+    """
     with _figure(path) as axis:
+        if errors:
+            axis.axhline(0, color=INK, linewidth=0.8)
         for name, (x, y) in series.items():
             yerr = (errors or {}).get(name)
-            axis.errorbar(x, y, yerr=yerr, label=name, linewidth=1.4, capsize=3)
+            marker = "o" if errors else ""
+            axis.errorbar(
+                x, y, yerr=yerr, label=name, linewidth=1.4, capsize=3, marker=marker, markersize=4
+            )
         scale = "log" if log else "linear"
         axis.set(xlabel=axes[0], ylabel=axes[1], title=title, yscale=scale)
         axis.grid(alpha=0.3)
-        places = chain.from_iterable(x for x, _ in series.values())
+        places = list(chain.from_iterable(x for x, _ in series.values()))
+        if len(set(places)) == 1:
+            axis.set_xlim(places[0] - 1, places[0] + 1)
         if all(float(place).is_integer() for place in places):
             axis.locator_params(axis="x", integer=True)
         if len(series) > 1:

@@ -1,0 +1,103 @@
+"""The comparison of finished runs that `train.py --compare` prints and plots."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+
+from lora_core.errors import UserError
+from lora_core.runs import pictures
+from lora_core.runs.comparison import (
+    Comparison,
+    Measured,
+    compare_runs,
+    describe_result,
+    describe_sides,
+)
+from lora_core.runs.run_folder import is_run
+from lora_core.text import print_escaped
+
+
+def find_runs(words: Sequence[str], option: str) -> list[Path]:
+    """The run folders that words name: a run, a folder that holds runs, or a pattern of either.
+
+    Raises UserError for a word without any.
+    """
+    found: list[Path] = []
+    for word in words:
+        folders = [Path(word)] if Path(word).exists() else [Path(path) for path in glob(word)]
+        runs: list[Path] = []
+        for folder in sorted(folders):
+            runs += [folder] if _holds_run(folder) else sorted(filter(_holds_run, _below(folder)))
+        if not runs:
+            raise UserError(
+                f"{option} {word} names no run; expected the folder of a finished run, a folder "
+                "that holds runs, or a pattern of such names in quotes"
+            )
+        found += runs
+    return list(dict.fromkeys(found))
+
+
+def _holds_run(folder: Path) -> bool:
+    return folder.is_dir() and (is_run(folder) or (folder / "val.jsonl").is_file())
+
+
+def _below(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def show_comparisons(
+    sides: Sequence[Sequence[Path]], measured: Sequence[Measured], plot: str, *, draws_apart: bool
+) -> list[Comparison]:
+    """Print the differences of the configs, and the table and the verdict by each measure, and
+    write a plot for each: to `plot`, else into the first folder of side B.
+    """
+    found = []
+    for own in measured:
+        found.append(compare_runs(*sides, measured=own, draws_apart=draws_apart))
+    print_escaped(describe_sides(found[0]))
+    for comparison in found:
+        path = plot_path(comparison, plot, several=len(found) > 1)
+        print_escaped(f"\n{describe_result(comparison)}")
+        print_escaped(f"plot: {plot_comparison(comparison, path)}")
+    return found
+
+
+def plot_path(comparison: Comparison, plot: str = "", *, several: bool = False) -> Path:
+    """The file `plot`, else compare_A.png in the first folder of side B, with A's name; with the
+    name of the measure if that is not the loss, or one of several in `plot`.
+    """
+    path = Path(plot or comparison.folders[1][0] / f"compare_{comparison.names[0]}.png")
+    stem = path.stem
+    if several if plot else comparison.measure != "loss":
+        stem += f"_{Path(comparison.measure).name}"
+    plain = re.sub(r"[^\w.-]+", "_", stem)
+    return path.with_name(f"{plain}{path.suffix or '.png'}")
+
+
+def plot_comparison(comparison: Comparison, path: Path) -> Path:
+    """A plot of the differences with their standard errors and a line at 0, over the timesteps; of
+    a measure without timesteps over the seeds.
+    """
+    name = f"{comparison.names[1]} - {comparison.names[0]}"
+    rows, whole, x = comparison.bins, comparison.overall, "timestep"
+    series = {name: ([row.t for row in rows], [row.mean for row in rows])}
+    errors = {name: [row.error for row in rows]}
+    if not rows:
+        seeds = [float(seed) for seed in comparison.by_seed] or [0.0]
+        x, count = "seed", len(seeds)
+        series = {"mean": (seeds, [whole.mean] * count)}
+        errors = {"mean": [whole.error] * count}
+        if len(comparison.by_seed) > 1:
+            series["each seed"] = (seeds, list(comparison.by_seed.values()))
+    pictures.plot_lines(
+        series,
+        path,
+        axes=(x, f"{comparison.measure} difference (std. error)"),
+        title=f"{name}, paired on the same images and noise",
+        errors={key: [0 if math.isnan(e) else e for e in own] for key, own in errors.items()},
+    )
+    return path
