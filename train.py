@@ -108,7 +108,7 @@ def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Te
         lazy=lazy_members(model, x, x_t, cond, maps), t_max=model.family.schedule.t_max,
         network=prediction, token_positions=x.caption_tokens.learned,
         unweighted_mask=x.unweighted_mask, caption_tokens=x.caption_tokens,
-        schedule=model.family.schedule, readings=x.readings,
+        schedule=model.family.schedule, readings=x.readings, is_loser=x.is_loser,
     )  # fmt: skip
     rows = loss(output)
     losses.check_loss_shape(rows, loss, len(x.is_prior))

@@ -64,6 +64,10 @@ class DataConfig(ImageSettings):
     """Conditioning of a dropped caption: zeros, the encoding of the empty prompt, or whichever of
     the two the model samples an empty prompt with (SDXL: zeros; A1111 and ComfyUI sample it with
     the encoding)."""
+    pairs: str = ""
+    """Pairs for losses that compare a preferred image with another: the folder of the losers, which
+    have the names of the winners in --data.images; or two columns of its metadata.jsonl with file
+    names, WINNER,LOSER."""
     repeats: Annotated[int, AtLeast(1)] = 1
     """Visits of each image in an epoch."""
     masks: Annotated[MaskSource, tyro.conf.arg(aliases=("--data.mask",))] = "none"
@@ -314,7 +318,7 @@ class Config(ModelConfig):
     seed: int = 0
     """Seed of everything random: adapters, tokens, noise, order, augmentation."""
     batch_size: Annotated[int, AtLeast(1)] = 1
-    """Images in one forward pass."""
+    """Images in one forward pass; with --data.pairs, pairs."""
     accumulation: Annotated[int, AtLeast(1)] = 1
     """Forward passes for one step; batch 2 x 2 gives the numbers of batch 4."""
     autocast: bool = False

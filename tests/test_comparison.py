@@ -177,6 +177,13 @@ def test_what_cannot_be_compared_is_refused(write: Write, name: str) -> None:
         compare_runs([a], [b])
 
 
+def test_every_run_of_a_side_has_the_same_model(write: Write) -> None:
+    a = [write("a0", 0, weights={"unet": "1"}), write("a1", 1, weights={"unet": "2"})]
+    b = [write("bb0", 0, weights={"unet": "1"}), write("bb1", 1, weights={"unet": "1"})]
+    with pytest.raises(UserError, match=r"a0 and .*a1 have different base models \(unet\)"):
+        compare_runs(a, b)
+
+
 def test_the_same_weights_elsewhere_or_in_another_precision_are_the_same_model(
     write: Write,
 ) -> None:

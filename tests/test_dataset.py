@@ -406,35 +406,6 @@ def test_prior_rows_come_last_and_do_not_disturb_the_others(image_folder, tmp_pa
         iterate_batches(instance, instance, batch=1, seed=0, stop=1)
 
 
-def test_rows_of_a_batch_keep_their_pairing(image_folder):
-    save_image(noise_image(12, 10, 3, "L"), image_folder / "0.mask.png")
-    batch = next(
-        iterate_batches(ImageDataset(scan_folder(image_folder), WILD), batch=5, seed=0, stop=1)
-    )
-    place = batch.captions.index(
-        "a photo of TOK 0"
-    )  # the one with a mask, so that alone it has the same members
-    assert_same(
-        dataset.collate(
-            [ImageDataset(scan_folder(image_folder), WILD).example(0, batch.visits[place])]
-        ),
-        batch.rows(slice(place, place + 1)),
-    )
-    part = batch.rows(slice(1, 3))
-    assert (
-        part.keys == batch.keys[1:3]
-        and part.captions == batch.captions[1:3]
-        and part.crops == batch.crops[1:3]
-    )
-    assert (
-        torch.equal(part.pixels, batch.pixels[1:3])
-        and torch.equal(part.mask, batch.mask[1:3])
-        and part.visits == batch.visits[1:3]
-    )
-    with pytest.raises(UserError, match="batch >= 1"):
-        iterate_batches(ImageDataset(scan_folder(image_folder), WILD), batch=0, seed=0, stop=1)
-
-
 def test_a_small_data_set_is_decoded_once(image_folder, monkeypatch):
     reads = []
     made = ImageDataset(scan_folder(image_folder), replace(WILD, zoom=1.0))

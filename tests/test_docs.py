@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 import infer
@@ -50,6 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos").mkdir()
     for name in ("00.png", "00.txt", "01.png", "01.txt"):
         shutil.copy(ROOT / "toy/concepts/zib" / name, folder / "photos")
+    for name in ("00.png", "01.png"):
+        (folder / "winners").mkdir(exist_ok=True)
+        (folder / "losers").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "toy/concepts/zib" / name, folder / "winners")
+        with Image.open(ROOT / "toy/concepts/zib" / name) as drawing:
+            ImageOps.invert(drawing.convert("RGB")).save(folder / "losers" / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = read_toml(Path("configs/toy_pti.toml"))

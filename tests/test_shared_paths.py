@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.shared_paths import find_shared_path, share_options, shorten_path
+from lora_core.shared_paths import find_shared_path, shorten_path
 
 
 @pytest.fixture
@@ -47,27 +47,3 @@ def test_devices_pipes_and_other_machines_are_no_files(home: Path) -> None:
         "~nobody9/x",
     ):
         assert find_shared_path(name, ".") is None
-
-
-def test_a_table_of_options_is_shared_as_far_as_it_goes(home: Path) -> None:
-    """An older config has fewer options; nothing is added, and the table itself stays."""
-    table = {
-        "model": str(home / "base"),
-        "out": str(home / "runs" / "mine"),
-        "data": {
-            "images": str(home / "anna"),
-            "masks": f"clipseg@{home}/seg: a face",
-            "flip": True,
-        },
-        "stages": [{"steps": 3, "schedule": f"{home}/my.py:fn"}],
-        "of_another_version": 1,
-    }
-    before = repr(table)
-    assert share_options(table, home.parent / "runs") == {
-        "model": "~/base",
-        "out": "mine",
-        "data": {"images": "", "masks": "clipseg@~/seg:a face", "flip": True},
-        "stages": [{"steps": 3, "schedule": "~/my.py:fn"}],
-        "of_another_version": 1,
-    }
-    assert repr(table) == before

@@ -14,6 +14,19 @@ from lora_core.errors import UserError
 from tests.test_losses import SD, make
 
 
+def test_pairs_are_every_second_row_and_their_loss_belongs_to_both() -> None:
+    step = make()
+    step.is_loser = torch.tensor([False, True, False, True])
+    winners, losers = step.split_pairs(step.x0)
+    assert torch.equal(winners, step.x0[~step.is_loser])
+    assert torch.equal(losers, step.x0[step.is_loser])
+    rows = torch.tensor([1.0, 3.0]).repeat_interleave(2)
+    assert rows.tolist() == [1, 1, 3, 3] and rows.mean() == 2
+    step.is_loser = None
+    with pytest.raises(UserError, match=r"there are none; .* with --data\.pairs"):
+        step.split_pairs(step.x0)
+
+
 def test_lazy_members_are_computed_once_when_touched() -> None:
     calls = []
     step = make(base_out=lambda: calls.append(1) or torch.zeros(4))

@@ -22,6 +22,7 @@ from lora_core.diffusion import losses, noise
 from lora_core.errors import UserError
 from lora_core.optim import building, schedules
 from lora_core.placeholders import has_placeholder
+from lora_core.plugins import function_name
 from lora_core.runs import card, destination, lock, reports
 from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
@@ -36,6 +37,7 @@ INPUT_PATHS = (
     "model_config",
     "vae",
     "data.images",
+    "data.pairs",
     "data.cache",
     "validation.images",
     "prior.images",
@@ -194,6 +196,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     c.adapter.check_combination()
     _check_known_words(c)
     _check_attention(c)
+    _check_pairs(c)
     _check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
     noise.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument
@@ -214,6 +217,49 @@ def _check_attention(c: Config) -> None:
         raise UserError(
             f"--mask-scale {c.mask_scale} would scale the attention in --loss {c.loss} as well; "
             "leave it out (edlora has Mix-of-Show's scale of the masked loss)"
+        )
+
+
+def _check_pairs(c: Config) -> None:
+    """Raises UserError for options that have no meaning with pairs of images."""
+    if not c.data.pairs:
+        return
+    if c.data.dataset:
+        raise UserError(
+            f"--data.pairs {c.data.pairs} pairs the images of a folder, not those of "
+            "--data.dataset; write the images and a metadata.jsonl with the two file names into a "
+            "folder, and give that with --data.images"
+        )
+    if c.prior.prompt:
+        raise UserError(
+            "--prior.prompt adds class images, of which none is preferred to another, to the "
+            "pairs of --data.pairs; leave out one of the two"
+        )
+    if c.data.masks != "none":
+        raise UserError(
+            f"--data.masks {c.data.masks} has no meaning with --data.pairs, whose images have two "
+            "masks; leave out one of the two"
+        )
+
+
+def check_reads_pairs(c: Config, loss: Callable[..., Any], step: Callable[..., Any] | None) -> None:
+    """Raises UserError for pairs without a loss or step that compares their images, and for such a
+    loss or step without pairs. `step` is the caller's own, if there is one.
+    """
+    functions = (loss,) if step is None else (loss, step)
+    readers = [function for function in functions if getattr(function, "reads_pairs", False)]
+    if c.data.pairs and not readers:
+        name = function_name(loss)
+        raise UserError(
+            f"--data.pairs {c.data.pairs} gives pairs of images, and the loss {name} treats "
+            "winners and losers alike; take one that compares them, such as --loss "
+            f"examples/diffusion_dpo.py:diffusion_dpo, or say that it does: {name}.reads_pairs = "
+            "True"
+        )
+    if readers and not c.data.pairs:
+        raise UserError(
+            f"{function_name(readers[0])} compares the two images of pairs, and there are none; "
+            "give the folder with the losers, or two columns of metadata.jsonl, with --data.pairs"
         )
 
 

@@ -182,6 +182,11 @@ def check_model(c: Config, family: Family) -> None:
             f"--data.mask-use {c.data.mask_use} has no effect on this model, which paints no "
             "holes; take an inpainting model (9 input channels) or leave it out"
         )
+    if c.data.pairs and family.inpainting:
+        raise UserError(
+            "--data.pairs compares two images under one condition, and an inpainting model would "
+            "see the surroundings of each; take another model or leave it out"
+        )
     if c.samples.negative and family.distilled_guidance:
         raise UserError(
             "--samples.negative has no effect on a guidance-distilled model; leave it out"

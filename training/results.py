@@ -19,6 +19,7 @@ from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.kinds import KINDS, DoRA
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
+from lora_core.data.records import every_image
 from lora_core.diffusion import noise, validation
 from lora_core.diffusion.validation import Score
 from lora_core.formats import dora_readers
@@ -221,13 +222,13 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
     """How the run was trained: name -> value."""
     c, a, model = log.config, log.config.adapter, log.model
     stages = [f"{stage.steps} steps of {' + '.join(stage.groups)}" for stage in c.stages]
-    images = len({record.path for record in samples.data.training.records})
+    images = len({record.path for record in every_image(samples.data.training.records)})
     settings = checkpoints.optimization.settings
     rates = [f"{name} {own['lr']:g}" for name, own in settings.items()]
     table: dict[str, Any] = {
         "images": f"{images}, at {c.data.resolution} pixels",
         "stages": "; ".join(stages),
-        "batch": c.batch_size * c.accumulation,
+        "batch": f"{c.batch_size * c.accumulation}{' pairs' if c.data.pairs else ''}",
         "optimizer": c.optimizer.name,
         "learning rates": ", ".join(rates),
         "precision": c.precision,

@@ -50,6 +50,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "model_config": WEIGHTS_PATH,
     "vae": WEIGHTS_PATH,
     "data.images": IMAGES_PATH,
+    "data.pairs": IMAGES_PATH,
     "data.dataset": IMAGES_PATH,
     "data.split": IMAGES_PATH,
     "data.image_column": IMAGES_PATH,
@@ -189,7 +190,10 @@ def _stages(
 
 
 def _images(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Name -> the image's content, size, captions and repeats, in the order of the records."""
+    """Name -> the image's content, size, captions and repeats, in the order of the records.
+
+    The name of a pair has both images.
+    """
     names = _names(records)
     found: dict[str, dict[str, Any]] = {}
     for record, name in zip(records, names):
@@ -207,10 +211,16 @@ def _names(records: Sequence[Record]) -> list[str]:
     """The files' names, with their folders where they lie in several; they stay the same when the
     data set is moved.
     """
-    paths = [record.path for record in records]
-    if len({path.parent for path in paths}) == 1:
-        return [path.name for path in paths]
-    return [f"{path.parent.name}/{path.name}" for path in paths]
+    folders = {record.path.parent for record in records}
+    names = []
+    for record in records:
+        name = (
+            record.path.name
+            if len(folders) == 1
+            else f"{record.path.parent.name}/{record.path.name}"
+        )
+        names.append(name if record.loser is None else f"{name} over {record.loser.path.name}")
+    return names
 
 
 def _image_changes(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> list[str]:

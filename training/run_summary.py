@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lora_core.data.dataset import ImageDataset
 from lora_core.data.listing import METADATA_TABLES, count_images
-from lora_core.data.records import Record
+from lora_core.data.records import Record, every_image
 from lora_core.data.sample_order import BucketOrder
 from lora_core.errors import printable
 from lora_core.placeholders import Placeholder, bind_layers, bind_placeholders, describe_tokens
@@ -61,8 +61,14 @@ def describe_run(
 def _describe_images(folder: ImageDataset) -> str:
     """The number of images and their sizes."""
     records = folder.records
-    count = len(_paths(records))
-    areas = sorted({r.size for r in records}, key=lambda size: (size[0] * size[1], size))
+    what, count = "images", len(_paths(records))
+    places = _common_folder(records)
+    losers = [record.loser for record in records if record.loser is not None]
+    if losers:
+        what, count = "pairs", len({record.key for record in records})
+        places = f"{places}, losers in {_common_folder(losers)}"
+    found = {record.size for record in every_image(records)}
+    areas = sorted(found, key=lambda size: (size[0] * size[1], size))
     (low_h, low_w), (high_h, high_w) = areas[0], areas[-1]
     sizes = f"{low_w} x {low_h}"
     if len(areas) > 1:
@@ -70,12 +76,12 @@ def _describe_images(folder: ImageDataset) -> str:
     repeated = ""
     if len(records) > count:
         repeated = f", {len(records)} with repeats ({_describe_repeats(records)})"
-    return f"images: {count} in {_common_folder(records)}{repeated}, {sizes} pixels"
+    return f"{what}: {count} in {places}{repeated}, {sizes} pixels"
 
 
 def _describe_repeats(records: Sequence[Record]) -> str:
-    visits = Counter(record.path for record in records)
-    by_folder = {path.parent: times for path, times in visits.items()}
+    visits = Counter((record.path, record.key) for record in records)
+    by_folder = {path.parent: times for (path, _), times in visits.items()}
     if len(by_folder) == 1:
         return f"each x {max(visits.values())}"
     return ", ".join(f"{path.name} x {times}" for path, times in by_folder.items())
@@ -118,7 +124,7 @@ def _describe_length(folder: ImageDataset, length: RunLength) -> str:
         epochs = length.steps * images / len(folder)
     product = f" ({length.batch} x {length.accumulation})" if length.accumulation > 1 else ""
     steps = f"{length.steps:,} step{'s' * (length.steps > 1)}"
-    visits = f"{images} image{'s' * (images > 1)}{product}"
+    visits = f"{images} {'pair' if folder.has_pairs else 'image'}{'s' * (images > 1)}{product}"
     return f"training: {steps} of {visits}, {epochs:,.3g} epochs of {len(folder):,}"
 
 

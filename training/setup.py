@@ -24,6 +24,7 @@ from lora_core.adapters import injection
 from lora_core.config import Config
 from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
+from lora_core.data.pairs import scan_pairs
 from lora_core.diffusion import losses, masked_losses, sampling, validation
 from lora_core.diffusion.validation import ValidationSet
 from lora_core.family import Family, LoadOptions
@@ -181,6 +182,7 @@ def check_before_opening(
         torch.cuda.set_device(device)  # Triton launches on the current device
     config_checks.check_device(config, device)
     config_checks.check_optimizer(config, device)
+    config_checks.check_reads_pairs(config, loss, own_step)
     if config.cuda_graph:
         config_checks.check_capturable(loss, plugins.function_name(loss), own_step)
 
@@ -208,8 +210,12 @@ def open_data(config: Config) -> Data:
     d, v = config.data, config.validation
     images = _images_folder(config)
     captions = _caption_options(config)
-    masks = mask_files.prepare_masks(config, images, captions)
-    records = dataset.scan_folder(images, repeats=d.repeats, masks=masks, **captions)
+    if d.pairs:
+        winners, records = scan_pairs(images, d.pairs, repeats=d.repeats, **captions)
+    else:
+        masks = mask_files.prepare_masks(config, images, captions)
+        records = dataset.scan_folder(images, repeats=d.repeats, masks=masks, **captions)
+        winners = records
     training = ImageDataset(
         records,
         d,
@@ -219,7 +225,8 @@ def open_data(config: Config) -> Data:
     )
     if d.buckets:
         size = config.batch_size * config.accumulation
-        print(buckets.describe_buckets(training.sizes, size))
+        unit = "pair" if d.pairs else "image"
+        print(buckets.describe_buckets(training.sizes, size, unit))
     _print_warnings(training, images)
     _check_words(config, records)
     model_checks.check_masks(config, training)
@@ -228,7 +235,7 @@ def open_data(config: Config) -> Data:
     held_out = None
     if v.images:
         held_out = dataset.scan_folder(v.images, masks="none", held_out=True, **captions)
-    scored = validation.choose_images(records, held_out, v.count)
+    scored = validation.choose_images(winners, held_out, v.count)
     if v.every >= 0:
         print(scored.sentence)
     plain = ImageSettings(d.resolution, interpolation=d.interpolation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_core.config import Config
-from lora_core.shared_paths import share_options
+from lora_core.runs.shared_options import share_options
 from lora_core.toml import from_table, to_table
 
 

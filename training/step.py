@@ -151,7 +151,7 @@ def optimizer_step(
     optimization.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     readings: Readings = {}
-    images = config.batch_size * config.accumulation
+    images = config.batch_size * config.accumulation * (2 if config.data.pairs else 1)
     with ExitStack() as stack:
         for network in model.with_dora:  # no adapter changes before the optimizer's step
             stack.enter_context(injection.cache_dora_norms(network))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
-from lora_core.data.dataset import Batch, Record, micro_batches
+from lora_core.data.dataset import Batch, Record, every_image, micro_batches
 from lora_core.diffusion import generation, noise
 from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
@@ -33,7 +33,8 @@ from training.caption_tokens import CaptionReader
 from training.cuda_graph import map_tensors, tree_tensors
 from training.setup import Data, Model
 
-PixelKey = tuple[str, int, torch.Size]  # image, visit up to repetition, (h, w)
+# image (Batch.image_keys), visit up to repetition, (h, w)
+PixelKey = tuple[str, int, torch.Size]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class StepInputs:
     # [b, 1, h, w] the masks that `mask` was made of, where it is not the same
     unweighted_mask: Tensor | None = None
     readings: Readings = field(default_factory=dict)  # what the loss logs in this step
+    # [b] bool of pairs, whose rows are winner, loser, winner, loser ...
+    is_loser: Tensor | None = None
 
     @property
     def token_positions(self) -> Tensor | None:
@@ -95,7 +98,7 @@ class InputSource:
             self.caption_reader = CaptionReader(data, model, keeps_text=not config.cuda_graph)
         self.records: dict[str, Record] = {}
         for folder in filter(None, (data.training, data.class_images)):
-            self.records |= {record.key: record for record in folder.records}
+            self.records |= {record.key: record for record in every_image(folder.records)}
         n = config.noise
         self.density = noise.bind_density(n.density, **n.density_args)
         settings = data.training.settings
@@ -213,6 +216,7 @@ def _make_inputs(
         caption_tokens=caption_tokens,
         plain=plain,
         unweighted_mask=None if mask is drawn else drawn,
+        is_loser=None if batch.is_loser is None else to_device(batch.is_loser, device),
     )
 
 
@@ -251,7 +255,7 @@ def _posterior(source: InputSource, batch: Batch, *, check: bool) -> tuple[Tenso
         return _encode_images(source, batch, check=check or source.config.vae_precision == "fp16")
     rows = source.latents.rows
     means, stds = [], []
-    for i, (image, visit) in enumerate(zip(batch.keys, batch.visits)):
+    for i, (image, visit) in enumerate(zip(batch.image_keys, batch.visits)):
         key = image, visit % period, batch.pixels.shape[-2:]
         if key not in rows:
             _cache_posterior(source, batch, i, key)
@@ -266,7 +270,7 @@ def _cache_posterior(source: InputSource, batch: Batch, i: int, key: PixelKey) -
     """
     family = source.model.family
     height, width = batch.pixels.shape[-2:]
-    record, visit = source.records[batch.keys[i]], batch.visits[i]
+    record, visit = source.records[key[0]], batch.visits[i]
     name = source.data.training.cache_key(record, visit, (height, width))
     shape = (family.latent_channels, height // family.factor, width // family.factor)
 
@@ -291,7 +295,7 @@ def _encode_images(source: InputSource, batch: Batch, *, check: bool) -> tuple[T
             "the VAE overflows in fp16 on these images; leave --vae-precision at fp32, "
             "or give a VAE made for fp16 with --vae"
         )
-    path = source.records[batch.keys[finite.index(False)]].path
+    path = source.records[batch.image_keys[finite.index(False)]].path
     raise UserError(
         f"the VAE gives NaN or infinity for {path} in {precision}: its weights are damaged; "
         "give another --vae"

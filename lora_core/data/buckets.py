@@ -63,16 +63,16 @@ def cut_size(settings: ImageSettings, image: Size) -> Size:
     return nearest_size(image, bucket_sizes(settings.resolution, settings.bucket_step))
 
 
-def describe_buckets(cuts: Sequence[Size], batch: int) -> str:
+def describe_buckets(cuts: Sequence[Size], batch: int, unit: str = "image") -> str:
     """The sizes of an epoch's batches, a line for each size; one line for one size.
 
-    `cuts` has the size of every image, repeats included.
+    `cuts` has the size of every image (or other `unit`), repeats included.
     """
     lines = []
     for (h, w), count in sorted(Counter(cuts).items()):
         more = -count % batch
         filled = f" and {more} more visit{'s' * (more != 1)}" if more else ""
-        images = f"{count} image{'s' * (count != 1)}{filled}"
+        images = f"{count} {unit}{'s' * (count != 1)}{filled}"
         batches = f"{(count + more) // batch} batch{'es' * (count > batch)}"
         lines.append(f"{w} x {h}: {images} in {batches}")
     if len(lines) == 1:

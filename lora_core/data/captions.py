@@ -156,11 +156,13 @@ def read_captions(
         sources = {captions.source for captions in found.values()}
         how = f"{parts[0].folder} is read with captions {modes[0]!r}"
         _check_use(sources, how, caption, column)
-    normalized = {}
-    for image, (texts, source) in found.items():
-        check_texts(texts, f"the caption of {image.name} from {source}")
-        normalized[image] = Captions(tuple(map(normalize_unicode, texts)), source)
-    return normalized
+    return {image: normalize_captions(image, own) for image, own in found.items()}
+
+
+def normalize_captions(image: Path, captions: Captions) -> Captions:
+    """An image's captions in Unicode's normal form C. Raises UserError as `check_texts`."""
+    check_texts(captions.texts, f"the caption of {image.name} from {captions.source}")
+    return captions._replace(texts=tuple(map(normalize_unicode, captions.texts)))
 
 
 def check_texts(texts: Sequence[str], name: str) -> None:
@@ -177,30 +179,46 @@ def check_texts(texts: Sequence[str], name: str) -> None:
 def read_metadata(
     path: Path, column: str | None = None, *, may_be_empty: bool = False
 ) -> dict[Path, tuple[str, ...]]:
-    """Image -> captions, from metadata.jsonl or metadata.csv.
+    """Image -> captions, from metadata.jsonl or metadata.csv (see `read_image_table`)."""
+    rows = read_image_table(path, ("file_name",), column, may_be_empty=may_be_empty)
+    return {image: texts for (image,), texts in rows.items()}
 
-    File names are relative to the table's folder and lead to files in it (`find_file`); table and
-    disk may use different Unicode normal forms. Raises UserError for a bad row, a missing column, a
-    missing image and, unless `may_be_empty`, an empty caption.
+
+def read_image_table(
+    path: Path, names: Sequence[str], column: str | None = None, *, may_be_empty: bool = False
+) -> dict[tuple[Path, ...], tuple[str, ...]]:
+    """The images of each row of a metadata table -> their captions.
+
+    `names` are the columns with file names. These are relative to the table's folder and lead to
+    files in it (`find_file`); table and disk may use different Unicode normal forms. Rows with the
+    same images add their captions up. Raises UserError for a bad row, a missing column, a missing
+    image and, unless `may_be_empty`, an empty caption.
     """
     if not path.is_file():
         raise UserError(
             f"captions 'metadata' need the file {path}, which is missing; "
-            "write one JSON object per line with file_name and text"
+            f"write one JSON object per line with {', '.join(names)} and text"
         )
-    captions: dict[Path, tuple[str, ...]] = {}
+    captions: dict[tuple[Path, ...], tuple[str, ...]] = {}
     rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
     for where, row in rows:
-        name, texts = _read_row(row, column, where, may_be_empty=may_be_empty)
-        image = find_file(path.parent, name)
-        is_image = image is not None and image.suffix.lower() in IMAGE_SUFFIXES
-        if image is None or not is_image or image.name.startswith("."):
-            raise UserError(
-                f"{where} names {name}, which is not an image in {path.parent} or below it; "
-                "correct file_name or add the image"
-            )
-        captions[image] = captions.get(image, ()) + texts
+        texts = _read_row(row, names, column, where, may_be_empty=may_be_empty)
+        images = tuple(
+            _find_image(path.parent, row[name], f"{where} names", name) for name in names
+        )
+        captions[images] = captions.get(images, ()) + texts
     return captions
+
+
+def _find_image(folder: Path, file: str, where: str, column: str) -> Path:
+    image = find_file(folder, file)
+    is_image = image is not None and image.suffix.lower() in IMAGE_SUFFIXES
+    if image is None or not is_image or image.name.startswith("."):
+        raise UserError(
+            f"{where} {file}, which is not an image in {folder} or below it; "
+            f"correct {column} or add the image"
+        )
+    return image
 
 
 def _check_use(sources: set[Path | str], how: str, caption: str | None, column: str | None) -> None:
@@ -382,14 +400,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_row(
-    row: Any, column: str | None, where: str, *, may_be_empty: bool
-) -> tuple[str, tuple[str, ...]]:
-    """The file name and the captions of one row of a metadata table."""
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+    row: Any, names: Sequence[str], column: str | None, where: str, *, may_be_empty: bool
+) -> tuple[str, ...]:
+    """The captions of one row of a metadata table, which has a file name in each of `names`."""
+    for name in names:
+        if isinstance(row, dict) and isinstance(row.get(name), str):
+            continue
         has = f", but {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
-        raise UserError(
-            f'{where} has no "file_name"{has}; each row needs file_name and a caption such as text'
-        )
+        needed = f"{', '.join(names)} and a caption such as text"
+        raise UserError(f'{where} has no "{name}"{has}; each row needs {needed}')
     expected = (column,) if column else CAPTION_COLUMNS
     found = next((name for name in expected if name in row), None)
     if found is None:
@@ -399,7 +418,7 @@ def _read_row(
         )
     texts = row[found] if isinstance(row[found], list) else [row[found]]
     if may_be_empty and (not texts or row[found] is None):
-        return row["file_name"], ()
+        return ()
     are_texts = all(isinstance(text, str) for text in texts)
     captions = tuple(text.strip() for text in texts if text.strip()) if are_texts else ()
     is_complete = bool(texts) and len(captions) == len(texts)
@@ -408,7 +427,7 @@ def _read_row(
             f"{where} has the {found} {shorten_value(row[found])}, "
             "expected a caption or a list of captions"
         )
-    return row["file_name"], captions
+    return captions
 
 
 # ------------------------------------------- file names: written by somebody, or by a camera

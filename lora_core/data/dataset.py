@@ -9,12 +9,11 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch import Tensor
 
+from lora_core.data.batches import Batch, Example, collate, micro_batches
 from lora_core.data.buckets import Size, cut_size
 from lora_core.data.images import (
     READER_VERSION,
@@ -32,6 +31,7 @@ from lora_core.data.images import (
 from lora_core.data.records import (
     Record,
     describe_unread_folder_names,
+    every_image,
     find_unused_files,
     images_missing_word,
     scan_folder,
@@ -43,7 +43,7 @@ from lora_core.settings import ImageSettings
 
 __all__ = [
     "Batch", "Example", "ImageDataset", "ImageSettings", "Record", "collate",
-    "describe_moved_crops", "describe_unread_folder_names", "describe_upscaled",
+    "describe_moved_crops", "describe_unread_folder_names", "describe_upscaled", "every_image",
     "find_unused_files", "images_missing_word", "iterate_batches", "micro_batches",
     "sample_position", "scan_folder",
 ]  # fmt: skip
@@ -51,54 +51,11 @@ __all__ = [
 JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_jitter
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
-    """A training image as it is used in one visit: cropped, augmented, with its caption."""
-
-    pixels: Tensor  # [3, h, w] in [-1, 1]
-    mask: Tensor | None  # [1, h, w] in [0, 1]
-    caption: str
-    original_size: tuple[int, int]  # h, w of the file, upright
-    crop: tuple[int, int]  # top, left in the resized (and mirrored, if it was) image
-    key: str
-    visit: int
-    is_prior: bool
-    dropped: bool = False  # whether the caption is empty because it was dropped
-
-
-@dataclass
-class Batch:
-    """Examples stacked: instances, then as many prior examples if there are class images."""
-
-    pixels: Tensor  # [b, 3, h, w] in [-1, 1]
-    mask: Tensor | None  # [b, 1, h, w] in [0, 1]; None when no example has one
-    captions: list[str]
-    keys: tuple[str, ...]
-    visits: tuple[int, ...]
-    is_prior: Tensor  # [b] bool
-    original_sizes: list[tuple[int, int]]
-    crops: list[tuple[int, int]]
-    dropped: tuple[bool, ...]  # whether its caption was dropped, per example
-
-    def rows(self, index: slice) -> "Batch":
-        """The batch with some of its examples: rows(slice(0, 2)) are the first two."""
-        return Batch(
-            pixels=self.pixels[index],
-            mask=None if self.mask is None else self.mask[index],
-            captions=self.captions[index],
-            keys=self.keys[index],
-            visits=self.visits[index],
-            is_prior=self.is_prior[index],
-            original_sizes=self.original_sizes[index],
-            crops=self.crops[index],
-            dropped=self.dropped[index],
-        )
-
-
 class ImageDataset:
     """Images with captions and masks, as examples.
 
-    `sizes` are the (h, w) that the records are cropped to. Decoded images stay in memory up to
+    `sizes` are the (h, w) that the records are cropped to, the loser of a pair like its winner.
+    Decoded images stay in memory up to
     `keep_bytes`. A visit has the empty caption with probability `caption_dropout` (for
     classifier-free guidance, arXiv 2207.12598); prior records keep theirs. Raises UserError for no
     records and a probability outside [0, 1).
@@ -134,6 +91,9 @@ class ImageDataset:
         self.sizes = [cut_size(settings, r.size) for r in self.records]
         self.hard_masks = hard_masks
         self.has_masks = any(r.has_mask for r in self.records)
+        self.has_pairs = self.records[0].loser is not None
+        if any((record.loser is not None) != self.has_pairs for record in self.records):
+            raise ValueError("some records are pairs and others are single images")
         self._recent = RecentImages(keep_bytes)
         self._copies: Counter[str] = Counter()  # key -> how many records have this content
         self._copy: list[int] = []  # per record, how many before it have the same content
@@ -153,20 +113,28 @@ class ImageDataset:
         """
         return times * self._copies[self.records[index].key] + self._copy[index]
 
-    def example(self, index: int, visit: int, size: Size | None = None) -> Example:
-        """One visit to a record, cut to `size` (h, w), or to the record's own size.
+    def example(
+        self, index: int, visit: int, size: Size | None = None, *, is_loser: bool = False
+    ) -> Example:
+        """One visit to a record, or to the loser of a pair, cut to `size` (h, w) or to the record's
+        own size.
 
         Pixels depend on (settings, size, key, visit), or visit mod variants; the caption always on
-        the visit itself.
+        the visit itself. What is drawn for a pair holds for both images: where they have different
+        sizes, a crop's place is the same share of what each has to spare.
         """
         record, s = self.records[index], self.settings
+        file = record
+        if is_loser:
+            assert record.loser is not None
+            file = record.loser
         size = size or self.sizes[index]
         variant = visit % s.variants if s.variants else visit
 
         def draw(purpose: str) -> float:
             return self._uniform(record, variant, purpose)
 
-        image = self._read(record, size)
+        image = self._read(file, size)
         if s.zoom > 1:
             scale = 1 + (s.zoom - 1) * draw("zoom")
             target = (round(size[0] * scale), round(size[1] * scale))
@@ -198,7 +166,15 @@ class ImageDataset:
             visit=visit,
             is_prior=record.is_prior,
             dropped=dropped,
+            is_loser=is_loser,
         )
+
+    def visit_examples(self, index: int, visit: int) -> list[Example]:
+        """The examples of one visit to a record: one, or a pair's winner and loser."""
+        found = [self.example(index, visit)]
+        if self.has_pairs:
+            found.append(self.example(index, visit, is_loser=True))
+        return found
 
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
         """The cache key of tensors computed from this visit's pixels, cropped to `size`.
@@ -364,37 +340,18 @@ def describe_upscaled(folder: ImageDataset) -> str:
     """
     small = {}
     for record, size in zip(folder.records, folder.sizes, strict=True):
-        if record.size[0] < size[0] or record.size[1] < size[1]:
-            small[record.path] = record.size
+        for image in every_image([record]):
+            if image.size[0] < size[0] or image.size[1] < size[1]:
+                small[image.path] = image.size
     if not small:
         return ""
     path, (h, w) = next(iter(small.items()))
-    images = len({record.path for record in folder.records})
+    images = len({record.path for record in every_image(folder.records)})
     target = "their bucket" if folder.settings.buckets else f"{folder.settings.resolution} pixels"
     verb = "is smaller than" if len(small) == 1 else "are smaller than"
     return (
         f"{len(small)} of {images} images {verb} {target} and scaled up, "
         f"first {path.name} ({w} x {h})"
-    )
-
-
-def collate(examples: Sequence[Example]) -> Batch:
-    """The examples as one batch; those without a mask get ones when others have one."""
-    masks = [example.mask for example in examples]
-    mask = None
-    if any(own is not None for own in masks):
-        ones = torch.ones_like(examples[0].pixels[:1])
-        mask = torch.stack([ones if own is None else own for own in masks])
-    return Batch(
-        pixels=torch.stack([example.pixels for example in examples]),
-        mask=mask,
-        captions=[example.caption for example in examples],
-        keys=tuple(example.key for example in examples),
-        visits=tuple(example.visit for example in examples),
-        is_prior=torch.tensor([example.is_prior for example in examples]),
-        original_sizes=[example.original_size for example in examples],
-        crops=[example.crop for example in examples],
-        dropped=tuple(example.dropped for example in examples),
     )
 
 
@@ -410,7 +367,8 @@ def iterate_batches(
 ) -> Iterator[Batch]:
     """The batches of steps start .. stop - 1.
 
-    A batch is `batch` instances of one size, then as many prior examples, cut to that size. Without
+    A batch is `batch` instances of one size, then as many prior examples, cut to that size. A pair
+    is one instance, and two examples next to each other: its winner and its loser. Without
     buckets step k holds samples k * batch .. (k + 1) * batch - 1 of an endless stream of
     permutations, with buckets those of `BucketOrder`. A step is a function of its number, so
     threads ahead of the loop (`workers`; 0 makes each batch when the loop takes it) change no bit.
@@ -424,6 +382,8 @@ def iterate_batches(
             "the prior folder holds records that are not marked as prior; "
             "scan it with is_prior=True"
         )
+    if prior is not None and folder.has_pairs:
+        raise ValueError("pairs of images have no prior images beside them")
     order = BucketOrder(folder.sizes, batch, seed) if folder.settings.buckets else None
 
     def make_batch(step: int) -> Batch:
@@ -435,7 +395,7 @@ def iterate_batches(
         size = folder.sizes[visits[0][0]]
         examples = []
         for record, times in visits:
-            examples.append(folder.example(record, folder.visit(record, times)))
+            examples += folder.visit_examples(record, folder.visit(record, times))
         if prior is not None:
             for i in samples:
                 record, times = sample_position(len(prior), i, seed, stream="prior")
@@ -444,12 +404,6 @@ def iterate_batches(
 
     steps = range(start, stop)
     return map(make_batch, steps) if workers == 0 else _make_ahead(make_batch, steps, workers)
-
-
-def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
-    """The batch in `parts` strided parts, each with its share of instances and prior examples."""
-    for i in range(parts):
-        yield batch.rows(slice(i, None, parts))
 
 
 def _make_ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator[Batch]:

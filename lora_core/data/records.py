@@ -5,7 +5,7 @@ Every file is decoded once, so that a damaged one is an error before training.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,16 +26,18 @@ from lora_core.placeholders import has_placeholder
 
 @dataclass(frozen=True)
 class Record:
-    """One image on disk."""
+    """One image on disk, or the winner of a pair of images."""
 
     path: Path
     captions: tuple[str, ...]
     mask_path: Path | None
     use_alpha: bool
-    key: str  # hash of the image's bytes, its mask's, and whether alpha is the mask
+    # hash of the image's bytes, its mask's, and whether alpha is the mask; of a pair that of both
+    key: str
     size: tuple[int, int]  # h, w of the file, upright
     is_prior: bool = False
     source: Path | str = ""  # source of the captions: a file, or words of data.captions
+    loser: "Record | None" = None  # of a pair, the image that this one is preferred to
 
     @property
     def has_mask(self) -> bool:
@@ -87,17 +89,28 @@ def scan_folder(
     for part in parts:
         own = []
         for path in part.images:
-            own.append(
-                _make_record(path, texts[path], chosen[path], masks=masks, is_prior=is_prior)
-            )
+            own.append(make_record(path, texts[path], chosen[path], masks=masks, is_prior=is_prior))
         records += own if held_out else own * part.repeats
     return records * (1 if held_out else repeats)
+
+
+def loser_key(pair: str) -> str:
+    """The key of the loser's image in a pair, whose own key is that of its winner."""
+    return f"{pair}-loser"
+
+
+def every_image(records: Iterable[Record]) -> Iterator[Record]:
+    """The records, and after each winner of a pair its loser."""
+    for record in records:
+        yield record
+        if record.loser is not None:
+            yield record.loser
 
 
 def find_unused_files(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
     """Reason -> the folder's files, and sub-folders with images, that these records do not use."""
     used: set[Path] = set()
-    for record in records:
+    for record in every_image(records):
         sources = (record.path, record.mask_path, record.source)
         used.update(path for path in sources if isinstance(path, Path))
     return files_left_out(_list_again(folder, records), used)
@@ -124,12 +137,27 @@ def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) 
     )
 
 
+def make_record(
+    path: Path, captions: Captions, mask: Path | None, *, masks: str, is_prior: bool
+) -> Record:
+    """The record of one file, which is decoded as a check."""
+    use_alpha = masks == "alpha" or (masks == "any" and mask is None and has_alpha_mask(path))
+    size = read_image(path, mask, use_alpha=use_alpha).original_size
+    content = hashlib.blake2b(path.read_bytes(), digest_size=16)
+    content.update(b"alpha" if use_alpha else b"")
+    if mask is not None:
+        content.update(b"mask" + hashlib.blake2b(mask.read_bytes()).digest())
+    return Record(
+        path, captions.texts, mask, use_alpha, content.hexdigest(), size, is_prior, captions.source
+    )
+
+
 def without_mask(record: Record) -> Record:
     """The record of the same image without its mask, which is part of a record's key."""
     if not record.has_mask:
         return record
     captions = Captions(record.captions, record.source)
-    return _make_record(record.path, captions, None, masks="none", is_prior=record.is_prior)
+    return make_record(record.path, captions, None, masks="none", is_prior=record.is_prior)
 
 
 def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
@@ -193,18 +221,3 @@ def _choose_masks(parts: Sequence[FolderContents], masks: str) -> dict[Path, Pat
         lacking = f"{len(without)} of {len(images)} images lack a mask, first {without[0]}"
         raise UserError(f"{lacking}; add {mask_path(without[0]).name} or take --data.masks auto")
     return {image: found.get(image) for image in images}
-
-
-def _make_record(
-    path: Path, captions: Captions, mask: Path | None, *, masks: str, is_prior: bool
-) -> Record:
-    """The record of one file, which is decoded as a check."""
-    use_alpha = masks == "alpha" or (masks == "any" and mask is None and has_alpha_mask(path))
-    size = read_image(path, mask, use_alpha=use_alpha).original_size
-    content = hashlib.blake2b(path.read_bytes(), digest_size=16)
-    content.update(b"alpha" if use_alpha else b"")
-    if mask is not None:
-        content.update(b"mask" + hashlib.blake2b(mask.read_bytes()).digest())
-    return Record(
-        path, captions.texts, mask, use_alpha, content.hexdigest(), size, is_prior, captions.source
-    )

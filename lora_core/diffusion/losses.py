@@ -6,6 +6,7 @@ Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with
 set in the lines below it:
 
     my_loss.reads_attention = True   reads step.attention or token places, which are recorded then
+    my_loss.reads_pairs = True       compares the winners and losers of --data.pairs
     my_loss.weighting = "none"       is not weighted by noise level, as an error of x0 or of pixels
     my_loss.whole_batch = True       compares the examples of a batch, which is not to be divided
     my_loss.capturable = True        does the same operations in every step and reads nothing back

@@ -87,6 +87,9 @@ class StepOutput:
     caption_tokens: CaptionTokens | None = None
     schedule: Schedule | None = None  # schedule.level(t) gives the noise levels at t [b]
     readings: Readings | None = None  # None: nothing is logged
+    # [b] bool with --data.pairs, where the rows are winner, loser, winner, loser ... and the two of
+    # a pair have the same noise, noise level and caption; else None
+    is_loser: Tensor | None = None
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Add a value, or the mean of a tensor, to the run's metrics, plots and loggers.
@@ -95,6 +98,19 @@ class StepOutput:
         """
         if self.readings is not None:
             add_reading(self.readings, name, value)
+
+    def split_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows of the winners, rows of the losers) of x [b, ...], each [b / 2, ...].
+
+        A loss of a pair belongs to both of its rows: `loss.repeat_interleave(2)` is [b] again, and
+        the mean over rows is that over pairs. Raises UserError without pairs.
+        """
+        if self.is_loser is None:
+            raise UserError(
+                "this loss compares the two images of pairs, and there are none; give the folder "
+                "with the losers, or two columns of metadata.jsonl, with --data.pairs"
+            )
+        return x[::2], x[1::2]
 
     @property
     def drawn_mask(self) -> Tensor | None:

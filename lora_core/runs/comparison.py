@@ -342,7 +342,8 @@ def compare_runs(
         measured = Measured("loss", False, found)
     for runs, side in zip(sides, "AB"):
         _check_one_config(runs, side)
-    _check_same_measurement(sides[0][0], sides[1][0])
+    for run in (*sides[0], *sides[1]):
+        _check_same_measurement(sides[0][0], run)
     seeds = [[run.seed for run in runs] for runs in sides]
     is_paired = None not in seeds[0] and set(seeds[0]) == set(seeds[1])
     if is_paired:  # in the same order on both sides

@@ -18,7 +18,7 @@ from lora_core.diffusion.validation import SCORE_FIELDS, Score
 from lora_core.errors import UserError
 from lora_core.json_files import INTEGER, Fields, read_object, read_rows
 from lora_core.runs.run_folder import is_run
-from lora_core.shared_paths import share_options
+from lora_core.runs.shared_options import share_options
 from lora_core.text import hide_home, read_text
 from lora_core.toml import LONGEST_TOML, from_table, parse_toml, to_table
 
