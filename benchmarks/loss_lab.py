@@ -28,6 +28,7 @@ from lora_core.command_line import parse_command_line
 from lora_core.config import Config, Stage
 from lora_core.diffusion.losses import LOSSES, find_function
 from lora_core.errors import UserError, exit_status
+from lora_core.report import write_report
 from lora_core.runs.comparison import (
     Comparison,
     RecordedRun,
@@ -238,8 +239,6 @@ def run_lab(words: Sequence[str]) -> None:
     lab = plan_lab(words)
     train_grid(lab.runs, lab.out, lab.jobs)
     compare_grid(lab.runs, lab.measures, lab.out)
-    from lora_core.report import write_report
-
     page = write_report([Path(config.out) for config in lab.runs], lab.out / "page.html")
     print(f"\npage: {page}")
 
