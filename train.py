@@ -131,7 +131,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         own_weighting = getattr(functions.loss, "weighting", None)
         model = setup.open_model(config, weights_itself=own_weighting == "none")
         setup.check_captions(data, model)
-        optimization = setup.open_optimizer(config, model.groups, model.up_factors)
+        optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
         run = stack.enter_context(setup.open_run(config))
         samples = SampleImages(config, data, model, optimization)
         data = setup.add_class_images(config, data, run, samples.draw_class_image)

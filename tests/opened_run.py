@@ -51,7 +51,7 @@ def open_parts(config: Config) -> OpenedRun:
     data = setup.open_data(config)
     model = setup.open_model(config)
     setup.check_captions(data, model)
-    optimization = setup.open_optimizer(config, model.groups, model.up_factors)
+    optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
     with ExitStack() as stack:
         run = stack.enter_context(setup.open_run(config))
         samples = SampleImages(config, data, model, optimization)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lora_core import formats
-from lora_core.adapters import custom_files, injection, targets
+from lora_core.adapters import custom_files, injection, kind_laws, targets
 from lora_core.adapters.adapted_layer import Adapted, adapted_layers
-from lora_core.adapters.kinds import kind_class, kind_options
+from lora_core.adapters.kinds import KINDS, kind_class, kind_options
 from lora_core.adapters.kronecker import LoKr
 from lora_core.adapters.targets import matches_pattern, require_match
 from lora_core.adapters.weight_updates import DenseUpdate
@@ -115,11 +115,12 @@ def report_adapters(
     run = Path(c.out).resolve().name
     if not has_factors:
         custom_files.check_custom_kind(trained, c.adapter.kind, run)
-        return False
-    adapters = [layer.adapter("default") for layer in _adapted_layers(trained)]
-    if adapters and isinstance(adapters[0].state(), DenseUpdate):
-        _report_products(c.adapter, adapters, run)
-    return True
+    if c.adapter.kind not in KINDS:
+        kind_laws.check_kind_laws(trained, c.adapter.kind)
+    found = _adapted_layers(trained)
+    if has_factors and found and isinstance(injection.layer_update(found[0]), DenseUpdate):
+        _report_products(c.adapter, [layer.adapter("default") for layer in found], run)
+    return has_factors
 
 
 def _adapted_layers(trained: Mapping[str, torch.nn.Module]) -> list[Adapted]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters import noise_levels
 from lora_core.adapters.adapted_layer import (
     Adapted,
     adaptable_layers,
@@ -97,9 +98,23 @@ def inject(
     if "rank" in read and not getattr(kind, "any_rank", False):
         for path, base in bases.items():
             check_rank(base, path, layer_spec(spec, path).rank)
-    built = {path: kind(base, layer_spec(spec, path, seed)) for path, base in bases.items()}
-    install_adapters(model, built, name, 1.0)
+    specs = {path: layer_spec(spec, path, seed) for path in bases}
+    install_adapters(model, build_adapters(kind, bases, specs), name, 1.0)
     return paths
+
+
+def build_adapters(
+    kind: Any, bases: Mapping[str, BaseLayer], specs: Mapping[str, LayerSpec]
+) -> dict[str, nn.Module]:
+    """The adapters of the layers of one network, of a class, with the module that they share."""
+    shared = None
+    if hasattr(kind, "share"):
+        first = next(iter(specs.values()))
+        shared = kind.share(list(bases.values()), first)
+    built: dict[str, nn.Module] = {}
+    for path, base in bases.items():
+        built[path] = kind(base, replace(specs[path], shared=shared))
+    return built
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
@@ -116,7 +131,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         raise UserError(
             f"adapter {names} is folded into the weights; unfold it first, then remove it"
         )
-    parents = module_parents(model)
+    parents, level = module_parents(model), noise_levels.find_level(model)
     for layer in adapted.values():
         for key in list(layer.adapters) if name is None else [name]:
             layer.discard(key)
@@ -126,6 +141,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
             for parent, attribute in parents[id(layer)]:
                 parent._modules[attribute] = layer.base
     forget_adapted_layers()
+    noise_levels.disconnect_level(model, level)
     build_groups(model)
 
 
@@ -223,12 +239,12 @@ def set_dropout_keys(model: nn.Module, rows: Tensor, step: int | Tensor) -> None
 def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
     """The trained parameters in the model's order: down and up, or full updates; fp32 or better.
 
-    A DoRA has its magnitude in addition.
+    A DoRA has its magnitude in addition. A parameter that layers share is listed once.
     """
-    found: list[nn.Parameter] = []
+    found: dict[nn.Parameter, None] = {}
     for layer in layers_with_adapter(model, name).values():
-        found += layer.adapter(name).parameters()
-    return found
+        found |= dict.fromkeys(layer.adapter(name).parameters())
+    return list(found)
 
 
 def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
@@ -271,7 +287,17 @@ def adapter_updates(model: nn.Module, name: str = "default") -> dict[str, LayerU
     Raises UserError for a kind without a `state` for adapter files.
     """
     adapted = layers_with_adapter(model, name)
-    return {path: layer.adapter(name).state() for path, layer in adapted.items()}
+    return {path: layer_update(layer, name) for path, layer in adapted.items()}
+
+
+def layer_update(layer: Adapted, name: str = "default") -> LayerUpdate:
+    """A copy of the tensors of a layer's adapter for adapter files.
+
+    Raises as the kind's `state` or `low_rank` does, and AttributeError for one without.
+    """
+    adapter = layer.adapter(name)
+    own = getattr(adapter, "low_rank", None)
+    return adapter.state() if own is None else own(layer.base)
 
 
 def load_factors(
@@ -363,6 +389,11 @@ def install_adapters(
         layer.add(name, adapter, strength)
     forget_adapted_layers()
     build_groups(model)
+    try:
+        noise_levels.connect_levels(model)
+    except UserError:
+        remove(model, name)
+        raise
 
 
 def adaptable_base(path: str, layer: BaseLayer | Adapted) -> BaseLayer:

@@ -216,7 +216,9 @@ def _contents(folder: Path, rows: Sequence[str]) -> str:
 
 def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict[str, str]:
     """Name -> description of the files that are there."""
-    own = "the adapter's own parameters, which have no low-rank form"
+    own = "the adapter's own parameters"
+    if not (folder / NATIVE).is_file():
+        own += ", which have no low-rank form"
     settings = "the run's settings: `python train.py config.toml` repeats it"
     if card.repo:
         settings = "the run's settings, without the folders of its images"
