@@ -254,13 +254,13 @@ def test_riemannian_gradients_are_the_papers_and_pefts() -> None:
 
 
 def halves(config: Config, kind: str, groups: tuple[str, ...] = ("denoiser",)) -> list[Path]:
-    """A run of four steps, and one of two that is resumed for two more."""
+    """A run of two steps, and one of a step that is resumed for another."""
     own = replace(
-        config, adapter=replace(config.adapter, kind=KINDS[kind]), stages=(Stage(4, groups),)
+        config, adapter=replace(config.adapter, kind=KINDS[kind]), stages=(Stage(2, groups),)
     )
     part = replace(own, out=config.out + "part")
     run = train.train(own)
-    train.train(replace(part, stages=(Stage(2, groups),)))
+    train.train(replace(part, stages=(Stage(1, groups),)))
     return [run, train.train(replace(part, resume=True))]
 
 

@@ -177,7 +177,7 @@ def put_adapters(
         bases: dict[str, BaseLayer] = {}
         for key, tensor in tensors.items():
             saved[f"{component}.{key}"] = tensor
-            path = _layer_of_key(key, found, f"{component}.{key} of {source}")
+            path = layer_of_key(key, found, f"{component}.{key} of {source}")
             bases[path] = injection.adaptable_base(path, found[path])
         specs = {path: injection.layer_spec(spec, path, seed) for path in bases}
         built[component] = injection.build_adapters(kind_class(kind), bases, specs)
@@ -206,7 +206,7 @@ def read_spec(header: Mapping[str, str], kind: str, source: str) -> tuple[Adapte
     return from_table({**settings, "targets": ["*"], "kind": kind}, AdapterSpec), seed
 
 
-def _layer_of_key(key: str, layers: Collection[str], where: str) -> str:
+def layer_of_key(key: str, layers: Collection[str], where: str) -> str:
     """The layer of "path.name". Raises UserError where the network has none."""
     path = key
     while path and path not in layers:
