@@ -44,6 +44,7 @@ from training import (
     mask_files,
     model_checks,
     run_adapters,
+    starting_lora,
 )
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
@@ -323,6 +324,7 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     adapters = run_adapters.inject_run_adapters(config, family, plan)
     adapted = adapters.adapted
     placeholders, embeddings = learned_tokens.install_run_tokens(config, family, encoders)
+    starting_lora.load_start(config, family, adapted, placeholders, embeddings)
     model = Model(
         family=family,
         device=device,
