@@ -122,7 +122,7 @@ def test_code_runs_only_where_the_class_is_named(
         (("fold", "base", "own.safetensors", "o", "--adapter-kind", VERA), "do not fit"),
         (("fold", "base", "t.safetensors", "o", "--adapter-kind", T_LORA),
          "gives no update for the weight of .*by the noise level"),
-        (("convert", "own.safetensors", "o.safetensors", "--adapter-kind", IA3), "name it with --model"),
+        (("convert", "own.safetensors", "o.safetensors", "--adapter-kind", IA3), "name it with"),
         (("convert", "a.safetensors", "o.safetensors", "--adapter-kind", IA3, "--model", "base"),
          "has no effect: a.safetensors has no adapters of a class"),
         (("convert", "base", "o", "--adapter-kind", IA3), "is a whole model"),

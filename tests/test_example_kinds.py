@@ -24,6 +24,7 @@ from lora_core.adapters.injection import AdapterSpec
 from lora_core.adapters.kinds import kind_class
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
+from tests import tiny_pipeline
 from tests.conftest import final, same
 
 KINDS = {
@@ -304,6 +305,10 @@ def test_a_run_of_t_lora_reads_the_level_wherever_the_network_is_called(
     levels = {tuple(fraction.tolist()) for fraction in seen}
     assert len(levels) == 2 and all(len(level) == 2 for level in levels)  # guidance: twice
     assert all(0 <= level[0] == level[1] < 1 for level in levels)
+    with patch(tiny_pipeline.pipeline(), run, kind=KINDS["TLoRA"]) as applied:
+        level = noise_levels.find_level(applied.modules["unet"])
+        assert level is not None and level.t_max == 1000
+    assert noise_levels.find_level(applied.modules["unet"]) is None
     both = replace(config, stages=(Stage(1, ("denoiser", "text_encoder")),), out=config.out + "te")
     with pytest.raises(UserError, match=r"TLoRA reads the noise level, .* without a timestep"):
         train.train(replace(both, adapter=replace(config.adapter, kind=KINDS["TLoRA"])))

@@ -45,6 +45,11 @@ class Squared(Scaled):
     def update(self, base, x, y0, strength):
         return strength * self.s * y0.square()
 
+class Narrow(Scaled):
+    def __init__(self, base, layer):
+        super().__init__(base, layer)
+        self.width = base.width
+
 class Broken(Scaled):
     def update(self, base, x, y0, strength):
         return self.missing
@@ -114,6 +119,19 @@ def test_layers_that_the_update_alone_cannot_fold(file: str) -> None:
         injection.adapter_parameters(model)[0].fill_(1.0)
     with pytest.raises(UserError, match="adds a bias to a layer without one"):
         merged_state_dict(model)
+    model = injected(f"{file}:Shifted", nn.Linear(3, 4), nn.Linear(4, 4, bias=False))
+    with pytest.raises(UserError, match=r"unet\.1 .*adds a bias to a layer without one"):
+        kind_laws.check_kind_laws({"unet": model}, "Shifted")
+
+
+def test_a_class_that_cannot_be_made_for_a_layer(file: str) -> None:
+    said = "Narrow cannot be made for {}: AttributeError: .*; {}"
+    for layer, words in (
+        (nn.Linear(3, 4), said.format("0, a Linear", "see lora_core")),
+        (nn.Conv2d(3, 4, 1), said.format("0, a Conv2d", "if it is for linear layers alone, give")),
+    ):
+        with pytest.raises(UserError, match=words):
+            injected(f"{file}:Narrow", layer)
 
 
 def test_a_run_of_such_a_class_ends_before_its_folder_exists(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_core.adapters import injection
 from lora_core.adapters.adapted_layer import layers_with_adapter
 from lora_core.adapters.adapter_module import BaseLayer
-from lora_core.adapters.kinds import KINDS, kind_class
+from lora_core.adapters.kinds import KINDS, build_adapters, kind_class
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
@@ -87,7 +87,8 @@ def check_custom_kind(
             raise UserError(
                 f"{kind} gives neither factors nor a weight update "
                 f"({type(error).__name__}: {error}) for {component}.{path}, so no file could hold "
-                "it; add delta_weight, see lora_core/adapters/kinds.py"
+                "it; add delta_weight, or derive the class from adapter_module.Adapter, which has "
+                "it from `update`: see lora_core/adapters/kinds.py"
             ) from error
         if shape != layer.base.weight.shape:
             raise UserError(
@@ -180,7 +181,7 @@ def put_adapters(
             path = layer_of_key(key, found, f"{component}.{key} of {source}")
             bases[path] = injection.adaptable_base(path, found[path])
         specs = {path: injection.layer_spec(spec, path, seed) for path in bases}
-        built[component] = injection.build_adapters(kind_class(kind), bases, specs)
+        built[component] = build_adapters(kind_class(kind), bases, specs)
         for path, adapter in built[component].items():
             for key, value in adapter.state_dict().items():
                 own[f"{component}.{path}.{key}"] = value

@@ -36,7 +36,14 @@ from lora_core.adapters.adapted_layer import (
 from lora_core.adapters.adapter_module import BaseLayer, LayerSpec, convolution_groups
 from lora_core.adapters.file_kinds import ColumnDoRA, LycorisUpdate, kind_of_update
 from lora_core.adapters.groups import build_groups
-from lora_core.adapters.kinds import DoRA, check_rank, factor_shapes, kind_class, kind_options
+from lora_core.adapters.kinds import (
+    DoRA,
+    build_adapters,
+    check_rank,
+    factor_shapes,
+    kind_class,
+    kind_options,
+)
 from lora_core.adapters.product_adapter import ProductAdapter
 from lora_core.adapters.targets import last_match, nearest_paths, require_match, select_paths
 from lora_core.adapters.weight_updates import DenseUpdate, LayerUpdate, LowRank
@@ -101,20 +108,6 @@ def inject(
     specs = {path: layer_spec(spec, path, seed) for path in bases}
     install_adapters(model, build_adapters(kind, bases, specs), name, 1.0)
     return paths
-
-
-def build_adapters(
-    kind: Any, bases: Mapping[str, BaseLayer], specs: Mapping[str, LayerSpec]
-) -> dict[str, nn.Module]:
-    """The adapters of the layers of one network, of a class, with the module that they share."""
-    shared = None
-    if hasattr(kind, "share"):
-        first = next(iter(specs.values()))
-        shared = kind.share(list(bases.values()), first)
-    built: dict[str, nn.Module] = {}
-    for path, base in bases.items():
-        built[path] = kind(base, replace(specs[path], shared=shared))
-    return built
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:

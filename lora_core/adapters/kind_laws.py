@@ -26,13 +26,14 @@ HELP = "see lora_core/adapters/kinds.py"
 
 
 def check_kind_laws(models: Mapping[str, nn.Module], kind: str, name: str = "default") -> None:
-    """Raises UserError, naming the law, unless a class keeps them on one layer of each type."""
+    """Raises UserError, naming the law, unless a class keeps them on a layer of each form."""
     for component, model in models.items():
-        seen: set[type] = set()
+        seen: set[tuple[type, bool]] = set()
         for path, layer in layers_with_adapter(model, name).items():
-            if type(layer.base) in seen or layer.base.weight.is_meta:
+            form = type(layer.base), layer.base.bias is None
+            if form in seen or layer.base.weight.is_meta:
                 continue
-            seen.add(type(layer.base))
+            seen.add(form)
             where = f"{kind} at {component}.{path}"
             try:
                 with torch.no_grad():

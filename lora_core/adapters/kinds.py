@@ -52,7 +52,8 @@ in examples/ show each of these; kronecker.LoKr is a kind with all of an adapter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -368,6 +369,34 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
             "name the class itself"
         )
     return found
+
+
+def build_adapters(
+    kind: Any, bases: Mapping[str, BaseLayer], specs: Mapping[str, LayerSpec]
+) -> dict[str, nn.Module]:
+    """The adapters of the layers of one network, of a class, with the module that they share.
+
+    Raises UserError for a class from outside that fails, naming the layer.
+    """
+    if kind.__module__.startswith("lora_core."):
+        return {path: kind(base, specs[path]) for path, base in bases.items()}
+    built: dict[str, nn.Module] = {}
+    path, shared = next(iter(bases)), None
+    try:
+        if hasattr(kind, "share"):
+            shared = kind.share(list(bases.values()), specs[path])
+        for path, base in bases.items():
+            built[path] = kind(base, replace(specs[path], shared=shared))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's class raises
+        advice = "see lora_core/adapters/kinds.py"
+        if not isinstance(bases[path], nn.Linear):
+            advice = "if it is for linear layers alone, give --adapter.targets all-linear"
+        what = f"{type(error).__name__}: {error}"
+        where = f"{path}, a {type(bases[path]).__name__}"
+        raise UserError(f"{kind.__name__} cannot be made for {where}: {what}; {advice}") from error
+    return built
 
 
 def kind_options(kind: Any) -> tuple[str, ...]:
