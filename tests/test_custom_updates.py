@@ -55,10 +55,9 @@ def changes(family: Any, name: str) -> dict[str, torch.Tensor]:
     return {key: folded[key] - plain[key] for key in plain}
 
 
-@pytest.mark.parametrize("kind", [IA3, VERA])
-def test_fold_gives_the_weights_of_the_class(saved: Any, kind: str) -> None:
-    family = saved(kind)
-    call("fold", "base", "0.5*own.safetensors", "folded", "--adapter-kind", kind)
+def test_fold_gives_the_weights_of_the_class(saved: Any) -> None:
+    family = saved(IA3)
+    call("fold", "base", "0.5*own.safetensors", "folded", "--adapter-kind", IA3)
     tuned = load_family("folded")
     for name in ("unet", "text_encoder"):
         plain = load_family("base").modules[name].state_dict()

@@ -3,6 +3,7 @@ where it has the method; short runs of those that need something of training.
 """
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -255,14 +256,17 @@ def test_riemannian_gradients_are_the_papers_and_pefts() -> None:
 
 
 def halves(config: Config, kind: str, groups: tuple[str, ...] = ("denoiser",)) -> list[Path]:
-    """A run of two steps, and one of a step that is resumed for another."""
+    """A run of two steps, and the same run resumed after the first of them."""
     own = replace(
-        config, adapter=replace(config.adapter, kind=KINDS[kind]), stages=(Stage(2, groups),)
+        config,
+        adapter=replace(config.adapter, kind=KINDS[kind]),
+        stages=(Stage(2, groups),),
+        save_every=1,
     )
-    part = replace(own, out=config.out + "part")
-    run = train.train(own)
-    train.train(replace(part, stages=(Stage(1, groups),)))
-    return [run, train.train(replace(part, resume=True))]
+    run, part = train.train(own), Path(f"{config.out}part")
+    shutil.copytree(run, part)
+    shutil.rmtree(part / "checkpoints/2")
+    return [run, train.train(replace(own, out=str(part), resume=True))]
 
 
 def test_a_run_of_vera_is_a_lora_and_its_own_vectors(config: Config, quick: None) -> None:
