@@ -47,7 +47,13 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
         for glob in globs:
             require_match(glob, everywhere, f"--adapter.{option}")
     specs = {name: _component_spec(a, *found) for name, found in chosen.items()}
-    a.refuse_unread(kind_options(kind_class(a.kind)))
+    kind = kind_class(a.kind)
+    a.refuse_unread(kind_options(kind))
+    if getattr(kind, "reads_level", False) and any(name in layout.encoders for name in specs):
+        raise UserError(
+            f"--adapter.kind {a.kind} reads the noise level, which a text encoder has not; train "
+            "no text_encoder in a stage"
+        )
     return specs
 
 
