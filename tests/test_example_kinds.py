@@ -303,6 +303,8 @@ def test_a_run_of_t_lora_reads_the_level_wherever_the_network_is_called(
     run, resumed = halves(config, "TLoRA")
     assert same(final(run), final(resumed))
     assert not (run / "model").exists() and not list(run.glob("pytorch*"))
+    card = (run / "README.md").read_text()
+    assert "An adapter for lora_core (run_adapter.safetensors)" in card and "low-rank" in card
     assert [0.5, 0.5] in seen  # the one bin of the validation
     assert any(levels[0] != levels[1] for levels in seen if len(levels) == 2)  # of training
     seen.clear()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import train
-from lora_core.adapters import injection, kind_laws
+from lora_core.adapters import custom_files, injection, kind_laws
 from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.injection import AdapterSpec
 from lora_core.config import Config
@@ -19,6 +19,7 @@ FILE = '''
 import torch
 from torch import nn
 from lora_core.adapters.adapter_module import Adapter
+from lora_core.adapters.weight_updates import LowRank
 
 class Scaled(Adapter):
     """y = (1 + s) (base(x)), on all outputs alike."""
@@ -44,6 +45,18 @@ class Apart(Scaled):
 class Squared(Scaled):
     def update(self, base, x, y0, strength):
         return strength * self.s * y0.square()
+
+class Turned(Adapter):
+    """W (I + u v^T): its factors are of the weight."""
+    def __init__(self, base, layer):
+        super().__init__()
+        self.v = nn.Parameter(torch.linspace(-1, 1, base.in_features))
+        self.u = nn.Parameter(torch.zeros(base.in_features))
+    def update(self, base, x, y0, strength):
+        return strength * (x @ self.v.to(x))[..., None] * (base.weight @ self.u.to(x))
+    def low_rank(self, base):
+        up = base.weight.float() @ self.u.detach()
+        return LowRank(self.v.detach()[None].clone(), up[:, None].detach(), 1.0)
 
 class Narrow(Scaled):
     def __init__(self, base, layer):
@@ -105,6 +118,17 @@ def test_the_folded_weight_follows_from_the_update(
     else:
         assert torch.equal(folded["0.weight"], base.weight)
         assert torch.allclose(folded["0.bias"], base.bias + 0.25)
+
+
+def test_factors_that_depend_on_the_weight(file: str) -> None:
+    model = injected(f"{file}:Turned", nn.Linear(6, 5))
+    kind_laws.check_kind_laws({"unet": model}, "Turned")
+    with torch.no_grad():
+        injection.adapter_parameters(model)[1].copy_(torch.arange(6))
+    assert custom_files.has_factors(model)
+    (lr,) = injection.adapter_factors(model).values()
+    change = merged_state_dict(model)["0.weight"] - model[0].base.weight
+    assert lr.rank == 1 and torch.allclose(lr.up @ lr.down, change, atol=1e-5)
 
 
 def test_layers_that_the_update_alone_cannot_fold(file: str) -> None:

@@ -27,7 +27,7 @@ Where it applies, a class may have
     low_rank(base)            in place of `state`, where the factors depend on the base weight
     options                   the names of the options of [adapter] that it reads besides targets
                               and exclude; others are refused. Default: those of LoRA for a class
-                              with `state` or `low_rank`, else none
+                              with `state`, else none
     any_rank = True           a rank may exceed min(in, out)
     up                        the parameter that LoRA+ gives a learning rate of its own
     rates = {"name": 16.0}    learning rates of some parameters, relative to the others'
@@ -36,7 +36,6 @@ Where it applies, a class may have
     reads_level = True        `self.level` has the noise level of each forward pass of the denoiser:
                               `level.t` [b], as the network reads it, and `level.fraction` [b], from
                               0 (clean) to 1 (pure noise) (noise_levels.py)
-
     share(bases, spec)        classmethod: a module that all layers of a network share, made from
                               those layers before any adapter of them, which gets it as
                               `spec.shared`
@@ -45,8 +44,8 @@ Parameters train. Buffers do not, and are saved and resumed with them, except th
 persistent=False, such as tensors that a shared module makes again from `spec.seed`. A run with a
 class from outside always writes RUN_adapter.safetensors, its own tensors (custom_files.py).
 
-`set_dropout_keys` sets its attributes `row_keys` and `step` before each training forward. The files
-in examples/ show each of these; kronecker.LoKr is a kind with all of an adapter file's form.
+`set_dropout_keys` sets its attributes `row_keys` and `step` before each training forward.
+docs/CONTRIBUTING.md lists the examples of kinds; kronecker.LoKr has a form in LyCORIS' files.
 """
 
 from __future__ import annotations
@@ -401,8 +400,7 @@ def build_adapters(
 
 def kind_options(kind: Any) -> tuple[str, ...]:
     """The options of [adapter] that a class of adapter reads, besides targets and exclude."""
-    has_file = hasattr(kind, "state") or hasattr(kind, "low_rank")
-    default = KIND_OPTIONS["lora"] if has_file else ()
+    default = KIND_OPTIONS["lora"] if hasattr(kind, "state") else ()
     return getattr(kind, "options", default)
 
 
