@@ -72,7 +72,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import UserError, exit_status
 from lora_core.runs import destination
-from training import comparing, measures, results, setup
+from training import comparing, measures, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -127,11 +127,12 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
     config, functions = resolve_functions(config, loss, step)
     with Signals() as signals, ExitStack() as stack:
         setup.check_before_opening(config, functions.loss, functions.own_step)
+        config = starting_lora.resolve_start(config)
         data = setup.open_data(config)
         own_weighting = getattr(functions.loss, "weighting", None)
         model = setup.open_model(config, weights_itself=own_weighting == "none")
         setup.check_captions(data, model)
-        optimization = setup.open_optimizer(config, model.groups, model.up_factors)
+        optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
         run = stack.enter_context(setup.open_run(config))
         samples = SampleImages(config, data, model, optimization)
         data = setup.add_class_images(config, data, run, samples.draw_class_image)

@@ -4,26 +4,24 @@
     python infer.py --model toy/model --lora runs/ia3 --adapter-kind examples/my_adapter.py:IA3 \
         --prompt "a photo of TOK on a yellow background" --out ia3.png
 
-No LoRA file can hold it. The run writes its own parameters (runs/ia3/ia3_adapter.safetensors) and
-the whole model with them folded in (runs/ia3/model, for diffusers and other programs).
+`update` is all that an adapter needs: for Linear layers the weight to fold follows from it, and
+`delta_weight` and `delta_bias` give it for convolutions. No LoRA file can hold (IA)^3, so the run
+writes its own parameters (runs/ia3/ia3_adapter.safetensors) and the whole model with them folded in
+(runs/ia3/model).
 """
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.adapter_module import BaseLayer, LayerSpec
+from lora_core.adapters.adapter_module import Adapter, BaseLayer, LayerSpec
 
 
-class IA3(nn.Module):
+class IA3(Adapter):
     """y = (1 + l) * base(x), with one number l for each output feature."""
 
     def __init__(self, base: BaseLayer, layer: LayerSpec) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(base.weight.shape[0], device=base.weight.device))  # l
-
-    def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
-        y0 = base(x)
-        return y0 + self.update(base, x, y0, strength).to(y0.dtype)
 
     def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         scale = self.scale if isinstance(base, nn.Linear) else self.scale[:, None, None]

@@ -332,6 +332,12 @@ class Config(ModelConfig):
     the same in each step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    from_lora: str = ""
+    """LoRA file or run folder that training starts from, in any format that is read here: its
+    update, its ranks and alphas, and the learned tokens of words that both have."""
+    from_lora_rank: Literal["file", "adapter"] = "file"
+    """Ranks of the layers that --from-lora has: those in the file, or --adapter.rank and alpha, for
+    which they are cut by SVD or padded."""
     loss: str = "mse"
     """mse, l1, huber, smooth_l1, attention (mse, and learned tokens are to act inside the mask),
     edlora (Mix-of-Show's form of that), or my_loss.py:my_loss."""

@@ -45,16 +45,45 @@ def run_convert(options: Convert) -> None:
         write_model_sum([WeightedFile(1.0, options.file)], output, options.files)
         return
     output = replace(output, format=options.to)
+    check_adapter_output(output)
+    layout, state = _open_file(options)
     if options.as_:
         keep = KeepOptions(options.keep.rank, options.keep.max_error, options.keep.energy)
         method = MergeMethod(svd=options.svd.svd, seed=options.svd.seed)
-        convert_to_lora(options.file, output, options.files, keep, method)
+        convert_to_lora(options.file, (layout, state), output, options.files, keep, method)
     else:
-        convert_adapter(options.file, output, options.files)
+        convert_adapter((layout, state), output, options.files)
+
+
+def _open_file(options: Convert) -> tuple[Layout | None, AdapterState]:
+    """The adapter in the file, that of a user's class with --adapter-kind, and its layout."""
+    if not options.adapter_kind:
+        layout = find_layout([options.file], options.files)
+        return layout, open_adapter(options.file, layout, options.files, merging=True)
+    from merging import base_models, custom_updates  # import the networks' libraries
+
+    if not options.files.model:
+        raise UserError(
+            f"--adapter-kind {options.adapter_kind} computes its updates from the weights of the "
+            "model that it was trained on; name it with --model"
+        )
+    base = base_models.open_base_model(options.files.model, options.files)
+    if not custom_updates.is_custom(options.file, base):
+        raise UserError(
+            f"--adapter-kind {options.adapter_kind} has no effect: {options.file} has no adapters "
+            "of a class of its own; leave it out"
+        )
+    kind = options.adapter_kind
+    return base.layout, custom_updates.open_updates(options.file, base, options.files, kind)
 
 
 def _refuse_idle(options: Convert, is_model: bool) -> None:
     """Raises UserError for an option that has no effect."""
+    if is_model and options.adapter_kind:
+        raise UserError(
+            f"{options.file} is a whole model, on which --adapter-kind {options.adapter_kind} has "
+            "no effect; leave it out"
+        )
     if is_model and (options.to or options.as_):
         flag = f"--to {options.to}" if options.to else f"--as {options.as_}"
         raise UserError(
@@ -72,14 +101,14 @@ def _refuse_idle(options: Convert, is_model: bool) -> None:
         )
 
 
-def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
+def convert_adapter(
+    opened: tuple[Layout | None, AdapterState], output: Output, reading: OpenOptions
+) -> None:
     """Writes the same adapter in another format; only the dtype of factors may change.
 
     Raises UserError for updates that the format cannot hold.
     """
-    check_adapter_output(output)
-    layout = find_layout([path], reading)
-    state = open_adapter(path, layout, reading, merging=True)
+    layout, state = opened
     has_layers = bool(state.changed_components)
     output = settle_format(output, layers=has_layers, tokens=bool(state.tokens))
     _refuse_unheld(state, output, layout)
@@ -102,15 +131,18 @@ def convert_adapter(path: str, output: Output, reading: OpenOptions) -> None:
 
 
 def convert_to_lora(
-    path: str, output: Output, reading: OpenOptions, keep: KeepOptions, method: MergeMethod
+    path: str,
+    opened: tuple[Layout | None, AdapterState],
+    output: Output,
+    reading: OpenOptions,
+    keep: KeepOptions,
+    method: MergeMethod,
 ) -> None:
     """Writes the updates of DoRAs, and of LyCORIS, as the nearest plain LoRA.
 
     Without a criterion every layer gets the file's largest rank. Raises UserError for a plain LoRA.
     """
-    check_adapter_output(output)
-    layout = find_layout([path], reading)
-    state = open_adapter(path, layout, reading, merging=True)
+    layout, state = opened
     if not state.changed_components:
         raise UserError(f"{path} holds token rows only, which are no update; leave --as lora out")
     output = settle_format(output, layers=True, tokens=bool(state.tokens))
@@ -120,8 +152,8 @@ def convert_to_lora(
         raise UserError(f"{path} has no DoRA and is a plain LoRA already; leave --as lora out")
     if is_dense and not keep:
         raise UserError(
-            f"{path} has updates of LyCORIS, which have no rank of their own; choose --rank or "
-            "--max-error"
+            f"{path} has updates of LyCORIS or of a class of its own, which have no rank of their "
+            "own; choose --rank or --max-error"
         )
     keep = keep or KeepOptions(rank=max(lr.rank for lr in layers))
     terms = [Term(state)]

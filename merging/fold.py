@@ -25,5 +25,5 @@ def run_fold(options: Fold) -> None:
         )
     files = [WeightedFile(1.0, options.base), *files]
     output = make_output("fold", options, [file.path for file in files])
-    fold = FoldOptions(options.residual, options.residual_rank)
+    fold = FoldOptions(options.residual, options.residual_rank, kind=options.adapter_kind)
     write_model_sum(files, output, options.files, fold)

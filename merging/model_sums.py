@@ -20,11 +20,12 @@ from merging.base_models import (
     with_progress,
 )
 from merging.commands import FileReadOptions
+from merging.custom_updates import is_custom, open_updates
 from merging.expression import WeightedFile
 from merging.folding import FoldStatistics, fold_adapters, rank_of_sum
 from merging.layer_choice import choose_layers
 from merging.model_tokens import add_token_rows, write_tokenizers
-from merging.opening import is_whole_model, open_adapter
+from merging.opening import is_whole_model
 from merging.output import (
     Output,
     check_adapter_output,
@@ -51,6 +52,7 @@ class FoldOptions:
     residual_rank: int = 0  # 0: the largest rank of the folded updates
     tokens: bool = True  # the adapters' tokens are written too
     folder: bool = False  # the output is a folder, whatever its ending
+    kind: str = ""  # class of files with adapters of a user's class, FILE.py:Class
 
 
 def write_model_sum(
@@ -73,7 +75,12 @@ def write_model_sum(
     _check_weights(models)
     bases = [open_base_model(file.path, reading) for file in models]
     base = bases[0]
-    states = [open_adapter(file.path, base.layout, reading, merging=True) for file in adapters]
+    states = [open_updates(file.path, base, reading, fold.kind) for file in adapters]
+    if fold.kind and not any(is_custom(file.path, base) for file in adapters):
+        raise UserError(
+            f"--adapter-kind {fold.kind} has no effect: no file has adapters of a class of its "
+            "own; leave it out"
+        )
     terms = []
     for file, state in zip(adapters, states):
         factor = choose_layers(file, state, base.layout) if file.choices else every_layer

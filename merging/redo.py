@@ -85,7 +85,12 @@ def repeat_recipe(recipe: dict[str, Any], out: str) -> None:
 
 
 def _check_types(recipe: dict[str, Any], path: str) -> None:
-    """Raises UserError for something else than a text where a recipe names files."""
+    """Raises UserError for something else than a text where a recipe names files, and for code."""
+    if kind := recipe["options"].get("adapter_kind"):
+        raise UserError(
+            f"the recipe of {path} runs the code of {shorten_value(kind)}, and redo runs none; run "
+            "the command above by hand"
+        )
     for option in (*INPUT_OPTIONS, *MODEL_OPTIONS, "sum"):
         value = recipe["options"].get(option, "")
         if not isinstance(value, str):

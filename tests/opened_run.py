@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import train
 from lora_core.config import Config
 from lora_core.runs.run_folder import Run
-from training import setup
+from training import setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.log import Log
 from training.samples import SampleImages
@@ -48,10 +48,11 @@ def open_parts(config: Config) -> OpenedRun:
     """Everything that exists before the first step of a run; its folder is not locked."""
     config, functions = train.resolve_functions(config, None, train.training_step)
     setup.check_before_opening(config, functions.loss, None)
+    config = starting_lora.resolve_start(config)
     data = setup.open_data(config)
     model = setup.open_model(config)
     setup.check_captions(data, model)
-    optimization = setup.open_optimizer(config, model.groups, model.up_factors)
+    optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
     with ExitStack() as stack:
         run = stack.enter_context(setup.open_run(config))
         samples = SampleImages(config, data, model, optimization)

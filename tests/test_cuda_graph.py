@@ -184,6 +184,10 @@ CASES: dict[str, dict[str, Any]] = {
             name="prodigy", args={"distance": "group", "safeguard_warmup": True}, warmup=2
         ),
     },
+    "an adapter that reads the level, recomputed": {
+        "adapter": AdapterConfig(rank=2, kind="examples/t_lora.py:TLoRA"),
+        "gradient_checkpointing": True,
+    },
     "huber": {"loss": "huber", "loss_arg": {"schedule": "snr"}, "weighting": "min_snr"},
     "smooth_l1": {"loss": "smooth_l1", "loss_arg": {"schedule": "exponential"}},
     "l1": {"loss": "l1"},

@@ -23,7 +23,7 @@ from lora_core.errors import UserError
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-from training import config_checks, nonfinite
+from training import config_checks, learned_tokens, nonfinite
 from training.log import Log
 from training.run_identity import (
     EMPTY_IDENTITY,
@@ -93,6 +93,7 @@ class Checkpoints:
                 for p, saved in zip(params, tree["groups"][group]):
                     p.copy_(saved)
         custom_files.load_buffers(self.model.adapted, tree.get("buffers", {}))
+        self._restore_token_starts(tree.get("token_starts", {}))
         self._restore_optimizer(tree["optimizer"])
         scaler, average = self.optimization.scaler, self.optimization.average
         if scaler is not None and tree["scaler"] is not None:
@@ -103,6 +104,14 @@ class Checkpoints:
         self._write_missing_files(found.step)
         print(f"resumed after step {found.step}")
         return found.step
+
+    def _restore_token_starts(self, saved: dict[str, Tensor]) -> None:
+        """Put the rows that tokens started from in a file, and the norms that follow, back."""
+        for name, rows in saved.items():
+            self.model.embeddings[name].initial.copy_(rows)
+        if saved:
+            targets = learned_tokens.norm_targets(self.config, self.model.embeddings)
+            self.model.norm_targets.update(targets)
 
     def _read_tree(self, found: Checkpoint) -> dict[str, Any]:
         """The state in a checkpoint, with all its parts. Raises UserError where one is missing, or
@@ -139,6 +148,8 @@ class Checkpoints:
             "identity": self.identity,
             "changes": self.changes,
         }
+        if self.config.from_lora:  # else the seed gives them
+            tree["token_starts"] = {n: e.initial for n, e in self.model.embeddings.items()}
         folder = self.run.save_checkpoint(done, *flatten_state(tree))
         with self.optimization.averaged():
             formats.save_run(self.learned_state(done), folder, layout=self.model.family.layout)

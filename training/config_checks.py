@@ -118,6 +118,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
         lambda c: bool(c.data.dataset) or c.data.captions in ("auto", "metadata"),
         "captions from a dataset or metadata",
     ),
+    "from_lora_rank": (lambda c: bool(c.from_lora), "--from-lora"),
     "resume_anyway": (lambda c: c.resume, "--resume"),
     "data.bucket_step": (lambda c: c.data.buckets, "--data.buckets"),
     "optimizer.lora_plus": ADAPTERS,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lora_core import formats
-from lora_core.adapters import custom_files, injection, targets
+from lora_core.adapters import custom_files, injection, kind_laws, targets
 from lora_core.adapters.adapted_layer import Adapted, adapted_layers
-from lora_core.adapters.kinds import kind_class, kind_options
+from lora_core.adapters.kinds import KINDS, kind_class, kind_options
 from lora_core.adapters.kronecker import LoKr
 from lora_core.adapters.targets import matches_pattern, require_match
 from lora_core.adapters.weight_updates import DenseUpdate
@@ -47,7 +47,13 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
         for glob in globs:
             require_match(glob, everywhere, f"--adapter.{option}")
     specs = {name: _component_spec(a, *found) for name, found in chosen.items()}
-    a.refuse_unread(kind_options(kind_class(a.kind)))
+    kind = kind_class(a.kind)
+    a.refuse_unread(kind_options(kind))
+    if getattr(kind, "reads_level", False) and any(name in layout.encoders for name in specs):
+        raise UserError(
+            f"--adapter.kind {a.kind} reads the noise level, which a text encoder has not; train "
+            "no text_encoder in a stage"
+        )
     return specs
 
 
@@ -115,11 +121,12 @@ def report_adapters(
     run = Path(c.out).resolve().name
     if not has_factors:
         custom_files.check_custom_kind(trained, c.adapter.kind, run)
-        return False
-    adapters = [layer.adapter("default") for layer in _adapted_layers(trained)]
-    if adapters and isinstance(adapters[0].state(), DenseUpdate):
-        _report_products(c.adapter, adapters, run)
-    return True
+    if c.adapter.kind not in KINDS:
+        kind_laws.check_kind_laws(trained, c.adapter.kind)
+    found = _adapted_layers(trained)
+    if has_factors and found and isinstance(injection.layer_update(found[0]), DenseUpdate):
+        _report_products(c.adapter, [layer.adapter("default") for layer in found], run)
+    return has_factors
 
 
 def _adapted_layers(trained: Mapping[str, torch.nn.Module]) -> list[Adapted]:

@@ -100,13 +100,14 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
 def _save_files(
     folder: Path, done: int, config: Config, model: Model, checkpoints: Checkpoints
 ) -> list[Path]:
-    """The adapter and token files; for adapters that these cannot hold, the whole model as well."""
+    """The adapter and token files; for adapters that these cannot hold, the whole model as well;
+    for those of a class from outside, their own tensors.
+    """
     learned = checkpoints.learned_state(done)
     files = formats.save_run(learned, folder, layout=model.family.layout)
-    if model.has_factors:
-        return files
-    save_trained_model(model, config, folder / "model")
-    if config.adapter.kind in KINDS:  # a full fine-tune is in model/ whole
+    if not model.has_factors and all(map(custom_files.is_foldable, model.adapted.values())):
+        save_trained_model(model, config, folder / "model")
+    if config.adapter.kind in KINDS or not model.adapted:
         return files
     own = folder / f"{folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}"
     header = {CUSTOM_KIND: hide_home(config.adapter.kind), **learned.metadata}

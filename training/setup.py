@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_core import plugins, tokens
-from lora_core.adapters import injection
+from lora_core.adapters import injection, noise_levels
 from lora_core.config import Config
 from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
@@ -43,6 +43,8 @@ from training import (
     learned_tokens,
     mask_files,
     model_checks,
+    run_adapters,
+    starting_lora,
 )
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
@@ -84,13 +86,15 @@ class Model:
     encoders: dict[str, nn.Module]  # component -> text encoder
     adapted: dict[str, nn.Module]  # component -> network with adapters
     with_dora: tuple[nn.Module, ...]  # those of them with DoRA, whose row norms a step caches
-    has_factors: bool  # whether adapter files can hold the adapters; else a whole model is written
+    has_factors: bool  # whether LoRA or LyCORIS files can hold the adapters
     placeholders: tuple[Placeholder, ...]  # words of the captions and their tokens
     embeddings: dict[str, tokens.LearnedEmbedding]  # text encoder -> token rows [n, d]
     norm_targets: dict[str, Tensor]  # text encoder -> [n, 1] norms for --tokens.norm
     table_stds: dict[str, Tensor]  # text encoder -> 0-dim, spread of its vocabulary
     groups: dict[str, list[nn.Parameter]]  # trainable parameters of denoiser, text_encoder, tokens
-    up_factors: dict[str, list[Tensor]]  # group -> up factors of its adapters, with LoRA+ only
+    # group -> parameters with a learning rate of their own, and its ratio to the group's
+    rate_ratios: dict[str, dict[Tensor, float]]
+    gradient_hooks: dict[str, list[Callable[[], None]]]  # group -> change_gradients of its adapters
     identity: dict[str, str]  # component -> hash of its weights as they were loaded
     objective: str  # the loss, its weighting and masks in words
     guidance: float  # scale that a guidance-distilled denoiser reads
@@ -317,13 +321,10 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     objective = _describe_loss(config, family, weights_itself=weights_itself)
     print(objective)
     encoders = {name: family.modules[name] for name in family.tokenizers}
-    adapted = {name: family.modules[name] for name in plan}
-    paths = {
-        name: injection.inject(family.modules[name], spec, seed=config.seed)
-        for name, spec in plan.items()
-    }
-    has_factors = model_checks.report_adapters(config, adapted, paths)
+    adapters = run_adapters.inject_run_adapters(config, family, plan)
+    adapted = adapters.adapted
     placeholders, embeddings = learned_tokens.install_run_tokens(config, family, encoders)
+    starting_lora.load_start(config, family, adapted, placeholders, embeddings)
     model = Model(
         family=family,
         device=device,
@@ -331,13 +332,14 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
         encoders=encoders,
         adapted=adapted,
         with_dora=tuple(filter(injection.has_dora, adapted.values())),
-        has_factors=has_factors,
+        has_factors=adapters.has_factors,
         placeholders=placeholders,
         embeddings=embeddings,
         norm_targets=learned_tokens.norm_targets(config, embeddings),
         table_stds={name: tokens.table_std(e) for name, e in embeddings.items()},
-        groups=_parameter_groups(family, adapted, embeddings),
-        up_factors=_up_factors(config, family, adapted),
+        groups=run_adapters.parameter_groups(family, adapted, embeddings),
+        rate_ratios=adapters.rate_ratios,
+        gradient_hooks=adapters.gradient_hooks,
         identity=identity,
         objective=objective,
         guidance=config.noise.guidance,
@@ -390,43 +392,15 @@ def _describe_loss(config: Config, family: Family, *, weights_itself: bool) -> s
     return words
 
 
-def _parameter_groups(
-    family: Family,
-    adapted: Mapping[str, nn.Module],
-    embeddings: Mapping[str, tokens.LearnedEmbedding],
-) -> dict[str, list[nn.Parameter]]:
-    """Group -> its trainable parameters; groups without any are left out."""
-    groups: dict[str, list[nn.Parameter]] = {"denoiser": [], "text_encoder": [], "tokens": []}
-    for name in [family.denoiser, *family.tokenizers]:
-        if name in adapted:
-            group = _group_of(family, name)
-            groups[group] += injection.adapter_parameters(family.modules[name])
-    groups["tokens"] = [embedding.rows for embedding in embeddings.values()]
-    return {name: params for name, params in groups.items() if params}
-
-
-def _up_factors(
-    config: Config, family: Family, adapted: Mapping[str, nn.Module]
-) -> dict[str, list[Tensor]]:
-    """Group -> the up factors of its adapters, which have their own learning rate in LoRA+."""
-    found: dict[str, list[Tensor]] = {}
-    if config.optimizer.lora_plus != 1:
-        for name, module in adapted.items():
-            ups = injection.up_parameters(module)
-            found.setdefault(_group_of(family, name), []).extend(ups)
-    return found
-
-
-def _group_of(family: Family, component: str) -> str:
-    return "text_encoder" if component in family.tokenizers else "denoiser"
-
-
 def _set_up_networks(config: Config, model: Model) -> None:
     """Gradient checkpointing, memory format and compilation."""
     if config.gradient_checkpointing:
         # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        model.denoiser.enable_gradient_checkpointing(again)  # type: ignore[operator]
+        own, level = again, noise_levels.find_level(model.denoiser)
+        if level is not None:  # blocks of an earlier forward are recomputed at its timesteps
+            own = functools.partial(again, context_fn=level.recompute_contexts)
+        model.denoiser.enable_gradient_checkpointing(own)  # type: ignore[operator]
         for encoder in model.encoders.values():  # transformers 6 keeps the first name only
             enable = getattr(encoder, "activation_checkpointing_enable", None)
             enable = enable or encoder.gradient_checkpointing_enable
@@ -443,15 +417,15 @@ def _set_up_networks(config: Config, model: Model) -> None:
 def open_optimizer(
     config: Config,
     groups: Mapping[str, list[nn.Parameter]],
-    up_factors: Mapping[str, Sequence[Tensor]],
+    rate_ratios: Mapping[str, Mapping[Tensor, float]],
 ) -> Optimization:
-    """The optimizer over the groups of parameters; those in `up_factors` have the learning rate of
-    LoRA+ (arXiv 2402.12354). Raises UserError for arguments that its class does not take.
+    """The optimizer over the groups of parameters; those in `rate_ratios` have the group's learning
+    rate times a ratio. Raises UserError for arguments that its class does not take.
     """
     o = config.optimizer
     settings = building.group_settings(o.name, groups, lr=o.lr, decay=o.weight_decay, betas=o.betas)
     whole = [{"params": params, **settings[name]} for name, params in groups.items()]
-    split = building.split_lora_plus(whole, up_factors, o.lora_plus)
+    split = building.split_by_ratio(whole, rate_ratios)
     optimizer = building.build_optimizer(o.name, split, o.args)
     if building.is_schedule_free(optimizer):
         optimizer.train()  # type: ignore[attr-defined]

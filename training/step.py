@@ -192,12 +192,15 @@ def update_parameters(
     for name in stage.groups:
         moving += model.groups[name]
     optimizer, scaler = optimization.optimizer, optimization.scaler
+    if scaler is not None:
+        scaler.unscale_(moving)
+    for name in stage.groups:
+        for change_gradients in model.gradient_hooks.get(name, ()):
+            change_gradients()
+    norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
     if scaler is None:
-        norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
         optimizer.step()
     else:
-        scaler.unscale_(moving)
-        norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
     return norm

@@ -68,7 +68,7 @@ def open_trained_run(folder: Path) -> TrainedRun:
     with redirect_stdout(io.StringIO()):  # what a run prints about its data and model
         data = setup.open_data(config)
         model = setup.open_model(config)
-        optimization = setup.open_optimizer(config, model.groups, model.up_factors)
+        optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
         checkpoints = Checkpoints(run, config, data, model, optimization)
         checkpoints.advice = "put back what it was trained with"
         checkpoints.restore(0.0)

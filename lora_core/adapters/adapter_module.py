@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from lora_core.kernels import call
 from lora_core.kernels.reference import Drop, wide_dtype
 
 BaseLayer = nn.Linear | nn.Conv2d
+INPUTS_AT_ONCE = 1024  # rows of the identity in one call: a layer may have 15360 inputs
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class LayerSpec:
     module_dropout: float = 0.0
     norm_grad: str = "detach"  # or "full": a DoRA's gradient flows through its row norms too
     factor: int = -1  # of a LoKr: the size of w1 at most; -1: as square as possible
+    shared: nn.Module | None = field(default=None, compare=False, repr=False)  # see kinds.py
 
 
 class FullPrecisionModule(nn.Module):
@@ -47,6 +50,60 @@ class FullPrecisionModule(nn.Module):
             return new if new.dtype == wide_dtype(new.dtype) else tensor.to(new.device)
 
         return super()._apply(keep_wide, recurse)
+
+
+class Adapter(FullPrecisionModule):
+    """An adapter whose `update` is written, and whose other methods follow from it.
+
+    For an update that is linear (or affine) in x and proportional to the strength. Its weight is
+    what it does to each input by itself; a Conv2d, whose inputs are windows, needs `delta_weight`
+    (and `delta_bias`) of its own.
+    """
+
+    def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
+        """The addition to y0 = base(x), in its shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no update(base, x, y0, strength)")
+
+    def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
+        y0 = base(x)
+        return y0 + self.update(base, x, y0, strength).to(y0.dtype)
+
+    def delta_weight(self, base: BaseLayer) -> Tensor:
+        if not isinstance(base, nn.Linear):
+            raise UserError(
+                f"{type(self).__name__} has no delta_weight for a convolution; write it, or leave "
+                "convolutions out with --adapter.exclude"
+            )
+        wide = _wide_copy(base)
+        at_zero = self._respond(wide, wide.weight.new_zeros(1, base.in_features))
+        delta = torch.empty_like(wide.weight)
+        inputs = torch.arange(base.in_features, device=delta.device)
+        for rows in inputs.split(INPUTS_AT_ONCE):
+            ones = F.one_hot(rows, base.in_features).to(delta.dtype)
+            delta[:, rows] = (self._respond(wide, ones) - at_zero).T
+        return delta
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        if not isinstance(base, nn.Linear):
+            return None
+        wide = _wide_copy(base)
+        at_zero = self._respond(wide, wide.weight.new_zeros(1, base.in_features))[0]
+        if base.bias is None and at_zero.any():
+            raise UserError(
+                f"{type(self).__name__} adds a bias to a layer without one, which no weight holds; "
+                "leave such layers out with --adapter.exclude"
+            )
+        return None if base.bias is None else at_zero
+
+    @torch.no_grad()
+    def _respond(self, base: nn.Linear, x: Tensor) -> Tensor:
+        return self.update(base, x, base(x), 1.0).to(x.dtype)
+
+
+def _wide_copy(base: nn.Linear) -> nn.Linear:
+    """The layer in fp32 or better, without gradients."""
+    own = copy.deepcopy(base).to(wide_dtype(base.weight.dtype))
+    return own.requires_grad_(False)
 
 
 class DroppingAdapter(FullPrecisionModule):

@@ -1,8 +1,9 @@
-"""Files of adapters without a low-rank form: their own parameters, next to the merged model.
+"""Files of adapters of a class from outside: their own tensors, next to a LoRA or the merged model.
 
-A class of `--adapter.kind my_adapter.py:Class` whose `state` gives no factors trains like any
-other. Its run writes RUN_adapter.safetensors, with the state dict of each layer's adapter under
-"component.path.name", and model/ with every update folded in. To put the adapters on a model again:
+A class of `--adapter.kind my_adapter.py:Class` trains like any other. Its run writes
+RUN_adapter.safetensors, with the state dict of each layer's adapter under "component.path.name";
+and the LoRA files, where the class gives factors, or else model/ with every update folded in. To
+put the adapters on a model again:
 
     patch(pipe, "RUN_adapter.safetensors", kind="my_adapter.py:Class")
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from lora_core.adapters import injection
 from lora_core.adapters.adapted_layer import layers_with_adapter
-from lora_core.adapters.kinds import KINDS, kind_class
+from lora_core.adapters.adapter_module import BaseLayer
+from lora_core.adapters.kinds import KINDS, build_adapters, kind_class
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
@@ -41,11 +43,27 @@ def has_factors(model: nn.Module, name: str = "default") -> bool:
 
     Decided by the first adapter of the model.
     """
-    adapter = next(layer.adapter(name) for layer in layers_with_adapter(model, name).values())
+    layer = next(iter(layers_with_adapter(model, name).values()))
     try:
-        return isinstance(adapter.state(), LowRank | DenseUpdate)
+        return isinstance(injection.layer_update(layer, name), LowRank | DenseUpdate)
     except NO_FACTORS:
         return False
+
+
+def is_foldable(model: nn.Module, name: str = "default") -> bool:
+    """Whether the weights of a model can hold its adapters; decided by the first adapter.
+
+    Those that read the noise level may have no `delta_weight`: no weight does what they do.
+    """
+    layer = next(iter(layers_with_adapter(model, name).values()))
+    adapter = layer.adapter(name)
+    if not getattr(adapter, "reads_level", False):
+        return True
+    try:
+        adapter.delta_weight(layer.base)
+    except NO_FACTORS:
+        return False
+    return True
 
 
 def check_custom_kind(
@@ -55,6 +73,12 @@ def check_custom_kind(
 
     Raises UserError where an adapter cannot be folded, so that nothing could be written.
     """
+    own = f"{run}{CUSTOM_ADAPTER_ENDING}, its own parameters"
+    if not all(is_foldable(model, name) for model in models.values()):
+        print(
+            f"{kind} depends on the noise level, so that no weight holds it: the run writes {own}"
+        )
+        return
     for component, model in models.items():
         path, layer = next(iter(layers_with_adapter(model, name).items()))
         try:
@@ -63,7 +87,8 @@ def check_custom_kind(
             raise UserError(
                 f"{kind} gives neither factors nor a weight update "
                 f"({type(error).__name__}: {error}) for {component}.{path}, so no file could hold "
-                "it; add delta_weight, see lora_core/adapters/kinds.py"
+                "it; add delta_weight, or derive the class from adapter_module.Adapter, which has "
+                "it from `update`: see lora_core/adapters/kinds.py"
             ) from error
         if shape != layer.base.weight.shape:
             raise UserError(
@@ -72,8 +97,8 @@ def check_custom_kind(
             )
     if kind not in KINDS:
         print(
-            f"{kind} has no low-rank form: the run writes {run}{CUSTOM_ADAPTER_ENDING}, "
-            "its own parameters, and model/, the whole model with them folded in"
+            f"{kind} has no low-rank form: the run writes {own}, "
+            "and model/, the whole model with them folded in"
         )
 
 
@@ -145,19 +170,18 @@ def put_adapters(
 
     `kind` is the class, FILE.py:Class, whose code runs. All or nothing, as `load_adapters`.
     """
-    spec = _read_spec(state.metadata, kind, source)
+    spec, seed = read_spec(state.metadata, kind, source)
     built: dict[str, dict[str, nn.Module]] = {}
     saved, own = {}, {}
     for component, tensors in state.custom.items():
         found = injection.adaptable_layers(models[component])
-        built[component] = {}
+        bases: dict[str, BaseLayer] = {}
         for key, tensor in tensors.items():
             saved[f"{component}.{key}"] = tensor
-            path = _layer_of_key(key, found, f"{component}.{key} of {source}")
-            if path not in built[component]:
-                base = injection.adaptable_base(path, found[path])
-                adapter = kind_class(kind)(base, injection.layer_spec(spec, path))
-                built[component][path] = adapter
+            path = layer_of_key(key, found, f"{component}.{key} of {source}")
+            bases[path] = injection.adaptable_base(path, found[path])
+        specs = {path: injection.layer_spec(spec, path, seed) for path in bases}
+        built[component] = build_adapters(kind_class(kind), bases, specs)
         for path, adapter in built[component].items():
             for key, value in adapter.state_dict().items():
                 own[f"{component}.{path}.{key}"] = value
@@ -168,19 +192,22 @@ def put_adapters(
         injection.install_adapters(models[component], adapters, name, 1.0)
 
 
-def _read_spec(header: Mapping[str, str], kind: str, source: str) -> AdapterSpec:
-    """The adapter settings of the run that wrote a file, for this class."""
+def read_spec(header: Mapping[str, str], kind: str, source: str) -> tuple[AdapterSpec, int]:
+    """The adapter settings of the run that wrote a file, for this class; and the run's seed."""
     where = f"the header entry {TRAINED_BY} of {source}"
-    table = parse_toml(header.get(TRAINED_BY, ""), where).get("adapter", {})
+    config = parse_toml(header.get(TRAINED_BY, ""), where)
+    table, seed = config.get("adapter", {}), config.get("seed", 0)
+    if type(seed) is not int:
+        raise UserError(f"{where} has a seed that is no integer; is the file damaged?")
     chosen = {"targets", "exclude", "kind"}
     names = {option.name for option in fields(AdapterSpec)} - chosen
     settings = {}
     if isinstance(table, dict):
         settings = {key: value for key, value in table.items() if key in names}
-    return from_table({**settings, "targets": ["*"], "kind": kind}, AdapterSpec)
+    return from_table({**settings, "targets": ["*"], "kind": kind}, AdapterSpec), seed
 
 
-def _layer_of_key(key: str, layers: Collection[str], where: str) -> str:
+def layer_of_key(key: str, layers: Collection[str], where: str) -> str:
     """The layer of "path.name". Raises UserError where the network has none."""
     path = key
     while path and path not in layers:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters import noise_levels
 from lora_core.adapters.adapted_layer import (
     Adapted,
     adaptable_layers,
@@ -35,7 +36,14 @@ from lora_core.adapters.adapted_layer import (
 from lora_core.adapters.adapter_module import BaseLayer, LayerSpec, convolution_groups
 from lora_core.adapters.file_kinds import ColumnDoRA, LycorisUpdate, kind_of_update
 from lora_core.adapters.groups import build_groups
-from lora_core.adapters.kinds import DoRA, check_rank, factor_shapes, kind_class, kind_options
+from lora_core.adapters.kinds import (
+    DoRA,
+    build_adapters,
+    check_rank,
+    factor_shapes,
+    kind_class,
+    kind_options,
+)
 from lora_core.adapters.product_adapter import ProductAdapter
 from lora_core.adapters.targets import last_match, nearest_paths, require_match, select_paths
 from lora_core.adapters.weight_updates import DenseUpdate, LayerUpdate, LowRank
@@ -97,8 +105,8 @@ def inject(
     if "rank" in read and not getattr(kind, "any_rank", False):
         for path, base in bases.items():
             check_rank(base, path, layer_spec(spec, path).rank)
-    built = {path: kind(base, layer_spec(spec, path, seed)) for path, base in bases.items()}
-    install_adapters(model, built, name, 1.0)
+    specs = {path: layer_spec(spec, path, seed) for path in bases}
+    install_adapters(model, build_adapters(kind, bases, specs), name, 1.0)
     return paths
 
 
@@ -116,7 +124,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         raise UserError(
             f"adapter {names} is folded into the weights; unfold it first, then remove it"
         )
-    parents = module_parents(model)
+    parents, level = module_parents(model), noise_levels.find_level(model)
     for layer in adapted.values():
         for key in list(layer.adapters) if name is None else [name]:
             layer.discard(key)
@@ -126,6 +134,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
             for parent, attribute in parents[id(layer)]:
                 parent._modules[attribute] = layer.base
     forget_adapted_layers()
+    noise_levels.disconnect_level(model, level)
     build_groups(model)
 
 
@@ -223,12 +232,12 @@ def set_dropout_keys(model: nn.Module, rows: Tensor, step: int | Tensor) -> None
 def adapter_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
     """The trained parameters in the model's order: down and up, or full updates; fp32 or better.
 
-    A DoRA has its magnitude in addition.
+    A DoRA has its magnitude in addition. A parameter that layers share is listed once.
     """
-    found: list[nn.Parameter] = []
+    found: dict[nn.Parameter, None] = {}
     for layer in layers_with_adapter(model, name).values():
-        found += layer.adapter(name).parameters()
-    return found
+        found |= dict.fromkeys(layer.adapter(name).parameters())
+    return list(found)
 
 
 def up_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
@@ -271,7 +280,17 @@ def adapter_updates(model: nn.Module, name: str = "default") -> dict[str, LayerU
     Raises UserError for a kind without a `state` for adapter files.
     """
     adapted = layers_with_adapter(model, name)
-    return {path: layer.adapter(name).state() for path, layer in adapted.items()}
+    return {path: layer_update(layer, name) for path, layer in adapted.items()}
+
+
+def layer_update(layer: Adapted, name: str = "default") -> LayerUpdate:
+    """A copy of the tensors of a layer's adapter for adapter files.
+
+    Raises as the kind's `state` or `low_rank` does, and AttributeError for one without.
+    """
+    adapter = layer.adapter(name)
+    own = getattr(adapter, "low_rank", None)
+    return adapter.state() if own is None else own(layer.base)
 
 
 def load_factors(
@@ -363,6 +382,11 @@ def install_adapters(
         layer.add(name, adapter, strength)
     forget_adapted_layers()
     build_groups(model)
+    try:
+        noise_levels.connect_levels(model)
+    except UserError:
+        remove(model, name)
+        raise
 
 
 def adaptable_base(path: str, layer: BaseLayer | Adapted) -> BaseLayer:

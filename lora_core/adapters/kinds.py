@@ -3,37 +3,56 @@
 A kind is an entry of KINDS, or `--adapter.kind my_adapter.py:Class`: an nn.Module class with
 
     Class(base, spec: LayerSpec)          builds its parameters, with an update of zero; `base` is
-                                          a Linear or Conv2d and is not kept
+                                          the Linear or Conv2d, whose weight it may read, but not
+                                          keep or change
     forward(base, x, strength) -> y       the layer with this adapter alone
     update(base, x, y0, strength) -> dy   its addition to y0 = base(x) where other adapters act
                                           too, in y0's dtype or fp32
     delta_weight(base) -> dW              the update of the weight, in its shape, detached, fp32 or
                                           better (for folding)
+    delta_bias(base) -> db                optional: the update of the bias, or None
 
-and, where it applies,
+It is shortest to write `update` only: a subclass of `adapter_module.Adapter` has the others from
+it, for Linear layers. A subclass of `FactorAdapter` gives `factors() -> (down, up)` instead and is
+a LoRA for every file and command, and a subclass of a class here inherits what it does not replace.
+The class is tried on a layer before a run begins: it must be the identity at first, and `forward`,
+`update` and the folded weight must agree.
 
-    state(), load(state)                  its tensors, to and from adapter files: a LowRank (factors
-                                          of a LoRA or DoRA) or a DenseUpdate (LyCORIS' tensors).
-                                          For a class without them, or whose `state` raises
-                                          UserError, a run writes the adapter's state dict and the
-                                          whole model with it folded in (custom_files.py)
-    delta_bias(base) -> db                the update of the bias, or None (for folding)
-    options                               class attribute: the names of the options of [adapter]
-                                          that it reads besides targets and exclude; others are
-                                          refused. Default: those of LoRA for a class with `state`,
-                                          else none
-    any_rank = True                       class attribute: a rank may exceed min(in, out)
-    up                                    the parameter that LoRA+ gives a learning rate of its own
+Where it applies, a class may have
+
+    state(), load(state)      its tensors, to and from adapter files: a LowRank (factors of a LoRA
+                              or DoRA) or a DenseUpdate (LyCORIS' tensors). For a class without
+                              them, or whose `state` raises UserError, a run writes the whole model
+                              with the adapters folded in
+    low_rank(base)            in place of `state`, where the factors depend on the base weight
+    options                   the names of the options of [adapter] that it reads besides targets
+                              and exclude; others are refused. Default: those of LoRA for a class
+                              with `state`, else none
+    any_rank = True           a rank may exceed min(in, out)
+    up                        the parameter that LoRA+ gives a learning rate of its own
+    rates = {"name": 16.0}    learning rates of some parameters, relative to the others'
+    change_gradients()        called before the gradients of a step are clipped: all micro-batches
+                              are summed, and in fp16 the loss scale is divided out
+    reads_level = True        `self.level` has the noise level of each forward pass of the denoiser:
+                              `level.t` [b], as the network reads it, and `level.fraction` [b], from
+                              0 (clean) to 1 (pure noise) (noise_levels.py)
+    share(bases, spec)        classmethod: a module that all layers of a network share, made from
+                              those layers before any adapter of them, which gets it as
+                              `spec.shared`
+
+Parameters train. Buffers do not, and are saved and resumed with them, except those registered with
+persistent=False, such as tensors that a shared module makes again from `spec.seed`. A run with a
+class from outside always writes RUN_adapter.safetensors, its own tensors (custom_files.py).
 
 `set_dropout_keys` sets its attributes `row_keys` and `step` before each training forward.
-kronecker.LoKr is a kind with all of it on a page; examples/my_adapter.py has the four methods only.
-A subclass of a class here inherits what it does not replace.
+docs/CONTRIBUTING.md lists the examples of kinds; kronecker.LoKr has a form in LyCORIS' files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,26 +81,24 @@ from lora_core.settings import KIND_OPTIONS
 from lora_core.text import nearest_names
 
 
-class LoRA(DroppingAdapter):
-    """delta W = scale * up @ down (arXiv 2106.09685), down from (seed, path), up zero at first.
+class FactorAdapter(DroppingAdapter):
+    """delta W = scale * up @ down, of the down and up that a subclass's `factors` gives.
 
     Convolutions take LoCon's form, in which up is 1x1. Rank dropout drops ranks between down and
     up (kohya).
     """
 
     options = KIND_OPTIONS["lora"]
+    masks_ranks = False  # True: `rank_mask` gives a mask without dropout too
 
-    def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
-        super().__init__(spec)
-        down, up = factor_shapes(base, spec.rank)
-        device, dtype = base.weight.device, wide_dtype(base.weight.dtype)
-        self.down = nn.Parameter(_initial_down(spec, down).to(device, dtype))
-        self.up = nn.Parameter(torch.zeros(up, device=device, dtype=dtype))
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down and up with their graph, in the shapes of `factor_shapes`, of any rank."""
+        raise NotImplementedError
 
     def forward(self, base: BaseLayer, x: Tensor, strength: float) -> Tensor:
         if self.fits_lora_linear(base, strength):
             return call("lora_linear", x, *self.linear_arguments(base, x, strength))
-        if self._drops_in_training() or not is_plain_layer(base):
+        if self.masks_ranks or self._drops_in_training() or not is_plain_layer(base):
             y0 = base(x)
             return y0 + self.update(base, x, y0, strength).to(y0.dtype)
         return self._apply_factors(base, x, base.weight, base.bias, self.scale * strength)
@@ -93,12 +110,13 @@ class LoRA(DroppingAdapter):
         """
         if self.training and (self.spec.rank_dropout or self.spec.module_dropout):
             return False
-        return isinstance(base, nn.Linear) and is_plain_layer(base)
+        return isinstance(base, nn.Linear) and is_plain_layer(base) and not self.masks_ranks
 
     def linear_arguments(self, base: BaseLayer, x: Tensor, strength: float) -> Member:
         """The arguments of lora_linear after x, without the norm, which takes time."""
         drop = self._input_dropout(x)
-        return Member(base.weight, base.bias, self.down, self.up, self.scale * strength, drop=drop)
+        down, up = self.factors()
+        return Member(base.weight, base.bias, down, up, self.scale * strength, drop=drop)
 
     def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         update = self._branch(base, x, self.scale * strength)
@@ -110,26 +128,28 @@ class LoRA(DroppingAdapter):
             return weight_updates.delta_weight(self.state(), base.weight)
 
     def state(self) -> LowRank:
-        return LowRank(self.down.detach().clone(), self.up.detach().clone(), self.scale)
+        down, up = self.factors()
+        return LowRank(down.detach().clone(), up.detach().clone(), self.scale)
 
-    @torch.no_grad()
-    def load(self, lr: LowRank) -> None:
-        self.scale = float(lr.scale)
-        self.down.copy_(lr.down)
-        self.up.copy_(lr.up)
+    def rank_mask(self, x: Tensor) -> Tensor | None:
+        """[b, r] what each rank is multiplied by, for the examples of x; None: 1."""
+        if not (self.training and self.spec.rank_dropout):
+            return None
+        rank = len(self.factors()[0])
+        ones = torch.ones(len(x), rank, dtype=wide_dtype(x.dtype), device=x.device)
+        drop = self._keyed_drop(x, self.spec.rank_dropout, "/rank")
+        return call("keyed_dropout", ones, *drop)  # 0 and 1 / (1 - p)
 
     def _branch(self, base: BaseLayer, x: Tensor, scale: float) -> Tensor:
-        """scale * up(rank_dropout(down(dropout(x))))"""
+        """scale * up(rank_mask(down(dropout(x))))"""
         drop = self._input_dropout(x)
         if drop is not None:
             x = call("keyed_dropout", x, *drop)
-        if not (self.training and self.spec.rank_dropout):
+        mask = self.rank_mask(x)
+        if mask is None:
             return self._apply_factors(base, x, None, None, scale)
-        ones = torch.ones(len(x), len(self.down), dtype=wide_dtype(x.dtype), device=x.device)
-        drop = self._keyed_drop(x, self.spec.rank_dropout, "/rank")
-        mask = call("keyed_dropout", ones, *drop)  # [b, r] of 0 and 1 / (1 - p)
-        hidden = apply_layer(base, x, self.down.to(x.dtype), None)  # [b, ..., r], [b, r, h', w']
-        up = self.up.to(x.dtype)
+        down, up = (factor.to(x.dtype) for factor in self.factors())
+        hidden = apply_layer(base, x, down, None)  # [b, ..., r], [b, r, h', w']
         if isinstance(base, nn.Linear):
             hidden = (hidden * mask.view(len(x), *[1] * (x.ndim - 2), -1)).to(hidden.dtype)
             return scale * F.linear(hidden, up)
@@ -140,14 +160,35 @@ class LoRA(DroppingAdapter):
         self, base: BaseLayer, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float
     ) -> Tensor:
         """The layer with this weight and bias plus the update; with None the update alone."""
+        factors = self.factors()
         if isinstance(base, nn.Linear):
-            return call("lora_linear", x, weight, bias, self.down, self.up, scale)
+            return call("lora_linear", x, weight, bias, *factors, scale)
         padding = base.padding
         if base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = (0, 0)
         window = base.stride, padding, base.dilation, base.groups
-        return call("lora_conv", x, weight, bias, self.down, self.up, scale, *window)
+        return call("lora_conv", x, weight, bias, *factors, scale, *window)
+
+
+class LoRA(FactorAdapter):
+    """delta W = scale * up @ down (arXiv 2106.09685), down from (seed, path), up zero at first."""
+
+    def __init__(self, base: BaseLayer, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        down, up = factor_shapes(base, spec.rank)
+        device, dtype = base.weight.device, wide_dtype(base.weight.dtype)
+        self.down = nn.Parameter(_initial_down(spec, down).to(device, dtype))
+        self.up = nn.Parameter(torch.zeros(up, device=device, dtype=dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.down, self.up
+
+    @torch.no_grad()
+    def load(self, lr: LowRank) -> None:
+        self.scale = float(lr.scale)
+        self.down.copy_(lr.down)
+        self.up.copy_(lr.up)
 
 
 class DoRA(LoRA):
@@ -327,6 +368,34 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
             "name the class itself"
         )
     return found
+
+
+def build_adapters(
+    kind: Any, bases: Mapping[str, BaseLayer], specs: Mapping[str, LayerSpec]
+) -> dict[str, nn.Module]:
+    """The adapters of the layers of one network, of a class, with the module that they share.
+
+    Raises UserError for a class from outside that fails, naming the layer.
+    """
+    if kind.__module__.startswith("lora_core."):
+        return {path: kind(base, specs[path]) for path, base in bases.items()}
+    built: dict[str, nn.Module] = {}
+    path, shared = next(iter(bases)), None
+    try:
+        if hasattr(kind, "share"):
+            shared = kind.share(list(bases.values()), specs[path])
+        for path, base in bases.items():
+            built[path] = kind(base, replace(specs[path], shared=shared))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's class raises
+        advice = "see lora_core/adapters/kinds.py"
+        if not isinstance(bases[path], nn.Linear):
+            advice = "if it is for linear layers alone, give --adapter.targets all-linear"
+        what = f"{type(error).__name__}: {error}"
+        where = f"{path}, a {type(bases[path]).__name__}"
+        raise UserError(f"{kind.__name__} cannot be made for {where}: {what}; {advice}") from error
+    return built
 
 
 def kind_options(kind: Any) -> tuple[str, ...]:

@@ -20,7 +20,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_core import formats, tokens
-from lora_core.adapters import changed_parameters, custom_files, injection, pipeline_prompts
+from lora_core.adapters import (
+    changed_parameters,
+    custom_files,
+    injection,
+    noise_levels,
+    pipeline_prompts,
+)
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.live_modules import (
     collect_modules,
@@ -251,10 +257,14 @@ def _put_custom(
 ) -> None:
     """Puts adapters of a user's class on the layers."""
     custom_files.put_adapters(networks, state, kind, result.name, source)
+    scheduler = getattr(getattr(result.pipeline, "scheduler", None), "config", {})
     for name in state.custom:
         result.layered.append(name)
         result.adapted.append(name)
         injection.set_strength(networks[name], result.name, strengths[name])
+        if "prediction_type" in scheduler:  # those of diffusers that count timesteps up to 1000
+            largest = scheduler["num_train_timesteps"]
+            noise_levels.set_largest_timestep(networks[name], largest)
 
 
 def _load_file(file: str | Path, layout: Layout, kind: str) -> AdapterState:

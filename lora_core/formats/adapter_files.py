@@ -75,7 +75,7 @@ def load(
         raise UserError(f"the axis of DoRA magnitudes is {dora_axis!r}, expected rows or columns")
     path = Path(path)
     options = DecodeOptions(allow_extra, dora_axis)
-    files = _find_files(path)
+    files = _find_files(path, custom=custom)
     states = [_load_file(file, layout, options) for file in files]
     merged = states[0]
     for file, state in zip(files[1:], states[1:], strict=True):
@@ -147,8 +147,8 @@ def custom_file_error(source: str, kind: str) -> str:
     return (
         f"{source} holds adapters without a low-rank form, of a class of its own{by_header}. Its "
         "code is not run unasked: name the class again, with --adapter-kind FILE.py:Class in "
-        "infer.py or kind= in patch, or take the whole model next to it, "
-        f"{Path(source).with_name('model')}"
+        "infer.py, merge.py fold and merge.py convert, or kind= in patch, or take the whole model "
+        f"next to it, {Path(source).with_name('model')}"
     )
 
 
@@ -225,18 +225,20 @@ def _describe_dense(component: str, path: str, update: DenseUpdate) -> str:
 # ---------------------------------------------------------------- files of a folder
 
 
-def _find_files(path: Path) -> list[Path]:
+def _find_files(path: Path, *, custom: bool) -> list[Path]:
     """The files to read: the one given, or those of a folder.
 
-    A folder is peft's, has folders of peft's called like components, or is a run's. Raises
-    UserError.
+    A folder is peft's, has folders of peft's called like components, or is a run's: then, with
+    `custom`, its adapters' own tensors come before the LoRA made of them. Raises UserError.
     """
     if not path.is_dir():
         return [path]
-    return import_function("peft_settings", "find_peft_files")(path) or _find_run_files(path)
+    return import_function("peft_settings", "find_peft_files")(path) or _find_run_files(
+        path, custom=custom
+    )
 
 
-def _find_run_files(folder: Path) -> list[Path]:
+def _find_run_files(folder: Path, *, custom: bool) -> list[Path]:
     """The LoRA of a run's folder, if any, then its token rows, if any.
 
     Raises UserError when there is neither, or more than one of a kind.
@@ -244,9 +246,12 @@ def _find_run_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("[!.]*.safetensors"))  # a dot: left by a writer that was killed
     rows = [file for file in files if file.name.endswith(EMBEDDINGS)]
     loras = [file for file in files if file not in rows]
+    tensors = [file for file in loras if file.name.endswith(CUSTOM)]
     for own in (NATIVE, run_file_names(folder.resolve().name)[1]):
         if folder / own in loras:
             loras = [folder / own]
+    if custom and tensors:
+        loras = tensors
     for kind in (loras, rows):
         if len(kind) > 1:
             names = ", ".join(file.name for file in kind[:4])

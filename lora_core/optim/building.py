@@ -152,18 +152,31 @@ def split_lora_plus(
             f"--optimizer.lora-plus is {ratio}; expected a positive number "
             "(1: one learning rate for up and down, the paper's 16: up faster)"
         )
+    chosen = ups if ratio != 1 else {}
+    return split_by_ratio(groups, {name: dict.fromkeys(own, ratio) for name, own in chosen.items()})
+
+
+def split_by_ratio(
+    groups: Iterable[Mapping[str, Any]], ratios: Mapping[str, Mapping[Tensor, float]]
+) -> list[dict[str, Any]]:
+    """Each group as one group for every learning rate in it: group's name -> parameter -> ratio.
+
+    Each has "ratio" (1.0 for parameters without one, which come first), so that a schedule may set
+    lr = rate * factor * group["ratio"] later. `groups` have "name", "params" and "lr". Raises
+    ValueError for a parameter that is not in its group.
+    """
     found: list[dict[str, Any]] = []
     for group in groups:
-        chosen = {id(p) for p in ups.get(group["name"], ())} if ratio != 1 else set()
-        faster = [p for p in group["params"] if id(p) in chosen]
-        slower = [p for p in group["params"] if id(p) not in chosen]
-        if len(faster) != len(chosen):
-            missing = len(chosen) - len(faster)
-            raise ValueError(f"{missing} of the ups of {group['name']} are not its parameters")
-        for params, factor in ((slower, 1.0), (faster, float(ratio))):
+        own = {id(p): float(ratio) for p, ratio in ratios.get(group["name"], {}).items()}
+        parts: dict[float, list[Any]] = {1.0: []}
+        for p in group["params"]:
+            parts.setdefault(own.pop(id(p), 1.0), []).append(p)
+        if own:
+            raise ValueError(f"{len(own)} of the ups of {group['name']} are not its parameters")
+        for ratio, params in parts.items():
             if params:
-                lr = group["lr"] * factor
-                found.append({**group, "params": params, "lr": lr, "ratio": factor})
+                lr = group["lr"] * ratio
+                found.append({**group, "params": params, "lr": lr, "ratio": ratio})
     return found
 
 

@@ -209,6 +209,7 @@ def _contents(folder: Path, rows: Sequence[str]) -> str:
         f"a LyCORIS adapter ({folder.name}.safetensors)": _has_lycoris_only(folder),
         "learned tokens": bool(rows),
         "a whole fine-tuned model (model/)": _has_whole_model(folder),
+        f"an adapter for lora_core ({folder.name}{CUSTOM_ADAPTER_ENDING})": _has_own_only(folder),
     }
     text = " and ".join(name for name, is_there in there.items() if is_there) or "no weights yet"
     return text[0].upper() + text[1:]
@@ -216,7 +217,10 @@ def _contents(folder: Path, rows: Sequence[str]) -> str:
 
 def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict[str, str]:
     """Name -> description of the files that are there."""
-    own = "the adapter's own parameters, which have no low-rank form"
+    own = "the adapter's own parameters"
+    if not (folder / NATIVE).is_file():
+        own += ", which have no low-rank form"
+    own += ": `lora_core.patch(pipe, FILE, kind=CLASS)` puts them on a model"
     settings = "the run's settings: `python train.py config.toml` repeats it"
     if card.repo:
         settings = "the run's settings, without the folders of its images"
@@ -226,8 +230,7 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
         NATIVE: "LoRA under diffusers' names",
         f"{folder.name}.safetensors": alone if _has_lycoris_only(folder) else kohya,
         f"{folder.name}{EMBEDDINGS}": f"rows of the learned tokens: {', '.join(rows)}",
-        f"{folder.name}{CUSTOM_ADAPTER_ENDING}": f"{own}: "
-        "lora_core.adapters.custom_files.load_adapters reads them",
+        f"{folder.name}{CUSTOM_ADAPTER_ENDING}": own,
         "model": "the whole model with all updates folded in, in the diffusers layout",
         "config.toml": card.rerun or settings,
     }
@@ -264,6 +267,12 @@ def _dora_note(card: ModelCard, folder: Path) -> str:
 def _has_lycoris_only(folder: Path) -> bool:
     """Whether the adapter is under LyCORIS' names only: diffusers' cannot hold it."""
     return not (folder / NATIVE).is_file() and (folder / f"{folder.name}.safetensors").is_file()
+
+
+def _has_own_only(folder: Path) -> bool:
+    """Whether a run's adapters are in the file of their class alone."""
+    others = (folder / NATIVE).is_file() or _has_lycoris_only(folder) or _has_whole_model(folder)
+    return (folder / f"{folder.name}{CUSTOM_ADAPTER_ENDING}").is_file() and not others
 
 
 def _has_whole_model(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from lora_core import formats
+from lora_core.adapters import noise_levels
 from lora_core.adapters.patch import Patch, patch
 from lora_core.errors import UserError
 from lora_core.family import Family
@@ -110,6 +111,7 @@ def apply_loras(
             rename=_free_names(names, _taken_names(family, words, patches)),
             kind=kind if state.custom else "",
         )
+        noise_levels.set_largest_timestep(modules[family.denoiser], family.schedule.t_max)
         patches.append(stack.enter_context(applied))
         if not find_token_file(lora.path):  # else its tokens are still to come, from their own file
             for sentence in applied.report:

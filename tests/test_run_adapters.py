@@ -1,0 +1,67 @@
+"""What a kind asks of training is done in runs: rates of the optimizer's groups, gradient hooks."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from lora_core.adapters.adapted_layer import adapted_layers
+from lora_core.adapters.kinds import kind_class
+from lora_core.config import Config, Stage
+from tests.opened_run import open_parts
+
+FILE = """
+import torch
+from lora_core.adapters.kinds import LoRA
+
+class Fast(LoRA):
+    rates = {"up": 4.0, "down": 0.5}
+
+class Still(LoRA):
+    sums = []
+    def change_gradients(self):
+        self.sums.append(self.up.grad.clone())
+        self.up.grad.zero_()
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "asks.py").write_text(FILE)
+    return str(tmp_path / "asks.py")
+
+
+def with_kind(config: Config, kind: str, **more: Any) -> Config:
+    return replace(config, adapter=replace(config.adapter, kind=kind), **more)
+
+
+def test_parameters_have_the_rates_that_their_kind_names(
+    config: Config, quick: None, file: str
+) -> None:
+    plus = replace(config.optimizer, lora_plus=3.0, lr={"denoiser": 1.0})
+    for optimizer, of_up in ((config.optimizer, 4.0), (plus, 12.0)):
+        opened = open_parts(with_kind(config, f"{file}:Fast", optimizer=optimizer))
+        found = {}
+        for group in opened.optimization.optimizer.param_groups:
+            found |= {id(p): group["ratio"] for p in group["params"]}
+        layers = adapted_layers(opened.model.denoiser)
+        for layer in layers:
+            (adapter,) = layer.adapters.values()
+            assert found[id(adapter.up)] == of_up and found[id(adapter.down)] == 0.5
+        assert len(found) == 2 * len(layers)
+
+
+def test_a_hook_sees_the_sum_of_all_micro_batches(config: Config, quick: None, file: str) -> None:
+    sums = []
+    for name, size in (("whole", {}), ("parts", {"batch_size": 1, "accumulation": 2})):
+        own = with_kind(config, f"{file}:Still", stages=(Stage(1),), out=config.out + name, **size)
+        train.train(own)
+        seen = kind_class(own.adapter.kind).sums
+        sums.append([grad.clone() for grad in seen])
+        seen.clear()
+    assert sums[0] and len(sums[0]) == len(sums[1])
+    for a, b in zip(*sums, strict=True):
+        assert torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0
