@@ -5,6 +5,7 @@
     python infer.py --model toy/model --lora runs/demo --prompt "a photo of TOK" \
         --grid strength=0:1.2:0.3 --grid seed=0:4 --out sheet.png
     python infer.py --from toy_000.png --seed 7 --out again.png    # its recipe, with one change
+    python infer.py --list samplers
 """
 
 # ruff: noqa: E402 (the options come first, so that --help is answered without torch)
@@ -23,6 +24,7 @@ import tyro
 from lora_core.command_line import answer_help, is_given, parse_command_line
 from lora_core.config import ModelConfig
 from lora_core.placeholders import Placeholder
+from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
 from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
@@ -95,6 +97,7 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
 
 
 if __name__ == "__main__":
+    answer_list(sys.argv[1:])
     answer_help(Infer, sys.argv[1:], prog="infer.py", example=EXAMPLE)  # before torch is imported
 
 from contextlib import ExitStack
@@ -107,6 +110,7 @@ from lora_core.adapters.patch import Patch
 from lora_core.atomic_files import temporary_name
 from lora_core.diffusion.generation import generate_images
 from lora_core.diffusion.regions import PromptRegion, parse_region
+from lora_core.diffusion.sampling import find_sampler
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
@@ -345,6 +349,7 @@ def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras
             "--grid seed=0:4 for several images"
         )
     _check_seeds(config, axes)
+    find_sampler(config.sampler, config.sampler_args)
     if config.refiner_start != Infer().refiner_start and not config.refiner:
         raise UserError("--refiner-start has no effect without --refiner")
     varies_guidance = any(axis.setting == "guidance" for axis in axes)
@@ -404,8 +409,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: a mistake, explained in one printed sentence; 130: interrupted.
     """
 
+    words = sys.argv[1:] if argv is None else list(argv)
+
     def run() -> None:
-        for path in infer(parse_arguments(sys.argv[1:] if argv is None else argv)):
+        if words[:1] == [LIST_FLAG]:
+            print_list(words[1:])
+            return
+        for path in infer(parse_arguments(words)):
             print(path)
 
     return exit_status(run)

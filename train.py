@@ -5,6 +5,7 @@
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
     python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
+    python train.py --list losses                  # or schedules, kinds ...: what there is
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
 loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`).
@@ -21,10 +22,12 @@ import tyro
 
 from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import Config
+from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
 
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
+    "\n\nor: python train.py --list losses"
 )
 COMPARE_FLAG, PREVIEW_FLAG = "--compare", "--preview-density"
 COMPARE_EXAMPLE = 'python train.py --compare "runs/mse_*" --against "runs/huber_*"'
@@ -51,6 +54,7 @@ class CompareRuns:
 
 
 if __name__ == "__main__":  # before torch is imported
+    answer_list(sys.argv[1:])
     if COMPARE_FLAG in sys.argv:
         answer_help(CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE)
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
@@ -181,12 +185,12 @@ def resolve_functions(
     if step is not training_step:
         config = replace(config, step=plugins.name_function(step))
     elif config.step:
-        step = plugins.load_function(config.step, "step")
+        step = plugins.find_plugin(config.step, {}, "step")
     if loss is None:
-        loss = losses.find_function(config.loss, losses.LOSSES, config.loss_arg)
+        loss = plugins.find_plugin(config.loss, losses.LOSSES, "loss", config.loss_arg)
     else:
-        loss = losses.bind_arguments(loss, plugins.function_name(loss), config.loss_arg)
-        name, arguments = losses.name_and_arguments(loss)
+        loss = plugins.bind_arguments(loss, plugins.function_name(loss), config.loss_arg)
+        name, arguments = plugins.name_and_arguments(loss, losses.LOSSES)
         config = replace(config, loss=name, loss_arg=arguments)
     loss = masked_losses.scale_masked_loss(loss, config.mask_scale)
     if config.prior.outside_mask:
@@ -210,9 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_train_command(words: list[str]) -> None:
-    """Train, compare runs, or preview noise levels."""
+    """Train, compare runs, preview noise levels, or list what options choose from."""
     if COMPARE_FLAG in words:
         compare_finished_runs(words)
+        return
+    if words[:1] == [LIST_FLAG]:
+        print_list(words[1:])
         return
     options = [word for word in words if word != PREVIEW_FLAG]
     config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)

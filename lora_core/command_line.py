@@ -28,6 +28,8 @@ ARGUMENTS_OF = {
     "noise.density": "noise.density_args",
     "optimizer.name": "optimizer.args",
     "optimizer.schedule": "optimizer.schedule_args",
+    "samples.sampler": "samples.sampler_args",
+    "sampler": "sampler_args",
 }
 
 

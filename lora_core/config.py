@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
+from lora_core.option_types import name_or_file
 from lora_core.settings import (
     Above,
     AdapterSpec,
@@ -22,8 +23,36 @@ from lora_core.settings import (
     Share,
 )
 
-ScheduleName = NewType("ScheduleName", str)  # one of SCHEDULE_NAMES or file.py:fn
-SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_restarts", "polynomial")
+# Options that are one of these names or file.py:fn; the tables are imported with torch only.
+WeightingName = NewType("WeightingName", str)
+DensityName = NewType("DensityName", str)
+ScheduleName = NewType("ScheduleName", str)
+PLUGIN_NAMES: dict[Any, tuple[str, ...]] = {
+    WeightingName: (
+        "none",
+        "min_snr",
+        "soft_min_snr",
+        "debiased",
+        "p2",
+        "snr",
+        "sigma_sqrt",
+        "cosmap",
+    ),
+    DensityName: ("uniform", "logit_normal", "mode", "cosmap"),
+    ScheduleName: (
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_restarts",
+        "polynomial",
+        "wsd",
+        "rex",
+        "inverse_sqrt",
+    ),
+}
+_WEIGHTING = name_or_file("weighting", PLUGIN_NAMES[WeightingName])
+_DENSITY = name_or_file("density", PLUGIN_NAMES[DensityName])
+_SCHEDULE = name_or_file("schedule", PLUGIN_NAMES[ScheduleName])
 SegmenterWords = NewType("SegmenterWords", str)  # clipseg:WORDS or clipseg@MODEL:WORDS
 FoundMasks = Literal["none", "file", "alpha", "auto", "any"]
 MaskSource = FoundMasks | SegmenterWords
@@ -164,9 +193,10 @@ class NoiseConfig(NoiseSettings):
     """Lowest timestep trained on, as a fraction of the schedule."""
     high: float = 1.0
     """Highest timestep trained on, as a fraction of the schedule."""
-    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = "uniform"
-    """Distribution of timesteps; towards 1 is towards noise, also for logit_normal's mean (arXiv
-    2403.03206)."""
+    density: Annotated[DensityName, _DENSITY] = DensityName("uniform")
+    """Distribution of timesteps: uniform, logit_normal, mode, cosmap (arXiv 2403.03206), or
+    my_density.py:fn, with fn(u) the quantile function; towards 1 is towards noise, also for
+    logit_normal's mean."""
     density_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the density, e.g. mean=0.5 std=1."""
     shift: Annotated[float, Above(0)] = 1.0
@@ -203,11 +233,14 @@ class OptimizerConfig:
     """Betas per group, e.g. "tokens=0.9,0.99"."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer's class, e.g. safeguard_warmup=true d_coef=2."""
-    schedule: ScheduleName = ScheduleName("constant")
-    """Learning rate over a stage: constant, linear, cosine, cosine_restarts, polynomial, or
-    my_schedule.py:fn, with fn(step, total, warmup)."""
+    schedule: Annotated[ScheduleName, _SCHEDULE] = ScheduleName("constant")
+    """Learning rate over a stage: constant, linear, cosine, cosine_restarts, polynomial, wsd, rex,
+    inverse_sqrt, or my_schedule.py:fn, with fn(step, steps)."""
     schedule_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the schedule, e.g. cycles=3 or power=2."""
+    schedules: dict[str, ScheduleName] = field(default_factory=dict)
+    """Schedule per group, e.g. "denoiser=cosine tokens=constant"; others: --optimizer.schedule,
+    whose arguments a group of the same schedule has, too."""
     warmup: Annotated[int, AtLeast(0)] = 0
     """Steps of linear warm-up at the beginning of each stage."""
     lora_plus: Annotated[float, Above(0)] = 1.0
@@ -231,8 +264,10 @@ class Stage:
     """Learning rate per group in this stage."""
     weight_decay: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
     """Weight decay per group in this stage."""
-    schedule: ScheduleName | None = None
-    """Learning rate over this stage."""
+    schedule: Annotated[ScheduleName | None, _SCHEDULE] = None
+    """Learning rate over this stage, of all its groups but those of --stages.I.schedules."""
+    schedules: dict[str, ScheduleName] = field(default_factory=dict)
+    """Schedule per group in this stage."""
     low: float | None = None
     """Lowest timestep of this stage, as a fraction of the schedule."""
     high: float | None = None
@@ -241,6 +276,11 @@ class Stage:
     """Norm control of the token rows in this stage."""
     mask_temperature: Annotated[float, Above(0)] = 1.0
     """The mask is raised to this power: above 1 the background counts less."""
+
+    def schedule_of(self, group: str, usual: OptimizerConfig) -> ScheduleName:
+        """The schedule of a group's learning rate in this stage."""
+        own = self.schedules.get(group) or self.schedule
+        return own or usual.schedules.get(group) or usual.schedule
 
 
 @dataclass(frozen=True)
@@ -349,10 +389,9 @@ class Config(ModelConfig):
     cloneofsimo: the mean of w e, w = ((m + 0.01) / max)^2 with the maximum of the batch."""
     step: str = ""
     """my_step.py:my_step, a training step in place of train.training_step; empty: that one."""
-    weighting: Literal[
-        "none", "min_snr", "soft_min_snr", "debiased", "p2", "snr", "sigma_sqrt", "cosmap"
-    ] = "none"
-    """Weight over noise levels."""
+    weighting: Annotated[WeightingName, _WEIGHTING] = WeightingName("none")
+    """Weight over noise levels: none, min_snr, soft_min_snr, debiased, p2, snr, sigma_sqrt, cosmap,
+    or my_weighting.py:fn, with fn(snr) the weight of the squared error of x0."""
     weighting_arg: dict[str, Any] = field(default_factory=dict)
     """Arguments of the weighting, e.g. gamma=5."""
     ema: Annotated[float, Share()] = 0.0

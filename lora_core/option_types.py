@@ -21,6 +21,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from lora_core.text import unknown_name
+
 REGISTRY = ConstructorRegistry()
 
 # ---------------------------------------------------------------- options of a dataclass
@@ -100,7 +102,7 @@ def _two_numbers(text: str) -> tuple[float, ...]:
 # type of an option -> (how one value is read, how the help writes the option)
 TABLE_TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {
     dict[str, float]: (float, "KEY=NUMBER ..."),
-    dict[str, str]: (str, "WORD=CLASS ..."),
+    dict[str, str]: (str, "KEY=TEXT ..."),
     dict[str, tuple[float, float]]: (_two_numbers, "GROUP=B1,B2 ..."),
     dict[str, Any]: (parse_value, "KEY=VALUE ..."),
 }
@@ -157,6 +159,17 @@ def number(metavar: str, convert: Callable[[str], Any]) -> PrimitiveConstructorS
 def choice(metavar: str, names: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
     """A flag with one of some names as its value."""
     return replace(_one_word(metavar, lambda words: words[0]), choices=names)
+
+
+def name_or_file(what: str, names: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
+    """A flag with one of some names as its value, or FILE.py:FUNCTION."""
+
+    def read(words: list[str]) -> str:
+        if words[0] not in names and ":" not in words[0]:
+            raise ValueError(unknown_name(words[0], names, what))
+        return words[0]
+
+    return _one_word("NAME|FILE.py:FN", read)
 
 
 def _read_truth(words: list[str]) -> bool:

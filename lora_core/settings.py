@@ -300,8 +300,8 @@ class SamplingMethod:
     """Sampler, number of steps and guidance."""
 
     sampler: str = "ddim"
-    """ddim, euler, euler_ancestral or dpmpp_2m; for flow models ddim and flow_euler are the same
-    method."""
+    """ddim, euler, euler_ancestral, dpmpp_2m, flow_euler (for flow models the same as ddim), or
+    my_sampler.py:fn, with fn(denoise, x, levels)."""
     steps: Annotated[int, AtLeast(1)] = 25
     """Sampling steps."""
     guidance: float = 5.0
@@ -309,6 +309,8 @@ class SamplingMethod:
     it takes as an input, usually 3.5."""
     negative: str = ""
     """Negative prompt, from which guidance steers away."""
+    sampler_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the sampler, e.g. eta=1 of ddim."""
 
 
 @dataclass(frozen=True)

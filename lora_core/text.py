@@ -145,6 +145,24 @@ def nearest_names(
     return [beginnings[other] for other in found]
 
 
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """ " (nearest: NAME)", or nothing where no known name is near."""
+    near = nearest_names(name, known, cutoff=0.6)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def unknown_name(name: str, known: Iterable[str], what: str, noun: str = "function") -> str:
+    """The sentence for an option's value that is no known name and no path/to/file.py:noun.
+
+    `what` ("loss", "schedule" ...) is the word for the value.
+    """
+    known, other = list(known), f"path/to/file.py:{noun}"
+    if not known:
+        return f"unknown {what} {name!r}; expected {other}"
+    near = nearest_names(name, known)[0]
+    return f"unknown {what} {name!r}, the nearest is {near!r}; choose {', '.join(known)} or {other}"
+
+
 def print_escaped(text: str) -> None:
     r"""Prints a text; characters that the output's encoding lacks are written as \xe9."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import cattrs
 import tomli_w
 
-from lora_core.config import SCHEDULE_NAMES, Config, MaskSource, ScheduleName
+from lora_core.config import PLUGIN_NAMES, Config, MaskSource
 from lora_core.errors import UserError
 from lora_core.text import nearest_names, read_text, shorten_value
 
@@ -115,18 +115,22 @@ def _fits_double(value: float) -> bool:
     return isinstance(value, float) or abs(value) < 2**1023
 
 
-def _is_schedule(value: Any) -> bool:
-    return isinstance(value, str) and (value in SCHEDULE_NAMES or ".py:" in value)
-
-
 # type of an option -> (test of a TOML value, description of the expected value for errors)
 PLAIN_TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (_is_integer, "an integer"),
     float: (_is_number, "a number"),
     str: (lambda value: isinstance(value, str), "a text in quotes"),
-    ScheduleName: (_is_schedule, f"{', '.join(SCHEDULE_NAMES)} or file.py:fn"),
 }
+
+
+def _plugin_type(names: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+    """The entry of PLAIN_TYPES for one of some names or file.py:fn."""
+    known = f"{', '.join(names)} or file.py:fn"
+    return lambda value: isinstance(value, str) and (value in names or ":" in value), known
+
+
+PLAIN_TYPES |= {kind: _plugin_type(names) for kind, names in PLUGIN_NAMES.items()}
 
 
 def _strict(kind: Any, accepts: Callable[[Any], bool], expected: str) -> Callable[[Any, Any], Any]:

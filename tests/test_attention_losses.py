@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion.attention_losses import attention_outside, mixofshow_regularization
-from lora_core.diffusion.losses import LOSSES, add_preservation, bind_arguments
+from lora_core.diffusion.losses import LOSSES, add_preservation
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.step_output import StepOutput
 from lora_core.errors import UserError
+from lora_core.plugins import bind_arguments
 
 GRIDS = (16, 8, 8, 4)
 

@@ -92,14 +92,17 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"noise": {"zero_terminal_snr": True}},
         "--noise.prediction v_prediction",
     ),
-    "loss": ({"loss": "msse"}, "unknown name 'msse', the nearest is 'mse'"),
+    "loss": ({"loss": "msse"}, "unknown loss 'msse', the nearest is 'mse'"),
     "loss file": ({"loss": "nothing.py:fn"}, "nothing.py:fn names no Python file"),
     "loss argument": ({"loss_arg": {"delta": 1.0}}, "mse takes no argument 'delta'"),
     "weighting argument": (
         {"weighting": "min_snr", "weighting_arg": {"gama": 1.0}},
         "min_snr takes no argument 'gama'; it takes gamma",
     ),
-    "optimizer": ({"optimizer": {"name": "adamv"}}, "optimizer 'adamv' is unknown.*nearest: adamw"),
+    "optimizer": (
+        {"optimizer": {"name": "adamv"}},
+        "unknown optimizer 'adamv', the nearest is 'adamw'",
+    ),
     "optimizer module": (
         {"optimizer": {"name": "torch.optmi.SGD"}},
         "module 'torch.optmi' cannot be imported",
@@ -139,7 +142,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "text for a weighting": (
         {"weighting": "min_snr", "weighting_arg": {"gamma": "a"}},
-        "argument gamma of min_snr is 'a', expected a number",
+        "argument gamma of weighting min_snr is 'a', expected a number",
     ),
     "negative weights": (
         {"weighting": "min_snr", "weighting_arg": {"gamma": -1}},
@@ -155,7 +158,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "text for a loss": (
         {"loss": "huber", "loss_arg": {"delta": "a"}},
-        "argument delta of huber is 'a', expected a number",
+        "argument delta of loss huber is 'a', expected a number",
     ),
     "more bins than timesteps": (
         {"validation": {"bins": 1001}},
@@ -183,7 +186,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "schedule argument": (
         {"optimizer": {"schedule_args": {"cycles": 2}}},
-        "schedule constant has no argument 'cycles'",
+        "schedule constant takes no argument 'cycles'; it takes none",
     ),
     "sampler": ({"samples": {"sampler": "eulerr"}}, "eulerr.*euler"),
     "device": ({"device": "gpu"}, "--device gpu cannot be used"),

@@ -30,12 +30,12 @@ def test_optimizers_by_name_and_by_path():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("adamv", "nearest: adamw"),
+        ("adamv", "nearest is 'adamw'"),
         ("torch.optim.Adagrda", "nearest: Adagrad"),
         ("no_such_module.Adam", "no_such_module"),
         ("torch.nn.Linear", "not a torch.optim.Optimizer"),
         ("torch.optim.lr_scheduler", "not a torch.optim.Optimizer"),
-        (".AdamW", "expected one of"),
+        (".AdamW", "choose adamw, prodigy or path/to/file.py:Class, or a dotted"),
         ("torch..AdamW", "torch."),
     ],
 )
@@ -64,7 +64,9 @@ def test_arguments_go_to_the_class():
     assert build_optimizer("torch.optim.AdamW", [named(params)], {"amsgrad": True}).defaults[
         "amsgrad"
     ]
-    with pytest.raises(UserError, match="optimizer adamw has no argument 'amsgrad'; expected eps"):
+    with pytest.raises(
+        UserError, match="optimizer adamw takes no argument 'amsgrad'; it takes eps"
+    ):
         build_optimizer("adamw", [named(params)], {"amsgrad": True})
     with pytest.raises(UserError, match=r"adamw refuses its settings.*|floating point"):
         build_optimizer(

@@ -540,7 +540,7 @@ def refusals():
     yield (
         net(),
         {"kind": "dorra", "rank": 1, "targets": ("to_q",)},
-        "unknown adapter kind 'dorra', did you mean dora",
+        "unknown adapter kind 'dorra', the nearest is 'dora'",
     )
     yield (
         net(),

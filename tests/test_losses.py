@@ -19,7 +19,6 @@ from lora_core.diffusion.losses import (
     check_loss_finite,
     check_loss_shape,
     describe_loss,
-    find_function,
     huber_delta,
     is_capturable,
     loss_weights,
@@ -37,6 +36,7 @@ from lora_core.diffusion.noise import (
 from lora_core.diffusion.prediction import PREDICTIONS, to_loss_space
 from lora_core.errors import UserError
 from lora_core.kernels import use_kernels
+from lora_core.plugins import find_plugin
 
 SD = vp_schedule_from_config(
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -354,12 +354,12 @@ def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> Non
         "2, 3))\n\nnumber = 1\n"
     )
     step = make()
-    assert find_function("l1", LOSSES) is LOSSES["l1"]
+    assert find_plugin("l1", LOSSES, "loss") is LOSSES["l1"]
     torch.testing.assert_close(
-        find_function(f"{file}:cube", LOSSES, {"power": 2})(step), LOSSES["mse"](step)
+        find_plugin(f"{file}:cube", LOSSES, "loss", {"power": 2})(step), LOSSES["mse"](step)
     )
     torch.testing.assert_close(
-        find_function("huber", LOSSES, {"delta": 0.3})(step), LOSSES["huber"](step, delta=0.3)
+        find_plugin("huber", LOSSES, "loss", {"delta": 0.3})(step), LOSSES["huber"](step, delta=0.3)
     )
     for spec, args, message in [
         ("hubert", None, "'hubert'.*nearest is 'huber'"),
@@ -370,7 +370,7 @@ def test_resolve_finds_rows_and_files_and_binds_arguments(tmp_path: Path) -> Non
         (f"{file}:cube", {"step": 1}, "'step'.*takes power"),
     ]:
         with pytest.raises(UserError, match=message):
-            find_function(spec, LOSSES, args)
+            find_plugin(spec, LOSSES, "loss", args)
 
 
 @pytest.mark.parametrize("name", ["min_sn", "none"])
@@ -416,7 +416,7 @@ def test_total_is_dreambooths_sum_and_micro_batches_add_up() -> None:
 def test_a_loss_file_with_a_mistake_is_one_sentence(tmp_path):
     (tmp_path / "broken.py").write_text("def loss(step) return 1")
     with pytest.raises(UserError, match=r"broken\.py cannot be run: SyntaxError"):
-        find_function(f"{tmp_path / 'broken.py'}:loss", LOSSES)
+        find_plugin(f"{tmp_path / 'broken.py'}:loss", LOSSES, "loss")
 
 
 # ---------------------------------------------------------------- spaces
@@ -572,7 +572,7 @@ def test_outputs_of_the_base_model_are_read_in_the_space_of_the_loss() -> None:
 
 def test_built_in_losses_are_capturable_and_a_users_where_it_says_so() -> None:
     assert all(is_capturable(loss) for loss in LOSSES.values())
-    assert is_capturable(find_function("huber", LOSSES, {"delta": 0.5})) and is_capturable(
+    assert is_capturable(find_plugin("huber", LOSSES, "loss", {"delta": 0.5})) and is_capturable(
         add_preservation(LOSSES["mse"], 0.5)
     )
 

@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 
+from lora_core.diffusion.densities import DENSITIES, bind_density
 from lora_core.diffusion.noise import (
-    DENSITIES,
     NoiseLevel,
     NoiseSettings,
     RandomKeys,
     add_noise,
-    bind_density,
     edm_schedule,
     flow_schedule,
     karras_sigmas,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_core.diffusion import losses, noise, prediction
+from lora_core.diffusion import densities, losses, noise, prediction
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 
@@ -337,14 +337,14 @@ def flow_levels(scheme: str, mean: float = 0.0, std: float = 1.0) -> tuple[Tenso
     if scheme == "logit_normal":
         numbers, how = (
             torch.special.ndtr(-(torch.logit(u) - mean) / std),
-            noise.bind_density("logit_normal", mean=-mean, std=std),
+            densities.bind_density("logit_normal", mean=-mean, std=std),
         )
     else:
         numbers = 1 - torch.rand(B, generator=torch.Generator().manual_seed(21)).double()
         how = (
-            noise.bind_density("mode", scale=1.29)
+            densities.bind_density("mode", scale=1.29)
             if scheme == "mode"
-            else noise.bind_density("uniform")
+            else densities.bind_density("uniform")
         )
     return u, drawn(FLOW, numbers, density=how)
 
@@ -446,7 +446,7 @@ def test_trap_20_the_direction_of_logit_mean() -> None:
     theirs = (torch.arange(1000, 0, -1) / 1000)[(u * 1000).long()].mean()
     turned, same = (
         noise.sample_levels(
-            FLOW, many, density=noise.bind_density("logit_normal", mean=mean)
+            FLOW, many, density=densities.bind_density("logit_normal", mean=mean)
         ).sigma.mean()
         for mean in (-1.0, 1.0)
     )

@@ -142,7 +142,7 @@ def hold(step, total, warmup, low=0.25):
 def broken(step, total, warmup):
     return float("nan") if step else 1.0
 
-def two(step, total):
+def one(step):
     return 1.0
 
 number = 3
@@ -380,7 +380,7 @@ def optim_name(own: str, function: str) -> Any:
     ("name", "args", "said"),
     [
         ("broken", {}, "is nan at step 1 of 2; expected a finite number"),
-        ("two", {}, r"called as fn\(step, total, warmup\)"),
+        ("one", {}, r"called as fn\(step, steps\)"),
         ("hold", {"hight": 1}, "no argument 'hight'"),
         ("hold", {"low": -1.0}, "is -1 at step 1 of 2"),
         ("number", {}, "has no function 'number'"),
@@ -440,8 +440,10 @@ def test_a_class_without_a_learning_rate_of_its_own_is_given_one_or_none(
 
 def test_settings_that_a_class_refuses_are_named() -> None:
     with pytest.raises(
-        UserError, match=r"adamw refuses its settings: .*--optimizer.args are eps='abc'"
+        UserError, match=r"adamw refuses its settings: .*--optimizer.args are eps=-1.0"
     ):
+        try_optimizer("adamw", SETTINGS, {"eps": -1.0}, CPU)
+    with pytest.raises(UserError, match="argument eps of optimizer adamw is 'abc', expected a num"):
         try_optimizer("adamw", SETTINGS, {"eps": "abc"}, CPU)
 
 

@@ -79,12 +79,12 @@ HERE = "tests/test_plugins.py"
     ],
 )
 def test_a_loss_is_recorded_by_file_and_name(loss: Any, name: str, args: dict[str, Any]) -> None:
-    assert losses.name_and_arguments(loss) == (name, args)
+    assert plugins.name_and_arguments(loss, losses.LOSSES) == (name, args)
     if name.startswith("<"):
         with pytest.raises(UserError, match="was passed in Python and is in no file"):
-            losses.find_function(name, losses.LOSSES, args)
+            plugins.find_plugin(name, losses.LOSSES, "loss", args)
     else:
-        assert losses.find_function(name, losses.LOSSES, args) is not None
+        assert plugins.find_plugin(name, losses.LOSSES, "loss", args) is not None
 
 
 def test_a_function_of_a_program_or_a_notebook_is_not_found_again(tmp_path: Path) -> None:

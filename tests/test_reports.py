@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core.diffusion import noise, validation
+from lora_core.diffusion import densities, noise, validation
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.runs import pictures, reports
 from lora_core.runs.pictures import TrainingLook
@@ -52,7 +52,7 @@ def test_shares_of_a_logit_normal_are_differences_of_its_distribution_function(
     """logit(shifted(s)) = logit(s) + ln shift: a shifted logit-normal is one with another mean."""
     b = timestep_bins(
         Objective(
-            FLOW, "flow", noise.bind_density("logit_normal", mean=mean, std=std), shift=shift
+            FLOW, "flow", densities.bind_density("logit_normal", mean=mean, std=std), shift=shift
         ),
         10,
     )
@@ -65,7 +65,7 @@ def test_shares_of_a_logit_normal_are_differences_of_its_distribution_function(
 
 
 def test_shares_are_what_training_draws() -> None:
-    o = Objective(FLOW, "flow", noise.bind_density("mode", scale=0.8), low=0.1, shift=2.0)
+    o = Objective(FLOW, "flow", densities.bind_density("mode", scale=0.8), low=0.1, shift=2.0)
     keys = RandomKeys(1, tuple(map(str, range(4000))), (0,) * 4000)
     t = noise.sample_levels(FLOW, keys, low=0.1, density=o.density, shift=2.0).t
     share = timestep_bins(o, 10).share
@@ -113,7 +113,7 @@ def test_the_preview_is_a_picture_and_says_what_the_loss_is(
     o = Objective(
         FLOW,
         "flow",
-        noise.bind_density("logit_normal", mean=1.0),
+        densities.bind_density("logit_normal", mean=1.0),
         shift=1.8,
         weighting=weighting,
         loss="huber",

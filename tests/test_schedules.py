@@ -5,7 +5,8 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
 
 from lora_core.errors import UserError
-from lora_core.optim.schedules import SCHEDULES, check_known_arguments, resolve_schedule
+from lora_core.optim.schedules import resolve_schedule
+from lora_core.plugins import check_arguments
 from lora_core.prodigy import Prodigy
 
 ROWS = [
@@ -44,14 +45,14 @@ def test_a_cosine_of_other_cycles_is_diffusers():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, 3, 20, num_cycles=1.5)
     for step in range(20):
-        assert SCHEDULES["cosine"](step, 20, 3, cycles=1.5) == pytest.approx(
+        assert resolve_schedule("cosine", cycles=1.5)(step, 20, 3) == pytest.approx(
             scheduler.get_last_lr()[0], abs=1e-15
         )
         optimizer.step(), scheduler.step()
 
 
 def test_wrong_schedules_name_the_nearest():
-    with pytest.raises(UserError, match="nearest: cosine"):
+    with pytest.raises(UserError, match="unknown schedule 'cosin', the nearest is 'cosine'"):
         resolve_schedule("cosin")
     with pytest.raises(UserError, match=r"power.*nearest: power"):
         resolve_schedule("polynomial", powr=2)
@@ -60,8 +61,8 @@ def test_wrong_schedules_name_the_nearest():
 
 
 def test_arguments_are_checked_against_the_signature():
-    check_known_arguments(Prodigy, {"d_coef": 2.0}, "optimizer prodigy", given=("params", "lr"))
+    check_arguments(Prodigy, {"d_coef": 2.0}, "optimizer prodigy", given=("params", "lr"))
     with pytest.raises(
-        UserError, match=r"optimizer prodigy has no argument 'dcoef'.*nearest: d_coef"
+        UserError, match=r"optimizer prodigy takes no argument 'dcoef'.*nearest: d_coef"
     ):
-        check_known_arguments(Prodigy, {"dcoef": 2.0}, "optimizer prodigy", given=("params", "lr"))
+        check_arguments(Prodigy, {"dcoef": 2.0}, "optimizer prodigy", given=("params", "lr"))

@@ -1,17 +1,33 @@
 """Settings: a number out of its range names the option, and choices are the keys of the tables."""
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import docstring_parser
 import pytest
 
-from lora_core.config import SCHEDULE_NAMES, AdapterConfig, Config, DataConfig, NoiseConfig
+from lora_core.adapters.kinds import KINDS
+from lora_core.config import (
+    PLUGIN_NAMES,
+    AdapterConfig,
+    Config,
+    DataConfig,
+    DensityName,
+    NoiseConfig,
+    OptimizerConfig,
+    SamplesConfig,
+    ScheduleName,
+    WeightingName,
+)
 from lora_core.data.images import INTERPOLATIONS
-from lora_core.diffusion.losses import WEIGHTINGS
-from lora_core.diffusion.noise import DENSITIES
+from lora_core.diffusion.densities import DENSITIES
+from lora_core.diffusion.losses import LOSSES, WEIGHTINGS
 from lora_core.diffusion.prediction import PREDICTIONS
+from lora_core.diffusion.sampling import SAMPLERS
 from lora_core.errors import UserError
+from lora_core.optim.building import OPTIMIZERS
 from lora_core.optim.schedules import SCHEDULES
 from lora_core.settings import (
     Above,
@@ -84,8 +100,32 @@ def test_choices_are_the_keys_of_the_tables() -> None:
     def choices(section: type, name: str) -> set[str]:
         return set(get_args(get_type_hints(section)[name]))
 
-    assert choices(NoiseConfig, "density") == set(DENSITIES)
+    assert PLUGIN_NAMES[DensityName] == tuple(DENSITIES)
+    assert PLUGIN_NAMES[WeightingName] == tuple(WEIGHTINGS)
+    assert PLUGIN_NAMES[ScheduleName] == tuple(SCHEDULES)
     assert choices(NoiseConfig, "prediction") - {"model"} <= set(PREDICTIONS)
     assert choices(DataConfig, "interpolation") == set(INTERPOLATIONS)
-    assert choices(Config, "weighting") == set(WEIGHTINGS)
-    assert set(SCHEDULE_NAMES) == set(SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "table"),
+    [
+        (Config, "loss", LOSSES),
+        (Config, "weighting", WEIGHTINGS),
+        (NoiseConfig, "density", DENSITIES),
+        (AdapterConfig, "kind", KINDS),
+        (OptimizerConfig, "name", OPTIMIZERS),
+        (OptimizerConfig, "schedule", SCHEDULES),
+        (SamplesConfig, "sampler", SAMPLERS),
+    ],
+)
+def test_the_help_of_an_option_names_all_of_its_table(
+    section: type, option: str, table: dict[str, Any]
+) -> None:
+    texts = {}
+    for parent in section.__mro__[:-1]:
+        for parameter in docstring_parser.parse_from_object(parent).params:
+            texts.setdefault(parameter.arg_name, parameter.description or "")
+    words = set(re.findall(r"[\w./]+:?\w*", texts[option]))
+    assert set(table) <= words, set(table) - words
+    assert any(".py:" in word for word in words)

@@ -9,7 +9,7 @@ import operator
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import reduce
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lora_core.config import GROUPS, Config, Stage
-from lora_core.diffusion import losses, noise
+from lora_core.diffusion import densities, losses, sampling
 from lora_core.errors import UserError
 from lora_core.optim import building, schedules
 from lora_core.placeholders import has_placeholder
@@ -43,7 +43,16 @@ INPUT_PATHS = (
     "prior.images",
 )
 # Options that may name a function or class in a file, file.py:name.
-CODE = ("loss", "step", "optimizer.name", "optimizer.schedule", "adapter.kind")
+CODE = (
+    "loss",
+    "step",
+    "weighting",
+    "noise.density",
+    "optimizer.name",
+    "optimizer.schedule",
+    "adapter.kind",
+    "samples.sampler",
+)
 
 
 # ---------------------------------------------------------------- options without effect
@@ -55,6 +64,14 @@ def _trains_adapters(c: Config) -> bool:
 
 def _some_stage(test: Callable[[Config, Stage], bool]) -> Callable[[Config], bool]:
     return lambda c: any(test(c, stage) for stage in c.stages)
+
+
+def _schedules(c: Config, stage: Stage) -> dict[str, list[str]]:
+    """Schedule -> the groups that it steers in a stage."""
+    found: dict[str, list[str]] = {}
+    for group in stage.groups:
+        found.setdefault(stage.schedule_of(group, c.optimizer), []).append(group)
+    return found
 
 
 def _has_norm_target(c: Config, stage: Stage) -> bool:
@@ -89,8 +106,8 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "noise.low": (_some_stage(lambda c, s: s.low is None), "a stage that has no low of its own"),
     "noise.high": (_some_stage(lambda c, s: s.high is None), "a stage that has no high of its own"),
     "optimizer.schedule": (
-        _some_stage(lambda c, s: s.schedule is None),
-        "a stage that has no schedule of its own",
+        _some_stage(lambda c, s: c.optimizer.schedule in _schedules(c, s)),
+        "a group in a stage that has no schedule of its own",
     ),
     "validation.images": VALIDATION,
     "validation.count": VALIDATION,
@@ -129,7 +146,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
         f"--data.variants when there is {RANDOM_PIXELS}",
     ),
     "optimizer.schedule_args": (
-        _some_stage(lambda c, s: s.schedule in (None, c.optimizer.schedule)),
+        _some_stage(lambda c, s: c.optimizer.schedule in _schedules(c, s)),
         "a stage with that schedule",
     ),
 }
@@ -200,7 +217,8 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     _check_pairs(c)
     _check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
-    noise.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument
+    densities.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument
+    sampling.find_sampler(c.samples.sampler, c.samples.sampler_args)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
 
@@ -284,7 +302,12 @@ def _check_stage(c: Config, stage: Stage, i: int) -> None:
             f"stages.{i}.groups is {list(stage.groups)}; "
             f"name one or more of {', '.join(GROUPS)}, each once"
         )
-    for table, option in ((stage.lr, "lr"), (stage.weight_decay, "weight-decay")):
+    tables: dict[str, Mapping[str, Any]] = {
+        "lr": stage.lr,
+        "weight-decay": stage.weight_decay,
+        "schedules": stage.schedules,
+    }
+    for option, table in tables.items():
         if unknown := set(table) - set(stage.groups):
             names = ", ".join(sorted(unknown))
             raise UserError(
@@ -310,10 +333,23 @@ def _check_groups(c: Config) -> None:
     """Raises UserError for settings of groups that no stage trains."""
     trained = {group for group in GROUPS if c.trains(group)}
     o = c.optimizer
-    for table, option in ((o.lr, "lr"), (o.weight_decay, "weight-decay"), (o.betas, "betas")):
+    tables: dict[str, Mapping[str, Any]] = {
+        "lr": o.lr,
+        "weight-decay": o.weight_decay,
+        "betas": o.betas,
+        "schedules": o.schedules,
+    }
+    for option, table in tables.items():
         if unknown := set(table) - trained:
             names = ", ".join(sorted(unknown))
             raise UserError(f"--optimizer.{option} names {names}, which no stage trains")
+    for group in o.schedules:
+        stages = [stage for stage in c.stages if group in stage.groups]
+        if all(stage.schedule or group in stage.schedules for stage in stages):
+            raise UserError(
+                f"--optimizer.schedules {group}={o.schedules[group]} has no effect: every stage "
+                f"that trains {group} has a schedule of its own; leave one of them out"
+            )
 
 
 def _check_known_words(c: Config) -> None:
@@ -346,11 +382,11 @@ def _check_schedules(c: Config) -> None:
                 "which would end before its learning rate is reached; "
                 f"lower it or raise --stages.{i}.steps"
             )
-        name = stage.schedule or o.schedule
-        arguments = o.schedule_args if name == o.schedule else {}
-        multiplier = schedules.resolve_schedule(name, **arguments)
-        for step in (0, stage.steps - 1):
-            multiplier(step, stage.steps, o.warmup)
+        for name in _schedules(c, stage):
+            arguments = o.schedule_args if name == o.schedule else {}
+            multiplier = schedules.resolve_schedule(name, **arguments)
+            for step in (0, stage.steps - 1):
+                multiplier(step, stage.steps, o.warmup)
 
 
 def _look_up(tree: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ from lora_core.adapters.kinds import KINDS, DoRA
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.records import every_image
-from lora_core.diffusion import noise, validation
+from lora_core.diffusion import densities, validation
 from lora_core.diffusion.validation import Score
 from lora_core.formats import dora_readers
 from lora_core.formats.known_formats import CUSTOM_KIND, TOKEN_NAMES
@@ -266,7 +266,7 @@ def preview_noise_levels(config: Config) -> Path:
     objective = reports.Objective(
         schedule,
         prediction,
-        noise.bind_density(n.density, **n.density_args),
+        densities.bind_density(n.density, **n.density_args),
         n.low,
         n.high,
         n.shift,

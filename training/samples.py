@@ -41,7 +41,13 @@ class SampleImages:
         self.model, self.optimization = model, optimization
         look, side = config.samples, config.data.resolution
         self.settings = SamplerSettings(
-            look.sampler, look.steps, look.guidance, look.negative, width=side, height=side
+            look.sampler,
+            look.steps,
+            look.guidance,
+            look.negative,
+            look.sampler_args,
+            width=side,
+            height=side,
         )
 
     def draw(

@@ -445,12 +445,14 @@ def open_optimizer(
 
 
 def _resolve_schedules(config: Config) -> dict[str, RateSchedule]:
-    """Name -> learning-rate schedule, for the stages; --optimizer.schedule-args belong to
-    --optimizer.schedule.
+    """Name -> learning-rate schedule, for the groups of the stages; --optimizer.schedule-args
+    belong to --optimizer.schedule.
     """
     o = config.optimizer
     found: dict[str, RateSchedule] = {}
-    for name in {stage.schedule or o.schedule for stage in config.stages}:
-        arguments = o.schedule_args if name == o.schedule else {}
-        found[name] = schedules.resolve_schedule(name, **arguments)
+    for stage in config.stages:
+        for group in stage.groups:
+            name = stage.schedule_of(group, o)
+            arguments = o.schedule_args if name == o.schedule else {}
+            found[name] = schedules.resolve_schedule(name, **arguments)
     return found

@@ -51,12 +51,18 @@ def set_learning_rates(stage: Stage, step: int, config: Config, optimization: Op
     --cuda-graph they are tensors, which a captured step reads.
     """
     o = config.optimizer
-    factor = optimization.rate_schedules[stage.schedule or o.schedule](step, stage.steps, o.warmup)
+    factors: dict[str, float] = {}
+    for name in stage.groups:
+        schedule = stage.schedule_of(name, o)
+        if schedule not in factors:
+            multiplier = optimization.rate_schedules[schedule]
+            factors[schedule] = multiplier(step, stage.steps, o.warmup)
     for group in optimization.optimizer.param_groups:
         name = group["name"]
         group["rate"] = 0.0
         if name in stage.groups:
             rate = stage.lr.get(name, optimization.settings[name]["lr"])
+            factor = factors[stage.schedule_of(name, o)]
             group["rate"] = rate * factor * group["ratio"]
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(group["rate"])

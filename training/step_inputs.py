@@ -18,7 +18,7 @@ from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
 from lora_core.data.dataset import Batch, Record, every_image, micro_batches
-from lora_core.diffusion import generation, noise
+from lora_core.diffusion import densities, generation, noise
 from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.diffusion.step_output import CaptionTokens, Readings
@@ -100,7 +100,9 @@ class InputSource:
         for folder in filter(None, (data.training, data.class_images)):
             self.records |= {record.key: record for record in every_image(folder.records)}
         n = config.noise
-        self.density = noise.bind_density(n.density, **n.density_args)
+        self.density = None  # uniform
+        if n.density != "uniform":
+            self.density = densities.bind_density(n.density, **n.density_args)
         settings = data.training.settings
         # Visits after which an image has the same pixels again; 0: never.
         self.visits_until_repeat = settings.variants if settings.is_random else 1

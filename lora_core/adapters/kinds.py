@@ -76,9 +76,8 @@ from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import Member, wide_dtype
-from lora_core.plugins import load_from_file
+from lora_core.plugins import find_plugin
 from lora_core.settings import KIND_OPTIONS
-from lora_core.text import nearest_names
 
 
 class FactorAdapter(DroppingAdapter):
@@ -345,23 +344,13 @@ def kind_class(kind: str) -> Callable[[BaseLayer, LayerSpec], nn.Module]:
 
     Raises UserError for any other name.
     """
-    if kind in KINDS:
-        return KINDS[kind]
     if kind in WITH_MAGNITUDES:
         plain = WITH_MAGNITUDES[kind]
         raise UserError(
             f"--adapter.kind {kind}, {plain} with DoRA's magnitudes, is not trained here; "
             f"take {plain} or dora"
         )
-    file, _, name = kind.rpartition(":")
-    if not file.endswith(".py"):
-        nearest = nearest_names(kind, KINDS, cutoff=0.6)
-        close = f", did you mean {nearest[0]}" if nearest else ""
-        raise UserError(
-            f"unknown adapter kind {kind!r}{close}; "
-            f"expected {', '.join(KINDS)} or my_adapter.py:Class"
-        )
-    found = load_from_file(file, name, "class")
+    found = find_plugin(kind, KINDS, "adapter kind", noun="class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise UserError(
             f"adapter kind {kind!r} is {found!r}, not a torch.nn.Module class; "

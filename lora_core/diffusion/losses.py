@@ -33,8 +33,7 @@ from lora_core.diffusion.step_output import StepOutput
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import masked_mean, wide_dtype
-from lora_core.plugins import check_names_file, function_name, load_from_file, name_function
-from lora_core.text import nearest_names
+from lora_core.plugins import describe_error, find_plugin, function_name
 
 # ---------------------------------------------------------------- losses: StepOutput -> [b]
 
@@ -229,24 +228,53 @@ def _shape_error(step: StepOutput) -> ValueError:
 # ------------------------------------------------- weightings: W(snr) of the squared error of x0
 
 
+def min_snr(snr: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """min(snr, gamma): no noise level weighs more than that of snr = gamma (arXiv 2303.09556)."""
+    return snr.clamp(max=gamma)
+
+
+def soft_min_snr(snr: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """snr gamma / (snr + gamma): min_snr without a corner (arXiv 2401.11605, there gamma = 4)."""
+    return snr * gamma / (snr + gamma)
+
+
+def debiased(snr: Tensor) -> Tensor:
+    """sqrt(snr): 1 / sqrt(snr) for epsilon (arXiv 2310.08442)."""
+    return snr**0.5
+
+
+def p2(snr: Tensor, *, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+    """snr / (k + snr)^gamma: 1 / (k + snr)^gamma for epsilon (arXiv 2204.00227)."""
+    return snr / (k + snr) ** gamma
+
+
+def snr_weight(snr: Tensor) -> Tensor:
+    """snr: 1 for epsilon, alpha^2 for v; diffusers' 1 / sigma^2 of EDM-style training.
+
+    arXiv 2206.00364: x / alpha.
+    """
+    return snr
+
+
+def sigma_sqrt(snr: Tensor) -> Tensor:
+    """(1 + sqrt(snr))^4: diffusers' 1 / sigma^2 for flow, sigma = 1 / (1 + sqrt(snr))."""
+    return (1 + snr**0.5) ** 4
+
+
+def cosmap_weight(snr: Tensor) -> Tensor:
+    """diffusers' 2 / (pi (1 - 2 sigma + 2 sigma^2)) for flow, sigma = 1 / (1 + sqrt(snr))."""
+    return 2 / math.pi * (1 + snr**0.5) ** 4 / (1 + snr)
+
+
 WEIGHTINGS: dict[str, Callable[..., Tensor] | None] = {
-    # 1 in the space of the network's output
-    "none": None,
-    # arXiv 2303.09556
-    "min_snr": lambda snr, *, gamma=5.0: snr.clamp(max=gamma),
-    # arXiv 2401.11605 (there gamma = 4)
-    "soft_min_snr": lambda snr, *, gamma=5.0: snr * gamma / (snr + gamma),
-    # arXiv 2310.08442: 1 / sqrt(snr) for epsilon
-    "debiased": lambda snr: snr**0.5,
-    # arXiv 2204.00227: 1 / (k + snr)^gamma for epsilon
-    "p2": lambda snr, *, k=1.0, gamma=1.0: snr / (k + snr) ** gamma,
-    # 1 for epsilon, alpha^2 for v; diffusers' 1 / sigma^2 of EDM-style training
-    # (arXiv 2206.00364: x / alpha)
-    "snr": lambda snr: snr,
-    # The next two are diffusers' --weighting_scheme: 1 / sigma^2 and
-    # 2 / (pi (1 - 2 sigma + 2 sigma^2)) for flow, sigma = 1 / (1 + sqrt(snr)).
-    "sigma_sqrt": lambda snr: (1 + snr**0.5) ** 4,
-    "cosmap": lambda snr: 2 / math.pi * (1 + snr**0.5) ** 4 / (1 + snr),
+    "none": None,  # 1 in the space of the network's output
+    "min_snr": min_snr,
+    "soft_min_snr": soft_min_snr,
+    "debiased": debiased,
+    "p2": p2,
+    "snr": snr_weight,
+    "sigma_sqrt": sigma_sqrt,
+    "cosmap": cosmap_weight,
 }
 
 # Where alpha or sigma is 0 the product W * jacobian^2 has a limit that 0 * inf would hide. 2^-12 is
@@ -288,7 +316,7 @@ def loss_weights(
 @functools.lru_cache(maxsize=32)
 def _find_weighting(name: str, *args: tuple[str, Any]) -> Callable[..., Tensor] | None:
     """W(snr) with its arguments bound, looked up once instead of in every step."""
-    return find_function(name, WEIGHTINGS, dict(args))
+    return find_plugin(name, WEIGHTINGS, "weighting", dict(args))
 
 
 WEIGHTING_FORMULAS = {  # key of WEIGHTINGS -> W as text
@@ -316,9 +344,9 @@ def describe_loss(
 ) -> str:
     """One line on a loss, a weighting and a space, e.g. "loss: mse of x0, weighted by min(snr, 5)".
 
-    Raises UserError where `find_function` does.
+    Raises UserError where `find_plugin` does.
     """
-    law = find_function(weighting, WEIGHTINGS, args)
+    law = find_plugin(weighting, WEIGHTINGS, "weighting", args)
     output, jacobian = OUTPUT_NAMES["sample" if space == "edm" else prediction]
     weighted = "not weighted"
     if law is not None:
@@ -336,88 +364,33 @@ def describe_loss(
     return f"loss: {loss} of {output}{converted}, {weighted}"
 
 
-# ---------------------------------------------------------------- finding, checking and summing
-
-
-def find_function(
-    spec: str, table: Mapping[str, Callable[..., Any] | None], args: Mapping[str, Any] | None = None
-) -> Any:
-    """The entry `spec` of a table, or function `fn` of "path/to/file.py:fn", with `args` bound.
-
-    Raises UserError for an unknown name (naming the nearest), a missing file or function, and an
-    argument the function does not take.
-    """
-    check_names_file(spec, "loss")
-    path, colon, name = spec.rpartition(":")
-    if colon:
-        function = load_from_file(path, name, "function")
-    elif spec in table:
-        function = table[spec]
-    else:
-        near = nearest_names(spec, table)[0]
-        known = ", ".join(table)
-        raise UserError(
-            f"unknown name {spec!r}, the nearest is {near!r}; "
-            f"choose {known} or path/to/file.py:function"
-        )
-    return bind_arguments(function, spec, args or {})
-
-
-def bind_arguments(function: Any, name: str, args: Mapping[str, Any]) -> Any:
-    """`function` with `args` bound to it; a partial function also gets its function's attributes.
-
-    Raises UserError (with `name` for the function) for an argument that it does not take, and for a
-    text where its default is a number or true or false.
-    """
-    if isinstance(function, functools.partial):  # one that the user has bound
-        vars(function).update({**vars(function.func), **vars(function)})
-    if not args:
-        return function
-    parameters = list(inspect.signature(function).parameters.values()) if function else []
-    parameters = parameters[1:]  # without the StepOutput or the snr
-    known = [parameter.name for parameter in parameters]
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    numbers = {p.name for p in parameters if type(p.default) in (int, float)}
-    flags = {p.name for p in parameters if type(p.default) is bool}
-    for arg, value in args.items():
-        if arg in numbers and isinstance(value, str):
-            raise UserError(f"argument {arg} of {name} is {value!r}, expected a number")
-        if arg in flags and not isinstance(value, bool):
-            raise UserError(f"argument {arg} of {name} is {value!r}, expected true or false")
-        if arg not in known and not takes_any:
-            listed = ", ".join(known) or "none"
-            raise UserError(f"{name} takes no argument {arg!r}; it takes {listed}")
-    bound = functools.partial(function, **args)
-    vars(bound).update(vars(function))  # capturable, reads_attention
-    return bound
-
-
-def name_and_arguments(loss: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
-    """(name, arguments) with which `find_function` finds a function again.
-
-    For a function that is in no file the name is in "<...>", which `find_function` refuses.
-    Arguments bound by name with functools.partial are included, if a config can hold them.
-    """
-    inner: Any = loss
-    if isinstance(loss, functools.partial):
-        values = loss.keywords.values()
-        is_plain = all(isinstance(value, bool | int | float | str) for value in values)
-        if is_plain and not loss.args:
-            inner = loss.func
-    name = name_function(inner, LOSSES)
-    if inner is loss or name.startswith("<"):
-        return name, {}
-    return name, dict(loss.keywords)  # type: ignore[attr-defined]
+# ---------------------------------------------------------------- checking and summing
 
 
 def check_weighting(name: str, args: Mapping[str, Any]) -> None:
-    """Raises UserError for a weighting that is unknown or gives negative, no or NaN weights."""
-    law = find_function(name, WEIGHTINGS, args)
-    weights = law(torch.logspace(-4, 4, 9)) if law else torch.ones(1)
-    if not (weights.isfinite().all() and weights.min() >= 0 and weights.max() > 0):
-        given = " ".join(f"{key}={value}" for key, value in args.items())
+    """Raises UserError for a weighting that is unknown, fails, or gives NaN, negative or no weight.
+
+    To be called as a run begins: afterwards `loss_weights` finds a changed file's new function.
+    """
+    _find_weighting.cache_clear()
+    law = find_plugin(name, WEIGHTINGS, "weighting", args)
+    snr = torch.logspace(-4, 4, 9)
+    try:
+        weights = law(snr) if law else torch.ones(1)
+    except Exception as error:  # whatever the user's file raises
         raise UserError(
-            f"weighting {name} with {given} gives weights from {weights.min():g} to "
+            f"weighting {name} is called as fn(snr) and returns W(snr): "
+            f"{describe_error(error, law)}"
+        ) from error
+    if not isinstance(weights, Tensor) or (law and weights.shape != snr.shape):
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise UserError(
+            f"weighting {name} returned {got} for snr [9]; expected a tensor of the same shape"
+        )
+    if not (weights.isfinite().all() and weights.min() >= 0 and weights.max() > 0):
+        given = " with " + " ".join(f"{key}={value}" for key, value in args.items())
+        raise UserError(
+            f"weighting {name}{given if args else ''} gives weights from {weights.min():g} to "
             f"{weights.max():g}; expected numbers of at least 0"
         )
 

@@ -7,7 +7,6 @@ edm (alpha = 1, arXiv 2206.00364).
 
 import functools
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -18,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.diffusion.densities import Density
 from lora_core.errors import UserError, first_line
 from lora_core.settings import NoiseSettings
-from lora_core.text import nearest_names
-
-Density = Callable[[Tensor], Tensor]  # u [b] in [0, 1) -> fraction of the schedule [b]
 
 
 class NoiseLevel(NamedTuple):
@@ -312,46 +309,6 @@ class RandomKeys:
 # ---------------------------------------------------------------- timesteps of a training batch
 
 
-# Quantile functions: u in [0, 1) -> fraction of the schedule, 0 clean, 1 pure noise.
-# arXiv 2403.03206 section 3.1.
-DENSITIES: dict[str, Callable[..., Tensor]] = {
-    "uniform": lambda u: u,
-    "logit_normal": lambda u, mean=0.0, std=1.0: torch.sigmoid(mean + std * torch.special.ndtri(u)),
-    "mode": lambda u, scale=1.29: 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u),
-    "cosmap": lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1),  # 2 / (pi - 2 pi f + 2 pi f^2)
-}
-
-
-def bind_density(name: str, **args: float) -> Density:
-    """The density of that name with its arguments bound: u [b] in [0, 1) -> fraction [b].
-
-    Fractions are of the schedule. A mean of logit_normal above 0 is more noise, as in arXiv
-    2403.03206. The logit_mean of diffusers' and kohya's flow scripts has the opposite sign, because
-    they look the fraction up in a table that descends; their +1 is our -1. The other densities are
-    symmetric. Raises UserError for an unknown name or argument, and for values that lead out of
-    0..1 (mode: scale below -1).
-    """
-    if name not in DENSITIES:
-        near = nearest_names(name, DENSITIES)[0]
-        known = ", ".join(DENSITIES)
-        raise UserError(f"unknown density {name!r}, the nearest is {near!r}; choose {known}")
-    taken = list(inspect.signature(DENSITIES[name]).parameters)[1:]
-    for arg, value in args.items():
-        if arg not in taken:
-            listed = ", ".join(taken) or "none"
-            raise UserError(f"density {name} takes no argument {arg!r}; it takes {listed}")
-        if not isinstance(value, int | float):
-            raise UserError(f"argument {arg} of density {name} is {value!r}, expected a number")
-    density = functools.partial(DENSITIES[name], **args)
-    fractions = density(torch.linspace(0, 1, 1025, dtype=torch.float64)[:-1])
-    if not (fractions.min() >= 0 and fractions.max() <= 1):  # also where they are NaN
-        raise UserError(
-            f"density {name} with {args} leaves the fractions 0..1 of the schedule; "
-            "give values nearer to the default"
-        )
-    return density
-
-
 def sample_levels(
     schedule: Schedule,
     keys: RandomKeys,
@@ -384,9 +341,9 @@ def levels_at_quantiles(
 
     They are on the schedule's device. The level of u is entry floor(f T) of the table with
     f = low + (high - low) density(u). Fractions count entries, so for a shifted flow they are taken
-    before the shift. `density` is a result of `bind_density` or any quantile function; towards 1 is
-    towards noise. `shift` (flow only) moves the sigma that was found by `shift_sigmas`, on top of
-    the table's own shift: the two multiply.
+    before the shift. `density` is a result of `densities.bind_density` or any quantile function;
+    towards 1 is towards noise. `shift` (flow only) moves the sigma that was found by
+    `shift_sigmas`, on top of the table's own shift: the two multiply.
     Raises UserError for an empty or impossible range, and for a shift of another kind of schedule.
     """
     count = len(schedule.ts)

@@ -11,7 +11,8 @@ terminal SNR) and start noise is the same for every sampler.
     latents = SAMPLERS["dpmpp_2m"].run(denoise, start_latents(eps, levels), levels)
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, karras_sigmas, shift_sigmas
 from lora_core.diffusion.prediction import PREDICTIONS, eps_from_x0, scale_input
 from lora_core.errors import UserError
-from lora_core.text import nearest_names
+from lora_core.plugins import find_plugin
 
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # (x_t [b, c, h, w], level [b]) -> x0 [b, c, h, w]
 StepNoise = Callable[[int], Tensor]  # step index -> unit noise [b, c, h, w], from a keyed source
@@ -212,6 +213,25 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+def find_sampler(name: str, args: Mapping[str, Any] | None = None) -> Sampler:
+    """The sampler of a name, with arguments bound; it is stochastic where it takes `noise`.
+
+    `name` is a key of SAMPLERS or "path/to/file.py:fn", with `fn(denoise, x, levels)` or
+    `fn(denoise, x, levels, *, noise)`, whose attributes are the other fields of a Sampler. Raises
+    UserError where `find_plugin` does.
+    """
+    table = {key: row.run for key, row in SAMPLERS.items()}
+    if args and "noise" in args:
+        raise UserError(f"sampler {name} takes no argument 'noise' here: the program gives it")
+    run = find_plugin(name, table, "sampler", args, given=3)
+    rules = {}
+    for field in Sampler._fields[2:]:
+        if hasattr(run, field):
+            rules[field] = bool(getattr(run, field))
+    row = SAMPLERS.get(name) or Sampler(run, **rules)
+    return row._replace(run=run, stochastic="noise" in inspect.signature(run).parameters)
+
+
 # ---------------------------------------------------------------- timesteps of a sampler
 
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -267,12 +287,7 @@ def sampler_levels(
     unknown sampler or spacing, a number of steps that does not fit, and a strength that leaves no
     step.
     """
-    if sampler not in SAMPLERS:
-        near = nearest_names(sampler, SAMPLERS)[0]
-        raise UserError(
-            f"unknown sampler {sampler!r}, the nearest is {near!r}; choose {', '.join(SAMPLERS)}"
-        )
-    row = SAMPLERS[sampler]
+    row = find_sampler(sampler)
     is_vp = schedule.kind == "vp"
     count = steps + (row.drops_last and is_vp and spacing != "trailing")
     times = sampler_timesteps(schedule, count, spacing=spacing, offset=offset)[:steps]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.optim.adamw import AdamW
-from lora_core.optim.schedules import check_known_arguments, suggest_name
-from lora_core.plugins import load_from_file
+from lora_core.plugins import check_arguments, find_plugin
 from lora_core.prodigy import Prodigy
+from lora_core.text import suggest_name, unknown_name
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "prodigy": Prodigy}
 # Optimizer -> group -> learning rate: cloneofsimo's lora_pti; arXiv 2306.06101.
@@ -38,18 +38,12 @@ def resolve_optimizer(name: str) -> type[torch.optim.Optimizer]:
     `name` is a key of OPTIMIZERS, a dotted path such as "torch.optim.Adagrad", or
     "path/to/file.py:Class". Raises UserError if there is no such class.
     """
-    if name in OPTIMIZERS:
-        return OPTIMIZERS[name]
-    file, _, attribute = name.rpartition(":")
-    if file.endswith(".py"):
-        return _check_class(load_from_file(file, attribute, "class"), name)
-    path, _, attribute = name.rpartition(".")
-    if not path:
-        raise UserError(
-            f"optimizer {name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}, a dotted "
-            "class path such as torch.optim.Adagrad, or path/to/file.py:Class"
-            f"{suggest_name(name, OPTIMIZERS)}"
-        )
+    path, dot, attribute = name.rpartition(".")
+    if name in OPTIMIZERS or ":" in name:
+        return _check_class(find_plugin(name, OPTIMIZERS, "optimizer", noun="class"), name)
+    if not (path and dot):
+        sentence = unknown_name(name, OPTIMIZERS, "optimizer", "Class")
+        raise UserError(f"{sentence}, or a dotted class path such as torch.optim.Adagrad")
     try:
         module = importlib.import_module(path)
     except (ImportError, ValueError) as error:
@@ -191,7 +185,7 @@ def build_optimizer(
         if option not in optimizer_arguments(name) and any(option in group for group in groups):
             flag = f"--optimizer.{option.replace('_', '-')}"
             raise UserError(f"{name} takes no {option}; leave {flag} out")
-    check_known_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=OWN_OPTIONS)
+    check_arguments(resolve_optimizer(name), args, f"optimizer {name}", given=OWN_OPTIONS)
     rate = {}
     if "lr" in optimizer_arguments(name) and _default_rate(name) is None:
         rate["lr"] = groups[0]["lr"]  # a class may require one; the groups have their own

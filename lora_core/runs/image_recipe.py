@@ -33,9 +33,9 @@ C = TypeVar("C")
 
 # Every option of infer.py, and who may set it.
 IMAGE_OPTIONS = (  # what an image is: a recipe, or the flag, which wins
-    "prompt", "negative", "seed", "sampler", "steps", "guidance", "width", "height", "clip_skip",
-    "max_sequence_length", "precision", "grid", "model", "lora", "model_config", "vae", "refiner",
-    "refiner_start", "region",
+    "prompt", "negative", "seed", "sampler", "sampler_args", "steps", "guidance", "width",
+    "height", "clip_skip", "max_sequence_length", "precision", "grid", "model", "lora",
+    "model_config", "vae", "refiner", "refiner_start", "region",
 )  # fmt: skip
 START_OPTIONS = ("init_image", "mask", "strength")  # images of this disk: recorded, set by flags
 CALL_OPTIONS = (  # what a command does: flags only, and not recorded
@@ -90,6 +90,7 @@ def apply_recipe(config: Any, path: str, given: Collection[str]) -> Any:
             continue
         is_taken = name in IMAGE_OPTIONS or (name == "strength" and "init_image" in given)
         (taken if is_taken else left_out)[name] = value
+    _refuse_code(taken, path)
     _check_limits(replace(config, **taken), taken, path)
     taken |= _find_paths(taken, path)
     _print_options(f"note: taken from {path}:", taken)
@@ -99,6 +100,16 @@ def apply_recipe(config: Any, path: str, given: Collection[str]) -> Any:
         left_out,
     )
     return replace(config, **taken)
+
+
+def _refuse_code(taken: Mapping[str, Any], path: str) -> None:
+    """Raises UserError for a sampler in a file that only the recipe names: no such code is run."""
+    sampler = taken.get("sampler", "")
+    if ":" in sampler:
+        raise UserError(
+            f"--from {path}: its recipe samples with {sampler}, and no code that only a recipe "
+            "names is run; give --sampler yourself, that file or another sampler"
+        )
 
 
 def _print_options(start: str, options: Mapping[str, Any]) -> None:
@@ -211,6 +222,9 @@ def _shorten_paths(config: Any, folder: Path) -> Any:
         changed[option] = shorten_path(getattr(config, option), folder)
     for option in ("init_image", "mask"):
         changed[option] = Path(getattr(config, option)).name
+    file, colon, function = config.sampler.rpartition(":")
+    if colon:
+        changed["sampler"] = f"{shorten_path(file, folder)}:{function}"
     loras = []
     for text in config.lora:
         name = parse_lora(text).path

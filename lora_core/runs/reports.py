@@ -221,7 +221,7 @@ class Objective:
 
     schedule: Schedule
     prediction: str  # a key of PREDICTIONS
-    density: Callable[[Tensor], Tensor] | None = None  # of noise.bind_density; None: uniform
+    density: Callable[[Tensor], Tensor] | None = None  # of densities.bind_density; None: uniform
     low: float = 0.0
     high: float = 1.0
     shift: float = 1.0
