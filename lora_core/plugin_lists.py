@@ -84,7 +84,7 @@ LISTED_TABLES = {
         "SAMPLERS",
         "--samples.sampler, infer.py --sampler",
         "my_sampler.py:fn, with fn(denoise, x, levels) -> x",
-        "--samples.sampler-args or --sampler-args",
+        "--samples.sampler-args, --sampler-args",
     ),
     "formats": ListedTable(
         "lora_core.formats.known_formats", "FORMATS", "merge.py convert --to", ""
@@ -137,7 +137,7 @@ def describe_table(name: str) -> str:
     lines = [f"{name}: {table.choice}"]
     for label, text in (("yours", table.own), ("arguments", table.arguments)):
         if text:
-            end = " KEY=VALUE ...; defaults after >" if label == "arguments" else ""
+            end = " KEY=VALUE, defaults after >" if label == "arguments" else ""
             lines.append(f"  {label}: {text}{end}")
     entries = list_entries(table.module, table.table)
     indent = " " * (max(len(entry.name) for entry in entries) + 4)
@@ -221,9 +221,9 @@ def _table_items(tree: ast.Module, table: str) -> list[tuple[str, ast.expr]]:
             if ast.unparse(targets[0]) == table:
                 keys = [ast.literal_eval(key) for key in node.value.keys if key is not None]
                 items += zip(keys, node.value.values, strict=True)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            if ast.unparse(node.value.func) == f"{table}.update":
-                items += [(str(keyword.arg), keyword.value) for keyword in node.value.keywords]
+        call = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{table}.update":
+            items += [(str(keyword.arg), keyword.value) for keyword in call.keywords]
     return items
 
 

@@ -209,3 +209,13 @@ def test_a_model_that_was_fetched_before_is_taken(
     with pytest.raises(ZeroDivisionError):
         infer.main(["--from", "s.png", "--out", "x.png"])
     assert opened == ["mine/model"]
+
+
+def test_no_sampler_in_a_file_is_run_because_a_recipe_names_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine.py").write_text("raise SystemExit('the file was run')")
+    image = save_recipe(place / "s.png", model="model", prompt="a", sampler="mine.py:fn")
+    assert infer.main(["--from", str(image), "--out", "out.png"]) == 2
+    said = capsys.readouterr().err
+    assert "its recipe samples with mine.py:fn, and no code that only a recipe names is run" in said

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import infer
 from lora_core import formats, patch
+from lora_core.diffusion.sampling import SAMPLERS
 from lora_core.formats import embeddings
 from lora_core.runs.loras import RunSettings
 from models import load_family
@@ -467,3 +468,38 @@ def test_regions_that_cannot_act_are_refused(
     command = ["--model", str(folder / "model"), "--steps", "1", "--prompt", "a"]
     assert infer.main([*command, "--out", str(folder / "none.png"), *words]) == 2
     assert said in capsys.readouterr().err and not (folder / "none.png").exists()
+
+
+def test_a_sampler_from_a_file_draws_and_its_arguments_too(folder: Path) -> None:
+    """Our euler from a file draws our euler's image; ddim with eta 1 is no ddim."""
+    file = folder / "mine.py"
+    file.write_text(
+        "from lora_core.diffusion.sampling import euler_ancestral\n\n"
+        "def own(denoise, x, levels, *, noise):\n"
+        "    return euler_ancestral(denoise, x, levels, noise=noise)\n"
+    )
+    words = ["--prompt", "a cat", "--steps", "2", "--sampler"]
+    ours = draw(folder, "ours.png", *words, "euler_ancestral")
+    assert draw(folder, "theirs.png", *words, f"{file}:own") == ours
+    random = draw(folder, "random.png", *words, "ddim", "--sampler-args", "eta=1")
+    assert random != draw(folder, "plain.png", *words, "ddim")
+    again = str(folder / "same_eta.png")
+    assert infer.main(["--from", str(folder / "random.png"), "--out", again]) == 0
+    assert Image.open(again).tobytes() == random
+
+
+def test_a_wrong_sampler_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "short.py").write_text("def short(denoise, x, levels):\n    return x[:, :1]\n")
+    model = str(folder / "model")
+    for words, said in (
+        (["--model", "nowhere", "--sampler", "eular"], "unknown sampler 'eular', the nearest"),
+        (["--model", model, "--sampler", f"{folder}/short.py:short"], "short returned [1, 1, "),
+    ):
+        status = infer.main([*words, "--prompt", "a", "--out", str(folder / "bad_sampler.png")])
+        assert status == 2 and said in capsys.readouterr().err
+
+
+def test_what_can_be_listed_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer.main(["--list", "samplers"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in SAMPLERS) and "eta=0.0" in out

@@ -1,7 +1,8 @@
-"""A loss or a step that is handed over in Python: its file and name are in config, header, card and
-table, and repeat the run or say why they cannot.
+"""Functions from files and from Python: found by name, called as they should be, and recorded in
+config, header, card and table, so that they repeat the run or say why they cannot.
 """
 
+import ast
 import functools
 import tomllib
 from dataclasses import replace
@@ -9,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 import train
 from examples.my_loss import edges
+from examples.my_optimizer import Lion
 from lora_core import plugins
-from lora_core.config import Config
+from lora_core.command_line import parse_command_line
+from lora_core.config import Config, OptimizerConfig
 from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput, huber, mse
+from lora_core.diffusion.noise import flow_schedule
 from lora_core.errors import UserError
-from lora_core.toml import from_table
-from tests.conftest import learned, same
+from lora_core.toml import from_table, read_toml, to_toml
+from tests.conftest import learned, merged, same
+from training import config_checks
 
 
 def cubed(step: StepOutput, *, power: int = 3) -> Tensor:
@@ -122,6 +128,140 @@ def test_the_config_of_a_run_repeats_it(
     assert same(learned(again), learned(run)) and not same(
         learned(run), learned(train.train(replace(config, out=config.out + "other")))
     )
+
+
+MINE = """
+import math
+import torch
+from lora_core.optim.adamw import AdamW
+from lora_core.diffusion.sampling import euler_ancestral
+
+def error(step):
+    return (step.out - step.target).pow(2).flatten(1).mean(1)
+
+def weight(snr, *, gamma=5.0):
+    return snr.clamp(max=gamma)
+
+def density(u, mean=0.0):
+    return torch.sigmoid(mean + torch.special.ndtri(u))
+
+def schedule(step, steps, *, cycles=0.5):
+    return max(0.0, 0.5 * (1 + math.cos(2 * math.pi * cycles * (step / steps))))
+
+def sampler(denoise, x, levels, *, noise):
+    return euler_ancestral(denoise, x, levels, noise=noise)
+
+class Own(AdamW):
+    pass
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(MINE)
+    return str(tmp_path / "mine.py")
+
+
+def options(names: dict[str, str], file: str) -> list[str]:
+    """The flags of our entries, or of the functions of a file."""
+    words = ["--weighting-arg", "gamma=3", "--noise.density-args", "mean=0.3"]
+    words += ["--optimizer.schedule-args", "cycles=1.5"]
+    for flag, name in names.items():
+        words += [flag, f"{file}:{name}" if file else name]
+    return words
+
+
+def test_a_run_with_everything_from_a_file_is_that_with_our_entries(
+    config: Config, quick: None, mine: str, tmp_path: Path
+) -> None:
+    """From the command line and from a TOML file, and again from the config.toml of the run."""
+    ours = {"--weighting": "min_snr", "--noise.density": "logit_normal", "--loss": "mse"}
+    ours |= {"--optimizer.schedule": "cosine", "--optimizer.name": "adamw"}
+    theirs = {"--weighting": "weight", "--noise.density": "density", "--loss": "error"}
+    theirs |= {"--optimizer.schedule": "schedule", "--optimizer.name": "Own"}
+    (tmp_path / "plain.toml").write_text(to_toml(config))
+    runs = []
+    for number, words in enumerate((options(ours, ""), options(theirs, mine))):
+        out = ["--out", f"{config.out}{number}"]
+        given = [str(tmp_path / "plain.toml"), *out, *words]
+        runs.append(train.train(parse_command_line(Config, given, prog="train.py", example="")))
+    again = read_toml(runs[1] / "config.toml")
+    assert (again.weighting, again.noise.density) == (f"{mine}:weight", f"{mine}:density")
+    runs.append(train.train(replace(again, out=config.out + "again")))
+    first, second, third = map(learned, runs)
+    assert same(second, third)
+    for name, tensor in first.items():  # the loss is another sum, in another order
+        assert torch.allclose(tensor, second[name], rtol=1e-3, atol=1e-5), name
+    plain = learned(train.train(config))
+    assert not all(torch.allclose(plain[k], first[k], rtol=1e-3, atol=1e-5) for k in plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "said"),
+    [
+        ("def fn(snr):\n    return snr / missing", "weighting", r"'missing' .*bad.py, line 2\)"),
+        ("def fn(snr):\n    return 1.0", "weighting", "returned float for snr"),
+        ("def fn(snr):\n    return -snr", "weighting", "gives weights from -10000"),
+        ("def fn(u):\n    return 2 * u", "density", "leaves the fractions 0..1"),
+        ("def fn(u):\n    return u[:3]", "density", r"returned \[3\] for u \[1024\]"),
+        ("def fn(u):\n    return u.nothing", "density", r"fn\(u\) and.*bad.py, line 2\)"),
+        ("def fan(u):\n    return u", "density", r"has no function 'fn' \(nearest: fan\)"),
+        ("x = 1\n\ny = x / 0", "density", r"cannot be run: ZeroDivisionError: .*bad.py, line 3"),
+    ],
+)
+def test_a_wrong_function_of_a_file_is_one_sentence_with_its_line(
+    config: Config, tmp_path: Path, text: str, change: str, said: str
+) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(text)
+    table: dict[str, Any] = {"weighting": f"{file}:fn"}
+    if change == "density":
+        table = {"noise": {"density": f"{file}:fn"}}
+    with pytest.raises(UserError, match=said):
+        config_checks.check_config(merged(config, table))
+
+
+def test_a_changed_weighting_is_read_again_by_the_next_run(tmp_path: Path) -> None:
+    """As in a notebook, whose process goes on."""
+    file = tmp_path / "mine.py"
+    level = flow_schedule().level(torch.tensor([0.5]))
+    found = []
+    for factor in (1, 3):
+        file.write_text(f"def fn(snr):\n    return {factor} * snr")
+        losses.check_weighting(f"{file}:fn", {})
+        found.append(float(losses.loss_weights(f"{file}:fn", level, "sample")))
+    assert found[1] == 3 * found[0]
+
+
+@pytest.mark.parametrize("name", ["my_optimizer.py", "my_schedule.py", "my_loss.py"])
+def test_an_example_has_at_most_ten_statements(name: str) -> None:
+    tree = ast.parse((Path("examples") / name).read_text())
+    count = 0
+    for node in ast.walk(tree):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.stmt) and not is_docstring:
+            count += not isinstance(node, ast.Import | ast.ImportFrom)
+    assert count <= 10
+
+
+def test_the_example_optimizer_is_the_papers_lion(config: Config, quick: None) -> None:
+    """arXiv 2302.06675 algorithm 2 in float64, and a run with it that resumes to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    p = torch.nn.Parameter(theta.clone())
+    optimizer = Lion([p], lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
+    m = torch.zeros_like(theta)
+    for _ in range(5):
+        g = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        p.grad = g.clone()
+        optimizer.step()
+        c = 0.8 * m + 0.2 * g
+        theta = theta - 0.01 * (c.sign() + 0.1 * theta)
+        m = 0.95 * m + 0.05 * g
+        torch.testing.assert_close(p.detach(), theta, rtol=1e-12, atol=1e-15)
+    chosen = OptimizerConfig("examples/my_optimizer.py:Lion", weight_decay={"denoiser": 0.1})
+    run = train.train(replace(config, optimizer=chosen))
+    assert all(bool(tensor.isfinite().all()) for tensor in learned(run).values())
 
 
 def test_a_run_that_cannot_be_repeated_says_so(config: Config, quick: None) -> None:

@@ -105,7 +105,7 @@ def cases(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
         validation=ValidationConfig(bins=2, every=EVERY),
         stages=(
             Stage(STEPS[0], ("tokens",)),
-            Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine"),
+            Stage(STEPS[1], ("denoiser", "tokens"), schedule="cosine", schedules={"tokens": "rex"}),
         ),
     )
     both = replace(

@@ -25,6 +25,7 @@ from lora_core.diffusion.sampling import (
     dpmpp_2m,
     euler,
     euler_ancestral,
+    find_sampler,
     flow_euler,
     guided_denoiser,
     sampler_levels,
@@ -494,6 +495,43 @@ def test_guidance_is_on_the_raw_output_in_one_call(prediction: str) -> None:
         check_dtype=False,
     )
     assert calls == [4, 2, 2]
+
+
+# ---------------------------------------------------------------- samplers from files
+
+
+OWN = """
+import torch
+
+def heun(denoise, x, levels, *, churn=0.0):
+    return x * churn
+
+def noisy(denoise, x, levels, noise):
+    return x + noise(0)
+
+noisy.drops_last = True
+"""
+
+
+def test_a_sampler_from_a_file_takes_noise_and_follows_the_rules_it_states(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    plain = find_sampler(f"{file}:heun", {"churn": 2.0})
+    assert not plain.stochastic and not plain.drops_last and plain.ends_at_zero
+    assert torch.equal(plain.run(None, EPS, None), 2 * EPS)
+    noisy = find_sampler(f"{file}:noisy")
+    assert noisy.stochastic and noisy.drops_last
+    ours = sampler_levels(f"{file}:noisy", VP, 4, spacing="linspace")
+    assert torch.equal(ours.t[:-1], sampler_levels("euler", VP, 5, spacing="linspace").t[:4])
+    assert find_sampler("ddim", {"eta": 1.0}).stochastic and not find_sampler("euler").stochastic
+    for name, args, said in (
+        (f"{file}:heun", {"chrun": 1}, "takes no argument 'chrun'; it takes churn .nearest: churn"),
+        (f"{file}:noisy", {"noise": 1}, "takes no argument 'noise' here: the program gives it"),
+        ("ddim", {"eta": "big"}, "argument eta of sampler ddim is 'big', expected a number"),
+        (f"{file}:hewn", {}, "has no function 'hewn'.*nearest: heun"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_sampler(name, args)
 
 
 # ---------------------------------------------------------------- refusals

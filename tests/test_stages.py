@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from safetensors.torch import load_file
 
 import train
 from lora_core.config import Config, OptimizerConfig, Stage
+from lora_core.errors import UserError
 from tests.conftest import learned
+from training import config_checks
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,48 @@ def test_a_text_adapter_that_pauses_needs_no_row_keys(config: Config, quick: Non
     stages = (Stage(1, ("denoiser", "text_encoder")), Stage(2, ("denoiser",)))
     run = train.train(replace(config, stages=stages, adapter=replace(config.adapter, dropout=0.5)))
     assert all(bool(p.isfinite().all()) for p in learned(run).values())
+
+
+def test_each_group_has_the_schedule_that_is_named_for_it(config: Config, quick: None) -> None:
+    """stages.I.schedules > stages.I.schedule > optimizer.schedules > optimizer.schedule."""
+    chosen = OptimizerConfig(
+        lr={"denoiser": 1e-2, "tokens": 1e-3},
+        schedule="wsd",
+        schedule_args={"decay": 0.5, "end": 0.1},
+        schedules={"tokens": "constant"},
+        warmup=1,
+    )
+    both = ("denoiser", "tokens")
+    stages = (
+        Stage(5, both),
+        Stage(3, both, schedule="linear", schedules={"tokens": "rex"}),
+        Stage(2, both, schedules={"denoiser": "constant"}),
+    )
+    run = train.train(replace(config, optimizer=chosen, stages=stages))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    denoiser = [line["lr_denoiser"] / 1e-2 for line in lines if "lr_denoiser" in line]
+    tokens = [line["lr_tokens"] / 1e-3 for line in lines if "lr_tokens" in line]
+    assert denoiser == pytest.approx([0, 1, 1, 1, 0.55, 0, 1, 0.5, 0, 1])
+    assert tokens == pytest.approx([0, 1, 1, 1, 1, 0, 1, 2 / 3, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("schedules", "stage", "said"),
+    [
+        ({"text_encoder": "rex"}, {}, "--optimizer.schedules names text_encoder, which no stage"),
+        ({}, {"schedules": {"tokens": "rex"}}, "--stages.0.schedules names tokens, which this"),
+        ({"denoiser": "rexx"}, {}, "unknown schedule 'rexx', the nearest is 'rex'"),
+        ({"denoiser": "rex"}, {"schedule": "linear"}, "schedules denoiser=rex has no effect"),
+    ],
+)
+def test_schedules_of_groups_that_do_not_train_are_refused(
+    config: Config, schedules: dict[str, Any], stage: dict[str, Any], said: str
+) -> None:
+    optimizer = replace(config.optimizer, schedules=schedules)
+    with pytest.raises(UserError, match=said):
+        config_checks.check_config(
+            replace(config, optimizer=optimizer, stages=(Stage(2, **stage),))
+        )
+    idle = replace(config.optimizer, schedule="cosine", schedules={"denoiser": "rex"})
+    with pytest.raises(UserError, match=r"--optimizer\.schedule has no effect without a group"):
+        config_checks.check_config(replace(config, optimizer=idle))
