@@ -397,8 +397,10 @@ def parse_arguments(words: Sequence[str]) -> Infer:
     if not config.source:
         return config
     given = set()
+    default = Infer()
     for option in fields(Infer):
-        if getattr(config, option.name) != option.default or is_given(option.name, words):
+        is_changed = getattr(config, option.name) != getattr(default, option.name)
+        if is_changed or is_given(option.name, words):
             given.add(option.name)
     return apply_recipe(config, config.source, given)
 
