@@ -109,11 +109,15 @@ def run_command(command: str) -> None:
             asked = parse_command_line(train.CompareRuns, words[2:], prog="train.py", example="")
             assert asked.compare and find_measures(asked.metric, asked.metric_arg) is not None
             return
+        if words[2] == "--list":
+            assert train.main(words[2:]) == 0
+            return
         config = parse_command_line(Config, words[2:], prog="train.py", example="")
         if not HUB.match(config.model):
             train.train(replace(shorten(config), overwrite=True))  # two pages train to one folder
     elif words[:2] == ["python", "infer.py"]:
-        assert infer.main([*words[2:], "--steps", "1", "--device", "cpu"]) == 0
+        more = [] if words[2] == "--list" else ["--steps", "1", "--device", "cpu"]
+        assert infer.main([*words[2:], *more]) == 0
     elif words[:2] == ["python", "merge.py"]:
         more = [] if words[2] in ("info", "diff", "explain") else ["--overwrite"]
         if words[2] == "fuse" and "sum" not in words:
