@@ -5,7 +5,8 @@
     python -m benchmarks.kernels --model sdxl
         the adapted layers of a model, and their cost over the frozen model
     python -m benchmarks.kernels --op lora_linear --candidate my_kernel.py:fn
-        checks a kernel of yours and times it next to the others
+        checks a kernel of yours and times it next to the others; --case lora: for a first kernel,
+        without DoRA and dropout
     python -m benchmarks.kernels --tune
         measures the implementations and stores the winners that training on this machine then takes
 
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
+from benchmarks.candidates import NOT_PLAIN, PLAIN_OPS, CandidateError, check_candidate
 from benchmarks.cases import DEFAULT_SHAPES, LAYERS, Case, Setting, make_cases, trained_tensors
 from benchmarks.measure import (
     DeviceRates,
@@ -38,7 +40,7 @@ from benchmarks.tuning import DTYPES, tune_kernels
 from lora_core import kernels
 from lora_core.errors import UserError, quiet_status
 from lora_core.kernels import OPS
-from lora_core.plugins import load_from_file
+from lora_core.plugins import find_plugin
 
 # --tune adds these: layers of the embedded model and of tests.
 SMALL: tuple[tuple[int, ...], ...] = ((256, 64, 64), (4096, 64, 64))
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_kernels(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, CandidateError) else 2
 
 
 def kernels_parser() -> argparse.ArgumentParser:
@@ -101,6 +103,12 @@ def kernels_parser() -> argparse.ArgumentParser:
         help="a function with the op's arguments, checked and timed next to the others",
     )
     option(
+        "--case",
+        choices=("all", "lora"),
+        default="all",
+        help=f"lora: check and time plain LoRA only, without {NOT_PLAIN}",
+    )
+    option(
         "--profile",
         action="store_true",
         help="torch.profiler's table of the first case instead of times",
@@ -138,6 +146,8 @@ def run_kernels(args: argparse.Namespace) -> int:
     found: list[Case] = []
     for name in names:
         found += make_cases(name, plan.setting, args.model, shapes)
+    if args.case == "lora":
+        found = [case for case in found if case.label.startswith("LoRA")]
     if args.profile:
         profile_case(found[0], plan)
         return 0
@@ -146,6 +156,9 @@ def run_kernels(args: argparse.Namespace) -> int:
             "triton implementations are left out: "
             "on the CPU they run in an interpreter, whose time means nothing"
         )
+    if plan.candidate:
+        only_plain = args.case == "lora"
+        print(check_candidate(names[0], plan.candidate, found, only_plain=only_plain))
     rates = measure_device_rates(plan.setting)
     copy, product = rates.bandwidth / 1e9, rates.products / 1e9
     print(
@@ -159,6 +172,8 @@ def run_kernels(args: argparse.Namespace) -> int:
         print_case(rows[-1])
         write_results(args, rates, rows, {})  # for an interruption
     write_results(args, rates, rows, summarize(rows, args.model, plan))
+    if args.case == "lora":
+        print(f"--case lora: {NOT_PLAIN} were neither checked nor timed")
     return 1 if any(row["broken"] for row in rows) else 0
 
 
@@ -197,14 +212,20 @@ def read_plan(args: argparse.Namespace) -> MeasurementPlan:
         raise UserError(
             "--shape and --model are both given; they choose the same thing, leave one out"
         )
+    if args.case == "lora":
+        others = [name for name in args.op or ["lora_linear"] if name not in PLAIN_OPS]
+        if others or not (args.op or args.candidate):
+            raise UserError(
+                f"--case lora is for the ops {' and '.join(PLAIN_OPS)}, whose other cases are "
+                f"{NOT_PLAIN}; name one of them with --op"
+            )
     candidate = None
     if args.candidate:
         if args.op and len(args.op) > 1:
             raise UserError(
                 f"--candidate is measured as one op, got --op {' '.join(args.op)}; name one"
             )
-        file, _, name = args.candidate.rpartition(":")
-        candidate = load_from_file(file, name, "function")
+        candidate = find_plugin(args.candidate, {}, "candidate")
     compiled = args.compile
     if compiled is None:
         compiled = args.device == "cuda" and not args.quick

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import laws, timing
+from benchmarks.candidates import CandidateError
 from benchmarks.cases import Case, Setting, copy_arguments, has_plain_arguments, trained_tensors
 from benchmarks.counting import Counter, saved_activations, touched_bytes
 from lora_core import kernels
-from lora_core.errors import UserError
 from lora_core.kernels import OPS
 
 NO_INPUT = ("keyed_dropout",)  # whose backward needs none of its arguments
@@ -67,7 +67,7 @@ def implementations(case: Case, plan: MeasurementPlan) -> dict[str, Callable[...
 
 
 def measure_case(case: Case, plan: MeasurementPlan, rates: DeviceRates) -> dict[str, Any]:
-    """The row of results of one case. Raises UserError for a candidate that breaks the law."""
+    """The row of results of one case. Raises CandidateError for a candidate that breaks the law."""
     functions = implementations(case, plan)
     checked, broken = check_implementations(case, functions)
     if "compile" in functions and (why := compile_failure(case, functions["compile"])):
@@ -138,11 +138,6 @@ def check_implementations(
     if not has_plain_arguments(case.args):
         # An optimizer's state cannot be cast; benchmarks.optimizer and the tests of the
         # implementations measure its error.
-        if "candidate" in functions:
-            raise UserError(
-                f"--candidate cannot be checked as {case.op}, whose arguments hold more than "
-                "tensors; use an op that takes tensors"
-            )
         return {}, {}
     truth = laws.run_outcome(reference, reference, copy_arguments(case.args, torch.float64))
     eager = laws.run_outcome(reference, reference, case.args)
@@ -162,7 +157,7 @@ def check_implementations(
         if fault is None:
             rows[name] = _largest_errors(laws.errors_to_truth(got, truth))
         elif name == "candidate":
-            raise UserError(
+            raise CandidateError(
                 f"the candidate is refused: at {case.op} {case.label} it {fault}; "
                 f"make it equal lora_core.kernels.reference.{case.op}"
             )

@@ -41,7 +41,7 @@ def test_a_wrong_candidate_is_refused_with_its_error(kernels_benchmark, tmp_path
     file = tmp_path / "mine.py"
     file.write_text(CANDIDATES)
     status, _, err = kernels_benchmark(*TINY_LAYER, "--candidate", f"{file}:{name}")
-    assert status == 2
+    assert status == 1
     assert "the candidate is refused: at lora_linear LoRA 16,24,24 it" in err
     assert re.search(said, err), err
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lora_core import kernels
 from lora_core.config import GROUPS, Config, Stage
 from lora_core.diffusion import densities, losses, sampling
 from lora_core.errors import UserError
@@ -431,6 +432,7 @@ def check_services(c: Config) -> None:
 
 def check_device(c: Config, device: torch.device) -> None:
     """Raises UserError for options that this machine cannot carry out; prints the device."""
+    kernels.current_mode()  # raises for LORA_KERNELS and LORA_CANDIDATE
     if c.cuda_graph and device.type != "cuda":
         raise UserError(
             f"--cuda-graph needs an NVIDIA GPU, and this run is on {device.type}; leave it out"

@@ -24,6 +24,7 @@ from lora_core.diffusion import densities, validation
 from lora_core.diffusion.validation import Score
 from lora_core.formats import dora_readers
 from lora_core.formats.known_formats import CUSTOM_KIND, TOKEN_NAMES
+from lora_core.kernels import choice
 from lora_core.report import write_report
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
@@ -159,12 +160,16 @@ def _print_results(scores: Before | None, note: str, words: str) -> None:
 
 
 def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, Any]:
-    """Optional entries of summary.json: changes on resuming, skipped steps, a remark."""
+    """Optional entries of summary.json: changes on resuming, skipped steps, a remark, the user's
+    function in place of a kernel."""
     notes: dict[str, Any] = {}
     if checkpoints.changes:
         notes["changes"] = checkpoints.changes
     if note:
         notes["compared"] = note
+    if (candidate := choice.current_candidate()) is not None:
+        notes["kernel_candidate"] = {"op": candidate.op, "function": candidate.name}
+        print(candidate.describe_calls())
     if log.config.precision == "fp16":
         notes["skipped"] = log.skipped.total
     return notes

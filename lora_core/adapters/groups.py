@@ -176,14 +176,20 @@ class LayerGroup:
 
 
 def may_group(device_type: str) -> bool:
-    """Whether lora_grouped can run as Triton kernels on a device, under the kernels' mode."""
+    """Whether lora_grouped can run as Triton kernels on a device, or is a user's function."""
     mode = current_mode()
+    if OPS["lora_grouped"].candidate is not None:
+        return True
+    if OPS["lora_linear"].candidate is not None:  # it computes each layer
+        return False
     return mode == "triton" or (mode == "auto" and device_type != "cpu")
 
 
 def pays(x: Tensor, members: tuple[Member, ...]) -> bool:
-    """Whether lora_grouped runs as Triton kernels on these arguments."""
+    """Whether lora_grouped runs as Triton kernels on these arguments, or is a user's function."""
     mode = current_mode()
+    if OPS["lora_grouped"].candidate is not None:
+        return True
     if mode != "auto":
         return mode == "triton"
     return choice.choose_winner("lora_grouped", OPS["lora_grouped"], (x, members)) == "triton"

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: `call` runs one, `resolve` names it.
 
 In the mode auto it is the fastest by measurement (winners.py), looked up in about a microsecond.
-LORA_KERNELS, `set_mode` and `with use_kernels("reference"):` choose another mode.
+LORA_KERNELS, `set_mode` and `with use_kernels("reference"):` choose another mode. LORA_CANDIDATE
+puts a user's function in the place of an op (candidate.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.kernels import winners
+from lora_core.kernels.candidate import VARIABLE, Candidate, read_candidate
 from lora_core.kernels.device import HAS_TRITON
 from lora_core.kernels.winners import ANY, REPLAYED, Winners
 
@@ -63,6 +65,7 @@ class Op:
     triton: Callable[..., Any] | None = None
     supports: Callable[..., str | None] | None = None  # why `triton` cannot run on them, or None
     shape_class: Callable[..., str] | None = None  # key in the table of winners
+    candidate: Candidate | None = None  # a user's, in place of the others where it takes the args
 
 
 class OpTable(dict[str, Op]):
@@ -94,12 +97,22 @@ def resolve(name: str, *args: Any) -> Callable[..., Any]:
     and one warning gives the reason. The function may be cached for such arguments as long as
     `dispatch.generation` is unchanged.
     """
-    op, chosen = OPS[name], dispatch.mode or current_mode()
+    chosen = dispatch.mode or current_mode()
+    op = OPS[name]
+    if op.candidate is not None and op.candidate.accepts(args):
+        return partial(_run_candidate, name, op.candidate)
     if chosen == "auto":
         chosen = choose_winner(name, op, args)
     if chosen == "triton":
         return partial(_run_triton, name, op)
     return op.fused if chosen == "fused" and op.fused is not None else op.reference
+
+
+def _run_candidate(name: str, candidate: Candidate, *args: Any) -> Any:
+    """The result of a user's function, or for arguments that it does not take of the usual one."""
+    if candidate.accepts(args):
+        return candidate.run(args)
+    return call(name, *args)
 
 
 def _run_triton(name: str, op: Op, *args: Any) -> Any:
@@ -123,13 +136,16 @@ def _run_triton(name: str, op: Op, *args: Any) -> Any:
 
 def current_mode() -> str:
     """The current mode: that of the innermost `use_kernels`, else of `set_mode`, else LORA_KERNELS,
-    else auto.
+    else auto. Reads LORA_CANDIDATE with LORA_KERNELS, at the first use.
 
-    Raises UserError for a LORA_KERNELS that is not one of MODES.
+    Raises UserError for a LORA_KERNELS that is not one of MODES, and for a LORA_CANDIDATE that
+    names no function.
     """
     if dispatch.mode is None:
         named = os.environ.get("LORA_KERNELS", "auto")
         _check_mode(named, "LORA_KERNELS")
+        given = os.environ.get(VARIABLE, "")
+        use_candidate(read_candidate(given, OPS) if given else None)
         dispatch.mode = named
     return dispatch.mode
 
@@ -139,6 +155,20 @@ def set_mode(mode: str | None) -> None:
     if mode is not None:
         _check_mode(mode, "set_mode(...)")
     dispatch.mode = mode
+
+
+def use_candidate(candidate: Candidate | None) -> None:
+    """Run an op by a user's function from now on; None: every op by its own implementations."""
+    for name, op in OPS.items():
+        own = candidate if candidate is not None and candidate.op == name else None
+        if op.candidate is not own:
+            OPS[name] = replace(op, candidate=own)
+
+
+def current_candidate() -> Candidate | None:
+    """The user's function that an op runs by, if there is one."""
+    found = [op.candidate for op in OPS.values() if op.candidate is not None]
+    return found[0] if found else None
 
 
 @contextmanager
