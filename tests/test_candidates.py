@@ -9,6 +9,7 @@ from benchmarks import candidates
 from benchmarks.candidates import CandidateError, candidate_cases, check_candidate, find_fault
 from lora_core.errors import UserError
 from lora_core.kernels import OPS
+from lora_core.plugins import load_from_file
 from tests.conftest import TINY_LAYER
 
 HEAD = """
@@ -132,3 +133,71 @@ def test_options_of_the_check_that_do_not_fit_are_refused(kernels_benchmark):
     assert status == 2 and "--case lora is for the ops lora_linear and lora_grouped" in err
     with pytest.raises(UserError, match="cannot be checked as adamw_step"):
         candidates.example_checks("adamw_step", "cpu", torch.float32)
+
+
+TRITON = """
+import torch
+import triton
+import triton.language as tl
+
+@triton.jit
+def product(a, b, c, m, n, k, sa, ta, sb, tb, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, k, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        left_in = (rows[:, None] < m) & (inner[None, :] < k)
+        left = tl.load(a + rows[:, None] * sa + inner[None, :] * ta, left_in, 0.0)
+        right_in = (inner[:, None] < k) & (columns[None, :] < n)
+        right = tl.load(b + inner[:, None] * sb + columns[None, :] * tb, right_in, 0.0)
+        total += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    inside = (rows[:, None] < m) & (columns[None, :] < n)
+    tl.store(c + rows[:, None] * n + columns[None, :], total, inside)
+
+def multiply(a, b):
+    (m, k), n = a.shape, b.shape[1]
+    c = torch.empty(m, n, device=a.device)
+    grid = triton.cdiv(m, 64), triton.cdiv(n, 64)
+    product[grid](a, b, c, m, n, k, *a.stride(), *b.stride(), BLOCK=64)
+    return c
+
+class Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, down, up, scale):
+        rows = x.reshape(-1, x.shape[-1])
+        y = scale * multiply(multiply(rows, down.T), up.T)
+        y = y if weight is None else y + multiply(rows, weight.T)
+        y = y if bias is None else y + bias
+        return y.to(x.dtype).view(*x.shape[:-1], len(up))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], *inputs[3:5])
+        ctx.scale = inputs[5]
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, down, up = ctx.saved_tensors
+        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        hidden, back = multiply(rows, down.T), ctx.scale * multiply(dy, up)
+        dx = multiply(back, down)
+        dx = dx if weight is None else dx + multiply(dy, weight)
+        d_up = ctx.scale * multiply(dy.T, hidden)
+        return dx.to(x.dtype).view(x.shape), None, None, multiply(back.T, rows), d_up, None
+
+def lora_linear(x, weight, bias, down, up, scale):
+    return Layer.apply(x, weight, bias, down, up, scale)
+"""
+
+
+def test_a_triton_kernel_of_ones_own_is_checked_in_the_interpreter(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    few = ("LoRA without weight", "x with 2 dimensions", "x sliced out of a wider tensor")
+    chosen = {name: candidates.LINEAR_CASES[name] for name in few}
+    monkeypatch.setattr(candidates, "LINEAR_CASES", chosen)
+    monkeypatch.setattr(candidates, "CHECKED_DTYPES", {"bf16": torch.bfloat16})
+    (tmp_path / "mine.py").write_text(TRITON)
+    function = load_from_file(str(tmp_path / "mine.py"), "lora_linear", "function")
+    said = check_candidate("lora_linear", function, (), only_plain=True)
+    assert said.startswith("candidate: 3 cases of lora_linear agree with the reference")
