@@ -239,11 +239,11 @@ def check_candidate(
                 refused.setdefault(reason, []).append(f"{case.name} {label}")
                 continue
             checked += 1
-            if fault := find_fault(op, function, case):
+            if fault := candidate_fault(op, function, case):
                 faults.setdefault(case.name, []).append((label, fault))
     if faults:
         for case in measured:
-            if fault := find_fault(op, function, CheckedCase(case.label, case.args)):
+            if fault := candidate_fault(op, function, CheckedCase(case.label, case.args)):
                 faults[case.label] = [("as measured", fault)]
         raise CandidateError(*_describe_faults(op, faults))
     if not checked:
@@ -278,10 +278,12 @@ def _describe_faults(op: str, faults: dict[str, list[tuple[str, str]]]) -> tuple
     advice = f"{number}; make it equal lora_core.kernels.reference.{op}"
     if op in PLAIN_OPS:
         advice += f", or leave {NOT_PLAIN} out of the check with --case lora"
+    if "active drivers" in lines[0]:
+        advice = "a Triton kernel runs on a GPU, or on a CPU in the interpreter: TRITON_INTERPRET=1"
     return lines[0], "".join(f"\n{line}" for line in [*lines[1:], advice])
 
 
-def find_fault(op: str, function: Callable[..., Any], case: CheckedCase) -> str | None:
+def candidate_fault(op: str, function: Callable[..., Any], case: CheckedCase) -> str | None:
     """How a function fails a case, as the predicate of a sentence; None where it is right."""
     wrap = case.wrap or (lambda given: given)
     right = OPS[op].reference

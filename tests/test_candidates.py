@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import candidates
-from benchmarks.candidates import CandidateError, candidate_cases, check_candidate, find_fault
+from benchmarks.candidates import CandidateError, candidate_cases, candidate_fault, check_candidate
 from lora_core.errors import UserError
 from lora_core.kernels import OPS
 from lora_core.plugins import load_from_file
@@ -50,7 +50,7 @@ def test_what_a_candidate_leaves_out_is_named(tmp_path, line):
     function = load(tmp_path, line)
     failing = set()
     for case in candidate_cases("lora_linear", "cpu", torch.float32):
-        if find_fault("lora_linear", function, case):
+        if candidate_fault("lora_linear", function, case):
             failing.add(case.name)
     assert MISTAKES[line] <= failing, failing
     if line == "drop = None":
@@ -69,7 +69,7 @@ def test_a_result_in_another_dtype_and_an_argument_that_changes_are_refused(tmp_
     def wide(*args):
         return OPS["lora_linear"].reference(*args).float()
 
-    said = find_fault("lora_linear", wide, case)
+    said = candidate_fault("lora_linear", wide, case)
     assert said == "gives result in float32, expected bfloat16"
 
     def writing(x, *args):
@@ -77,7 +77,7 @@ def test_a_result_in_another_dtype_and_an_argument_that_changes_are_refused(tmp_
         x.data.add_(1)
         return y
 
-    assert find_fault("lora_linear", writing, case) == (
+    assert candidate_fault("lora_linear", writing, case) == (
         "gives x after, where the reference has none"
     )
 
