@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import train
 from lora_core.command_line import parse_command_line
 from lora_core.config import Config, Stage
-from lora_core.diffusion.losses import LOSSES, find_function
+from lora_core.diffusion.losses import LOSSES
 from lora_core.errors import UserError, exit_status
+from lora_core.plugins import find_plugin
 from lora_core.report import write_report
 from lora_core.runs.comparison import (
     Comparison,
@@ -65,7 +66,7 @@ def parse_losses(specs: Sequence[str]) -> list[LabLoss]:
         if not colon or "=" not in words:
             name, words = spec, ""
         arguments = dict(map(_parse_argument, filter(None, words.split(","))))
-        find_function(name, LOSSES, arguments)
+        find_plugin(name, LOSSES, "loss", arguments)
         label = re.sub(r"[^\w.=-]+", "_", ":".join(filter(None, [name.split(":")[-1], words])))
         if label in {loss.label for loss in found}:
             raise UserError(f"--loss {spec} is there twice, or has the name of another; rename it")

@@ -86,6 +86,13 @@ LISTED_TABLES = {
         "my_sampler.py:fn, with fn(denoise, x, levels) -> x",
         "--samples.sampler-args, --sampler-args",
     ),
+    "measures": ListedTable(
+        "training.measures",
+        "MEASURES",
+        "train.py --compare --metric; also loss (recorded), clip:MODEL",
+        "my_metric.py:fn, with fn(step) -> [b] or fn(images, prompts) -> [n]",
+        "--metric-arg",
+    ),
     "formats": ListedTable(
         "lora_core.formats.known_formats", "FORMATS", "merge.py convert --to", ""
     ),
@@ -167,10 +174,10 @@ def describe_table(name: str) -> str:
 def list_entries(module: str, table: str) -> list[Entry]:
     """The entries of the table of that name in a module's source."""
     found = []
-    for name, value in _table_items(_parse_module(module), table):
+    for name, value, place in _table_items(module, table):
         while isinstance(value, ast.Call):  # a row, such as Sampler(ddim, ...)
             value = value.args[0]
-        found.append(_describe_entry(name, value, module))
+        found.append(_describe_entry(name, value, place))
     return found
 
 
@@ -212,32 +219,41 @@ def _parse_module(module: str) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _table_items(tree: ast.Module, table: str) -> list[tuple[str, ast.expr]]:
-    """(name, value) of TABLE = {name: value}, or of TABLE.update(name=value)."""
-    items: list[tuple[str, ast.expr]] = []
-    for node in tree.body:
+def _table_items(module: str, table: str) -> list[tuple[str, ast.expr, str]]:
+    """(name, value, its module) of TABLE = {name: value, **OTHER} or TABLE.update(name=value)."""
+    items: list[tuple[str, ast.expr, str]] = []
+    for node in _parse_module(module).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if ast.unparse(targets[0]) == table:
-                keys = [ast.literal_eval(key) for key in node.value.keys if key is not None]
-                items += zip(keys, node.value.values, strict=True)
+                for key, value in zip(node.value.keys, node.value.values, strict=True):
+                    if key is None:  # ** of another module's table
+                        items += _table_items(*_find_place(ast.unparse(value), module))
+                    else:
+                        items.append((ast.literal_eval(key), value, module))
         call = node.value if isinstance(node, ast.Expr) else None
         if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{table}.update":
-            items += [(str(keyword.arg), keyword.value) for keyword in call.keywords]
+            for keyword in call.keywords:
+                items.append((str(keyword.arg), keyword.value, module))
     return items
+
+
+def _find_place(name: str, module: str) -> tuple[str, str]:
+    """(module, name there) of what a module imports and calls `name`, such as losses.LOSSES."""
+    first, _, rest = name.partition(".")
+    for node in _parse_module(module).body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                if (alias.asname or alias.name) == first:
+                    inner = f"{node.module}.{alias.name}"
+                    return (inner, rest) if rest else (node.module, alias.name)
+    raise KeyError(f"{module} has no {name}")
 
 
 def _find_definition(name: str, module: str) -> ast.FunctionDef | ast.ClassDef:
     """The function or class that a module calls `name`, wherever it is defined."""
-    first, _, rest = name.partition(".")
     for node in _parse_module(module).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return node
-        if not isinstance(node, ast.ImportFrom) or node.module is None:
-            continue
-        for alias in node.names:
-            if (alias.asname or alias.name) == first:
-                if rest:
-                    return _find_definition(rest, f"{node.module}.{alias.name}")
-                return _find_definition(alias.name, node.module)
-    raise KeyError(f"{module} has no {name}")
+    place, own_name = _find_place(name, module)
+    return _find_definition(own_name, place)

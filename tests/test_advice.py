@@ -68,7 +68,7 @@ TAKEN = CONFIG | dict(options(Infer)) | dict(options(CompareRuns))
 TAKEN |= dict.fromkeys(merge_flags(), str)
 READ_BY_HAND = {
     "train.py": {"compare", "list", "preview-density"},
-    "plugin_lists.py": {"list", "op"},
+    "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},
     "config.py": {"data.mask"},  # the other spelling of data.masks
     "image_recipe.py": {"from"},

@@ -149,7 +149,7 @@ def test_a_grid_is_trained_once_and_compared(
     [
         (["--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["--validation.every", "-1"], "leave --validation.every out"),
-        (["--metric", "nothing"], "unknown name 'nothing'"),
+        (["--metric", "nothing"], "unknown measure 'nothing'"),
     ],
 )
 def test_a_grid_that_cannot_be_compared_is_refused_first(

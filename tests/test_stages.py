@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -10,9 +9,7 @@ from safetensors.torch import load_file
 
 import train
 from lora_core.config import Config, OptimizerConfig, Stage
-from lora_core.errors import UserError
 from tests.conftest import learned
-from training import config_checks
 
 
 @pytest.mark.parametrize(
@@ -83,25 +80,3 @@ def test_each_group_has_the_schedule_that_is_named_for_it(config: Config, quick:
     tokens = [line["lr_tokens"] / 1e-3 for line in lines if "lr_tokens" in line]
     assert denoiser == pytest.approx([0, 1, 1, 1, 0.55, 0, 1, 0.5, 0, 1])
     assert tokens == pytest.approx([0, 1, 1, 1, 1, 0, 1, 2 / 3, 0, 1])
-
-
-@pytest.mark.parametrize(
-    ("schedules", "stage", "said"),
-    [
-        ({"text_encoder": "rex"}, {}, "--optimizer.schedules names text_encoder, which no stage"),
-        ({}, {"schedules": {"tokens": "rex"}}, "--stages.0.schedules names tokens, which this"),
-        ({"denoiser": "rexx"}, {}, "unknown schedule 'rexx', the nearest is 'rex'"),
-        ({"denoiser": "rex"}, {"schedule": "linear"}, "schedules denoiser=rex has no effect"),
-    ],
-)
-def test_schedules_of_groups_that_do_not_train_are_refused(
-    config: Config, schedules: dict[str, Any], stage: dict[str, Any], said: str
-) -> None:
-    optimizer = replace(config.optimizer, schedules=schedules)
-    with pytest.raises(UserError, match=said):
-        config_checks.check_config(
-            replace(config, optimizer=optimizer, stages=(Stage(2, **stage),))
-        )
-    idle = replace(config.optimizer, schedule="cosine", schedules={"denoiser": "rex"})
-    with pytest.raises(UserError, match=r"--optimizer\.schedule has no effect without a group"):
-        config_checks.check_config(replace(config, optimizer=idle))

@@ -21,7 +21,7 @@ from lora_core import kernels
 from lora_core.config import GROUPS, Config, Stage
 from lora_core.diffusion import densities, losses, sampling
 from lora_core.errors import UserError
-from lora_core.optim import building, schedules
+from lora_core.optim import building
 from lora_core.placeholders import has_placeholder
 from lora_core.plugins import function_name
 from lora_core.runs import card, destination, lock, reports
@@ -29,6 +29,7 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
+from training.group_checks import check_groups, check_schedules, stage_schedules
 from training.mask_files import parse_segmenter
 from training.optimizer_check import try_optimizer
 
@@ -67,14 +68,6 @@ def _some_stage(test: Callable[[Config, Stage], bool]) -> Callable[[Config], boo
     return lambda c: any(test(c, stage) for stage in c.stages)
 
 
-def _schedules(c: Config, stage: Stage) -> dict[str, list[str]]:
-    """Schedule -> the groups that it steers in a stage."""
-    found: dict[str, list[str]] = {}
-    for group in stage.groups:
-        found.setdefault(stage.schedule_of(group, c.optimizer), []).append(group)
-    return found
-
-
 def _has_norm_target(c: Config, stage: Stage) -> bool:
     return "tokens" in stage.groups and (stage.norm or c.tokens.norm) in ("pull", "stop")
 
@@ -107,7 +100,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "noise.low": (_some_stage(lambda c, s: s.low is None), "a stage that has no low of its own"),
     "noise.high": (_some_stage(lambda c, s: s.high is None), "a stage that has no high of its own"),
     "optimizer.schedule": (
-        _some_stage(lambda c, s: c.optimizer.schedule in _schedules(c, s)),
+        _some_stage(lambda c, s: c.optimizer.schedule in stage_schedules(c, s)),
         "a group in a stage that has no schedule of its own",
     ),
     "validation.images": VALIDATION,
@@ -147,7 +140,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
         f"--data.variants when there is {RANDOM_PIXELS}",
     ),
     "optimizer.schedule_args": (
-        _some_stage(lambda c, s: c.optimizer.schedule in _schedules(c, s)),
+        _some_stage(lambda c, s: c.optimizer.schedule in stage_schedules(c, s)),
         "a stage with that schedule",
     ),
 }
@@ -209,14 +202,14 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     check_unicode(to_table(c), "")
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)
-    _check_groups(c)
+    check_groups(c)
     _check_effects(c)
     c.data.check_combination()
     c.adapter.check_combination()
     _check_known_words(c)
     _check_attention(c)
     _check_pairs(c)
-    _check_schedules(c)
+    check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
     densities.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument
     sampling.find_sampler(c.samples.sampler, c.samples.sampler_args)
@@ -330,29 +323,6 @@ def _check_stage(c: Config, stage: Stage, i: int) -> None:
         )
 
 
-def _check_groups(c: Config) -> None:
-    """Raises UserError for settings of groups that no stage trains."""
-    trained = {group for group in GROUPS if c.trains(group)}
-    o = c.optimizer
-    tables: dict[str, Mapping[str, Any]] = {
-        "lr": o.lr,
-        "weight-decay": o.weight_decay,
-        "betas": o.betas,
-        "schedules": o.schedules,
-    }
-    for option, table in tables.items():
-        if unknown := set(table) - trained:
-            names = ", ".join(sorted(unknown))
-            raise UserError(f"--optimizer.{option} names {names}, which no stage trains")
-    for group in o.schedules:
-        stages = [stage for stage in c.stages if group in stage.groups]
-        if all(stage.schedule or group in stage.schedules for stage in stages):
-            raise UserError(
-                f"--optimizer.schedules {group}={o.schedules[group]} has no effect: every stage "
-                f"that trains {group} has a schedule of its own; leave one of them out"
-            )
-
-
 def _check_known_words(c: Config) -> None:
     """Raises UserError for a placeholder word in a prompt for the base model, which has not learned
     it.
@@ -369,25 +339,6 @@ def _check_known_words(c: Config) -> None:
                     f"{option} is {text!r} and holds the placeholder word {word}, "
                     "which is still to be learned; write an ordinary word there"
                 )
-
-
-def _check_schedules(c: Config) -> None:
-    """Raises UserError for a learning rate that a stage never reaches or that its schedule does
-    not give.
-    """
-    o = c.optimizer
-    for i, stage in enumerate(c.stages):
-        if o.warmup > stage.steps:
-            raise UserError(
-                f"--optimizer.warmup is {o.warmup} steps, longer than stage {i} of {stage.steps}, "
-                "which would end before its learning rate is reached; "
-                f"lower it or raise --stages.{i}.steps"
-            )
-        for name in _schedules(c, stage):
-            arguments = o.schedule_args if name == o.schedule else {}
-            multiplier = schedules.resolve_schedule(name, **arguments)
-            for step in (0, stage.steps - 1):
-                multiplier(step, stage.steps, o.warmup)
 
 
 def _look_up(tree: Any, name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.config import Stage
+from lora_core.config import Stage, WeightingName
 from lora_core.data.dataset import collate
 from lora_core.data.images import image_to_pixels, read_image
 from lora_core.diffusion import losses, validation
@@ -20,6 +20,7 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.validation import Score
 from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
+from lora_core.plugins import find_plugin
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
 from models.image_similarity import ImageSimilarity
 from training.step import Loss, Step
@@ -28,7 +29,7 @@ from training.trained_runs import TrainedRun, open_trained_run
 
 RECORDED, CLIP = "loss", "clip:"
 # Options by which a run draws images; measures of images compare runs with the same ones.
-DRAWN_BY = ("sampler", "steps", "guidance", "negative")
+DRAWN_BY = ("sampler", "sampler_args", "steps", "guidance", "negative")
 # (images [n, 3, h, w] in [-1, 1], their prompts) -> one number for each image
 SampleScore = Callable[[Tensor, Sequence[str]], Tensor | Sequence[float]]
 
@@ -68,7 +69,7 @@ def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure
             is_clip = spec.startswith(CLIP)
             found += _clip_measures(spec.removeprefix(CLIP)) if is_clip else [Measure(RECORDED)]
             continue
-        function = losses.find_function(spec, MEASURES, args)
+        function = find_plugin(spec, MEASURES, "measure", args)
         is_better = getattr(function, "higher_is_better", False) is True
         if getattr(function, "reads_samples", False) is True:
             found.append(Measure(spec, is_better, of_samples=_score_with(function, spec)))
@@ -122,7 +123,9 @@ def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
     """
     model, scorer = trained.model, trained.scorer
     # whole batches, no weights by noise level, and the network's own output
-    config = replace(trained.config, accumulation=1, weighting="none", weighting_arg={})
+    config = replace(
+        trained.config, accumulation=1, weighting=WeightingName("none"), weighting_arg={}
+    )
     config = replace(config, noise=replace(config.noise, space="model"), cuda_graph=False)
     images = trained.data.validation
     data = replace(trained.data, training=images, class_images=None)
