@@ -3,7 +3,10 @@
     python -m benchmarks.kernels --op lora_linear --candidate examples/my_kernel.py:lora_linear
 
 A candidate takes the arguments of the op's reference in lora_core/kernels/reference.py. The command
-compares its outputs and gradients with the reference in float64 and times both.
+compares its outputs and gradients with the reference in float64 and times both. A first kernel
+needs the first six arguments only (--case lora). In a training run:
+
+    LORA_CANDIDATE=examples/my_kernel.py:lora_linear python train.py configs/toy_pti.toml
 """
 
 import torch

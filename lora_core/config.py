@@ -238,7 +238,7 @@ class OptimizerConfig:
     inverse_sqrt, or my_schedule.py:fn, with fn(step, steps)."""
     schedule_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the schedule, e.g. cycles=3 or power=2."""
-    schedules: dict[str, ScheduleName] = field(default_factory=dict)
+    schedules: dict[str, str] = field(default_factory=dict)
     """Schedule per group, e.g. "denoiser=cosine tokens=constant"; others: --optimizer.schedule,
     whose arguments a group of the same schedule has, too."""
     warmup: Annotated[int, AtLeast(0)] = 0
@@ -266,7 +266,7 @@ class Stage:
     """Weight decay per group in this stage."""
     schedule: Annotated[ScheduleName | None, _SCHEDULE] = None
     """Learning rate over this stage, of all its groups but those of --stages.I.schedules."""
-    schedules: dict[str, ScheduleName] = field(default_factory=dict)
+    schedules: dict[str, str] = field(default_factory=dict)
     """Schedule per group in this stage."""
     low: float | None = None
     """Lowest timestep of this stage, as a fraction of the schedule."""
@@ -277,7 +277,7 @@ class Stage:
     mask_temperature: Annotated[float, Above(0)] = 1.0
     """The mask is raised to this power: above 1 the background counts less."""
 
-    def schedule_of(self, group: str, usual: OptimizerConfig) -> ScheduleName:
+    def schedule_of(self, group: str, usual: OptimizerConfig) -> str:
         """The schedule of a group's learning rate in this stage."""
         own = self.schedules.get(group) or self.schedule
         return own or usual.schedules.get(group) or usual.schedule

@@ -1,12 +1,15 @@
 """Schedules of groups that do not train, or that no stage reads, are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_core.command_line import parse_command_line
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
+from lora_core.toml import read_toml, to_toml
 from training import config_checks
 
 
@@ -30,3 +33,12 @@ def test_schedules_of_groups_that_do_not_train_are_refused(
     idle = replace(config.optimizer, schedule="cosine", schedules={"denoiser": "rex"})
     with pytest.raises(UserError, match=r"--optimizer\.schedule has no effect without a group"):
         config_checks.check_config(replace(config, optimizer=idle))
+
+
+def test_schedules_of_groups_are_a_flag_and_a_table(tmp_path: Path) -> None:
+    words = ["--optimizer.schedules", "denoiser=cosine", "tokens=mine.py:fn"]
+    config = parse_command_line(Config, words, prog="train.py", example="")
+    assert config.optimizer.schedules == {"denoiser": "cosine", "tokens": "mine.py:fn"}
+    staged = replace(config, stages=(Stage(3, schedules={"denoiser": "rex"}),))
+    (tmp_path / "c.toml").write_text(to_toml(staged))
+    assert read_toml(tmp_path / "c.toml") == staged

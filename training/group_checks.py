@@ -33,11 +33,13 @@ def check_groups(c: Config) -> None:
             names = ", ".join(sorted(unknown))
             raise UserError(f"--optimizer.{option} names {names}, which no stage trains")
     for group in o.schedules:
-        stages = [stage for stage in c.stages if group in stage.groups]
+        numbers = [i for i, stage in enumerate(c.stages) if group in stage.groups]
+        stages = [c.stages[i] for i in numbers]
         if all(stage.schedule or group in stage.schedules for stage in stages):
             raise UserError(
                 f"--optimizer.schedules {group}={o.schedules[group]} has no effect: every stage "
-                f"that trains {group} has a schedule of its own; leave one of them out"
+                f"that trains {group} has a schedule of its own; "
+                f"give --stages.{numbers[0]}.schedules"
             )
 
 
