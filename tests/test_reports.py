@@ -186,6 +186,14 @@ def test_plots_mark_the_stages_and_equal_distances_share_a_line(
     assert seen["val.png"] == (bins, bins, marks)
 
 
+def test_values_that_a_loss_logs_have_a_plot_with_a_panel_each(tmp_path: Path) -> None:
+    rows = [{"step": i, "grad_norm": 1.0, "d": 0.1, "share": i / 9, "size": 9.0} for i in (1, 2)]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    assert [path.name for path in reports.plot_metrics(tmp_path)] == ["d.png", "logged.png"]
+    with Image.open(tmp_path / "logged.png") as image:
+        assert image.size == (960, 2 * 312)
+
+
 def test_validation_is_drawn_over_steps_and_before_and_after(tmp_path: Path) -> None:
     """Of many timesteps, of which some are named."""
     names = [f"{i}" for i in range(40)]

@@ -19,7 +19,7 @@ ATTENTION_ADVICE = (
     "write my_loss.reads_attention = True below my_loss"
 )
 # Metrics of the program itself, in metrics.jsonl, and how the names of others begin.
-OWN_METRICS = ("step", "loss", "grad_norm", "skipped", "time")
+OWN_METRICS = ("step", "loss", "grad_norm", "skipped", "time", "d")
 OWN_PREFIXES = ("lr_", "d_", "val_")
 
 
@@ -39,6 +39,11 @@ class CaptionTokens(NamedTuple):
     find: Callable[[str], Tensor] | None = None
 
 
+def is_own_metric(name: str) -> bool:
+    """Whether a metric of metrics.jsonl is the program's own, not one that a loss logs."""
+    return name in OWN_METRICS or name.startswith(OWN_PREFIXES)
+
+
 Readings = dict[str, list[Tensor]]  # name -> values that a loss or a step logs, 0-dim each
 
 
@@ -47,7 +52,7 @@ def add_reading(readings: Readings, name: str, value: Tensor | float) -> None:
 
     Raises UserError for the name of a metric of the program itself.
     """
-    if name in OWN_METRICS or name.startswith(OWN_PREFIXES):
+    if is_own_metric(name):
         raise UserError(
             f"step.log got the name {name!r}, which the program's own metrics have; choose another"
         )

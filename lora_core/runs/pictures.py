@@ -215,6 +215,23 @@ def plot_training(
             axis.legend(edgecolor="white")
 
 
+def plot_logged_values(
+    series: Series, path: Path, *, marks: Sequence[tuple[float, str]], window: int
+) -> None:
+    """A PNG with a panel below another for each value that a loss logs over steps, and its running
+    mean.
+    """
+    with _figure(path, rows=len(series)) as axes:
+        for axis, (name, (x, y)) in zip([axes] if len(series) == 1 else axes, series.items()):
+            axis.plot(x, y, linewidth=1, color=COLORS[0])
+            axis.plot(x, running_mean(y, window), linewidth=2, color=COLORS[1])
+            axis.set(ylabel=name)
+            axis.grid(alpha=0.3)
+            axis.locator_params(axis="x", integer=True)
+            _draw_marks(axis, marks)
+        axis.set(xlabel="step")
+
+
 def plot_validation(
     over_steps: Series,
     before_after: Mapping[str, tuple[float, float]],
@@ -306,15 +323,15 @@ def _all_values(series: Series) -> list[float]:
 
 
 @contextmanager
-def _figure(path: Path, panels: int = 1) -> Iterator[Any]:
-    """Axes of a new figure, or of several side by side, which is written to `path` as PNG when the
-    block ends without error.
+def _figure(path: Path, panels: int = 1, rows: int = 1) -> Iterator[Any]:
+    """Axes of a new figure, or of several side by side or in rows, which is written to `path` as
+    PNG when the block ends without error.
     """
     import matplotlib.pyplot as plt  # one second of import that only a plot needs
 
     plt.switch_backend("Agg")
-    size = (8, 4.5) if panels == 1 else (5.5 * panels, 4.5)
-    figure, axis = plt.subplots(1, panels, figsize=size, layout="constrained")
+    size = (8 if panels == 1 else 5.5 * panels, 4.5 if rows == 1 else 2.6 * rows)
+    figure, axis = plt.subplots(rows, panels, figsize=size, layout="constrained")
     try:
         yield axis
         with atomic_write(path) as temporary:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.noise import NoiseLevel, Schedule
+from lora_core.diffusion.step_output import is_own_metric
 from lora_core.errors import UserError, first_line
 from lora_core.json_files import read_rows
 from lora_core.runs import pictures
@@ -149,7 +150,8 @@ MOST_STAGE_NAMES = 3  # that have room above a plot
 def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
     """Plots the logs of a run as OUT/loss.png and OUT/val.png; returns the files that were written.
 
-    An optimizer that estimates a distance gets OUT/d.png too. `scored` names the validation loss in
+    An optimizer that estimates a distance gets OUT/d.png too, and a loss that logs values of its
+    own OUT/logged.png. `scored` names the validation loss in
     the title of val.png, e.g. "held-out loss".
     """
     columns = metric_columns(
@@ -181,6 +183,11 @@ def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
             title="Prodigy's distance estimate",
             look=TrainingLook(log=True, marks=marks),
         )
+    logged = {name: xy for name, xy in columns.items() if not is_own_metric(name)}
+    if logged:
+        written.append(folder / "logged.png")
+        window = mean_window(max(len(x) for x, _ in logged.values()))
+        pictures.plot_logged_values(logged, written[-1], marks=marks, window=window)
     if len(columns.get("val_loss", ([], []))[0]) > 1:
         written.append(folder / "val.png")
         _plot_validation(record, columns["val_loss"], written[-1], scored)
