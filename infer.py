@@ -232,6 +232,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         clip_skip=text.get("clip_skip", config.clip_skip),
         max_sequence_length=text.get("max_sequence_length", config.max_sequence_length),
         config=config.model_config,
+        family=config.family,
     )
     family = load_family(config.model, options)
     if config.negative and family.distilled_guidance:
@@ -239,7 +240,8 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     if not config.refiner:
         return family, None
     length = config.max_sequence_length
-    plain = replace(options, scheduler={}, clip_skip=0, max_sequence_length=length, config="")
+    plain = replace(options, scheduler={}, clip_skip=0, max_sequence_length=length)
+    plain = replace(plain, config="", family="")  # the refiner is of a built-in family
     refiner = load_family(config.refiner, plain)
     if _latent_space(refiner) != _latent_space(family):
         raise UserError(

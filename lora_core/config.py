@@ -333,6 +333,9 @@ class ModelConfig:
     model_config: str = ""
     """Folder or hub id with the configs and tokenizers of a single-file model; empty: those it was
     published with."""
+    family: str = ""
+    """my_family.py:FAMILY, the functions of a model family of your own, for models that no built-in
+    one reads."""
     vae: str = ""
     """Folder or hub id of another VAE."""
     clip_skip: Annotated[int, AtLeast(0)] = 0

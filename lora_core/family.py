@@ -32,6 +32,7 @@ class LoadOptions:
     clip_skip: int = 0  # last layers of the CLIP text encoders that are left out
     max_sequence_length: int = 0  # tokens of a T5 prompt; 0: the model's own
     config: str = ""  # folder or hub id with the configs and tokenizers of a single-file model
+    family: str = ""  # FILE.py:FAMILY of a family that is not built in
 
     @property
     def vae_precision(self) -> torch.dtype:
@@ -219,7 +220,7 @@ class Family(Protocol):
 
 
 class FamilyFunctions(NamedTuple):
-    """The functions of a family; its file in models/ exports them as FAMILY."""
+    """The functions of a family; its file, in models/ or your own, exports them as FAMILY."""
 
     load: Callable[[str, LoadOptions], Family]
     read_layout: Callable[[str], Layout]

@@ -51,10 +51,10 @@ def find_plugin(
 
 
 def load_from_file(path: str, name: str, what: str) -> Any:
-    """The function or class `name` of the Python file `path`, which is run.
+    """The function, class or other object `name` of the Python file `path`, which is run.
 
-    `what` ("function", "class") is the word for it in errors. Raises UserError for a file that is
-    not there, that raises when run (with the line), or that has nothing callable of that name (with
+    `what` ("function", "class", "family") is the word for it in errors. Raises UserError for a file
+    that is not there, that raises when run (with the line), or that has nothing of that name (with
     the nearest one).
     """
     if not Path(path).is_file():
@@ -66,11 +66,12 @@ def load_from_file(path: str, name: str, what: str) -> Any:
         raise UserError(f"{path} cannot be run: {describe_error(error, file)}") from error
     if module is None:
         raise UserError(f"{path}:{name} names no Python file; expected path/to/file.py:{what}")
-    if not callable(getattr(module, name, None)):
+    found = getattr(module, name, None)
+    if found is None or (what in ("function", "class") and not callable(found)):
         defined = [key for key, value in vars(module).items() if callable(value)]
         near = suggest_name(name, defined)
         raise UserError(f"{path} has no {what} {name!r}{near}")
-    return getattr(module, name)
+    return found
 
 
 @functools.lru_cache(maxsize=64)

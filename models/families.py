@@ -19,6 +19,7 @@ from lora_core.errors import UserError
 from lora_core.family import Family, FamilyFunctions, LoadOptions
 from lora_core.formats.known_formats import is_single_file
 from lora_core.formats.layout import Layout
+from lora_core.plugins import find_plugin
 from models.components import read_json
 
 DTYPES = {  # --precision
@@ -45,35 +46,36 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
 
     `path` is a folder in the diffusers layout, a hub id, or a single file. Raises UserError for a
     path that does not exist, another family, a missing or broken part, and a `config` for a model
-    that has its own.
+    that has its own. `how.family` names a family of the caller's own, which reads the path itself.
     """
-    if is_single_file(path):
+    if is_single_file(path) and not how.family:
         return _single_file().load(path, how)
-    return _find_family(path, how.config).load(path, how)
+    return _find_family(path, how.config, how.family).load(path, how)
 
 
-def read_layout(path: str, config: str = "") -> Layout:
+def read_layout(path: str, config: str = "", family: str = "") -> Layout:
     """The layout of the model at `path`: its adaptable layers and their names in files.
 
-    Reads its configs, not its weights. `config` is that of `LoadOptions`. Raises UserError like
-    `load_family`.
+    Reads its configs, not its weights. `config` and `family` are those of `LoadOptions`. Raises
+    UserError like `load_family`.
     """
-    if is_single_file(path):
+    if is_single_file(path) and not family:
         return _single_file().read_single_file_layout(path, config)
-    return _find_family(path, config).read_layout(path)
+    return _find_family(path, config, family).read_layout(path)
 
 
 def read_schedule(
-    path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = ""
+    path: str, changes: Mapping[str, Any], resolution: int = 0, config: str = "", family: str = ""
 ) -> tuple[Schedule, str]:
     """(noise schedule, prediction type) that the model at `path` trains with, from its configs.
 
-    With a `resolution` (pixels), the schedule has the scheduler's shift for it. `changes` and
-    `config` are `scheduler` and `config` of `LoadOptions`. Raises UserError like `load_family`.
+    With a `resolution` (pixels), the schedule has the scheduler's shift for it. `changes`, `config`
+    and `family` are `scheduler`, `config` and `family` of `LoadOptions`. Raises UserError like
+    `load_family`.
     """
-    if is_single_file(path):
+    if is_single_file(path) and not family:
         return _single_file().read_single_file_schedule(path, changes, resolution, config)
-    return _find_family(path, config).read_schedule(path, changes, resolution)
+    return _find_family(path, config, family).read_schedule(path, changes, resolution)
 
 
 def save_family(
@@ -142,8 +144,8 @@ def _single_file() -> Any:
     return importlib.import_module("models.single_file")
 
 
-def _find_family(path: str, config: str) -> FamilyFunctions:
-    """The functions of the family that model_index.json names."""
+def _find_family(path: str, config: str, own: str) -> FamilyFunctions:
+    """The functions of the family that model_index.json names, or `own`, FILE.py:FAMILY."""
     if path and config:
         raise UserError(
             f"--model-config {config} has no effect: {path} has configs of its own; "
@@ -151,9 +153,20 @@ def _find_family(path: str, config: str) -> FamilyFunctions:
         )
     if not path:
         raise UserError("no base model; name a folder, a file or a hub id with --model")
+    if own:
+        found = find_plugin(own, {}, "family", noun="family")
+        if not isinstance(found, FamilyFunctions):
+            raise UserError(
+                f"--family {own} is a {type(found).__name__}; expected a "
+                "lora_core.family.FamilyFunctions, as FAMILY of models/sd.py"
+            )
+        return found
     name = read_json(path, "model_index.json").get("_class_name", "")
     if not isinstance(name, str) or name not in FAMILIES:
         kind = name or "model without _class_name"
         known = ", ".join(FAMILIES)
-        raise UserError(f"{path} is a {kind}, which is not supported; supported are {known}")
+        raise UserError(
+            f"{path} is a {kind}, which is not supported; supported are {known} (train.py and "
+            "infer.py also take a family of yours, FILE.py:FAMILY)"
+        )
     return importlib.import_module(FAMILIES[name]).FAMILY

@@ -2,16 +2,23 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import infer
+import train
+from lora_core.config import Config, Stage
 from lora_core.errors import UserError
 from models import FAMILIES, load_family
 from models.families import save_family
 from tests.tiny_pipeline import save_sd_pipeline
+from training import results
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
@@ -66,3 +73,45 @@ def test_a_model_copies_no_folder_but_its_own(tmp_path: Path, name: str) -> None
     save_family(family, str(tmp_path / "model"), tmp_path / "deep" / "out", states)
     assert [path.parent.name for path in tmp_path.rglob("key")] == ["private"]
     assert str(tmp_path) not in (tmp_path / "deep" / "out" / "unet" / "config.json").read_text()
+
+
+OWN_FAMILY = """
+from lora_core.family import FamilyFunctions
+from models import sd
+
+
+def load(path, how):
+    family = sd.FAMILY.load(path, how)
+    family.name = "mine"
+    return family
+
+
+FAMILY = FamilyFunctions(load, sd.FAMILY.read_layout, sd.FAMILY.read_schedule)
+"""
+
+
+def test_a_family_of_a_file_trains_compares_and_draws(
+    config: Config, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model whose pipeline no built-in family reads, by the code that the command line names."""
+    model = tmp_path / "model"
+    shutil.copytree(config.model, model)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "MyPipeline"}))
+    (tmp_path / "own.py").write_text(OWN_FAMILY)
+    config = replace(config, model=str(model), stages=(Stage(1, ("denoiser",)),))
+    with pytest.raises(UserError, match=r"is a MyPipeline.*also take a family of yours"):
+        train.train(config)
+    own = replace(config, family=f"{tmp_path / 'own.py'}:FAMILY")
+    with pytest.raises(UserError, match=r"own\.py:load is a function; expected a"):
+        train.train(replace(config, family=f"{tmp_path / 'own.py'}:load"))
+    with pytest.raises(UserError, match=r"own\.py has no family 'FAMILIE'"):
+        train.train(replace(config, family=f"{tmp_path / 'own.py'}:FAMILIE"))
+    run = train.train(own)
+    assert f'family = "{own.family}"' in (run / "config.toml").read_text()
+    assert results.preview_noise_levels(own).is_file()
+    words = ["--model", str(model), "--lora", str(run), "--prompt", "a TOK", "--steps", "1"]
+    words += ["--out", str(tmp_path / "a.png")]
+    assert infer.main(words) == 2 and "MyPipeline" in capsys.readouterr().err
+    assert infer.main([*words, "--family", own.family]) == 0 and (tmp_path / "a.png").is_file()
+    assert "family" not in Image.open(tmp_path / "a.png").text["lora_core"]

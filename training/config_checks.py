@@ -54,6 +54,7 @@ CODE = (
     "optimizer.schedule",
     "adapter.kind",
     "samples.sampler",
+    "family",
 )
 
 

@@ -267,6 +267,7 @@ def preview_noise_levels(config: Config) -> Path:
         scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
         config.data.resolution if n.dynamic_shift else 0,
         config.model_config,
+        config.family,
     )
     objective = reports.Objective(
         schedule,

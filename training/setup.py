@@ -314,7 +314,9 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     loss and the adapters. Raises UserError for options that this model does not support.
     `weights_itself`: whether the loss takes no weighting by noise level.
     """
-    plan = model_checks.plan_adapters(config, read_layout(config.model, config.model_config))
+    plan = model_checks.plan_adapters(
+        config, read_layout(config.model, config.model_config, config.family)
+    )
     device = choose_device(config.device)
     family = _open_family(config, device)
     identity = model_identity(family.modules, family.schedule, family.prediction)
@@ -367,6 +369,7 @@ def _open_family(config: Config, device: torch.device) -> Family:
         config.clip_skip,
         config.max_sequence_length,
         config.model_config,
+        config.family,
     )
     family = load_family(config.model, options)
     model_checks.check_model(config, family)

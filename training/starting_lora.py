@@ -71,7 +71,7 @@ def resolve_start(config: Config) -> Config:
         return _resume_start(config)
     path = split_digest(config.from_lora)[0]
     check_apart_from_inputs(config.out, {"--from-lora": path}, overwrite=config.overwrite)
-    layout = read_layout(config.model, config.model_config)
+    layout = read_layout(config.model, config.model_config, config.family)
     file = read_start(config, layout)
     adapter = _fit_kind(config.adapter, file)
     config = replace(config, adapter=adapter, from_lora=f"{path}#{file.digest}")
