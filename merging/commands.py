@@ -230,8 +230,8 @@ class Fold:
     """also write the rounding loss, as a LoRA"""
     residual_rank: Annotated[int, number("N", int), PLAIN] = 0
     """rank of the --residual file (that of the folded updates)"""
-    adapter_kind: Annotated[str, text("FILE.py:CLASS")] = ""
-    """class of NAME_adapter.safetensors files, whose code is run"""
+    adapter_kind: Annotated[str, text("KIND")] = ""
+    """FILE.py:CLASS of NAME_adapter.safetensors files, whose code is run"""
     files: Annotated[FileOptions, FILES] = FileOptions()
 
 
@@ -345,8 +345,8 @@ class Convert:
     """diffusers, kohya, cloneofsimo, mixofshow, embeddings, a1111, textual_inversion (diffusers)"""
     as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""
     """lora: the update of a DoRA as a plain LoRA, nearest to it at the DoRA's rank"""
-    adapter_kind: Annotated[str, text("FILE.py:CLASS")] = ""
-    """class of a NAME_adapter.safetensors, whose code is run on the weights of --model"""
+    adapter_kind: Annotated[str, text("KIND")] = ""
+    """FILE.py:CLASS of a NAME_adapter.safetensors; its code is run on the weights of --model"""
     svd: Annotated[SvdOptions, SVD] = SvdOptions()
     keep: Annotated[KeepShare, KEEP] = KeepShare()
     files: Annotated[FileOptions, FILES] = FileOptions()
