@@ -22,10 +22,11 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.prediction import scale_input
 from lora_core.diffusion.step_output import Readings
-from lora_core.errors import UserError
+from lora_core.errors import UserError, is_out_of_memory
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import arrange_by_layer
 from lora_core.optim import gradients
+from lora_core.plugins import describe_error, line_in_file, source_file
 from lora_core.prodigy import read_distance
 from training import nonfinite
 from training.setup import Model, Optimization
@@ -158,7 +159,11 @@ def optimizer_step(
         for x in inputs:
             if x.dropout_keys is not None:
                 set_step_dropout_keys(model.adapted, x.dropout_keys, x.step)
-            rows = functions.step(model, replace(x, readings=readings), config, functions.loss)
+            try:
+                rows = functions.step(model, replace(x, readings=readings), config, functions.loss)
+            except Exception as error:
+                explain_plugin_error(error, functions, config)
+                raise
             if check:
                 returned_by = functions.own_step or functions.loss
                 nonfinite.check_loss_values(rows, returned_by, inputs, model, config)
@@ -177,6 +182,23 @@ def optimizer_step(
     norm = update_parameters(model, optimization, stage, config)
     control_token_norms(model, optimization, stage, config, before)
     return StepResult(total, norm, mean_readings(readings) if readings else {})
+
+
+def explain_plugin_error(error: Exception, functions: StepFunctions, config: Config) -> None:
+    """Raises UserError, with the line, for an error in the user's file of a loss or a step.
+
+    Returns for other errors: of the program, or of a device without memory.
+    """
+    if isinstance(error, UserError) or is_out_of_memory(error):
+        return
+    found: list[tuple[str, str, Callable[..., Any]]] = []
+    if config.loss not in losses.LOSSES:
+        found.append(("loss", config.loss, functions.loss))
+    if functions.own_step is not None:
+        found.append(("step", config.step, functions.own_step))
+    for what, name, function in found:
+        if line_in_file(error, source_file(function)):
+            raise UserError(f"{what} {name} fails: {describe_error(error, function)}") from error
 
 
 def mean_readings(readings: Readings) -> dict[str, Tensor]:

@@ -51,6 +51,8 @@ def add_reading(readings: Readings, name: str, value: Tensor | float) -> None:
         raise UserError(
             f"step.log got the name {name!r}, which the program's own metrics have; choose another"
         )
+    if not isinstance(value, Tensor | int | float):
+        raise UserError(f"step.log({name!r}) got {value!r}; expected a number or a tensor")
     readings.setdefault(name, []).append(torch.as_tensor(value).detach().float().mean())
 
 
