@@ -11,12 +11,13 @@ import importlib.util
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, is_out_of_memory
 from lora_core.text import suggest_name, unknown_name
 
 # ---------------------------------------------------------------- finding
@@ -104,6 +105,18 @@ def line_in_file(error: BaseException, file: str) -> int:
         if frame.f_code.co_filename == file:
             found = line
     return found
+
+
+@contextmanager
+def explain_errors(owner: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A context in which an error in a function's file is a UserError with its line."""
+    try:
+        yield
+    except Exception as error:
+        is_known = isinstance(error, UserError) or is_out_of_memory(error)
+        if is_known or not line_in_file(error, source_file(function)):
+            raise
+        raise UserError(f"{owner} fails: {describe_error(error, function)}") from error
 
 
 def source_file(function: Callable[..., Any]) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,11 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.prediction import scale_input
 from lora_core.diffusion.step_output import Readings
-from lora_core.errors import UserError, is_out_of_memory
+from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import arrange_by_layer
 from lora_core.optim import gradients
-from lora_core.plugins import describe_error, line_in_file, source_file
+from lora_core.plugins import explain_errors
 from lora_core.prodigy import read_distance
 from training import nonfinite
 from training.setup import Model, Optimization
@@ -162,8 +162,7 @@ def optimizer_step(
             try:
                 rows = functions.step(model, replace(x, readings=readings), config, functions.loss)
             except Exception as error:
-                explain_plugin_error(error, functions, config)
-                raise
+                raise_explained(error, functions, config)
             if check:
                 returned_by = functions.own_step or functions.loss
                 nonfinite.check_loss_values(rows, returned_by, inputs, model, config)
@@ -184,21 +183,14 @@ def optimizer_step(
     return StepResult(total, norm, mean_readings(readings) if readings else {})
 
 
-def explain_plugin_error(error: Exception, functions: StepFunctions, config: Config) -> None:
-    """Raises UserError, with the line, for an error in the user's file of a loss or a step.
-
-    Returns for other errors: of the program, or of a device without memory.
-    """
-    if isinstance(error, UserError) or is_out_of_memory(error):
-        return
-    found: list[tuple[str, str, Callable[..., Any]]] = []
-    if config.loss not in losses.LOSSES:
-        found.append(("loss", config.loss, functions.loss))
-    if functions.own_step is not None:
-        found.append(("step", config.step, functions.own_step))
-    for what, name, function in found:
-        if line_in_file(error, source_file(function)):
-            raise UserError(f"{what} {name} fails: {describe_error(error, function)}") from error
+def raise_explained(error: Exception, functions: StepFunctions, config: Config) -> NoReturn:
+    """Raises the error of a loss or a step; one in a user's file as a UserError with its line."""
+    with ExitStack() as stack:
+        if config.loss not in losses.LOSSES:
+            stack.enter_context(explain_errors(f"loss {config.loss}", functions.loss))
+        if functions.own_step is not None:
+            stack.enter_context(explain_errors(f"step {config.step}", functions.own_step))
+        raise error
 
 
 def mean_readings(readings: Readings) -> dict[str, Tensor]:
