@@ -186,8 +186,11 @@ def resolve_functions(
         config = replace(config, step=plugins.name_function(step))
     elif config.step:
         step = plugins.find_plugin(config.step, {}, "step")
+        given = ("model", "inputs", "config", "loss")
+        plugins.check_call(step, f"step {config.step}", f"fn({', '.join(given)})", *given)
     if loss is None:
         loss = plugins.find_plugin(config.loss, losses.LOSSES, "loss", config.loss_arg)
+        plugins.check_call(loss, f"loss {config.loss}", "fn(step)", "step")
     else:
         loss = plugins.bind_arguments(loss, plugins.function_name(loss), config.loss_arg)
         name, arguments = plugins.name_and_arguments(loss, losses.LOSSES)

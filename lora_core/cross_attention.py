@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core.errors import UserError
+from lora_core.kernels.reference import without_autocast
 
 UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 CROSS_KEYS = ".attn2.to_k"
@@ -110,9 +111,9 @@ class CrossAttention:
         """softmax(q k^T / sqrt(d)) of every layer, in fp32."""
         for path, layer in self.layers.items():
             assert layer.queries is not None and layer.keys is not None
-            q, k = layer.queries.float(), layer.keys.float()  # [b, heads, h w, d], [b, heads, s, d]
-            probabilities = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-            yield AttentionMap(path, probabilities, *grid_size(self.latent_size, q.shape[2]))
+            probabilities = attention_probabilities(layer.queries, layer.keys)
+            size = grid_size(self.latent_size, probabilities.shape[2])
+            yield AttentionMap(path, probabilities, *size)
 
 
 class LayerAttention(nn.Module):
@@ -222,6 +223,15 @@ def grid_size(latent_size: tuple[int, int], positions: int) -> tuple[int, int]:
             f"{latent_size[0]} x {latent_size[1]}; the shape of this network's maps is not known"
         )
     return height, width
+
+
+def attention_probabilities(queries: Tensor, keys: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) [b, heads, q, k] of [b, heads, q, d] and [b, heads, k, d], in fp32,
+    also under autocast.
+    """
+    with without_autocast(queries):
+        q, k = queries.float(), keys.float()
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 def attention_on_tokens(

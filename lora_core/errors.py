@@ -68,7 +68,7 @@ def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved"
         print_error(f"error: {printable(describe_disk_error(error))}; {undone}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error) and f" ({first_line(error).rpartition('Allocator: ')[2]})"
         print_error(f"error: there is not enough memory for this{reason}; {undone}")
@@ -100,7 +100,7 @@ def describe_disk_error(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, or torch on a GPU or the CPU, found no memory; torch is not imported here."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

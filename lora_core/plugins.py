@@ -11,12 +11,13 @@ import importlib.util
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lora_core.errors import UserError
+from lora_core.errors import UserError, is_out_of_memory
 from lora_core.text import suggest_name, unknown_name
 
 # ---------------------------------------------------------------- finding
@@ -90,23 +91,57 @@ def _run_file(path: str, content: bytes) -> ModuleType | None:
 
 def describe_error(error: BaseException, source: str | Callable[..., Any]) -> str:
     """An error's class and text, with its line in a user's file; `source` is the file, or a
-    function in it.
+    function or class in it.
     """
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     file = source if isinstance(source, str) else source_file(source)
-    lines = []
+    line = line_in_file(error, file)
+    return f"{text} ({_short_path(file)}, line {line})" if line else text
+
+
+def line_in_file(error: BaseException, file: str) -> int:
+    """The innermost line of a file in an error's traceback; 0 where it does not pass the file."""
+    found = 0
     for frame, line in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == file:
-            lines.append(line)
-    return f"{text} ({_short_path(file)}, line {lines[-1]})" if lines else text
+            found = line
+    return found
+
+
+@contextmanager
+def explain_errors(owner: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A context in which an error in a function's file is a UserError with its line."""
+    try:
+        yield
+    except Exception as error:
+        is_known = isinstance(error, UserError) or is_out_of_memory(error)
+        if is_known or not line_in_file(error, source_file(function)):
+            raise
+        raise UserError(f"{owner} fails: {describe_error(error, function)}") from error
 
 
 def source_file(function: Callable[..., Any]) -> str:
-    """The file that defines a function; empty for one that no Python file defines."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return "" if code is None else str(code.co_filename)
+    """The file that defines a function or class; empty for one that no Python file defines.
+
+    Of a function that wraps another (`__wrapped__`, functools.partial) it is that of the other.
+    """
+    inner: Any = function
+    while isinstance(inner, functools.partial) or hasattr(inner, "__wrapped__"):
+        inner = inner.func if isinstance(inner, functools.partial) else inner.__wrapped__
+    members = list(vars(inner).values()) if isinstance(inner, type) else [inner]
+    codes = [code for member in members if (code := getattr(member, "__code__", None))]
+    return str(codes[0].co_filename) if codes else ""
+
+
+def check_call(function: Callable[..., Any], owner: str, form: str, *given: str) -> None:
+    """Raises UserError unless a function can be called with the arguments that the program gives.
+
+    `form` shows the call ("fn(step)"), `given` has a text for each positional argument.
+    """
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError as error:
+        raise UserError(f"{owner} is called as {form}, and cannot be: {error}") from error
 
 
 # ---------------------------------------------------------------- arguments

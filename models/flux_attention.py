@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core.cross_attention import AttentionMap
+from lora_core.cross_attention import AttentionMap, attention_probabilities
 
 
 class JointAttention:
@@ -125,8 +125,7 @@ def _text_columns(layer: JointAttention, positions: int) -> Tensor:
     """[b, heads, h w, s] attention of the image's h w positions on the text."""
     assert layer.queries is not None and layer.keys is not None
     s = layer.keys.shape[2] - positions
-    q, k = layer.queries[:, :, s:].float(), layer.keys.float()
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)[..., :s]
+    return attention_probabilities(layer.queries[:, :, s:], layer.keys)[..., :s]
 
 
 def _join(text_norm: Any, text: Tensor, image_norm: Any, image: Tensor, heads: int) -> Tensor:

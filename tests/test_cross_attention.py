@@ -16,6 +16,7 @@ from lora_core.cross_attention import (
     CrossAttention,
     Region,
     attention_on_tokens,
+    attention_probabilities,
     cross_attention_paths,
     grid_size,
     pack_layers,
@@ -155,6 +156,14 @@ def test_maps_have_layers_sizes_and_gradients_in_one_pass(unet, noise: Tensor) -
         assert torch.allclose(m.probabilities.sum(-1), torch.ones(()), atol=1e-5)
     (gradient,) = torch.autograd.grad(maps[1].probabilities[..., 3].sum(), text)
     assert gradient.abs().max() > 0
+
+
+def test_probabilities_are_fp32_under_autocast() -> None:
+    q, k = 4 * torch.randn(1, 2, 9, 8), 4 * torch.randn(1, 2, 7, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_probabilities(q.bfloat16(), k.bfloat16())
+    scores = q.bfloat16().double() @ k.bfloat16().double().mT / 8**0.5
+    torch.testing.assert_close(found, scores.softmax(-1).float(), rtol=1e-4, atol=1e-6)
 
 
 def test_attention_on_tokens_is_their_sum_averaged_over_heads_and_layers() -> None:

@@ -42,3 +42,15 @@ def test_schedules_of_groups_are_a_flag_and_a_table(tmp_path: Path) -> None:
     staged = replace(config, stages=(Stage(3, schedules={"denoiser": "rex"}),))
     (tmp_path / "c.toml").write_text(to_toml(staged))
     assert read_toml(tmp_path / "c.toml") == staged
+
+
+def test_a_schedule_is_called_for_every_step_before_a_run(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def gap(step, steps): return 1 / (step - 2)**2\ndef none(*_): return 0")
+    for name, said in (
+        ("gap", r"ZeroDivisionError: .* \(.*mine.py, line 1\)"),
+        ("none", "is 0 in all 5 steps of stage 0, which would train nothing"),
+    ):
+        stage = Stage(5, schedule=f"{file}:{name}")
+        with pytest.raises(UserError, match=said):
+            config_checks.check_config(replace(config, stages=(stage,)))

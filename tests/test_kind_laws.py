@@ -67,6 +67,25 @@ class Broken(Scaled):
     def update(self, base, x, y0, strength):
         return self.missing
 
+class Bent(Adapter):
+    """up tanh(down x): not linear in x."""
+    is_linear = False
+    def __init__(self, base, layer):
+        super().__init__()
+        self.down = nn.Parameter(torch.ones(layer.rank, base.in_features))
+        self.up = nn.Parameter(torch.zeros(base.out_features, layer.rank))
+    def update(self, base, x, y0, strength):
+        return strength * torch.tanh(x @ self.down.T) @ self.up.T
+
+class Undeclared(Bent):
+    is_linear = True
+
+class Divided(Turned):
+    def low_rank(self, base):
+        return super().low_rank(base)._replace(scale=0.5)
+    def delta_weight(self, base):
+        return Adapter.delta_weight(self, base)
+
 class Shifted(Scaled):
     def update(self, base, x, y0, strength):
         return strength * self.s * torch.ones_like(y0)
@@ -92,7 +111,9 @@ def injected(kind: str, *layers: nn.Module) -> nn.Module:
         ("Deaf", "update is not in proportion to the strength"),
         ("Apart", r"forward is not base\(x\) \+ update"),
         ("Squared", r"the layer with delta_weight \(and delta_bias\) in its weights gives another"),
-        ("Broken", "fails: AttributeError: 'Broken' object has no attribute 'missing'"),
+        ("Broken", r"fails: AttributeError: 'Broken' object has no .* \(.*laws.py, line \d+\)"),
+        ("Undeclared", r"another output than forward; .* write is_linear = False in the class"),
+        ("Divided", "the factors, which LoRA files take, give another update than delta_weight"),
     ],
 )
 def test_the_law_that_is_broken_is_named(file: str, kind: str, said: str) -> None:
@@ -118,6 +139,19 @@ def test_the_folded_weight_follows_from_the_update(
     else:
         assert torch.equal(folded["0.weight"], base.weight)
         assert torch.allclose(folded["0.bias"], base.bias + 0.25)
+
+
+def test_a_class_that_is_not_linear_trains_and_no_weight_holds_it(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, kind = injected(f"{file}:Bent", nn.Linear(4, 5)), f"{file}:Bent"
+    kind_laws.check_kind_laws({"unet": model}, kind)
+    assert not custom_files.has_factors(model) and not custom_files.is_foldable(model)
+    custom_files.check_custom_kind({"unet": model}, kind, "run")
+    said = "is not linear in its input, so that no weight holds it: the run writes run_adapter.saf"
+    assert said in capsys.readouterr().out
+    with pytest.raises(UserError, match="Bent is not linear in its input: no weight holds it"):
+        merged_state_dict(model)
 
 
 def test_factors_that_depend_on_the_weight(file: str) -> None:

@@ -181,6 +181,25 @@ def test_a_score_that_is_not_one_number_an_image_is_refused(runs: list[Path]) ->
         measures.measure_runs(runs[:1], wanted, train.training_step)
 
 
+def test_a_measure_that_fails_is_one_sentence(runs: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def typo(step): return step.outt\n"
+        "def images(pixels, prompts): return pixels.mean1()\n"
+        "def short(pixels): return pixels\n"
+        "images.reads_samples = short.reads_samples = True\n"
+    )
+    for name, said in (
+        ("typo", r"typo fails: AttributeError: .*'outt' \(.*mine.py, line 1\)"),
+        ("images", r"images fails: AttributeError: .*'mean1' \(.*mine.py, line 2\)"),
+        ("short", r"is called as fn\(images, prompts\), and cannot be: too many"),
+    ):
+        with pytest.raises(UserError, match=said):
+            measures.measure_runs(
+                runs[:1], measures.find_measures([f"{file}:{name}"], {}), train.training_step
+            )
+
+
 def test_images_drawn_otherwise_are_not_compared(runs: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -4,6 +4,7 @@ import pydoc
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import lora_core as lc
-from lora_core.adapters import injection
+from lora_core.adapters import custom_files, injection
 from lora_core.adapters.model_adapters import adapter_state
 from lora_core.adapters.weight_updates import delta_weight
+from lora_core.formats.known_formats import CUSTOM_KIND
 
 ROOT = Path(__file__).parent.parent
 SPEC = lc.AdapterSpec(("to_k", "to_v"), rank=2)
@@ -77,6 +79,25 @@ def test_inject_save_load_remove_on_whatever_is_given(
     torch.testing.assert_close(output(theirs.unet), after, atol=1e-5, rtol=1e-5)
     lc.load(given, tmp_path / "mine.safetensors")
     assert torch.equal(output(unet), after)
+
+
+@pytest.mark.parametrize("kind", ["family", "pipeline"])
+def test_a_kind_that_reads_the_level_knows_the_schedule(
+    model: Path, pipe: StableDiffusionPipeline, tmp_path: Path, kind: str
+) -> None:
+    given, spec = given_models(model, pipe)[kind], replace(SPEC, kind="examples/t_lora.py:TLoRA")
+    unet = given.modules["unet"] if kind == "family" else pipe.unet
+    before = output(unet)
+    lc.inject(given, spec)
+    fill(given)
+    after = output(unet)
+    file = tmp_path / "own_adapter.safetensors"
+    header = {CUSTOM_KIND: spec.kind, "lora_core.config": "[adapter]\nrank = 2"}
+    custom_files.save_adapters({"unet": unet}, file, header)
+    lc.remove(given)
+    with lc.patch(given, file, kind=spec.kind):
+        assert torch.equal(output(unet), after) and not torch.equal(after, before)
+    assert torch.equal(output(unet), before) and not unet._forward_pre_hooks
 
 
 def test_presets_by_name_other_components_and_names(model: Path, tmp_path: Path) -> None:

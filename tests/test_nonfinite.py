@@ -260,8 +260,9 @@ def test_the_first_validation_says_so_too(
         (lambda step: (step.out - step.target) ** 2, r"bad returned shape \[2, 4, 8, 8\]"),
         (lambda step: mse(step) * math.nan, "bad returned nan for row 0"),
         (lambda step: 0.0, "bad returned float"),
+        (lambda step: torch.ones(2), "bad returned numbers without a gradient"),
     ],
-    ids=["scalar", "short", "unreduced", "nan", "number"],
+    ids=["scalar", "short", "unreduced", "nan", "number", "constant"],
 )
 def test_a_loss_that_is_no_row_per_example_is_refused_by_name(
     config: Config, quick: None, bad: Any, said: str

@@ -7,6 +7,7 @@ import functools
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,37 @@ def test_a_wrong_function_of_a_file_is_one_sentence_with_its_line(
         table = {"noise": {"density": f"{file}:fn"}}
     with pytest.raises(UserError, match=said):
         config_checks.check_config(merged(config, table))
+
+
+WRONG = """
+def typo(step): return step.outt
+def two(step, other): return step.out
+def text(step): step.log("x", "high")
+def wrapped(step): return step.out - step.target[:, :1, :3]
+"""
+
+
+def test_a_loss_that_fails_is_one_sentence_with_its_line(
+    config: Config, quick: None, tmp_path: Path
+) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(WRONG)
+    for name, said in (
+        ("typo", r"wrong.py:typo fails: AttributeError: .*'outt' \(.*wrong.py, line 2\)"),
+        ("two", r"is called as fn\(step\), and cannot be: missing a required argument: 'other'"),
+        ("text", r"step.log\('x'\) got 'high'; expected a number or a tensor"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train.train(merged(config, {"loss": f"{file}:{name}", "overwrite": True}))
+    with pytest.raises(
+        UserError, match=r"typo is called as fn\(model, inputs, config, loss\), and"
+    ):
+        train.train(merged(config, {"step": f"{file}:typo"}))
+    loss = plugins.load_from_file(str(file), "wrapped", "loss")
+    for made in (losses.add_preservation(loss, 1.0), functools.partial(loss)):
+        with pytest.raises(RuntimeError) as raised:
+            loss(SimpleNamespace(out=torch.ones(1, 1, 4, 4), target=torch.ones(1, 1, 4, 4)))
+        assert "wrong.py, line 5)" in plugins.describe_error(raised.value, made)
 
 
 def test_a_changed_weighting_is_read_again_by_the_next_run(tmp_path: Path) -> None:

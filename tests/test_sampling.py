@@ -4,6 +4,7 @@ other, and against exact answers.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +29,13 @@ from lora_core.diffusion.sampling import (
     find_sampler,
     flow_euler,
     guided_denoiser,
+    run_sampler,
     sampler_levels,
     sampler_timesteps,
     split_for_refiner,
     start_latents,
+    step_level,
+    try_sampler,
 )
 from lora_core.errors import UserError
 
@@ -532,6 +536,52 @@ def test_a_sampler_from_a_file_takes_noise_and_follows_the_rules_it_states(tmp_p
     ):
         with pytest.raises(UserError, match=said):
             find_sampler(name, args)
+
+
+def test_the_example_of_a_sampler_is_algorithm_1_of_edm() -> None:
+    levels = sampler_levels("euler", VP, 6)
+    denoise = ours("epsilon")
+    found = run_sampler("examples/my_sampler.py:heun", {}, denoise, EPS.double(), levels, None)
+    y = EPS.double() / levels.alpha[0]
+    s = levels.sigma / levels.alpha
+
+    def slope(y: Tensor, i: int) -> Tensor:
+        x0 = denoise(levels.alpha[i] * y, step_level(levels, i, y))
+        return (y - x0) / s[i]
+
+    for i in range(6):
+        d = slope(y, i)
+        ahead = y + (s[i + 1] - s[i]) * d
+        if s[i + 1] > 0:
+            ahead = y + (s[i + 1] - s[i]) * (d / 2 + slope(ahead, i + 1) / 2)
+        y = ahead
+    torch.testing.assert_close(found, levels.alpha[-1] * y, rtol=1e-10, atol=1e-10)
+
+
+FAILING = """
+def short(denoise, x): ...
+def attribute(denoise, x, levels): return levels.sigmas
+def shape(denoise, x, levels): return x[:1]
+def nothing(denoise, x, levels): denoise(x, levels.rows(slice(0, 2)))
+def fields(denoise, x, levels): return denoise(x, next(iter(levels)))
+def unbroadcast(denoise, x, levels): return denoise(x, levels)
+"""
+
+
+def test_a_sampler_that_fails_is_one_sentence_before_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FAILING)
+    levels = sampler_levels("euler", VP, 3)
+    for name, said in (
+        ("short", r"called as fn\(denoise, x, levels\) and returns latents: TypeError"),
+        ("attribute", r"no attribute 'sigmas' \(.*mine.py, line 3\)"),
+        ("shape", r"returned \[1, 1, 2, 2\]; expected the latents \[2, 1, 2, 2\]"),
+        ("nothing", "returned NoneType; expected the latents"),
+        ("fields", r"another level than one for each image; sampling.step_level\(levels, i, x\)"),
+        ("unbroadcast", "another level than one for each image"),
+    ):
+        with pytest.raises(UserError, match=said):
+            try_sampler(f"{file}:{name}", {}, levels)
 
 
 # ---------------------------------------------------------------- refusals

@@ -11,6 +11,7 @@ from lora_core.diffusion.noise import NoiseLevel, add_noise
 from lora_core.diffusion.prediction import PREDICTIONS
 from lora_core.diffusion.step_output import CaptionTokens, add_reading
 from lora_core.errors import UserError
+from lora_core.kernels import choice
 from tests.test_losses import SD, make
 
 
@@ -109,3 +110,5 @@ def test_readings_are_means_and_keep_the_names_of_the_program_free() -> None:
         with pytest.raises(UserError, match=f"step.log got the name '{name}'"):
             add_reading({}, name, 1.0)
     make().log("anything", 1.0)  # a step that keeps no readings
+    with choice.replayed(), pytest.raises(UserError, match="number 3, which --cuda-graph would"):
+        step.log("share", 3)

@@ -58,5 +58,9 @@ def check_schedules(c: Config) -> None:
         for name in stage_schedules(c, stage):
             arguments = o.schedule_args if name == o.schedule else {}
             multiplier = schedules.resolve_schedule(name, **arguments)
-            for step in (0, stage.steps - 1):
-                multiplier(step, stage.steps, o.warmup)
+            factors = [multiplier(step, stage.steps, o.warmup) for step in range(stage.steps)]
+            if not any(factors):
+                raise UserError(
+                    f"schedule {name} is 0 in all {stage.steps} steps of stage {i}, which would "
+                    "train nothing; choose another, or correct its arguments"
+                )

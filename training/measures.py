@@ -20,7 +20,7 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.validation import Score
 from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
-from lora_core.plugins import find_plugin
+from lora_core.plugins import check_call, explain_errors, find_plugin, function_name
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
 from models.image_similarity import ImageSimilarity
 from training.step import Loss, Step
@@ -72,8 +72,11 @@ def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure
         function = find_plugin(spec, MEASURES, "measure", args)
         is_better = getattr(function, "higher_is_better", False) is True
         if getattr(function, "reads_samples", False) is True:
+            form = "fn(images, prompts)"
+            check_call(function, f"--metric {spec}", form, "images", "prompts")
             found.append(Measure(spec, is_better, of_samples=_score_with(function, spec)))
         else:
+            check_call(function, f"--metric {spec}", "fn(step)", "step")
             found.append(Measure(spec, is_better, loss=function))
     return found
 
@@ -144,7 +147,8 @@ def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
             x0, batch.keys, model.family.schedule, bins=v.bins, draws=v.draws, seed=v.seed
         ):
             x = replace(inputs, x0=x0, eps=at.eps, eps_in=at.eps, level=at.level, inpaint=inpaint)
-            values = step(model, x, config, loss)
+            with explain_errors(f"--metric {function_name(loss)}", loss):
+                values = step(model, x, config, loss)
             losses.check_loss_finite(values, loss)
             rows = zip(batch.keys, values.double().tolist())
             found += [Score(key, at.draw, at.bin, at.t, value) for key, value in rows]
@@ -193,7 +197,7 @@ def _score_with(
 
     def score(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
         pixels = torch.stack([image_to_pixels(image) for image in images])
-        with torch.no_grad():
+        with torch.no_grad(), explain_errors(f"--metric {spec}", function):
             values = torch.as_tensor(function(pixels, validation_prompts(trained)))
         if values.shape != (len(images),) or not values.isfinite().all():
             raise UserError(

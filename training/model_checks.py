@@ -111,6 +111,8 @@ def report_adapters(
     Raises UserError for adapters that could not be written in any form, and for a scale that no
     LoKr has.
     """
+    if c.adapter.kind not in KINDS:
+        kind_laws.check_kind_laws(trained, c.adapter.kind)
     has_factors = all(custom_files.has_factors(module) for module in trained.values())
     rank = f", rank {c.adapter.rank}" if has_factors else ""
     for name, module in trained.items():
@@ -121,8 +123,6 @@ def report_adapters(
     run = Path(c.out).resolve().name
     if not has_factors:
         custom_files.check_custom_kind(trained, c.adapter.kind, run)
-    if c.adapter.kind not in KINDS:
-        kind_laws.check_kind_laws(trained, c.adapter.kind)
     found = _adapted_layers(trained)
     if has_factors and found and isinstance(injection.layer_update(found[0]), DenseUpdate):
         _report_products(c.adapter, [layer.adapter("default") for layer in found], run)

@@ -16,6 +16,7 @@ from lora_core.config import Config
 from lora_core.diffusion import losses, noise
 from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
+from lora_core.plugins import function_name
 from lora_core.runs.run_folder import Run, nonfinite_names
 from training import cuda_graph
 from training.setup import Model, Optimization
@@ -92,6 +93,11 @@ def check_loss_values(
         raise UserError(sentence)
     losses.check_loss_shape(rows, loss, len(inputs[0].is_prior))
     losses.check_loss_finite(rows, loss)
+    if not rows.requires_grad:
+        raise UserError(
+            f"loss {function_name(loss)} returned numbers without a gradient, so that nothing "
+            "would train; leave out detach() and torch.no_grad() on the way to them"
+        )
 
 
 def _describe_nonfinite_row(row: Mapping[str, Any], what: str, model: Model) -> str:

@@ -373,13 +373,11 @@ def _open_family(config: Config, device: torch.device) -> Family:
     )
     family = load_family(config.model, options)
     model_checks.check_model(config, family)
-    sampling.sampler_levels(  # raises for a sampler or number of steps that the schedule lacks
-        config.samples.sampler,
-        family.schedule,
-        config.samples.steps,
-        spacing=family.spacing,
-        offset=family.offset,
+    look = config.samples
+    levels = sampling.sampler_levels(  # raises for a number of steps that the schedule lacks
+        look.sampler, family.schedule, look.steps, spacing=family.spacing, offset=family.offset
     )
+    sampling.try_sampler(look.sampler, look.sampler_args, levels)
     return family
 
 

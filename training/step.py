@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import arrange_by_layer
 from lora_core.optim import gradients
+from lora_core.plugins import explain_errors
 from lora_core.prodigy import read_distance
 from training import nonfinite
 from training.setup import Model, Optimization
@@ -158,7 +159,10 @@ def optimizer_step(
         for x in inputs:
             if x.dropout_keys is not None:
                 set_step_dropout_keys(model.adapted, x.dropout_keys, x.step)
-            rows = functions.step(model, replace(x, readings=readings), config, functions.loss)
+            try:
+                rows = functions.step(model, replace(x, readings=readings), config, functions.loss)
+            except Exception as error:
+                raise_explained(error, functions, config)
             if check:
                 returned_by = functions.own_step or functions.loss
                 nonfinite.check_loss_values(rows, returned_by, inputs, model, config)
@@ -177,6 +181,16 @@ def optimizer_step(
     norm = update_parameters(model, optimization, stage, config)
     control_token_norms(model, optimization, stage, config, before)
     return StepResult(total, norm, mean_readings(readings) if readings else {})
+
+
+def raise_explained(error: Exception, functions: StepFunctions, config: Config) -> NoReturn:
+    """Raises the error of a loss or a step; one in a user's file as a UserError with its line."""
+    with ExitStack() as stack:
+        if config.loss not in losses.LOSSES:
+            stack.enter_context(explain_errors(f"loss {config.loss}", functions.loss))
+        if functions.own_step is not None:
+            stack.enter_context(explain_errors(f"step {config.step}", functions.own_step))
+        raise error
 
 
 def mean_readings(readings: Readings) -> dict[str, Tensor]:

@@ -55,10 +55,12 @@ class FullPrecisionModule(nn.Module):
 class Adapter(FullPrecisionModule):
     """An adapter whose `update` is written, and whose other methods follow from it.
 
-    For an update that is linear (or affine) in x and proportional to the strength. Its weight is
-    what it does to each input by itself; a Conv2d, whose inputs are windows, needs `delta_weight`
-    (and `delta_bias`) of its own.
+    For an update that is proportional to the strength, and linear (or affine) in x, unless the
+    class says `is_linear = False`. Its weight is what it does to each input by itself; a Conv2d,
+    whose inputs are windows, needs `delta_weight` (and `delta_bias`) of its own.
     """
+
+    is_linear = True
 
     def update(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
         """The addition to y0 = base(x), in its shape."""
@@ -69,6 +71,8 @@ class Adapter(FullPrecisionModule):
         return y0 + self.update(base, x, y0, strength).to(y0.dtype)
 
     def delta_weight(self, base: BaseLayer) -> Tensor:
+        if not self.is_linear:
+            raise UserError(f"{type(self).__name__} is not linear in its input: no weight holds it")
         if not isinstance(base, nn.Linear):
             raise UserError(
                 f"{type(self).__name__} has no delta_weight for a convolution; write it, or leave "

@@ -44,6 +44,8 @@ def has_factors(model: nn.Module, name: str = "default") -> bool:
     Decided by the first adapter of the model.
     """
     layer = next(iter(layers_with_adapter(model, name).values()))
+    if not getattr(layer.adapter(name), "is_linear", True):
+        return False
     try:
         return isinstance(injection.layer_update(layer, name), LowRank | DenseUpdate)
     except NO_FACTORS:
@@ -53,10 +55,13 @@ def has_factors(model: nn.Module, name: str = "default") -> bool:
 def is_foldable(model: nn.Module, name: str = "default") -> bool:
     """Whether the weights of a model can hold its adapters; decided by the first adapter.
 
-    Those that read the noise level may have no `delta_weight`: no weight does what they do.
+    No weight does what those do that are not linear in x; and those that read the noise level may
+    have no `delta_weight`.
     """
     layer = next(iter(layers_with_adapter(model, name).values()))
     adapter = layer.adapter(name)
+    if not getattr(adapter, "is_linear", True):
+        return False
     if not getattr(adapter, "reads_level", False):
         return True
     try:
@@ -75,9 +80,9 @@ def check_custom_kind(
     """
     own = f"{run}{CUSTOM_ADAPTER_ENDING}, its own parameters"
     if not all(is_foldable(model, name) for model in models.values()):
-        print(
-            f"{kind} depends on the noise level, so that no weight holds it: the run writes {own}"
-        )
+        reads_level = getattr(kind_class(kind), "reads_level", False)
+        reason = "depends on the noise level" if reads_level else "is not linear in its input"
+        print(f"{kind} {reason}, so that no weight holds it: the run writes {own}")
         return
     for component, model in models.items():
         path, layer = next(iter(layers_with_adapter(model, name).items()))

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters import custom_files
+from lora_core.adapters import custom_files, weight_updates
 from lora_core.adapters.adapted_layer import Adapted, layers_with_adapter
-from lora_core.adapters.adapter_module import apply_layer
+from lora_core.adapters.adapter_module import BaseLayer, apply_layer
 from lora_core.adapters.noise_levels import ForwardLevel
+from lora_core.adapters.weight_updates import DenseUpdate, LowRank
 from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
+from lora_core.plugins import describe_error
 
 TOLERANCE = 1e-3  # of the largest output: 100 times what fp32 loses in sums over a layer's inputs
 NUDGE = 0.05  # spread of what is added to the parameters: an update of zero keeps every law
@@ -41,9 +43,8 @@ def check_kind_laws(models: Mapping[str, nn.Module], kind: str, name: str = "def
             except UserError:
                 raise
             except Exception as error:  # whatever the user's class raises
-                raise UserError(
-                    f"{where} fails: {type(error).__name__}: {error}; {HELP}"
-                ) from error
+                what = describe_error(error, type(layer.adapter(name)))
+                raise UserError(f"{where} fails: {what}; {HELP}") from error
 
 
 def _check_layer(layer: Adapted, original: Any, where: str) -> None:
@@ -66,18 +67,44 @@ def _check_layer(layer: Adapted, original: Any, where: str) -> None:
         raise UserError(f"{where}: forward is not base(x) + update; {HELP}")
     if not _agree(half, whole / 2, y0):
         raise UserError(f"{where}: update is not in proportion to the strength; {HELP}")
+    if not getattr(adapter, "is_linear", True):
+        return  # no weight does what it does; its run writes none
     try:
         delta = adapter.delta_weight(base)
         shift = adapter.delta_bias(base) if hasattr(adapter, "delta_bias") else None
     except custom_files.NO_FACTORS as error:
         if getattr(adapter, "reads_level", False):
-            return  # no weight does what it does; its run writes none
-        raise UserError(f"{where} cannot be folded into the weight: {error}") from error
+            return  # the same
+        what = str(error)
+        if not isinstance(error, UserError):
+            what = (
+                f"{describe_error(error, type(adapter))}; add delta_weight, or derive the class "
+                f"from adapter_module.Adapter, which has it from `update`; {HELP}"
+            )
+        raise UserError(f"{where} cannot be folded into the weight: {what}") from error
     bias = base.bias if shift is None else base.bias + shift
     if not _agree(apply_layer(base, x, base.weight + delta, bias), y, y0):
         raise UserError(
             f"{where}: the layer with delta_weight (and delta_bias) in its weights gives another "
-            f"output than forward; {HELP}"
+            f"output than forward; correct them or, if its update is not linear in x, write "
+            f"is_linear = False in the class; {HELP}"
+        )
+    _check_factors(adapter, base, delta, where)
+
+
+def _check_factors(adapter: Any, base: BaseLayer, delta: Tensor, where: str) -> None:
+    """Raises UserError where the factors for LoRA files are another update than delta_weight."""
+    try:
+        found = adapter.low_rank(base) if hasattr(adapter, "low_rank") else adapter.state()
+    except custom_files.NO_FACTORS:
+        return
+    if not isinstance(found, LowRank | DenseUpdate):
+        return
+    update = weight_updates.delta_weight(found, base.weight)
+    if not _agree(update, delta.to(update), base.weight):
+        raise UserError(
+            f"{where}: the factors, which LoRA files take, give another update than delta_weight; "
+            f"{HELP}"
         )
 
 

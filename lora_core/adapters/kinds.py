@@ -36,6 +36,8 @@ Where it applies, a class may have
     reads_level = True        `self.level` has the noise level of each forward pass of the denoiser:
                               `level.t` [b], as the network reads it, and `level.fraction` [b], from
                               0 (clean) to 1 (pure noise) (noise_levels.py)
+    is_linear = False         its update is not linear in x, as with an activation between its
+                              factors: no weight holds it, and a run writes its own tensors alone
     share(bases, spec)        classmethod: a module that all layers of a network share, made from
                               those layers before any adapter of them, which gets it as
                               `spec.shared`
@@ -76,7 +78,7 @@ from lora_core.adapters.weight_updates import LowRank
 from lora_core.errors import UserError
 from lora_core.kernels import call
 from lora_core.kernels.reference import Member, wide_dtype
-from lora_core.plugins import find_plugin
+from lora_core.plugins import describe_error, find_plugin
 from lora_core.settings import KIND_OPTIONS
 
 
@@ -381,7 +383,7 @@ def build_adapters(
         advice = "see lora_core/adapters/kinds.py"
         if not isinstance(bases[path], nn.Linear):
             advice = "if it is for linear layers alone, give --adapter.targets all-linear"
-        what = f"{type(error).__name__}: {error}"
+        what = describe_error(error, kind)
         where = f"{path}, a {type(bases[path]).__name__}"
         raise UserError(f"{kind.__name__} cannot be made for {where}: {what}; {advice}") from error
     return built

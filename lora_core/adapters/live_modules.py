@@ -64,6 +64,16 @@ def family_layout(given: Any) -> Layout | None:
     return layout if isinstance(layout, Layout) else None
 
 
+def largest_timestep(given: Any) -> float | None:
+    """The t of pure noise of a loaded family or a diffusers pipeline; None where it is not told."""
+    if family_layout(given) is not None:
+        found: float | None = given.schedule.t_max
+        return found
+    scheduler = getattr(getattr(given, "scheduler", None), "config", {})
+    # those of diffusers that count timesteps up to 1000
+    return scheduler["num_train_timesteps"] if "prediction_type" in scheduler else None
+
+
 def networks_of(modules: Mapping[str, Any]) -> dict[str, nn.Module]:
     """The modules that adapter files may name."""
     networks = {}

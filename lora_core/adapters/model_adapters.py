@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from lora_core import formats
-from lora_core.adapters import injection
+from lora_core.adapters import injection, noise_levels
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.live_modules import (
     collect_modules,
     family_layout,
+    largest_timestep,
     live_layout,
     networks_in_file,
     networks_of,
@@ -52,7 +53,10 @@ def inject_adapters(
         targets += presets.get(target, (target,))
     network = networks[component]
     _freeze_base(network)
-    return injection.inject(network, replace(spec, targets=tuple(targets)), name=name, seed=seed)
+    paths = injection.inject(network, replace(spec, targets=tuple(targets)), name=name, seed=seed)
+    if (largest := largest_timestep(model)) is not None:
+        noise_levels.set_largest_timestep(network, largest)
+    return paths
 
 
 def target_presets(model: Any, component: str = "") -> dict[str, tuple[str, ...]]:

@@ -31,6 +31,7 @@ from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.live_modules import (
     collect_modules,
     family_layout,
+    largest_timestep,
     live_layout,
     networks_in_file,
     networks_of,
@@ -73,8 +74,13 @@ class Patch:
         self.adapted: list[str] = []  # components with this patch's adapters or changes
         self.layered: list[str] = []  # of these the ones with adapted layers
         self.embedded: dict[str, tokens.LearnedEmbedding] = {}  # component -> its learned rows
-        self.pipeline: Any = None  # the diffusers pipeline, where one was given
+        self.given: Any = None  # what was patched: a pipeline, a family, a network or several
         self.processors: dict[str, Any] = {}  # cross-attention module -> its replaced processor
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline, or None where none was given."""
+        return self.given if hasattr(self.given, "encode_prompt") else None
 
     def __enter__(self) -> Patch:
         return self
@@ -187,7 +193,7 @@ def patch(
     """
     source = str(file)
     rename = rename or {}
-    pipeline = modules if hasattr(modules, "encode_prompt") else None
+    given = modules
     layout = layout or family_layout(modules)
     modules = collect_modules(modules)
     networks = networks_of(modules)
@@ -199,7 +205,7 @@ def patch(
     layered = pipeline_prompts.check_layer_words(placeholders, layout, networks, source)
     adapter = _unused_adapter_name(networks, Path(file).stem)
     result = Patch(modules, adapter, placeholders, _unexpected_facts(state, rename, source))
-    result.pipeline = pipeline
+    result.given = given
     try:
         _apply_state(state, networks, layout, strengths, result)
         if state.custom:
@@ -257,13 +263,12 @@ def _put_custom(
 ) -> None:
     """Puts adapters of a user's class on the layers."""
     custom_files.put_adapters(networks, state, kind, result.name, source)
-    scheduler = getattr(getattr(result.pipeline, "scheduler", None), "config", {})
+    largest = largest_timestep(result.given)
     for name in state.custom:
         result.layered.append(name)
         result.adapted.append(name)
         injection.set_strength(networks[name], result.name, strengths[name])
-        if "prediction_type" in scheduler:  # those of diffusers that count timesteps up to 1000
-            largest = scheduler["num_train_timesteps"]
+        if largest is not None:
             noise_levels.set_largest_timestep(networks[name], largest)
 
 

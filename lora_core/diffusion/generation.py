@@ -80,8 +80,8 @@ def generate_images(
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
         stages = [(family, own, start.inpaint), (refiner, rest, None)]
-    sampler = sampling.find_sampler(settings.sampler, settings.sampler_args)
-    noise = {"noise": _step_noise(seeds, shape, family.device)} if sampler.stochastic else {}
+    sampler = settings.sampler, settings.sampler_args
+    noise = _step_noise(seeds, shape, family.device)
     for model, stage_levels, stage_inpaint in stages:
         words = placeholders if model is family else ()  # a refiner has not learned them
         text = encode_guidance(model, prompts, settings, (height, width), words, regions)
@@ -89,23 +89,12 @@ def generate_images(
         if kept is not None:
             denoise = sampling.keep_latents(denoise, kept, start=levels.t[0].item())
         with injection.cache_dora_norms(model.modules[model.denoiser]):
-            x = _checked_latents(sampler.run(denoise, x, stage_levels, **noise), x, settings)
+            x = sampling.run_sampler(*sampler, denoise, x, stage_levels, noise)
     if kept is not None:
         x = torch.where(kept.hole, x, kept.x0)
     pixels = family.decode(x).float()
     _check_finite(family, x, pixels, seeds)
     return pixels
-
-
-def _checked_latents(found: Any, x: Tensor, settings: SamplerSettings) -> Tensor:
-    """The latents that a sampler returned. Raises UserError unless they have the shape of x."""
-    if not isinstance(found, Tensor) or found.shape != x.shape:
-        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UserError(
-            f"sampler {settings.sampler} returned {got}; expected the latents {list(x.shape)} at "
-            "the last of its levels"
-        )
-    return found
 
 
 class _Start(NamedTuple):

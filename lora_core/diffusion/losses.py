@@ -158,6 +158,7 @@ def copy_declarations(made: Callable[..., Tensor], loss: Callable[..., Tensor]) 
         loss = loss.func
     vars(made).update(vars(loss))
     made.capturable = is_capturable(loss)  # type: ignore[attr-defined]
+    made.__wrapped__ = loss  # type: ignore[attr-defined]  # errors name the line of its file
     made.__name__ = function_name(loss)
     return made
 

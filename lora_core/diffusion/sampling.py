@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise, karras_sigmas, shift_sigmas
 from lora_core.diffusion.prediction import PREDICTIONS, eps_from_x0, scale_input
-from lora_core.errors import UserError
-from lora_core.plugins import find_plugin
+from lora_core.errors import UserError, is_out_of_memory
+from lora_core.plugins import describe_error, find_plugin
 
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # (x_t [b, c, h, w], level [b]) -> x0 [b, c, h, w]
 StepNoise = Callable[[int], Tensor]  # step index -> unit noise [b, c, h, w], from a keyed source
@@ -109,8 +109,8 @@ def ddim(
         raise UserError(
             f"ddim with eta = {eta:g} adds noise at every step; give a noise source, or eta 0"
         )
-    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
-        level = _level_of(levels, i, x)
+    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(step_ends(levels)):
+        level = step_level(levels, i, x)
         x0 = denoise(x, level)
         eps = eps_from_x0(x, x0, level)
         sigma_eta = eta * sigma_next / sigma * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
@@ -126,8 +126,8 @@ def euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
     arXiv 2206.00364 eq. 4 and algorithm 1, no churn. Here (y - x0) / s is eps, and y - s eps is x0,
     so a step reads y' = y + (s' - s) eps = x0 + s' eps: Euler is DDIM with eta = 0.
     """
-    for i, (_, _, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
-        level = _level_of(levels, i, x)
+    for i, (_, _, alpha_next, sigma_next) in enumerate(step_ends(levels)):
+        level = step_level(levels, i, x)
         x0 = denoise(x, level)
         eps = eps_from_x0(x, x0, level)
         x = alpha_next * (x0 + sigma_next / alpha_next * eps)
@@ -140,8 +140,8 @@ def euler_ancestral(denoise: Denoise, x: Tensor, levels: NoiseLevel, *, noise: S
     k-diffusion's `sample_euler_ancestral`. s_up^2 = s'^2 (s^2 - s'^2) / s^2 and s_down^2 = s'^2 -
     s_up^2 keep the variance of y = x / alpha at s'^2; so s_down = s'^2 / s.
     """
-    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
-        level = _level_of(levels, i, x)
+    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(step_ends(levels)):
+        level = step_level(levels, i, x)
         x0 = denoise(x, level)
         eps = eps_from_x0(x, x0, level)
         s, s_next = sigma / alpha, sigma_next / alpha_next
@@ -162,8 +162,8 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
     """
     x0_before = None
     lambda_before = None
-    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(_step_ends(levels)):
-        x0 = denoise(x, _level_of(levels, i, x))
+    for i, (alpha, sigma, alpha_next, sigma_next) in enumerate(step_ends(levels)):
+        x0 = denoise(x, step_level(levels, i, x))
         lambda_, lambda_next = (alpha / sigma).log(), (alpha_next / sigma_next).log()
         d = x0
         if x0_before is not None and lambda_before is not None and sigma_next > 0:
@@ -187,10 +187,25 @@ def flow_euler(denoise: Denoise, x: Tensor, levels: NoiseLevel) -> Tensor:
             "flow_euler needs a flow schedule (alpha + sigma = 1); "
             "choose euler, ddim or dpmpp_2m for this model"
         )
-    for i, (_, sigma, _, sigma_next) in enumerate(_step_ends(levels)):
-        velocity = (x - denoise(x, _level_of(levels, i, x))) / sigma
+    for i, (_, sigma, _, sigma_next) in enumerate(step_ends(levels)):
+        velocity = (x - denoise(x, step_level(levels, i, x))) / sigma
         x = x + (sigma_next - sigma) * velocity
     return x
+
+
+def step_ends(levels: NoiseLevel) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(alpha, sigma, alpha', sigma') of every step, 0-dim float64 on the CPU.
+
+    0-dim tensors mix with tensors of any device and dtype.
+    """
+    alpha, sigma = levels.alpha.double().cpu(), levels.sigma.double().cpu()
+    return list(zip(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], strict=True))
+
+
+def step_level(levels: NoiseLevel, i: int, x: Tensor) -> NoiseLevel:
+    """Level i for each example of x."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return NoiseLevel(*(values[i].to(x.device, dtype).expand(len(x)) for values in levels))
 
 
 class Sampler(NamedTuple):
@@ -230,6 +245,60 @@ def find_sampler(name: str, args: Mapping[str, Any] | None = None) -> Sampler:
             rules[field] = bool(getattr(run, field))
     row = SAMPLERS.get(name) or Sampler(run, **rules)
     return row._replace(run=run, stochastic="noise" in inspect.signature(run).parameters)
+
+
+def run_sampler(
+    name: str,
+    args: Mapping[str, Any],
+    denoise: Denoise,
+    x: Tensor,
+    levels: NoiseLevel,
+    noise: StepNoise,
+) -> Tensor:
+    """The latents of `find_sampler(name, args)` at the last level; `noise` if it takes any.
+
+    Raises UserError where a sampler from a file fails (with the line), or returns another shape.
+    """
+    sampler = find_sampler(name, args)
+    given = {"noise": noise} if sampler.stochastic else {}
+    try:
+        found = sampler.run(denoise, x, levels, **given)
+    except UserError:
+        raise
+    except Exception as error:
+        if name in SAMPLERS or is_out_of_memory(error):
+            raise
+        form = f"fn(denoise, x, levels{', *, noise' if given else ''})"
+        raise UserError(
+            f"sampler {name} is called as {form} and returns latents: "
+            f"{describe_error(error, sampler.run)}"
+        ) from error
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(
+            f"sampler {name} returned {got}; expected the latents {list(x.shape)} at the last of "
+            "its levels"
+        )
+    return found
+
+
+def try_sampler(name: str, args: Mapping[str, Any], levels: NoiseLevel) -> None:
+    """Run a sampler from a file on small latents, where a run would otherwise learn at its first
+    image that it fails. Raises UserError where `run_sampler` does.
+    """
+    x = torch.ones(2, 1, 2, 2)
+
+    def halve(x_t: Tensor, level: NoiseLevel) -> Tensor:
+        if not isinstance(level, NoiseLevel) or level.sigma.shape != (len(x),):
+            raise UserError(
+                f"sampler {name} calls denoise(x, level) with another level than one for each "
+                "image; sampling.step_level(levels, i, x) is that of step i"
+            )
+        return x_t / 2
+
+    if name not in SAMPLERS:
+        with torch.random.fork_rng(devices=[]):
+            run_sampler(name, args, halve, x, levels, lambda i: torch.ones_like(x))
 
 
 # ---------------------------------------------------------------- timesteps of a sampler
@@ -346,18 +415,3 @@ def start_latents(eps: Tensor, levels: NoiseLevel, x0: Tensor | None = None) -> 
     if x0 is not None:
         return add_noise(x0.to(eps), eps, first)
     return ((first.alpha**2 + first.sigma**2).sqrt() * eps).to(eps.dtype)
-
-
-def _step_ends(levels: NoiseLevel) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(alpha, sigma, alpha', sigma') of every step, 0-dim float64 on the CPU.
-
-    0-dim tensors mix with tensors of any device and dtype.
-    """
-    alpha, sigma = levels.alpha.double().cpu(), levels.sigma.double().cpu()
-    return list(zip(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], strict=True))
-
-
-def _level_of(levels: NoiseLevel, i: int, x: Tensor) -> NoiseLevel:
-    """Level i for each example of x."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return NoiseLevel(*(values[i].to(x.device, dtype).expand(len(x)) for values in levels))

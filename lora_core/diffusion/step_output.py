@@ -13,6 +13,7 @@ from lora_core.cross_attention import AttentionMap, attention_on_tokens
 from lora_core.diffusion.noise import NoiseLevel, Schedule, add_noise
 from lora_core.diffusion.prediction import PREDICTIONS, to_loss_space
 from lora_core.errors import UserError
+from lora_core.kernels import choice
 
 ATTENTION_ADVICE = (
     "; maps and token places are recorded for a loss that asks for them: "
@@ -55,6 +56,13 @@ def add_reading(readings: Readings, name: str, value: Tensor | float) -> None:
     if is_own_metric(name):
         raise UserError(
             f"step.log got the name {name!r}, which the program's own metrics have; choose another"
+        )
+    if not isinstance(value, Tensor | int | float):
+        raise UserError(f"step.log({name!r}) got {value!r}; expected a number or a tensor")
+    if not isinstance(value, Tensor) and choice.is_replayed():
+        raise UserError(
+            f"step.log({name!r}) got the number {value:g}, which --cuda-graph would repeat in "
+            "every step; log a tensor of the device, or leave --cuda-graph out"
         )
     readings.setdefault(name, []).append(torch.as_tensor(value).detach().float().mean())
 
@@ -99,7 +107,8 @@ class StepOutput:
     def log(self, name: str, value: Tensor | float) -> None:
         """Add a value, or the mean of a tensor, to the run's metrics, plots and loggers.
 
-        A CUDA graph logs tensors only: a number would be that of the capture in every step.
+        Raises UserError for a number with --cuda-graph, which would be that of the capture in every
+        step.
         """
         if self.readings is not None:
             add_reading(self.readings, name, value)

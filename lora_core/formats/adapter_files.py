@@ -144,11 +144,12 @@ def _read_custom(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Ad
 def custom_file_error(source: str, kind: str) -> str:
     """What to do with a file of adapters of a user's class, whose code is not run unasked."""
     by_header = f", {kind} by its header" if kind else ""
+    whole = Path(source).with_name("model")  # none of a class that no weight holds
+    other = f", or take the whole model next to it, {whole}" if whole.is_dir() else ""
     return (
         f"{source} holds adapters without a low-rank form, of a class of its own{by_header}. Its "
         "code is not run unasked: name the class again, with --adapter-kind FILE.py:Class in "
-        "infer.py, merge.py fold and merge.py convert, or kind= in patch, or take the whole model "
-        f"next to it, {Path(source).with_name('model')}"
+        f"infer.py, merge.py fold and merge.py convert, or kind= in patch{other}"
     )
 
 

@@ -248,6 +248,11 @@ def replayed() -> Iterator[None]:
         dispatch.generation += 1
 
 
+def is_replayed() -> bool:
+    """Whether this is inside a block of `replayed`: what is done here, a CUDA graph repeats."""
+    return bool(_replayed)
+
+
 def store_winners(path: Path, device: str, part: dict[str, Any]) -> None:
     """Write a device's measurements into the table at `path`, and choose by them from now on."""
     winners.write_winners(path, device, part)
