@@ -4,6 +4,7 @@ timesteps and noise of the validation, and scores of images that the trained mod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +21,12 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.validation import Score
 from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
-from lora_core.plugins import find_plugin
+from lora_core.plugins import describe_error, find_plugin, function_name
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
 from models.image_similarity import ImageSimilarity
 from training.step import Loss, Step
 from training.step_inputs import InputSource, make_step_inputs
-from training.trained_runs import TrainedRun, open_trained_run
+from training.trained_runs import TrainedRun, find_trained_run, open_trained_run
 
 RECORDED, CLIP = "loss", "clip:"
 # Options by which a run draws images; measures of images compare runs with the same ones.
@@ -69,13 +70,29 @@ def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure
             is_clip = spec.startswith(CLIP)
             found += _clip_measures(spec.removeprefix(CLIP)) if is_clip else [Measure(RECORDED)]
             continue
-        function = find_plugin(spec, MEASURES, "measure", args)
+        known = {**MEASURES, RECORDED: None, f"{CLIP}MODEL": None}
+        function = find_plugin(spec, known, "measure", args)
         is_better = getattr(function, "higher_is_better", False) is True
         if getattr(function, "reads_samples", False) is True:
             found.append(Measure(spec, is_better, of_samples=_score_with(function, spec)))
         else:
-            found.append(Measure(spec, is_better, loss=function))
+            found.append(Measure(spec, is_better, loss=_explain_errors(function, spec)))
     return found
+
+
+def _explain_errors(function: Callable[..., Any], spec: str) -> Callable[..., Any]:
+    """The function of a measure, which raises UserError with the line of its file that failed."""
+
+    @functools.wraps(function)
+    def call_function(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's file raises
+            raise UserError(f"--metric {spec} raises {describe_error(error, function)}") from error
+
+    return call_function
 
 
 def measure_runs(
@@ -88,6 +105,9 @@ def measure_runs(
     """
     if any(measure.of_samples for measure in measures):
         _check_same_sampling(folders)
+    if any(_needs_model(measure) for measure in measures):
+        for folder in folders:  # before the first of them is opened, which takes long
+            find_trained_run(folder)
     rows = {folder: _measure_run(folder, measures, step) for folder in folders}
     found = []
     for i, measure in enumerate(measures):
@@ -98,7 +118,7 @@ def measure_runs(
 
 def _measure_run(folder: Path, measures: Sequence[Measure], step: Step) -> list[Sequence[Score]]:
     """Each measure of one run; its model is freed when this returns."""
-    needs_model = any(measure.loss or measure.of_samples for measure in measures)
+    needs_model = any(_needs_model(measure) for measure in measures)
     trained = open_trained_run(folder) if needs_model else None
     images: list[Any] = []  # are drawn once for all measures of them
     found: list[Sequence[Score]] = []
@@ -111,6 +131,10 @@ def _measure_run(folder: Path, measures: Sequence[Measure], step: Step) -> list[
         else:
             found.append(recorded_losses(read_recorded_run(folder)))
     return found
+
+
+def _needs_model(measure: Measure) -> bool:
+    return bool(measure.loss or measure.of_samples)
 
 
 # ---------------------------------------------------------------- of the network
@@ -145,7 +169,11 @@ def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
         ):
             x = replace(inputs, x0=x0, eps=at.eps, eps_in=at.eps, level=at.level, inpaint=inpaint)
             values = step(model, x, config, loss)
-            losses.check_loss_finite(values, loss)
+            if not values.isfinite().all():
+                raise UserError(
+                    f"measure {function_name(loss)} gives {values.tolist()} for validation images "
+                    f"at timestep {validation.format_timestep(at.t)}; expected finite numbers"
+                )
             rows = zip(batch.keys, values.double().tolist())
             found += [Score(key, at.draw, at.bin, at.t, value) for key, value in rows]
         return found
@@ -190,11 +218,19 @@ def _score_with(
     function: SampleScore, spec: str
 ) -> Callable[[TrainedRun, Sequence[Any]], list[float]]:
     """The measure of images by a function of their pixels and prompts."""
+    own = _explain_errors(function, spec)
 
     def score(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
         pixels = torch.stack([image_to_pixels(image) for image in images])
         with torch.no_grad():
-            values = torch.as_tensor(function(pixels, validation_prompts(trained)))
+            given = own(pixels, validation_prompts(trained))
+        try:
+            values = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--metric {spec} returned {type(given).__name__}, expected {len(images)} numbers, "
+                "one for each image"
+            ) from error
         if values.shape != (len(images),) or not values.isfinite().all():
             raise UserError(
                 f"--metric {spec} returned {list(values.shape)} numbers, expected {len(images)} "
@@ -210,6 +246,8 @@ def _clip_measures(path: str) -> list[Measure]:
     over the training images of those of an image and a training image (arXiv 2208.12242: CLIP-T and
     CLIP-I).
     """
+    if not path:
+        raise UserError("--metric clip: names no model; expected clip:MODEL, a folder or hub id")
     clip = ImageSimilarity(path)
 
     def to_prompts(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
