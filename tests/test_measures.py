@@ -181,6 +181,7 @@ def test_the_command_prints_each_measure(
         (["none.py:fn"], {}, "names no Python file"),
         (["clip:nowhere/at/all"], {}, "nowhere/at/all"),
         (["clip:"], {}, "names no model; expected clip:MODEL"),
+        (["examples/diffusion_dpo.py:diffusion_dpo"], {}, "compares the two images of pairs"),
     ],
 )
 def test_a_measure_that_is_none_is_refused(specs: list, args: dict, message: str) -> None:
@@ -235,4 +236,8 @@ def test_images_drawn_otherwise_are_not_compared(runs: list[Path], tmp_path: Pat
     (other / "config.toml").write_text(text.replace("guidance = 1.0", "guidance = 2.0"))
     wanted = measures.find_measures([f"{runs[0].parent / 'own.py'}:brightness"], {})
     with pytest.raises(UserError, match=r"with samples.guidance 1.0, .* with 2.0"):
+        measures.measure_runs([runs[0], other], wanted, train.training_step)
+    (other / "config.toml").write_text(text.replace("batch_size = 2", "batch_size = 3"))
+    wanted = measures.find_measures(["examples/contrastive_flow.py:contrastive_flow"], {})
+    with pytest.raises(UserError, match=r"with batch_size 2, .* with 3; .* train with the same"):
         measures.measure_runs([runs[0], other], wanted, train.training_step)

@@ -58,7 +58,8 @@ def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure
     """The measures that --metric names, with the arguments of --metric-arg.
 
     "loss" is what the runs recorded; "x0", a loss by its name, and a function of a file are
-    computed anew, and "clip:MODEL" is two measures of images. Raises UserError for an unknown name.
+    computed anew, and "clip:MODEL" is two measures of images. Raises UserError for an unknown
+    name, and for a loss of pairs.
     """
     if args and len(specs) != 1:
         raise UserError("--metric-arg belongs to one --metric; give it with one measure alone")
@@ -72,6 +73,11 @@ def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure
             continue
         known = {**MEASURES, RECORDED: None, f"{CLIP}MODEL": None}
         function = find_plugin(spec, known, "measure", args)
+        if getattr(function, "reads_pairs", False) is True:
+            raise UserError(
+                f"--metric {spec} compares the two images of pairs, and validations have the "
+                "winners alone; take a measure of single images"
+            )
         is_better = getattr(function, "higher_is_better", False) is True
         if getattr(function, "reads_samples", False) is True:
             found.append(Measure(spec, is_better, of_samples=_score_with(function, spec)))
@@ -101,10 +107,13 @@ def measure_runs(
     """Each measure of each run; a run is opened once, if a measure needs its model.
 
     `step` is train.training_step. Raises UserError for runs that draw images differently, where
-    images are measured.
+    images are measured, and for batches of different sizes, where a loss compares their images.
     """
     if any(measure.of_samples for measure in measures):
-        _check_same_sampling(folders)
+        drawn_by = [f"samples.{name}" for name in DRAWN_BY]
+        _check_same_options(folders, drawn_by, "write the same into config.toml")
+    if any(getattr(measure.loss, "whole_batch", False) for measure in measures):
+        _check_same_options(folders, ["batch_size"], "train with the same, or take another")
     if any(_needs_model(measure) for measure in measures):
         for folder in folders:  # before the first of them is opened, which takes long
             find_trained_run(folder)
@@ -194,15 +203,16 @@ def validation_prompts(trained: TrainedRun) -> list[str]:
     return [record.captions[0] for record in trained.data.validation.records]
 
 
-def _check_same_sampling(folders: Sequence[Path]) -> None:
+def _check_same_options(folders: Sequence[Path], options: Sequence[str], remedy: str) -> None:
+    """Raises UserError for the first of the options in which runs differ."""
     runs = [read_recorded_run(folder) for folder in folders]
     for run in runs[1:]:
-        for name in DRAWN_BY:
-            values = [own.settings.get(f"samples.{name}") for own in (runs[0], run)]
+        for name in options:
+            values = [own.settings.get(name) for own in (runs[0], run)]
             if values[0] != values[1]:
                 raise UserError(
-                    f"{runs[0].folder} draws images with samples.{name} {values[0]}, {run.folder} "
-                    f"with {values[1]}; measures of images need the same: write it into config.toml"
+                    f"{runs[0].folder} would be measured with {name} {values[0]}, {run.folder} "
+                    f"with {values[1]}; the measure depends on it: {remedy}"
                 )
 
 
