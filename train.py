@@ -15,12 +15,14 @@ loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import tyro
 
-from lora_core.command_line import answer_help, parse_command_line
+from lora_core.command_line import answer_help, is_given, parse_command_line
 from lora_core.config import Config
 from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
 
@@ -29,39 +31,45 @@ EXAMPLE = (
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
     "\n\nor: python train.py --list losses"
 )
-COMPARE_FLAG, PREVIEW_FLAG = "--compare", "--preview-density"
+PREVIEW_FLAG = "--preview-density"
 COMPARE_EXAMPLE = 'python train.py --compare "runs/mse_*" --against "runs/huber_*"'
+# Words after a flag that may be there several times.
+Words = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 
 
 @dataclass(frozen=True)
 class CompareRuns:
     """Compare finished runs: B - A on the same images, timesteps and noise, over seeds."""
 
-    compare: tuple[str, ...] = ()
+    compare: Words = ()
     """Runs of side A, which differ in their seed alone: folders of runs, folders that hold runs, or
     patterns in quotes. Two runs without --against are A and B."""
-    against: tuple[str, ...] = ()
+    against: Words = ()
     """Runs of side B; with the same seeds as A they are paired by seed."""
-    metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    metric: Words = ()
     """What is compared: loss (recorded by the runs; also without this flag), x0 (squared error of
     the predicted latents), the name of a loss, FILE.py:FUNCTION of the kind of a loss or, with the
     attribute reads_samples = True, of (images, prompts), or clip:MODEL (folder or hub id of a CLIP
-    model: likeness of drawn images to prompts and training images). Repeat the flag for several."""
+    model: likeness of drawn images to prompts and training images); one or several."""
     metric_arg: dict[str, Any] = field(default_factory=dict)
     """Arguments of the one metric, e.g. delta=0.2."""
     plot: str = ""
     """PNG file of the plot; empty: compare_A.png in the first folder of side B."""
 
 
+def asks_for_comparison(words: Sequence[str]) -> bool:
+    """Whether the words of a command line compare runs; --against alone lacks the other side."""
+    return is_given("compare", words) or is_given("against", words)
+
+
 if __name__ == "__main__":  # before torch is imported
     answer_list(sys.argv[1:])
-    if COMPARE_FLAG in sys.argv:
+    if asks_for_comparison(sys.argv[1:]):
         answer_help(CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE)
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
 import functools
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +84,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import UserError, exit_status
 from lora_core.runs import destination
+from lora_core.runs.comparison import read_sides
 from training import comparing, measures, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
@@ -218,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_train_command(words: list[str]) -> None:
     """Train, compare runs, preview noise levels, or list what options choose from."""
-    if COMPARE_FLAG in words:
+    if asks_for_comparison(words):
         compare_finished_runs(words)
         return
     if words[:1] == [LIST_FLAG]:
@@ -240,7 +249,10 @@ def compare_finished_runs(words: list[str]) -> None:
     options = parse_command_line(
         CompareRuns, words, prog="train.py --compare", example=COMPARE_EXAMPLE
     )
-    a, b = options.compare, options.against
+    a, b, metrics = (
+        list(chain.from_iterable(given))
+        for given in (options.compare, options.against, options.metric)
+    )
     is_pair = not b and len(a) == 2
     if not is_pair and not (a and b):
         raise UserError(f"--compare takes two runs, or runs and --against: {COMPARE_EXAMPLE}")
@@ -248,7 +260,8 @@ def compare_finished_runs(words: list[str]) -> None:
         sides = [Path(a[0])], [Path(a[1])]
     else:
         sides = comparing.find_runs(a, "--compare"), comparing.find_runs(b, "--against")
-    wanted = measures.find_measures(options.metric or (measures.RECORDED,), options.metric_arg)
+    read_sides(*sides)
+    wanted = measures.find_measures(metrics or [measures.RECORDED], options.metric_arg)
     found = measures.measure_runs([*sides[0], *sides[1]], wanted, training_step)
     comparing.show_comparisons(sides, found, options.plot, draws_apart=is_pair)
 

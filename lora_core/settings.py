@@ -195,6 +195,12 @@ class AdapterSpec:
     peft."""
 
     def __post_init__(self) -> None:
+        for name in ("targets", "exclude"):
+            if isinstance(getattr(self, name), str):  # would be read letter by letter
+                raise UserError(
+                    f"{name} is the text {getattr(self, name)!r}; expected a tuple of patterns, "
+                    f"({getattr(self, name)!r},)"
+                )
         check_options(self, "--adapter.")
         self.check_combination()
 

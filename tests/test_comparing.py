@@ -48,9 +48,16 @@ def test_groups_are_compared_and_plotted(
     assert Image.open("huber_0/compare_mse.png").width > 100
     assert train.main(["--compare", "mse_0", "--against", "huber_0", "--plot", "own.png"]) == 0
     assert os.path.exists("own.png") and "one seed: the error is over" in capsys.readouterr().out
-    for words in (["mse_*"], ["mse_0", "mse_1", "huber_0"], []):
-        assert train.main(["--compare", *words]) == 2
+    each = ["--compare=mse_0", "--compare", "mse_1", "--against", "huber_0", "--against", "huber_1"]
+    assert train.main([*each, "--metric", "loss"]) == 0
+    assert "over 2 seeds, 6 images" in capsys.readouterr().out
+    for words in (["--compare", "mse_*"], ["--compare", "mse_0", "mse_1", "huber_0"], ["--compare"],
+                  ["--against", "mse_0"]):  # fmt: skip
+        assert train.main(words) == 2
         assert "--compare takes two runs, or runs and --against" in capsys.readouterr().err
+    # before a measure is looked for, which opens the model that it names
+    assert train.main(["--compare", "mse_0", "mse_1/../mse_0", "--metric", "clip:"]) == 2
+    assert "mse_0 is on both sides" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])

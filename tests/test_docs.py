@@ -107,7 +107,9 @@ def run_command(command: str) -> None:
             return
         if "--compare" in words:  # of runs that a reader has
             asked = parse_command_line(train.CompareRuns, words[2:], prog="train.py", example="")
-            assert asked.compare and find_measures(asked.metric, asked.metric_arg) is not None
+            assert asked.compare
+            for metrics in asked.metric:
+                assert find_measures(metrics, asked.metric_arg)
             return
         if words[2] == "--list":
             assert train.main(words[2:]) == 0

@@ -39,7 +39,19 @@ brightness.reads_samples = brightness.higher_is_better = True
 
 def one_number(images, prompts):
     return images.mean()
-one_number.reads_samples = True
+
+def words(images, prompts):
+    return prompts
+
+def misspelt(images, prompts):
+    return images.maen()
+one_number.reads_samples = words.reads_samples = misspelt.reads_samples = True
+
+def no_number(step):
+    return step.out.mean((1, 2, 3)).log() * float("nan")
+
+def unknown(step):
+    return step.outt
 """
 
 
@@ -168,6 +180,8 @@ def test_the_command_prints_each_measure(
         (["huber"], {"dleta": 0.2}, "huber takes no argument 'dleta'"),
         (["none.py:fn"], {}, "names no Python file"),
         (["clip:nowhere/at/all"], {}, "nowhere/at/all"),
+        (["clip:"], {}, "names no model; expected clip:MODEL"),
+        (["examples/diffusion_dpo.py:diffusion_dpo"], {}, "compares the two images of pairs"),
     ],
 )
 def test_a_measure_that_is_none_is_refused(specs: list, args: dict, message: str) -> None:
@@ -175,10 +189,43 @@ def test_a_measure_that_is_none_is_refused(specs: list, args: dict, message: str
         measures.find_measures(specs, args)
 
 
-def test_a_score_that_is_not_one_number_an_image_is_refused(runs: list[Path]) -> None:
-    wanted = measures.find_measures([f"{runs[0].parent / 'own.py'}:one_number"], {})
-    with pytest.raises(UserError, match=r"returned \[\] numbers, expected 5 finite ones"):
-        measures.measure_runs(runs[:1], wanted, train.training_step)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_number", r"returned \[\] numbers, expected 5 finite ones"),
+        ("words", "words returned list, expected 5 numbers"),
+        ("misspelt", r"misspelt fails: AttributeError: .*'maen'.* \(.*own.py, line 17\)"),
+        ("no_number", r"no_number gives \[nan, nan\] for validation images at timestep \d+;"),
+        ("unknown", r"unknown fails: AttributeError: .*'outt'.*, line 24\)"),
+    ],
+)
+def test_what_is_not_one_number_an_image_is_a_sentence(
+    trained: TrainedRun, name: str, message: str
+) -> None:
+    (wanted,) = measures.find_measures([f"{trained.folder.parent / 'own.py'}:{name}"], {})
+    with pytest.raises(UserError, match=message):
+        if wanted.loss:
+            measures.score_by_loss(trained, wanted.loss, train.training_step)
+        else:
+            wanted.of_samples(trained, [Image.new("RGB", (16, 16))] * 5)
+
+
+def test_runs_that_cannot_be_opened_are_named(runs: list[Path], tmp_path: Path) -> None:
+    """Unfinished ones before another is opened."""
+    wanted = measures.find_measures(["x0"], {})
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "checkpoints").symlink_to(runs[0] / "checkpoints")
+    text = (runs[0] / "config.toml").read_text()
+    (moved / "config.toml").write_text(text.replace("steps = 2\n", "steps = 3\n"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "open_trained_run", None)
+        with pytest.raises(UserError, match="moved has done 2 of 3 steps"):
+            measures.measure_runs([runs[0], moved], wanted, train.training_step)
+    images = str(read_recorded_run(runs[0]).settings["data.images"])
+    (moved / "config.toml").write_text(text.replace(images, "nowhere/at/all"))
+    with pytest.raises(UserError, match=r"moved cannot be .* can be corrected: .*nowhere/at/all"):
+        measures.measure_runs([moved], wanted, train.training_step)
 
 
 def test_a_measure_that_fails_is_one_sentence(runs: list[Path], tmp_path: Path) -> None:
@@ -208,4 +255,8 @@ def test_images_drawn_otherwise_are_not_compared(runs: list[Path], tmp_path: Pat
     (other / "config.toml").write_text(text.replace("guidance = 1.0", "guidance = 2.0"))
     wanted = measures.find_measures([f"{runs[0].parent / 'own.py'}:brightness"], {})
     with pytest.raises(UserError, match=r"with samples.guidance 1.0, .* with 2.0"):
+        measures.measure_runs([runs[0], other], wanted, train.training_step)
+    (other / "config.toml").write_text(text.replace("batch_size = 2", "batch_size = 3"))
+    wanted = measures.find_measures(["examples/contrastive_flow.py:contrastive_flow"], {})
+    with pytest.raises(UserError, match=r"with batch_size 2, .* with 3; .* train with the same"):
         measures.measure_runs([runs[0], other], wanted, train.training_step)

@@ -130,6 +130,17 @@ def test_mistakes_are_sentences(model: Path, pipe: StableDiffusionPipeline, tmp_
         lc.inject(family, SPEC, component="text_encoder_2")
     with pytest.raises(lc.UserError, match=r"presets belong to a model family; load_family"):
         lc.presets(pipe)
+    with pytest.raises(lc.UserError, match=r"'attention' names no layer .*, or inject into load_"):
+        lc.inject(pipe, lc.AdapterSpec(("to_q", "attention")))
+    with pytest.raises(lc.UserError, match=r"expected an AdapterSpec, got 'attention'"):
+        lc.inject(pipe, "attention")
+    with pytest.raises(lc.UserError, match=r"targets is the text 'to_q'; expected a tuple"):
+        lc.AdapterSpec("to_q")
+    own = lc.AdapterSpec(("to_k",), kind=str(ROOT / "examples" / "my_adapter.py:IA3"))
+    lc.inject(pipe, own)
+    for call in (lc.state, lambda pipe: lc.save(pipe, tmp_path / "own.safetensors")):
+        with pytest.raises(lc.UserError, match=r"IA3 has no form in .*save_adapters"):
+            call(pipe)
     lc.inject(family, lc.AdapterSpec(("attention",), rank=1), component="text_encoder")
     fill(family)
     lc.save(family, tmp_path / "text.safetensors")

@@ -72,8 +72,9 @@ def test_what_cannot_be_compared_is_said(folders: list[Path], tmp_path: Path) ->
     records = [read_run(folder) for folder in (folders[0], other)]
     part = compare_groups(records, group_records(records)[0])
     assert part is not None and "No comparison: " in part.verdicts[0].sentence
-    assert "different base models" in part.verdicts[0].sentence
+    assert "mse_0 and other have different base models" in part.verdicts[0].sentence
     assert compare_groups(records[:1], {"mse": [folders[0]]}) is None
     (other / "config.toml").write_text("model = ")
     groups, notes = group_records(records)
     assert list(groups) == ["mse_0", "other"] and "not grouped by seed" in notes[0]
+    assert str(tmp_path) not in notes[0] and "other/config.toml" in notes[0]

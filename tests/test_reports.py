@@ -194,10 +194,15 @@ def test_values_that_a_loss_logs_have_a_plot_with_a_panel_each(tmp_path: Path) -
         assert image.size == (960, 2 * 312)
 
 
+def _pixel_rows(image: Image.Image) -> list[list[tuple[int, int, int]]]:
+    pixels = list(image.convert("RGB").getdata())
+    return [pixels[i : i + image.width] for i in range(0, len(pixels), image.width)]
+
+
 def test_validation_is_drawn_over_steps_and_before_and_after(tmp_path: Path) -> None:
     """Of many timesteps, of which some are named."""
     names = [f"{i}" for i in range(40)]
-    over_steps = {name: ([0, 10], [0.0, -float(name)]) for name in names}
+    over_steps = {name: ([0, 5, 10], [0.0, -1.0, -float(name)]) for name in names}
     pairs = {name: (1.0, 1.0 - float(name) / 100) for name in names}
     path = tmp_path / "val.png"
     pictures.plot_validation(over_steps, pairs, path, title="loss", marks=[(5, "tokens")])
@@ -205,3 +210,8 @@ def test_validation_is_drawn_over_steps_and_before_and_after(tmp_path: Path) -> 
         assert image.size == (1320, 540)
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
     assert {(188, 213, 234), (27, 79, 138)} <= colors  # before and after
+    ends = {name: ([0, 10], [0.0, -float(name) - 1]) for name in names[:4]}
+    pictures.plot_validation(ends, {"all": (1.0, 0.0)}, path, title="loss", marks=[(5, "tokens")])
+    with Image.open(path) as image:  # bars of two validations, no lines between them
+        blue = [row.count((27, 79, 138)) for row in _pixel_rows(image.crop((0, 0, 660, 540)))]
+    assert max(blue) > 200

@@ -112,8 +112,9 @@ def test_where_one_of_them_does_not_repeat_the_other_alone_counts() -> None:
 
 
 def test_equal_runs_have_no_difference() -> None:
-    found = paired_estimate(torch.zeros(3, 4))
-    assert (found.mean, found.error, found.is_significant) == (0, 0, False)
+    for seeds, images in ((3, 4), (1, 4), (3, 1)):
+        found = paired_estimate(torch.zeros(seeds, images))
+        assert (found.mean, found.error, found.is_significant) == (0, 0, False)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, reco
 from models.image_similarity import ImageSimilarity
 from training.step import Loss, Step
 from training.step_inputs import InputSource, make_step_inputs
-from training.trained_runs import TrainedRun, open_trained_run
+from training.trained_runs import TrainedRun, find_trained_run, open_trained_run
 
 RECORDED, CLIP = "loss", "clip:"
 # Options by which a run draws images; measures of images compare runs with the same ones.
@@ -57,7 +57,8 @@ def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure
     """The measures that --metric names, with the arguments of --metric-arg.
 
     "loss" is what the runs recorded; "x0", a loss by its name, and a function of a file are
-    computed anew, and "clip:MODEL" is two measures of images. Raises UserError for an unknown name.
+    computed anew, and "clip:MODEL" is two measures of images. Raises UserError for an unknown
+    name, and for a loss of pairs.
     """
     if args and len(specs) != 1:
         raise UserError("--metric-arg belongs to one --metric; give it with one measure alone")
@@ -69,7 +70,13 @@ def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure
             is_clip = spec.startswith(CLIP)
             found += _clip_measures(spec.removeprefix(CLIP)) if is_clip else [Measure(RECORDED)]
             continue
-        function = find_plugin(spec, MEASURES, "measure", args)
+        known = {**MEASURES, RECORDED: None, f"{CLIP}MODEL": None}
+        function = find_plugin(spec, known, "measure", args)
+        if getattr(function, "reads_pairs", False) is True:
+            raise UserError(
+                f"--metric {spec} compares the two images of pairs, and validations have the "
+                "winners alone; take a measure of single images"
+            )
         is_better = getattr(function, "higher_is_better", False) is True
         if getattr(function, "reads_samples", False) is True:
             form = "fn(images, prompts)"
@@ -87,10 +94,16 @@ def measure_runs(
     """Each measure of each run; a run is opened once, if a measure needs its model.
 
     `step` is train.training_step. Raises UserError for runs that draw images differently, where
-    images are measured.
+    images are measured, and for batches of different sizes, where a loss compares their images.
     """
     if any(measure.of_samples for measure in measures):
-        _check_same_sampling(folders)
+        drawn_by = [f"samples.{name}" for name in DRAWN_BY]
+        _check_same_options(folders, drawn_by, "write the same into config.toml")
+    if any(getattr(measure.loss, "whole_batch", False) for measure in measures):
+        _check_same_options(folders, ["batch_size"], "train with the same, or take another")
+    if any(_needs_model(measure) for measure in measures):
+        for folder in folders:  # before the first of them is opened, which takes long
+            find_trained_run(folder)
     rows = {folder: _measure_run(folder, measures, step) for folder in folders}
     found = []
     for i, measure in enumerate(measures):
@@ -101,7 +114,7 @@ def measure_runs(
 
 def _measure_run(folder: Path, measures: Sequence[Measure], step: Step) -> list[Sequence[Score]]:
     """Each measure of one run; its model is freed when this returns."""
-    needs_model = any(measure.loss or measure.of_samples for measure in measures)
+    needs_model = any(_needs_model(measure) for measure in measures)
     trained = open_trained_run(folder) if needs_model else None
     images: list[Any] = []  # are drawn once for all measures of them
     found: list[Sequence[Score]] = []
@@ -114,6 +127,10 @@ def _measure_run(folder: Path, measures: Sequence[Measure], step: Step) -> list[
         else:
             found.append(recorded_losses(read_recorded_run(folder)))
     return found
+
+
+def _needs_model(measure: Measure) -> bool:
+    return bool(measure.loss or measure.of_samples)
 
 
 # ---------------------------------------------------------------- of the network
@@ -149,7 +166,11 @@ def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
             x = replace(inputs, x0=x0, eps=at.eps, eps_in=at.eps, level=at.level, inpaint=inpaint)
             with explain_errors(f"--metric {function_name(loss)}", loss):
                 values = step(model, x, config, loss)
-            losses.check_loss_finite(values, loss)
+            if not values.isfinite().all():
+                raise UserError(
+                    f"measure {function_name(loss)} gives {values.tolist()} for validation images "
+                    f"at timestep {validation.format_timestep(at.t)}; expected finite numbers"
+                )
             rows = zip(batch.keys, values.double().tolist())
             found += [Score(key, at.draw, at.bin, at.t, value) for key, value in rows]
         return found
@@ -170,15 +191,16 @@ def validation_prompts(trained: TrainedRun) -> list[str]:
     return [record.captions[0] for record in trained.data.validation.records]
 
 
-def _check_same_sampling(folders: Sequence[Path]) -> None:
+def _check_same_options(folders: Sequence[Path], options: Sequence[str], remedy: str) -> None:
+    """Raises UserError for the first of the options in which runs differ."""
     runs = [read_recorded_run(folder) for folder in folders]
     for run in runs[1:]:
-        for name in DRAWN_BY:
-            values = [own.settings.get(f"samples.{name}") for own in (runs[0], run)]
+        for name in options:
+            values = [own.settings.get(name) for own in (runs[0], run)]
             if values[0] != values[1]:
                 raise UserError(
-                    f"{runs[0].folder} draws images with samples.{name} {values[0]}, {run.folder} "
-                    f"with {values[1]}; measures of images need the same: write it into config.toml"
+                    f"{runs[0].folder} would be measured with {name} {values[0]}, {run.folder} "
+                    f"with {values[1]}; the measure depends on it: {remedy}"
                 )
 
 
@@ -198,7 +220,14 @@ def _score_with(
     def score(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
         pixels = torch.stack([image_to_pixels(image) for image in images])
         with torch.no_grad(), explain_errors(f"--metric {spec}", function):
-            values = torch.as_tensor(function(pixels, validation_prompts(trained)))
+            given = function(pixels, validation_prompts(trained))
+        try:
+            values = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--metric {spec} returned {type(given).__name__}, expected {len(images)} numbers, "
+                "one for each image"
+            ) from error
         if values.shape != (len(images),) or not values.isfinite().all():
             raise UserError(
                 f"--metric {spec} returned {list(values.shape)} numbers, expected {len(images)} "
@@ -214,6 +243,8 @@ def _clip_measures(path: str) -> list[Measure]:
     over the training images of those of an image and a training image (arXiv 2208.12242: CLIP-T and
     CLIP-I).
     """
+    if not path:
+        raise UserError("--metric clip: names no model; expected clip:MODEL, a folder or hub id")
     clip = ImageSimilarity(path)
 
     def to_prompts(trained: TrainedRun, images: Sequence[Any]) -> list[float]:

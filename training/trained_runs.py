@@ -52,8 +52,21 @@ def open_trained_run(folder: Path) -> TrainedRun:
     Images and base model are looked for where the config has them. Raises UserError for a run that
     is not finished, and where they are not those that it was trained with.
     """
-    run = Run(folder, keep=None)
-    file, done = folder / "config.toml", run.newest_step()
+    config = find_trained_run(folder)
+    try:
+        return _open_run(folder, config)
+    except UserError as error:
+        raise UserError(
+            f"{folder} cannot be opened with its config.toml, in which paths can be corrected: "
+            f"{error}"
+        ) from error
+
+
+def find_trained_run(folder: Path) -> Config:
+    """The config of the finished run in a folder, to open it with. Raises UserError for a folder
+    without one, and for a run that has not done all its steps.
+    """
+    file, done = folder / "config.toml", Run(folder, keep=None).newest_step()
     if not file.is_file() or done is None:
         missing = "checkpoint" if file.is_file() else "config.toml"
         raise UserError(f"{folder} has no {missing}; expected the folder of a finished run")
@@ -62,6 +75,10 @@ def open_trained_run(folder: Path) -> TrainedRun:
         raise UserError(
             f"{folder} has done {done} of {config.steps} steps; finish it with --resume first"
         )
+    return config
+
+
+def _open_run(folder: Path, config: Config) -> TrainedRun:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
@@ -69,6 +86,7 @@ def open_trained_run(folder: Path) -> TrainedRun:
         data = setup.open_data(config)
         model = setup.open_model(config)
         optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
+        run = Run(folder, keep=None)
         checkpoints = Checkpoints(run, config, data, model, optimization)
         checkpoints.advice = "put back what it was trained with"
         checkpoints.restore(0.0)

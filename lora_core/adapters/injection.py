@@ -286,10 +286,15 @@ def adapter_updates(model: nn.Module, name: str = "default") -> dict[str, LayerU
 def layer_update(layer: Adapted, name: str = "default") -> LayerUpdate:
     """A copy of the tensors of a layer's adapter for adapter files.
 
-    Raises as the kind's `state` or `low_rank` does, and AttributeError for one without.
+    Raises as the kind's `state` or `low_rank` does, and UserError for a class without them.
     """
     adapter = layer.adapter(name)
     own = getattr(adapter, "low_rank", None)
+    if own is None and not hasattr(adapter, "state"):
+        raise UserError(
+            f"{type(adapter).__name__} has no form in adapter files; write its own tensors with "
+            "lora_core.adapters.custom_files.save_adapters"
+        )
     return adapter.state() if own is None else own(layer.base)
 
 

@@ -7,7 +7,7 @@ set_strength, remove.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lora_core.adapters.live_modules import (
     networks_in_file,
     networks_of,
 )
+from lora_core.adapters.targets import matches_pattern, nearest_paths
 from lora_core.adapters.weight_updates import AdapterState, split_updates
 from lora_core.errors import UserError
 from lora_core.formats.layout import Layout
@@ -43,20 +44,38 @@ def inject_adapters(
     paths of layers or, for a family, the names of its presets ("attention"). The base weights stop
     training. Raises UserError as `injection.inject` does.
     """
+    if not isinstance(spec, AdapterSpec):
+        raise UserError(f"expected an AdapterSpec, got {spec!r}; write AdapterSpec((target,))")
     networks = _networks(model)
     component = component or _denoiser_name(networks)
     if component not in networks:
         raise UserError(f"the model has no {component!r}; it has {', '.join(networks)}")
-    presets = target_presets(model, component) if family_layout(model) else {}
-    targets: list[str] = []
-    for target in spec.targets:
-        targets += presets.get(target, (target,))
     network = networks[component]
+    targets: list[str] = []
+    if family_layout(model):
+        presets = target_presets(model, component)
+        for target in spec.targets:
+            targets += presets.get(target, (target,))
+    else:
+        targets += spec.targets
+        _check_no_presets(targets, list(injection.adaptable_layers(network)))
     _freeze_base(network)
     paths = injection.inject(network, replace(spec, targets=tuple(targets)), name=name, seed=seed)
     if (largest := largest_timestep(model)) is not None:
         noise_levels.set_largest_timestep(network, largest)
     return paths
+
+
+def _check_no_presets(targets: Sequence[str], paths: Sequence[str]) -> None:
+    """Raises UserError for a plain word that names no layer of a network without presets."""
+    for target in targets:
+        is_word = target.replace("-", "_").isidentifier()
+        if is_word and not any(matches_pattern(path, target) for path in paths):
+            near = ", ".join(nearest_paths(target, paths)) or "none"
+            raise UserError(
+                f"{target!r} names no layer (nearest: {near}), and presets belong to a model "
+                "family; give paths or globs, or inject into load_family(PATH)"
+            )
 
 
 def target_presets(model: Any, component: str = "") -> dict[str, tuple[str, ...]]:

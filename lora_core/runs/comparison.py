@@ -267,6 +267,8 @@ def config_changes(a: RecordedRun, b: RecordedRun) -> list[str]:
 def _show_value(value: Any) -> str:
     if value is NOT_SET:
         return NOT_SET
+    if value == "":
+        return "empty"
     return shorten_value(value) if isinstance(value, str) else str(value)
 
 
@@ -319,6 +321,24 @@ def _check_same_measurement(a: RecordedRun, b: RecordedRun) -> None:
 # ---------------------------------------------------------------- comparing
 
 
+def read_sides(a: Sequence[Path], b: Sequence[Path]) -> list[list[RecordedRun]]:
+    """The recorded runs of both sides. Reads no weights, so that it can be called before the runs
+    are measured. Raises UserError for runs of different base models or validations, of mixed
+    configs on one side, and for a run on both sides.
+    """
+    if not a or not b:
+        raise UserError("there is no run to compare; name the folders of finished runs")
+    others = {folder.resolve() for folder in b}
+    if both := [folder for folder in a if folder.resolve() in others]:
+        raise UserError(f"{both[0]} is on both sides; compare it with other runs")
+    sides = [[read_recorded_run(folder) for folder in side] for side in (a, b)]
+    for runs, side in zip(sides, "AB"):
+        _check_one_config(runs, side)
+    for run in (*sides[0], *sides[1]):
+        _check_same_measurement(sides[0][0], run)
+    return sides
+
+
 def compare_runs(
     a: Sequence[Path],
     b: Sequence[Path],
@@ -331,19 +351,13 @@ def compare_runs(
     By the losses of their last validations, or by what was `measured` on them. Both values of a
     difference have the same image, timestep and noise, and the same seed where the groups have the
     same seeds. The timesteps and noise draws of an image are averaged; with `draws_apart` each
-    image and draw is an image of its own. Raises UserError for runs of different base models or
-    validations, of mixed configs on one side, and for unfinished ones.
+    image and draw is an image of its own. Raises UserError as `read_sides` does, and for unfinished
+    runs.
     """
-    if not a or not b:
-        raise UserError("there is no run to compare; name the folders of finished runs")
-    sides = [[read_recorded_run(folder) for folder in side] for side in (a, b)]
+    sides = read_sides(a, b)
     if measured is None:
         found = {run.folder: recorded_losses(run) for run in (*sides[0], *sides[1])}
         measured = Measured("loss", False, found)
-    for runs, side in zip(sides, "AB"):
-        _check_one_config(runs, side)
-    for run in (*sides[0], *sides[1]):
-        _check_same_measurement(sides[0][0], run)
     seeds = [[run.seed for run in runs] for runs in sides]
     is_paired = None not in seeds[0] and set(seeds[0]) == set(seeds[1])
     if is_paired:  # in the same order on both sides

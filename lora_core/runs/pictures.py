@@ -241,14 +241,18 @@ def plot_validation(
     marks: Sequence[tuple[float, str]] = (),
 ) -> None:
     """A PNG of the validation loss: left the change in percent of each timestep over steps, and of
-    all of them, thick; right the loss of each timestep before and after.
+    all of them, thick, or bars of two validations; right the loss before and after.
     """
     import matplotlib.pyplot as plt
 
     with _figure(path, panels=2) as (left, right):
         names = list(over_steps)
         every = -(-len(names) // MOST_NAMES)
+        has_course = any(len(x) > 2 for x, _ in over_steps.values())
         for i, (name, (x, y)) in enumerate(over_steps.items()):
+            if not has_course:  # a line between two points shows no course
+                left.bar(i, y[-1], 0.6, color=INK if i == len(names) - 1 else COLORS[1])
+                continue
             is_last = i == len(names) - 1  # of all timesteps
             color = INK if is_last else plt.get_cmap("viridis")(0.9 * i / max(len(names) - 2, 1))
             is_named = is_last or i % every == 0
@@ -256,11 +260,14 @@ def plot_validation(
             label = name if is_named else None
             left.plot(x, y, ".-", label=label, color=color, linewidth=width)
         left.axhline(0, color=INK, linewidth=0.8)
-        left.locator_params(axis="x", integer=True)
-        left.set(xlabel="step", ylabel="change in %")
+        left.set(xlabel="step" if has_course else "timestep", ylabel="change in %")
         left.set_title(f"{title}, change", fontsize=10, pad=18 if marks else 6)
-        left.legend(fontsize=8, frameon=False)
-        _draw_marks(left, marks)
+        if has_course:
+            left.locator_params(axis="x", integer=True)
+            left.legend(fontsize=8, frameon=False)
+            _draw_marks(left, marks)
+        else:
+            left.set_xticks(list(range(len(names)))[::every], names[::every])
         places = range(len(before_after))
         for k, (words, color) in enumerate((("before", COLORS[0]), ("after", COLORS[1]))):
             heights = [pair[k] for pair in before_after.values()]

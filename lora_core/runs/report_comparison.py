@@ -50,7 +50,18 @@ def group_records(records: Sequence[RunRecord]) -> tuple[dict[str, list[Path]], 
         return group_runs([record.folder for record in records]), []
     except UserError as error:
         alone = {style.name: [r.folder] for style, r in zip(_alone(records), records)}
-        return alone, [f"The runs are not grouped by seed: {hide_home(str(error))}."]
+        words = _without_folders(error, records)
+        return alone, [f"The runs are not grouped by seed: {words}."]
+
+
+def _without_folders(error: UserError, records: Sequence[RunRecord]) -> str:
+    """The sentence with the names of runs in the place of their folders, which a page does not
+    show.
+    """
+    words = str(error)
+    for record in sorted(records, key=lambda record: -len(str(record.folder))):
+        words = words.replace(str(record.folder), record.name)
+    return hide_home(words)
 
 
 def style_runs(
@@ -94,7 +105,8 @@ def compare_groups(
         try:
             found = compare_runs(groups[first], groups[name])
         except UserError as error:
-            verdicts.append(Verdict(title, f"No comparison: {hide_home(str(error))}.", ()))
+            words = f"No comparison: {_without_folders(error, records)}."
+            verdicts.append(Verdict(title, words, ()))
             continue
         verdicts.append(Verdict(title, _sentence(found), found.changes))
         lines.append(_difference_line(found, name, i))

@@ -98,7 +98,8 @@ def _crossed_error(per_image: Tensor, sides: Sequence[Tensor]) -> tuple[float, f
     if images > 1:
         of_images = _Part(per_image.var().item() / images, images - 1)
         least = sum(rest.value for rest in rests)
-        parts = [*seeds, *([of_images] if of_images.value > least else rests)]
+        counts = of_images.value > least or not rests
+        parts = [*seeds, *([of_images] if counts else rests)]
     if not parts:
         return math.nan, math.nan
     variance = sum(part.value for part in parts)
