@@ -26,7 +26,7 @@ STEPS, EVERY = (4, 5), 3
 CHILD = """
 import json, os, signal, sys
 from training import step
-import train, lora_core.runs.run_folder
+import models.sd, torch._dynamo, train, lora_core.runs.run_folder
 from pathlib import Path
 from lora_core.toml import read_toml
 

@@ -22,7 +22,6 @@ from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
 from lora_core.plugins import find_plugin
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
-from models.image_similarity import ImageSimilarity
 from training.step import Loss, Step
 from training.step_inputs import InputSource, make_step_inputs
 from training.trained_runs import TrainedRun, open_trained_run
@@ -210,6 +209,8 @@ def _clip_measures(path: str) -> list[Measure]:
     over the training images of those of an image and a training image (arXiv 2208.12242: CLIP-T and
     CLIP-I).
     """
+    from models.image_similarity import ImageSimilarity  # its library takes seconds to import
+
     clip = ImageSimilarity(path)
 
     def to_prompts(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
