@@ -138,7 +138,9 @@ def run_command(command: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs(
+    page: Path, folder: Path, without_plots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     namespace: dict[str, object] = {"__name__": "page"}
     for language, code in blocks(page):
@@ -158,7 +160,7 @@ def test_every_block_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("script", [train, infer, merge], ids=lambda script: script.__name__)
 def test_examples_of_the_scripts_run(
-    script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, folder: Path, without_plots: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     text = (script.__doc__ or "") + "\n" + getattr(script, "EXAMPLE", "")

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 import train
-from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
+from lora_core.config import (
+    AdapterConfig,
+    Config,
+    OptimizerConfig,
+    PriorConfig,
+    Stage,
+    ValidationConfig,
+)
 from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.kernels import dispatch
 from lora_core.toml import read_toml
@@ -206,6 +213,7 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
         adapter=AdapterConfig(rank=3, kind=kind),
         stages=(stage,),
         optimizer=OptimizerConfig(name="prodigy", args={"d0": 1e-4}),
+        validation=ValidationConfig(every=-1),
     )
     config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
