@@ -40,8 +40,8 @@ def test_the_status_tells_how_a_script_ended(capsys: pytest.CaptureFixture[str])
             end(error)
 
 
-# Imports once, then forks a child for each line of its input: the child runs a script as Python does,
-# with the pipes to readers that have ended, and ends as a program ends.
+# Imports once, then forks a child for each line of its input: the child runs a script as Python
+# does, with pipes to readers that have ended, and ends as a program ends.
 FORKS = """
 import gc, io, json, os, runpy, sys
 import infer, train
