@@ -64,7 +64,7 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
 
     Raises UserError for unknown keys and values of a wrong type.
     """
-    _check_keys(table, cls, "", _dotted_names(cls, ""))
+    _check_keys(table, cls, "", _dotted_names(cls, ""))  # type: ignore[arg-type]
     try:
         return _make_converter().structure(table, cls)
     except cattrs.BaseValidationError as error:
@@ -92,6 +92,18 @@ def to_table(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [to_table(item) for item in config]
     return config
+
+
+def flatten_table(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name (stages.0.steps) -> value, of every option in a config's table."""
+    is_list = isinstance(table, list) and table and all(isinstance(v, dict) for v in table)
+    inner = dict(enumerate(table)) if is_list else table
+    if not isinstance(inner, dict):
+        return {prefix.removesuffix("."): table}
+    flat: dict[str, Any] = {}
+    for name, value in inner.items():
+        flat |= flatten_table(value, f"{prefix}{name}.")
+    return flat
 
 
 def to_toml(config: Any) -> str:

@@ -76,10 +76,11 @@ def compute_updates(state: AdapterState, base: BaseModel, kind: str, source: str
 
 def _shared_module(kind: str, shapes: list[Shape], specs: Mapping[str, LayerSpec]) -> Any:
     """The module that the class's adapters share, made for layers of these shapes."""
-    share = getattr(kind_class(kind), "share", None)
-    if share is None:
+    make_shared = getattr(kind_class(kind), "make_shared", None)
+    if make_shared is None:
         return None
-    return share([_bare_layer(torch.empty(shape)) for shape in shapes], next(iter(specs.values())))
+    bases = [_bare_layer(torch.empty(shape)) for shape in shapes]
+    return make_shared(bases, next(iter(specs.values())))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ Where it applies, a class may have
     reads_level = True        `self.level` has the noise level of each forward pass of the denoiser:
                               `level.t` [b], as the network reads it, and `level.fraction` [b], from
                               0 (clean) to 1 (pure noise) (noise_levels.py)
-    share(bases, spec)        classmethod: a module that all layers of a network share, made from
+    make_shared(bases, spec)  classmethod: a module that all layers of a network share, made from
                               those layers before any adapter of them, which gets it as
                               `spec.shared`
 
@@ -371,8 +371,8 @@ def build_adapters(
     built: dict[str, nn.Module] = {}
     path, shared = next(iter(bases)), None
     try:
-        if hasattr(kind, "share"):
-            shared = kind.share(list(bases.values()), specs[path])
+        if hasattr(kind, "make_shared"):
+            shared = kind.make_shared(list(bases.values()), specs[path])
         for path, base in bases.items():
             built[path] = kind(base, replace(specs[path], shared=shared))
     except UserError:
