@@ -82,7 +82,8 @@ def save_sd1_lora(file: Path, seed: int, rank: int = 4) -> None:
 def shorten(config: Config) -> Config:
     """The same config with one step a stage, one image and no validation."""
     stages = tuple(replace(stage, steps=1) for stage in config.stages)
-    samples = replace(config.samples, steps=1)
+    prompts = (*config.samples.prompts, "a photo")[:1]
+    samples = replace(config.samples, steps=1, guidance=1.0, prompts=prompts)
     validation = replace(config.validation, every=-1)
     return replace(config, stages=stages, samples=samples, validation=validation, device="cpu")
 
