@@ -47,6 +47,8 @@ import gc, io, json, os, runpy, sys
 import infer, train
 from merging import add, convert, info, mix, resize
 
+# what takes seconds to import waits for a model: a mistake is told before
+print(*{"diffusers", "transformers", "torch._dynamo"} & sys.modules.keys(), end="", file=sys.stderr)
 gc.freeze()  # a child that ends looks at its own objects only
 for line in sys.stdin:
     words, closed, is_buffered, said = json.loads(line)
@@ -98,7 +100,7 @@ def status_of_closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Statu
 
         yield run
         forks.stdin.close()
-        assert forks.stderr.read() == ""  # of the imports
+        assert forks.stderr.read() == ""  # what the imports say
 
 
 @pytest.mark.parametrize(
