@@ -28,6 +28,7 @@ from lora_core.config import (
     PriorConfig,
     Stage,
     TokensConfig,
+    ValidationConfig,
 )
 from lora_core.kernels import dispatch
 from tests.conftest import distance, final, learned, merged, rows
@@ -233,8 +234,8 @@ def test_a_replayed_run_is_the_run(config: Config, quick: None, taped: None, cas
 
 
 def replay(config: Config, case: str) -> None:
-    changes = {"stages": (Stage(6, ("denoiser",)),), "validation": {"every": -1}}
-    changes |= {**CASES[case], "log_every": 1}
+    usual = {"stages": (Stage(6, ("denoiser",)),), "validation": ValidationConfig(every=-1)}
+    changes = {**usual, **CASES[case], "log_every": 1}
     plain = merged(config, changes)
     eager = train.train(plain)
     replayed = train.train(replace(plain, cuda_graph=True, out=plain.out + "_graph"))
