@@ -288,9 +288,14 @@ def layer_update(layer: Adapted, name: str = "default") -> LayerUpdate:
 
     Raises as the kind's `state` or `low_rank` does, and AttributeError for one without.
     """
-    adapter = layer.adapter(name)
-    own = getattr(adapter, "low_rank", None)
-    return adapter.state() if own is None else own(layer.base)
+    return stored_update(layer.adapter(name), layer.base)
+
+
+def stored_update(adapter: Any, base: BaseLayer) -> LayerUpdate:
+    """What adapter files hold of an adapter: its `low_rank` of the base layer, else its `state`."""
+    if hasattr(adapter, "low_rank"):
+        return adapter.low_rank(base)
+    return adapter.state()
 
 
 def load_factors(
