@@ -30,15 +30,9 @@ from lora_core.diffusion.losses import LOSSES
 from lora_core.errors import UserError, exit_status
 from lora_core.plugins import find_plugin
 from lora_core.report import write_report
-from lora_core.runs.comparison import (
-    Comparison,
-    RecordedRun,
-    config_changes,
-    flatten_settings,
-    read_recorded_run,
-)
+from lora_core.runs.comparison import Comparison, RecordedRun, config_changes, read_recorded_run
 from lora_core.runs.run_folder import is_run
-from lora_core.toml import parse_toml, to_table, to_toml
+from lora_core.toml import flatten_table, parse_toml, to_table, to_toml
 from toy.concepts import draw_concepts
 from toy.demo import draw_held_out
 from training import comparing, measures
@@ -156,7 +150,7 @@ def is_finished(config: Config) -> bool:
     if not (folder / "summary.json").is_file():
         return False
     recorded = read_recorded_run(folder)
-    settings = dict(flatten_settings(to_table(config.recorded)))
+    settings = flatten_table(to_table(config.recorded))
     changes = config_changes(recorded, RecordedRun(folder, settings, {}))
     if changes or recorded.seed != config.seed:
         found = "; ".join(changes[:3]).replace(" in A,", " there,").replace(" in B", " here")

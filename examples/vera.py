@@ -15,7 +15,7 @@ from lora_core.adapters.kinds import FactorAdapter, factor_shapes
 
 class VeRA(FactorAdapter):
     @classmethod
-    def share(cls, bases: list[BaseLayer], layer: LayerSpec) -> nn.Module:
+    def make_shared(cls, bases: list[BaseLayer], layer: LayerSpec) -> nn.Module:
         """A [r, widest input] and B [widest output, r], Kaiming uniform by the run's seed."""
         inputs, outputs = (max(base.weight.flatten(1).shape[i] for base in bases) for i in (1, 0))
         pair, generator = nn.Module(), torch.Generator().manual_seed(layer.seed)

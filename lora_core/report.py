@@ -27,7 +27,7 @@ from lora_core.errors import UserError, exit_status, printable
 from lora_core.runs import report_charts
 from lora_core.runs.report_charts import change_color
 from lora_core.runs.report_comparison import compare_groups, group_records, style_runs
-from lora_core.runs.report_data import RunRecord, read_run
+from lora_core.runs.report_data import PAGE, RunRecord, read_run
 from lora_core.runs.report_images import MOST_BYTES, read_images
 from lora_core.runs.report_metrics import (
     bin_changes,
@@ -46,7 +46,6 @@ from lora_core.runs.report_sections import (
     last_samples,
 )
 
-PAGE = "report.html"
 MOST_NAMES = 4  # of groups in a title
 TEMPLATE = Path(__file__).parent / "runs" / "report_template.html"
 MADE_HERE = b'data-made-by="lora_core.report"'  # at the beginning of every page

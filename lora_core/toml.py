@@ -64,7 +64,7 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
 
     Raises UserError for unknown keys and values of a wrong type.
     """
-    _check_keys(table, cls, "", _dotted_names(cls))
+    _check_keys(table, cls, "", _dotted_names(cls, ""))  # type: ignore[arg-type]
     try:
         return _make_converter().structure(table, cls)
     except cattrs.BaseValidationError as error:
@@ -92,6 +92,18 @@ def to_table(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [to_table(item) for item in config]
     return config
+
+
+def flatten_table(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name (stages.0.steps) -> value, of every option in a config's table."""
+    is_list = isinstance(table, list) and table and all(isinstance(v, dict) for v in table)
+    inner = dict(enumerate(table)) if is_list else table
+    if not isinstance(inner, dict):
+        return {prefix.removesuffix("."): table}
+    flat: dict[str, Any] = {}
+    for name, value in inner.items():
+        flat |= flatten_table(value, f"{prefix}{name}.")
+    return flat
 
 
 def to_toml(config: Any) -> str:
@@ -166,7 +178,7 @@ def _check_keys(table: dict[str, Any], cls: type, prefix: str, known: dict[str, 
 
     `known`: the last part of a dotted name -> the whole name, of every option.
     """
-    hints = get_type_hints(cls)
+    hints = _option_types(cls)
     for key, value in table.items():
         if key not in hints:
             raise UserError(_unknown_key(key, prefix, list(hints), known))
@@ -197,10 +209,14 @@ def _tables(value: Any, name: str) -> list[dict[str, Any]]:
     raise UserError(f"{message}; write [[{name}]] in double brackets for each")
 
 
-def _dotted_names(cls: type, prefix: str = "") -> dict[str, str]:
+_option_types = cache(get_type_hints)  # class of options -> name -> type; evaluated once
+
+
+@cache
+def _dotted_names(cls: type, prefix: str) -> dict[str, str]:
     """Last part -> dotted name, of every option."""
     found = {}
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in _option_types(cls).items():
         found[name] = prefix + name
         if is_dataclass(kind):
             found |= _dotted_names(kind, f"{prefix}{name}.")  # type: ignore[arg-type]

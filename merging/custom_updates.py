@@ -7,6 +7,7 @@ computed each time that it is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,10 +77,11 @@ def compute_updates(state: AdapterState, base: BaseModel, kind: str, source: str
 
 def _shared_module(kind: str, shapes: list[Shape], specs: Mapping[str, LayerSpec]) -> Any:
     """The module that the class's adapters share, made for layers of these shapes."""
-    share = getattr(kind_class(kind), "share", None)
-    if share is None:
+    make_shared = getattr(kind_class(kind), "make_shared", None)
+    if make_shared is None:
         return None
-    return share([_bare_layer(torch.empty(shape)) for shape in shapes], next(iter(specs.values())))
+    bases = [_bare_layer(torch.empty(shape)) for shape in shapes]
+    return make_shared(bases, next(iter(specs.values())))
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,10 @@ class CustomLayer:
     def read_update(self) -> LowRank | DenseUpdate:
         """The update as factors, where the class has them, else as wide as the weight."""
         layer, adapter = self._open()
-        try:
-            found = adapter.low_rank(layer) if hasattr(adapter, "low_rank") else adapter.state()
-        except custom_files.NO_FACTORS:
-            found = None
-        if isinstance(found, LowRank | DenseUpdate):
-            return found
+        with suppress(*custom_files.NO_FACTORS):
+            found = injection.stored_update(adapter, layer)
+            if isinstance(found, LowRank | DenseUpdate):
+                return found
         self._delta_weight()  # raises before anything is written
         shape = tuple(layer.weight.shape)
         return DenseUpdate("full", shape, ComputedParts({"diff": self._delta_weight}))

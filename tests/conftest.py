@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
     prefix="lora_core_cache_"
 )  # a developer's own measurements are not what is tested
+os.fsync = lambda handle: None  # nothing here outlives a loss of power; a run waits 20 times
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
 COLOURS = ["red", "green", "blue", "pink", "navy"]
 # words of benchmarks.kernels: one small layer
@@ -248,7 +249,16 @@ def merged(config: Config, change: dict[str, Any]) -> Config:
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without plots and page at their end."""
+    from training import results
+
+    monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
+    monkeypatch.setattr(results, "write_report", lambda runs: None)
+
+
+@pytest.fixture
+def plain(without_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures, plots and page at their end."""
     from training import results
 
@@ -257,8 +267,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(results, "before_after_grid", lambda *_: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(results.SampleImages, "draw", draw)
-    monkeypatch.setattr(results.reports, "plot_metrics", lambda folder, scored: [])
-    monkeypatch.setattr(results, "write_report", lambda runs: None)
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+from lora_core.config import OptimizerConfig
 from lora_core.errors import UserError
 from lora_core.optim.adamw import AdamW
-from lora_core.optim.building import OPTIMIZERS, build_optimizer, resolve_optimizer, split_lora_plus
+from lora_core.optim.building import OPTIMIZERS, build_optimizer, resolve_optimizer, split_by_ratio
 from lora_core.prodigy import Prodigy
 from lora_core.runs.run_folder import flatten_state, unflatten_state
+from lora_core.settings import check_options
 
 
 def with_grads(*shapes, seed=0, dtype=torch.float32):
@@ -117,9 +119,8 @@ def test_lora_plus_is_two_groups_by_hand(name):
         if by_hand:
             groups = [named(rest), named(ups, lr=16e-2), named(tokens, "tokens", lr=0.5)]
         else:
-            groups = split_lora_plus(
-                [named(params[:4]), named(tokens, "tokens", lr=0.5)], {"denoiser": ups}, 16
-            )
+            whole = [named(params[:4]), named(tokens, "tokens", lr=0.5)]
+            groups = split_by_ratio(whole, {"denoiser": dict.fromkeys(ups, 16)})
         optimizer = build_optimizer(name, groups, {})
         found.append(stepped(optimizer, params, range(1)) + stepped(optimizer, params, range(1, 3)))
         if not by_hand:
@@ -138,14 +139,13 @@ def test_lora_plus_is_two_groups_by_hand(name):
 
 def test_a_ratio_of_one_splits_nothing_and_bad_ones_are_refused():
     params = with_grads((4, 3), (3, 4))
-    (group,) = split_lora_plus([named(params)], {"denoiser": params[1:]}, 1.0)
+    (group,) = split_by_ratio([named(params)], {"denoiser": {params[1]: 1.0}})
     assert group["params"] == params and group["ratio"] == 1.0 and group["lr"] == 1e-2
-    (group,) = split_lora_plus(
-        [named(params)], {"denoiser": params}, 2.0
-    )  # all ups: no empty group
+    every = dict.fromkeys(params, 2.0)
+    (group,) = split_by_ratio([named(params)], {"denoiser": every})  # no empty group
     assert group["ratio"] == 2.0
     for ratio in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(UserError, match=r"--optimizer\.lora-plus is"):
-            split_lora_plus([named(params)], {}, ratio)
-    with pytest.raises(ValueError, match="1 of the ups of denoiser"):
-        split_lora_plus([named(params[:1])], {"denoiser": params[1:]}, 2.0)
+            check_options(OptimizerConfig(lora_plus=ratio), "--optimizer.")
+    with pytest.raises(ValueError, match="denoiser lacks 1 of its"):
+        split_by_ratio([named(params[:1])], {"denoiser": {params[1]: 2.0}})

@@ -1,10 +1,12 @@
 """The status that a script ends with."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,22 +40,67 @@ def test_the_status_tells_how_a_script_ended(capsys: pytest.CaptureFixture[str])
             end(error)
 
 
-def status_of_closed(
-    words: list[str], *streams: str, is_buffered: bool = True
-) -> tuple[int, bytes]:
+# Imports once, then forks a child for each line of its input: the child runs a script as Python
+# does, with pipes to readers that have ended, and ends as a program ends.
+FORKS = """
+import gc, io, json, os, runpy, sys
+import infer, train
+from merging import add, convert, info, mix, resize
+
+# what takes seconds to import waits for a model: a mistake is told before
+print(*{"diffusers", "transformers", "torch._dynamo"} & sys.modules.keys(), end="", file=sys.stderr)
+gc.freeze()  # a child that ends looks at its own objects only
+for line in sys.stdin:
+    words, closed, is_buffered, said = json.loads(line)
+    child = os.fork()
+    if child:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(status, flush=True)
+        continue
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    for stream in closed:
+        os.dup2(writer, stream)
+    if not is_buffered:  # as PYTHONUNBUFFERED makes it
+        raw = open(1, "wb", 0, closefd=False)
+        sys.stdout = io.TextIOWrapper(raw, "utf-8", write_through=True)
+    sys.argv = words
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+    sys.exit()
+"""
+STREAMS = {"stdout": 1, "stderr": 2}
+StatusOf = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def status_of_closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StatusOf]:
     """The status of a command whose reader of some streams has ended, and what it says on stderr.
 
     As in `python merge.py info a.safetensors | head`, or `2>&1 | head`.
     """
-    reader, writer = os.pipe()
-    os.close(reader)
-    given = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | dict.fromkeys(streams, writer)
+    said = tmp_path_factory.mktemp("said") / "stderr.txt"
+    command, pipe = [sys.executable, "-c", FORKS], subprocess.PIPE
     plain = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    if not is_buffered:
-        plain["PYTHONUNBUFFERED"] = "1"
-    run = subprocess.run([sys.executable, *words], cwd=ROOT, env=plain, **given, check=False)
-    os.close(writer)
-    return run.returncode, run.stderr or b""
+    plain["PYTHONPATH"] = str(ROOT)
+    with subprocess.Popen(
+        command, cwd=ROOT, env=plain, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as forks:
+        assert forks.stdin is not None and forks.stdout is not None and forks.stderr is not None
+
+        def run(words: list[str], *streams: str, is_buffered: bool = True) -> tuple[int, str]:
+            said.unlink(missing_ok=True)
+            closed = [STREAMS[stream] for stream in streams]
+            print(json.dumps([words, closed, is_buffered, str(said)]), file=forks.stdin, flush=True)
+            return int(forks.stdout.readline()), said.read_text()
+
+        yield run
+        forks.stdin.close()
+        assert forks.stderr.read() == ""  # what the imports say
 
 
 @pytest.mark.parametrize(
@@ -68,7 +115,7 @@ def status_of_closed(
     ],
 )
 def test_a_closed_pipe_ends_a_script_quietly(
-    words: tuple[str, ...], status: int, tmp_path: Path
+    status_of_closed: StatusOf, words: tuple[str, ...], status: int, tmp_path: Path
 ) -> None:
     file = tmp_path / "a.safetensors"
     name = "lora_unet_mid_block_attentions_0_proj_in"
@@ -76,7 +123,7 @@ def test_a_closed_pipe_ends_a_script_quietly(
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)
     out = tmp_path / "o.safetensors"
     line = [{"FILE": str(file), "OUT": str(out)}.get(word, word) for word in words]
-    assert status_of_closed(line, "stdout") == (status, b"")
+    assert status_of_closed(line, "stdout") == (status, "")
     assert out.exists() == ("OUT" in words)  # the file was finished before the table was printed
 
 
@@ -90,7 +137,9 @@ def test_a_closed_pipe_ends_a_script_quietly(
         ("add", "FILE", "FILE", "OUT", "--mode", "ljl"),
     ],
 )
-def test_a_closed_pipe_does_not_cost_the_output(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_cost_the_output(
+    status_of_closed: StatusOf, words: tuple[str, ...], tmp_path: Path
+) -> None:
     """Where Python writes every line at once (PYTHONUNBUFFERED), the first one finds no reader."""
     file, out = tmp_path / "a.safetensors", tmp_path / "o.safetensors"
     name = "lora_unet_mid_block_attentions_0_proj_in"
@@ -98,7 +147,7 @@ def test_a_closed_pipe_does_not_cost_the_output(words: tuple[str, ...], tmp_path
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, file)
     line = [word.replace("FILE", str(file)).replace("OUT", str(out)) for word in words]
     status, said = status_of_closed(["merge.py", *line], "stdout", is_buffered=False)
-    assert (status, b"rror" in said, out.exists()) == (CLOSED_PIPE, False, True)
+    assert (status, "rror" in said, out.exists()) == (CLOSED_PIPE, False, True)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +159,9 @@ def test_a_closed_pipe_does_not_cost_the_output(words: tuple[str, ...], tmp_path
         ("train.py", "x.toml"),
     ],
 )
-def test_a_mistake_without_a_reader_keeps_its_status(words: tuple[str, ...]) -> None:
+def test_a_mistake_without_a_reader_keeps_its_status(
+    status_of_closed: StatusOf, words: tuple[str, ...]
+) -> None:
     assert status_of_closed(list(words), "stdout", "stderr")[0] == 2
 
 

@@ -36,6 +36,7 @@ import infer, merge, train
 out, photos = sys.argv[1:]
 model = ["--model", "toy/model", "--device", "cpu"]
 short = ["--stages.0.steps", "2", "--batch-size", "1", "--samples.steps", "1"]
+short += ["--validation.every", "-1"]
 data = ["--data.images", photos, "--data.resolution", "64"]
 assert train.main([*model, *short, *data, "--out", out + "/run"]) == 0
 image = ["--lora", out + "/run", "--prompt", "a TOK", "--steps", "1", "--out", out + "/image.png"]

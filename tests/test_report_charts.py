@@ -23,6 +23,7 @@ from lora_core.runs.report_charts import (
     format_number,
     line_chart,
     sequence_color,
+    shorten_text,
     spread_chart,
     thin_points,
     unbroken_parts,
@@ -141,6 +142,12 @@ def test_names_are_escaped_and_errors_drawn() -> None:
     svg = line_chart([line], axes=("<x>", "y"))
     assert ElementTree.fromstring(svg).find("polyline").attrib["data-name"] == '<a "b">'
     assert svg.count("<line ") == 1
+
+
+def test_long_texts_end_in_a_mark_of_what_is_left_out() -> None:
+    assert [shorten_text("abcdef", most) for most in (7, 6, 5, 1)] == [
+        "abcdef", "abcdef", "abcd\u2026", "\u2026"
+    ]  # fmt: skip
 
 
 def test_numbers_have_few_digits() -> None:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.runs.standard_error import paired_estimate, t_quantile, unpaired_estimate
+from lora_core.runs.standard_error import (
+    paired_estimate,
+    standard_error,
+    t_quantile,
+    unpaired_estimate,
+)
 
 SEEDS, IMAGES = 4, 12
 
@@ -99,6 +104,8 @@ def test_where_one_of_them_does_not_repeat_the_other_alone_counts() -> None:
     d = draw(torch.Generator().manual_seed(5), (1.0, 1.0, 1.0), 6, 7)
     one_seed, one_image = paired_estimate(d[:1]), paired_estimate(d[:, :1])
     assert one_seed.error == pytest.approx(d[0].std().item() / math.sqrt(7), rel=1e-12)
+    assert standard_error(d[0].tolist()) == pytest.approx(one_seed.error, rel=1e-12)
+    assert math.isnan(standard_error([1.0])) and math.isnan(standard_error([]))
     assert one_seed.freedom == pytest.approx(6)
     assert one_image.error == pytest.approx(d[:, 0].std().item() / math.sqrt(6), rel=1e-12)
     assert one_image.freedom == pytest.approx(5)

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 import train
-from lora_core.config import AdapterConfig, Config, OptimizerConfig, PriorConfig, Stage
+from lora_core.config import (
+    AdapterConfig,
+    Config,
+    OptimizerConfig,
+    PriorConfig,
+    Stage,
+    ValidationConfig,
+)
 from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.kernels import dispatch
 from lora_core.toml import read_toml
@@ -200,12 +207,13 @@ def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(
 def test_a_run_on_triton_kernels_is_the_reference_run(
     config: Config, quick: None, patched_once: None, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    stage = Stage(3, ("denoiser", "tokens"))
+    stage = Stage(2, ("denoiser", "tokens"))  # in the second one no factor is zero any more
     config = replace(
         config,
         adapter=AdapterConfig(rank=3, kind=kind),
         stages=(stage,),
         optimizer=OptimizerConfig(name="prodigy", args={"d0": 1e-4}),
+        validation=ValidationConfig(every=-1),
     )
     config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
@@ -215,7 +223,7 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
             warnings.simplefilter("error", UserWarning)  # a kernel that refuses says so
             runs[kernels] = train.train(replace(config, out=f"{config.out}_{kernels}"))
     losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in runs.values()]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 2
     ours, exact = (
         torch.cat([p.flatten() for p in learned(run).values()])
         for run in (runs["triton"], runs["reference"])

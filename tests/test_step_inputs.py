@@ -57,8 +57,8 @@ def test_token_positions_come_from_any_encoder_that_attention_reads(
     s = open_parts(merged(config, changes))
     batch = next(iter(s.data.batches(s.config, 0, 1)))
     (inputs,) = make_step_inputs(s.source, batch, s.config.stages[0], 0, check=True)
-    assert inputs.token_positions is not None
-    assert inputs.token_positions.tolist() == [[2, 3], [2, 3]]  # after the start and "a"
+    assert inputs.caption_tokens.learned is not None
+    assert inputs.caption_tokens.learned.tolist() == [[2, 3], [2, 3]]  # after the start and "a"
 
 
 def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: None) -> None:

@@ -10,7 +10,7 @@ import pytest
 from infer import Infer
 from lora_core.config import AdapterConfig, Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
-from lora_core.toml import from_table, read_toml, to_table, to_toml
+from lora_core.toml import flatten_table, from_table, read_toml, to_table, to_toml
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +65,11 @@ def test_wrong_toml_is_one_sentence(tmp_path: Path, text: str, sentence: str) ->
     with pytest.raises(UserError, match=r"bad\.toml") as error:
         read_toml(tmp_path / "bad.toml")
     assert re.search(sentence, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_a_flat_table_names_every_option_with_dots() -> None:
+    table = {"a": 1, "b": {"c": [2, 3], "d": {}}, "e": [{"f": 4}, {"f": []}]}
+    assert flatten_table(table) == {"a": 1, "b.c": [2, 3], "e.0.f": 4, "e.1.f": []}
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:

@@ -233,7 +233,9 @@ def test_demo_prompts_are_new_contexts():
             assert "TOK" in prompt and background not in seen and background in draw.BACKGROUNDS
 
 
-def test_the_fusion_demo_draws_its_sheet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_fusion_demo_draws_its_sheet(
+    without_plots: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """A few steps: every row is there, and the fused model is the one that infer.py draws."""
     scores = fusion.fuse_demo(fusion.FusionOptions(short=True, out=str(tmp_path / "fusion")))
     rows = ["each alone", "summed", "fused", "summed, in regions", "fused, in regions"]

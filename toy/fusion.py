@@ -80,7 +80,7 @@ def fuse_demo(options: FusionOptions) -> dict[str, dict[str, float]]:
     began = time.perf_counter()
     out = Path(options.out)
     runs = {name: learn_concept(name, options) for name in INITIALIZERS}
-    corrected = ["--how", "corrected", "--prompts", *PROMPTS]
+    corrected = ["--how", "corrected", "--prompts", *PROMPTS[: 2 if options.short else None]]
     if options.short:
         corrected += ["--steps", "2"]
     models = {

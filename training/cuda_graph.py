@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from lora_core import kernels

@@ -22,7 +22,6 @@ from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
 from lora_core.plugins import check_call, explain_errors, find_plugin, function_name
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
-from models.image_similarity import ImageSimilarity
 from training.step import Loss, Step
 from training.step_inputs import InputSource, make_step_inputs
 from training.trained_runs import TrainedRun, find_trained_run, open_trained_run
@@ -245,6 +244,8 @@ def _clip_measures(path: str) -> list[Measure]:
     """
     if not path:
         raise UserError("--metric clip: names no model; expected clip:MODEL, a folder or hub id")
+    from models.image_similarity import ImageSimilarity  # its library takes seconds to import
+
     clip = ImageSimilarity(path)
 
     def to_prompts(trained: TrainedRun, images: Sequence[Any]) -> list[float]:

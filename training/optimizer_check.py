@@ -91,7 +91,7 @@ def _build_groups(
 ) -> torch.optim.Optimizer:
     """The optimizer, in training mode."""
     groups = [{"params": [p], **settings[group]} for group, p in params.items()]
-    optimizer = building.build_optimizer(name, building.split_lora_plus(groups, {}, 1.0), args)
+    optimizer = building.build_optimizer(name, building.split_by_ratio(groups, {}), args)
     if building.is_schedule_free(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer

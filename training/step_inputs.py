@@ -75,14 +75,6 @@ class StepInputs:
     # [b] bool of pairs, whose rows are winner, loser, winner, loser ...
     is_loser: Tensor | None = None
 
-    @property
-    def token_positions(self) -> Tensor | None:
-        """[b, n] of the learned tokens of each caption, in its order; -1 where it has fewer than n.
-
-        None unless the loss reads attention and the encoder that the maps are on learns tokens.
-        """
-        return self.caption_tokens.learned
-
 
 class InputSource:
     """Source of the inputs of a run's steps, with caches: latents of images whose pixels repeat,

@@ -289,13 +289,19 @@ def layer_update(layer: Adapted, name: str = "default") -> LayerUpdate:
     Raises as the kind's `state` or `low_rank` does, and UserError for a class without them.
     """
     adapter = layer.adapter(name)
-    own = getattr(adapter, "low_rank", None)
-    if own is None and not hasattr(adapter, "state"):
+    if not hasattr(adapter, "low_rank") and not hasattr(adapter, "state"):
         raise UserError(
             f"{type(adapter).__name__} has no form in adapter files; write its own tensors with "
             "lora_core.adapters.custom_files.save_adapters"
         )
-    return adapter.state() if own is None else own(layer.base)
+    return stored_update(adapter, layer.base)
+
+
+def stored_update(adapter: Any, base: BaseLayer) -> LayerUpdate:
+    """What adapter files hold of an adapter: its `low_rank` of the base layer, else its `state`."""
+    if hasattr(adapter, "low_rank"):
+        return adapter.low_rank(base)
+    return adapter.state()
 
 
 def load_factors(

@@ -38,7 +38,7 @@ Where it applies, a class may have
                               0 (clean) to 1 (pure noise) (noise_levels.py)
     is_linear = False         its update is not linear in x, as with an activation between its
                               factors: no weight holds it, and a run writes its own tensors alone
-    share(bases, spec)        classmethod: a module that all layers of a network share, made from
+    make_shared(bases, spec)  classmethod: a module that all layers of a network share, made from
                               those layers before any adapter of them, which gets it as
                               `spec.shared`
 
@@ -373,8 +373,8 @@ def build_adapters(
     built: dict[str, nn.Module] = {}
     path, shared = next(iter(bases)), None
     try:
-        if hasattr(kind, "share"):
-            shared = kind.share(list(bases.values()), specs[path])
+        if hasattr(kind, "make_shared"):
+            shared = kind.make_shared(list(bases.values()), specs[path])
         for path, base in bases.items():
             built[path] = kind(base, replace(specs[path], shared=shared))
     except UserError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -131,33 +130,15 @@ def group_settings(
     return settings
 
 
-def split_lora_plus(
-    groups: Iterable[Mapping[str, Any]], ups: Mapping[str, Sequence[Tensor]], ratio: float
-) -> list[dict[str, Any]]:
-    """The parameter groups of LoRA+ (arXiv 2402.12354): `ups` train at lr * ratio.
-
-    Every group named in `ups` is split into two groups of that name: its other parameters, and its
-    up factors. Each group has "ratio" (1.0 except for the up factors), so that a schedule may set
-    lr = rate * factor * group["ratio"] later; with ratio 1 nothing is split. `groups` have "name",
-    "params" and "lr". Raises UserError for a ratio that is not a positive number.
-    """
-    if not (math.isfinite(ratio) and ratio > 0):
-        raise UserError(
-            f"--optimizer.lora-plus is {ratio}; expected a positive number "
-            "(1: one learning rate for up and down, the paper's 16: up faster)"
-        )
-    chosen = ups if ratio != 1 else {}
-    return split_by_ratio(groups, {name: dict.fromkeys(own, ratio) for name, own in chosen.items()})
-
-
 def split_by_ratio(
     groups: Iterable[Mapping[str, Any]], ratios: Mapping[str, Mapping[Tensor, float]]
 ) -> list[dict[str, Any]]:
-    """Each group as one group for every learning rate in it: group's name -> parameter -> ratio.
+    """Parameter groups split by learning rate: one group of the same name for every ratio in it.
 
-    Each has "ratio" (1.0 for parameters without one, which come first), so that a schedule may set
-    lr = rate * factor * group["ratio"] later. `groups` have "name", "params" and "lr". Raises
-    ValueError for a parameter that is not in its group.
+    `ratios`: group -> parameter -> its learning rate relative to the group's, as in LoRA+ (arXiv
+    2402.12354). Each group has "ratio" (1.0 for parameters without one, which come first), so that
+    a schedule may set lr = rate * factor * group["ratio"] later. `groups` have "name", "params" and
+    "lr". Raises ValueError for a parameter that is not in its group.
     """
     found: list[dict[str, Any]] = []
     for group in groups:
@@ -166,7 +147,7 @@ def split_by_ratio(
         for p in group["params"]:
             parts.setdefault(own.pop(id(p), 1.0), []).append(p)
         if own:
-            raise ValueError(f"{len(own)} of the ups of {group['name']} are not its parameters")
+            raise ValueError(f"{group['name']} lacks {len(own)} of its parameters with a ratio")
         for ratio, params in parts.items():
             if params:
                 lr = group["lr"] * ratio

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -21,9 +21,10 @@ from lora_core.diffusion.validation import Score, format_timestep, read_scores
 from lora_core.errors import UserError
 from lora_core.json_files import LONGEST_JSON, parse_object
 from lora_core.runs.run_folder import Run
+from lora_core.runs.shared_options import MODEL_PATHS
 from lora_core.runs.standard_error import Estimate, paired_estimate, unpaired_estimate
 from lora_core.text import read_text, shorten_value
-from lora_core.toml import read_toml, to_table
+from lora_core.toml import flatten_table, read_toml, to_table
 
 # Options on which the result of a run does not depend: where it is written, when and how it is
 # observed, the threads and files that compute it.
@@ -40,7 +41,6 @@ MEASURED_BY = (
     "noise.prediction",
     "noise.zero_terminal_snr",
 )
-MODEL_PATHS = ("model", "vae", "model_config")
 CASTS = ("precision", "vae_precision")  # change the numbers of the same weights
 NOT_SET = "not set"
 NO_TIME = -1e9  # the t of scores of a measure without timesteps
@@ -160,7 +160,7 @@ def read_recorded_run(folder: Path) -> RecordedRun:
     them. Raises UserError for a config that cannot be read.
     """
     file = folder / "config.toml"
-    settings = dict(flatten_settings(to_table(read_toml(file)))) if file.is_file() else {}
+    settings = flatten_table(to_table(read_toml(file))) if file.is_file() else {}
     return RecordedRun(folder, settings, _read_weights(folder))
 
 
@@ -177,17 +177,6 @@ def _read_weights(folder: Path) -> dict[str, str]:
     for name in ("meta", "identity", "model"):
         state = state.get(name) if isinstance(state, dict) else None
     return state if isinstance(state, dict) else {}
-
-
-def flatten_settings(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every option of a table, also of tables in lists."""
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from flatten_settings(inner, f"{prefix}{name}.")
-    else:
-        yield prefix.removesuffix("."), value
 
 
 def _is_stage_length(option: str) -> bool:

@@ -16,6 +16,7 @@ CHARACTER = 5.6  # units of a mark's text
 MOST_POINTS = 400  # of a line: an extreme pair for each two units
 FEW_POINTS = 24  # that are drawn as dots too
 MOST_TICKS = 6
+LONGEST_NAME = 20  # characters of a group's name left of its row
 COLORS = (
     "#1b5fa8", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285", "#c2255c", "#5c677d",
     "#3b3fa0", "#8a4b08",
@@ -74,7 +75,7 @@ class Scale(NamedTuple):
     stop: float
     log: bool = False
 
-    def place(self, value: float) -> float:
+    def to_units(self, value: float) -> float:
         """The value in units of the view box."""
         low, high = self.low, self.high
         if self.log:
@@ -108,7 +109,7 @@ def line_chart(
     up = _axis(values, HEIGHT - BOTTOM, TOP, pad=0.05, log=log)
     parts = _grid(across, up, axes)
     if include_zero:
-        parts.append(_zero_line(up.place(0), horizontal=True))
+        parts.append(_zero_line(up.to_units(0), horizontal=True))
     parts += _draw_marks(marks, across)
     for line in sorted(kept, key=lambda line: not line.faint):
         parts += _draw_line(line, across, up)
@@ -125,7 +126,7 @@ def _extent(line: Line) -> list[float]:
     """The values that a chart has to have room for."""
     if not line.errors:
         return list(line.y)
-    spread = [0.0 if math.isnan(error) else error for error in line.errors]
+    spread = [_or_zero(error) for error in line.errors]
     low = [y - error for y, error in zip(line.y, spread)]
     return [*low, *(y + error for y, error in zip(line.y, spread))]
 
@@ -134,12 +135,12 @@ def _draw_line(line: Line, across: Scale, up: Scale) -> list[str]:
     parts = []
     for first, last in unbroken_parts(line.x) if line.pauses else [(0, len(line.x))]:
         points = thin_points(line.x[first:last], line.y[first:last], MOST_POINTS)
-        places = [(across.place(x), up.place(y)) for x, y in points]
+        places = [(across.to_units(x), up.to_units(y)) for x, y in points]
         parts += _draw_points(places, line)
     for x, y, error in zip(line.x, line.y, line.errors):
         if not math.isnan(error):
-            at = across.place(x)
-            ends = f'y1="{up.place(y - error):.1f}" y2="{up.place(y + error):.1f}"'
+            at = across.to_units(x)
+            ends = f'y1="{up.to_units(y - error):.1f}" y2="{up.to_units(y + error):.1f}"'
             parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" {ends} stroke="{line.color}"/>')
     return parts
 
@@ -199,22 +200,22 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
     height = HEAD + row * len(bars) + BOTTOM
     ends: list[float] = [0.0]
     for bar in bars:
-        error = 0.0 if math.isnan(bar.error) else bar.error
+        error = _or_zero(bar.error)
         ends += [bar.value - error, bar.value + error]
     left, right = 64, 74 if any(bar.text for bar in bars) else RIGHT
     across = _axis(ends, left, WIDTH - right, pad=0.05)
     parts = _vertical_ticks(across, height, label)
-    parts.append(_zero_line(across.place(0), horizontal=False, height=height))
+    parts.append(_zero_line(across.to_units(0), horizontal=False, height=height))
     for i, bar in enumerate(bars):
         middle = HEAD + row * (i + 0.5)
-        zero, end = across.place(0), across.place(bar.value)
+        zero, end = across.to_units(0), across.to_units(bar.value)
         color = "#2b8a3e" if bar.value < 0 else "#d9480f"
         parts.append(
             f'<rect x="{min(zero, end):.1f}" y="{middle - 7:.1f}" '
             f'width="{abs(end - zero):.1f}" height="14" fill="{color}"/>'
         )
         if not math.isnan(bar.error):
-            low, high = across.place(bar.value - bar.error), across.place(bar.value + bar.error)
+            low, high = (across.to_units(bar.value + k * bar.error) for k in (-1, 1))
             parts.append(
                 f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 4:.1f}v8'
                 f'M{high:.1f} {middle - 4:.1f}v8" stroke="#1b1f24"/>'
@@ -234,7 +235,7 @@ def spread_chart(groups: Sequence[Spread], *, label: str) -> str:
     height = HEAD + row * len(groups) + BOTTOM
     ends: list[float] = []
     for group in groups:
-        error = 0.0 if math.isnan(group.error) else group.error
+        error = _or_zero(group.error)
         ends += [*group.values, group.mean - error, group.mean + error]
     across = _axis(ends, left, WIDTH - RIGHT, pad=0.05)
     parts = _vertical_ticks(across, height, label)
@@ -242,19 +243,24 @@ def spread_chart(groups: Sequence[Spread], *, label: str) -> str:
         middle = HEAD + row * (i + 0.5)
         look = f'stroke="{group.color}"'
         for value in group.values:
-            x = across.place(value)
+            x = across.to_units(value)
             parts.append(f'<path d="M{x:.1f} {middle - 7:.1f}v14" {look} opacity="0.5"/>')
         if not math.isnan(group.error):
-            low, high = (across.place(group.mean + k * group.error) for k in (-1, 1))
+            low, high = (across.to_units(group.mean + k * group.error) for k in (-1, 1))
             parts.append(f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" {look} stroke-width="2"/>')
-        place = f'cx="{across.place(group.mean):.1f}" cy="{middle:.1f}"'
+        place = f'cx="{across.to_units(group.mean):.1f}" cy="{middle:.1f}"'
         parts.append(f'<circle {place} r="4" fill="{group.color}"/>')
-        name = group.name if len(group.name) <= 20 else group.name[:19] + "\u2026"
+        name = shorten_text(group.name, LONGEST_NAME)
         parts.append(_text(left - 8, middle + 4, name, anchor="end"))
     return _svg(parts, height, label)
 
 
 # ---------------------------------------------------------------- axes
+
+
+def _or_zero(error: float) -> float:
+    """The room of an error bar: none where the error is not known."""
+    return 0.0 if math.isnan(error) else error
 
 
 def _axis(
@@ -298,7 +304,7 @@ def _round_step(least: float) -> float:
 def _grid(across: Scale, up: Scale, axes: tuple[str, str]) -> list[str]:
     parts = []
     for value in axis_ticks(up):
-        y = up.place(value)
+        y = up.to_units(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(_text(LEFT - 6, y + 4, format_number(value), anchor="end"))
     parts += _vertical_ticks(across, HEIGHT, axes[0], top=TOP)
@@ -310,7 +316,7 @@ def _vertical_ticks(across: Scale, height: float, label: str, *, top: float = HE
     parts = []
     bottom = height - BOTTOM
     for value in axis_ticks(across):
-        x = across.place(value)
+        x = across.to_units(value)
         parts.append(f'<path class="grid" d="M{x:.1f} {top}V{bottom}"/>')
         parts.append(_text(x, bottom + 15, format_number(value), anchor="middle"))
     parts.append(_text((across.start + across.stop) / 2, height - 4, label, anchor="middle"))
@@ -330,13 +336,13 @@ def _draw_marks(marks: Sequence[Mark], across: Scale) -> list[str]:
     """
     parts = []
     inside = [mark for mark in marks if mark.x < across.high]
-    places = [max(across.place(mark.x), across.start) for mark in inside]
+    places = [max(across.to_units(mark.x), across.start) for mark in inside]
     for mark, place, following in zip(inside, places, [*places[1:], across.stop]):
         if place > across.start:
             parts.append(f'<path class="mark" d="M{place:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
         room = int((following - place - 6) / CHARACTER)
-        text = mark.text if len(mark.text) <= room else mark.text[: max(room - 1, 0)] + "\u2026"
         if room > 2:
+            text = shorten_text(mark.text, room)
             parts.append(_text(place + 2, TOP - 5, text, extra=' class="mark-text"'))
     return parts
 
@@ -366,7 +372,12 @@ def _svg(
     )
 
 
-# ---------------------------------------------------------------- numbers and colors
+# ---------------------------------------------------------------- texts, numbers and colors
+
+
+def shorten_text(text: str, most: int) -> str:
+    """The text in at most `most` characters, the last of which says that its end is left out."""
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 
 def format_number(value: float) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from lora_core.diffusion import validation
@@ -13,7 +15,8 @@ from lora_core.errors import UserError
 from lora_core.runs.comparison import Comparison, compare_runs, group_runs
 from lora_core.runs.report_charts import COLORS, DASHES, Line, Spread, line_chart, spread_chart
 from lora_core.runs.report_data import RunRecord
-from lora_core.runs.report_metrics import Figure, RunStyle, legend_of
+from lora_core.runs.report_metrics import Figure, RunStyle, capitalize_first, legend_of
+from lora_core.runs.standard_error import standard_error
 from lora_core.text import hide_home
 
 
@@ -49,7 +52,7 @@ def group_records(records: Sequence[RunRecord]) -> tuple[dict[str, list[Path]], 
     try:
         return group_runs([record.folder for record in records]), []
     except UserError as error:
-        alone = {style.name: [r.folder] for style, r in zip(_alone(records), records)}
+        alone = {name: [r.folder] for name, r in zip(_unique_names(records), records)}
         words = _without_folders(error, records)
         return alone, [f"The runs are not grouped by seed: {words}."]
 
@@ -70,9 +73,8 @@ def style_runs(
     """Names and looks of the runs: a color for each group, a dash for each seed in it. Where no
     group has two runs, a color for each run.
     """
-    names = [style.name for style in _alone(records)]
     styles = []
-    for record, name in zip(records, names):
+    for record, name in zip(records, _unique_names(records)):
         for i, folders in enumerate(groups.values()):
             if record.folder in folders:
                 place = list(folders).index(record.folder)
@@ -81,15 +83,14 @@ def style_runs(
     return styles
 
 
-def _alone(records: Sequence[RunRecord]) -> list[RunStyle]:
-    """A name for each run: its folder's, with those above it where two are the same."""
-    styles = []
+def _unique_names(records: Sequence[RunRecord]) -> list[str]:
+    """A name for each run: its folder's, with that of the folder above where two are the same."""
+    counts = Counter(record.name for record in records)
+    names = []
     for record in records:
-        name = record.name
-        if sum(other.name == name for other in records) > 1:
-            name = f"{record.folder.resolve().parent.name}/{name}"
-        styles.append(RunStyle(name, COLORS[0]))
-    return styles
+        above = f"{record.folder.resolve().parent.name}/" if counts[record.name] > 1 else ""
+        names.append(above + record.name)
+    return names
 
 
 def compare_groups(
@@ -136,7 +137,7 @@ def _spread_figure(spreads: Sequence[Spread]) -> Figure:
 
 def _sentence(found: Comparison) -> str:
     verdict = found.verdict.replace(" +- ", " \N{PLUS-MINUS SIGN} ")
-    return f"{verdict[:1].upper()}{verdict[1:]}."
+    return f"{capitalize_first(verdict)}."
 
 
 def _difference_line(found: Comparison, name: str, place: int) -> Line:
@@ -158,13 +159,8 @@ def _group_spread(
     for record in records:
         if record.folder in folders and record.scores:
             values.append(validation.mean_loss(record.scores[max(record.scores)]))
-    mean, error = math.nan, math.nan
-    if values:
-        mean = sum(values) / len(values)
-    if len(values) > 1:
-        squares = sum((value - mean) ** 2 for value in values)
-        error = math.sqrt(squares / (len(values) - 1) / len(values))
-    return Spread(name, values, mean, error, COLORS[place % len(COLORS)])
+    mean = fmean(values) if values else math.nan
+    return Spread(name, values, mean, standard_error(values), COLORS[place % len(COLORS)])
 
 
 def _group_row(spread: Spread, count: int) -> GroupRow:

@@ -20,7 +20,7 @@ from lora_core.json_files import INTEGER, Fields, read_object, read_rows
 from lora_core.runs.run_folder import is_run
 from lora_core.runs.shared_options import share_options
 from lora_core.text import hide_home, read_text
-from lora_core.toml import LONGEST_TOML, from_table, parse_toml, to_table
+from lora_core.toml import LONGEST_TOML, flatten_table, from_table, parse_toml, to_table
 
 Column = tuple[list[int], list[float]]  # steps, values
 STEP_FIELDS: Fields = {"step": INTEGER}
@@ -28,6 +28,7 @@ NO_DEFAULT = "not set"
 UNKNOWN = "no option of this version"
 # Options that say where a run is, not what it is.
 PLACES = ("out", "overwrite", "resume", "resume_anyway")
+PAGE = "report.html"
 
 
 class StageSpan(NamedTuple):
@@ -127,7 +128,7 @@ def changed_settings(options: Mapping[str, Any]) -> list[ChangedOption]:
     """The options of a config's table that differ from this version's defaults."""
     found = []
     defaults = _default_options()
-    for name, value in flatten_options(options).items():
+    for name, value in flatten_table(options).items():
         first, _, rest = name.partition(".")
         # the second stage has the defaults of a stage too
         usual = f"stages.0.{rest.partition('.')[2]}" if first == "stages" else name
@@ -143,21 +144,7 @@ def changed_settings(options: Mapping[str, Any]) -> list[ChangedOption]:
 
 @cache
 def _default_options() -> dict[str, Any]:
-    return flatten_options(to_table(from_table({})))
-
-
-def flatten_options(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value, of every option in a config's table."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, dict):
-            flat |= flatten_options(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            for i, inner in enumerate(value):
-                flat |= flatten_options(inner, f"{prefix}{name}.{i}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+    return flatten_table(to_table(from_table({})))
 
 
 def format_option(value: Any) -> str:

@@ -15,6 +15,7 @@ from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.errors import UserError
 from lora_core.json_files import INTEGER, parse_object
 from lora_core.runs.pictures import CELLS
+from lora_core.runs.report_charts import shorten_text
 from lora_core.text import hide_home
 
 MOST_BYTES = 6_000_000  # of all images of a page, as the page holds them; a page has 10 MB at most
@@ -197,9 +198,7 @@ def _lies_on(box: Any, sheet: Image.Image) -> bool:
 
 def _cut(sheet: Image.Image, cell: dict[str, Any]) -> SheetImage:
     source, width, height = encode_image(sheet.crop(cell["box"]), LONGEST_SIDE)
-    caption = cell["caption"]
-    if len(caption) > LONGEST_PROMPT:
-        caption = caption[:LONGEST_PROMPT] + " ..."
+    caption = shorten_text(cell["caption"], LONGEST_PROMPT)
     return SheetImage(source, width, height, caption, cell["role"], cell["strength"], cell["label"])
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from statistics import fmean
 from typing import NamedTuple
 
 from lora_core.diffusion import validation
@@ -22,6 +23,8 @@ from lora_core.runs.report_charts import (
     sequence_color,
 )
 from lora_core.runs.report_data import Column, RunRecord, StageSpan
+from lora_core.runs.report_images import evenly_chosen
+from lora_core.runs.standard_error import standard_error
 
 VALIDATED = ("val_loss", "val_change")  # metrics that the section about validation shows
 MOST_COLUMNS = 10  # steps of a table of changes
@@ -244,12 +247,9 @@ def bin_changes(scores: Mapping[int, Sequence[Score]]) -> list[BinChange]:
     found = []
     for t in [*validation.mean_by_timestep(first), math.nan]:
         before, after = _image_means(first, t), _image_means(last, t)
-        start, end = _mean(before.values()), _mean(after.values())
+        start, end = fmean(before.values()), fmean(after.values())
         changes = [after[key] - before[key] for key in before]
-        error = math.nan
-        if len(changes) > 1 and start:
-            spread = sum((change - (end - start)) ** 2 for change in changes)
-            error = math.sqrt(spread / (len(changes) - 1) / len(changes)) / start
+        error = standard_error(changes) / start if start else math.nan
         change = end / start - 1 if start else math.nan
         found.append(BinChange(validation.format_timestep(t), start, end, change, error))
     return found
@@ -261,20 +261,14 @@ def _image_means(scores: Iterable[Score], t: float) -> dict[str, float]:
     for score in scores:
         if math.isnan(t) or score.t == t:
             own.setdefault(score.key, []).append(score.loss)
-    return {key: _mean(losses) for key, losses in own.items()}
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+    return {key: fmean(losses) for key, losses in own.items()}
 
 
 def change_table(scores: Mapping[int, Sequence[Score]]) -> ChangeTable:
     """The changes of each timestep, and of all, at up to MOST_COLUMNS validations."""
     changes = relative_changes(scores)
     steps = sorted(scores)
-    count = min(len(steps), MOST_COLUMNS)
-    places = [round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)]
+    places = evenly_chosen(range(len(steps)), MOST_COLUMNS)
     rows = [(name, [values[place] for place in places]) for name, values in changes.items()]
     most = max((abs(v) for v in chain(*(values for _, values in rows))), default=0.0)
     return ChangeTable([steps[place] for place in places], rows, most)
@@ -337,7 +331,7 @@ def _lines_of_bins(record: RunRecord, scores: Mapping[int, Sequence[Score]]) -> 
         lines, axes=("step", "change in %"), marks=stage_marks(record.stages), include_zero=True
     )
     note = f"Relative to step {steps[0]}; each line is a timestep, the thick one is all of them."
-    return Figure(f"{_capital(record.scored)} over steps", svg, note, legend_of(lines))
+    return Figure(f"{capitalize_first(record.scored)} over steps", svg, note, legend_of(lines))
 
 
 def validation_of_runs(records: Sequence[RunRecord], styles: Sequence[RunStyle]) -> list[Figure]:
@@ -367,8 +361,9 @@ def validation_of_runs(records: Sequence[RunRecord], styles: Sequence[RunStyle])
 
 def _scored_words(records: Sequence[RunRecord]) -> str:
     words = {record.scored for record in records}
-    return _capital(words.pop() if len(words) == 1 else "validation loss")
+    return capitalize_first(words.pop() if len(words) == 1 else "validation loss")
 
 
-def _capital(text: str) -> str:
+def capitalize_first(text: str) -> str:
+    """The text with a capital at its beginning, and the rest as it is."""
     return text[:1].upper() + text[1:]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_core.runs.report_card import FILES, Block, Words, card_sections, describe_files
-from lora_core.runs.report_charts import format_number
-from lora_core.runs.report_data import NO_DEFAULT, ChangedOption, RunRecord
+from lora_core.runs.report_charts import format_number, shorten_text
+from lora_core.runs.report_data import NO_DEFAULT, PAGE, ChangedOption, RunRecord
 from lora_core.runs.report_images import RunImages, SheetImage
 from lora_core.runs.report_metrics import RunStyle
 
@@ -127,7 +127,8 @@ def differing_settings(records: Sequence[RunRecord]) -> list[tuple[str, list[str
     for name in names:
         default = next(table[name].default for table in tables if name in table)
         usual = "" if default == NO_DEFAULT else default
-        values = [shorten_text(table[name].value) if name in table else usual for table in tables]
+        values = [table[name].value if name in table else usual for table in tables]
+        values = [shorten_text(value, LONGEST_VALUE) for value in values]
         if len(set(values)) > 1:
             rows.append((name, values))
     return rows
@@ -138,15 +139,10 @@ def common_settings(records: Sequence[RunRecord]) -> list[ChangedOption]:
     others = [set(record.settings) for record in records[1:]]
     first = records[0].settings
     return [
-        own._replace(value=shorten_text(own.value))
+        own._replace(value=shorten_text(own.value, LONGEST_VALUE))
         for own in first
         if all(own in settings for settings in others)
     ]
-
-
-def shorten_text(text: str) -> str:
-    """The text, its end left out where it is very long."""
-    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + " ..."
 
 
 # ---------------------------------------------------------------- images
@@ -294,7 +290,7 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
         if path.is_dir():
             inside = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
             found.append((f"{path.name}/", sum(inside)))
-        elif path.name != "report.html":
+        elif path.name != PAGE:
             found.append((path.name, path.stat().st_size))
     return sorted(found, key=lambda file: (not file[0].endswith(".safetensors"), file[0]))
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import stdev
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,11 @@ def unpaired_estimate(a: Tensor, b: Tensor) -> Estimate:
     a, b = a.double(), b.double()
     d = b.mean(0) - a.mean(0)
     return Estimate(d.mean().item(), *_crossed_error(d, [a, b]))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of the mean of independent values; nan for fewer than two."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _crossed_error(per_image: Tensor, sides: Sequence[Tensor]) -> tuple[float, float]:
