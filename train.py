@@ -16,15 +16,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
 
-import tyro
-
-from lora_core.command_line import answer_help, is_given, parse_command_line
+from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import Config
 from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from training.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comparison
 
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
@@ -32,35 +28,6 @@ EXAMPLE = (
     "\n\nor: python train.py --list losses"
 )
 PREVIEW_FLAG = "--preview-density"
-COMPARE_EXAMPLE = 'python train.py --compare "runs/mse_*" --against "runs/huber_*"'
-# Words after a flag that may be there several times.
-Words = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
-
-
-@dataclass(frozen=True)
-class CompareRuns:
-    """Compare finished runs: B - A on the same images, timesteps and noise, over seeds."""
-
-    compare: Words = ()
-    """Runs of side A, which differ in their seed alone: folders of runs, folders that hold runs, or
-    patterns in quotes. Two runs without --against are A and B."""
-    against: Words = ()
-    """Runs of side B; with the same seeds as A they are paired by seed."""
-    metric: Words = ()
-    """What is compared: loss (recorded by the runs; also without this flag), x0 (squared error of
-    the predicted latents), the name of a loss, FILE.py:FUNCTION of the kind of a loss or, with the
-    attribute reads_samples = True, of (images, prompts), or clip:MODEL (folder or hub id of a CLIP
-    model: likeness of drawn images to prompts and training images); one or several."""
-    metric_arg: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the one metric, e.g. delta=0.2."""
-    plot: str = ""
-    """PNG file of the plot; empty: compare_A.png in the first folder of side B."""
-
-
-def asks_for_comparison(words: Sequence[str]) -> bool:
-    """Whether the words of a command line compare runs; --against alone lacks the other side."""
-    return is_given("compare", words) or is_given("against", words)
-
 
 if __name__ == "__main__":  # before torch is imported
     answer_list(sys.argv[1:])
@@ -82,10 +49,9 @@ from lora_core.diffusion import losses, masked_losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
-from lora_core.errors import UserError, exit_status
+from lora_core.errors import exit_status
 from lora_core.runs import destination
-from lora_core.runs.comparison import read_sides
-from training import comparing, measures, results, setup, starting_lora
+from training import comparing, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -228,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_train_command(words: list[str]) -> None:
     """Train, compare runs, preview noise levels, or list what options choose from."""
     if asks_for_comparison(words):
-        compare_finished_runs(words)
+        comparing.compare_finished_runs(words, training_step)
         return
     if words[:1] == [LIST_FLAG]:
         print_list(words[1:])
@@ -242,28 +208,6 @@ def run_train_command(words: list[str]) -> None:
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
     print(f"done: {train(config)}")
-
-
-def compare_finished_runs(words: list[str]) -> None:
-    """Print and plot the comparison that the words of the command line ask for."""
-    options = parse_command_line(
-        CompareRuns, words, prog="train.py --compare", example=COMPARE_EXAMPLE
-    )
-    a, b, metrics = (
-        list(chain.from_iterable(given))
-        for given in (options.compare, options.against, options.metric)
-    )
-    is_pair = not b and len(a) == 2
-    if not is_pair and not (a and b):
-        raise UserError(f"--compare takes two runs, or runs and --against: {COMPARE_EXAMPLE}")
-    if is_pair:
-        sides = [Path(a[0])], [Path(a[1])]
-    else:
-        sides = comparing.find_runs(a, "--compare"), comparing.find_runs(b, "--against")
-    read_sides(*sides)
-    wanted = measures.find_measures(metrics or [measures.RECORDED], options.metric_arg)
-    found = measures.measure_runs([*sides[0], *sides[1]], wanted, training_step)
-    comparing.show_comparisons(sides, found, options.plot, draws_apart=is_pair)
 
 
 if __name__ == "__main__":

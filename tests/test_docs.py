@@ -29,6 +29,7 @@ from lora_core import report
 from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.toml import read_toml
+from training.compare_options import CompareRuns
 from training.measures import find_measures
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +108,7 @@ def run_command(command: str) -> None:
             assert train.main(words[2:]) == 0
             return
         if "--compare" in words:  # of runs that a reader has
-            asked = parse_command_line(train.CompareRuns, words[2:], prog="train.py", example="")
+            asked = parse_command_line(CompareRuns, words[2:], prog="train.py", example="")
             assert asked.compare
             for metrics in asked.metric:
                 assert find_measures(metrics, asked.metric_arg)

@@ -207,7 +207,7 @@ def test_autocast_computes_products_in_bf16_and_keeps_everything_else_wide(
 def test_a_run_on_triton_kernels_is_the_reference_run(
     config: Config, quick: None, patched_once: None, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    stage = Stage(2, ("denoiser", "tokens"))  # in the second one no factor is zero any more
+    stage = Stage(3, ("denoiser", "tokens"))
     config = replace(
         config,
         adapter=AdapterConfig(rank=3, kind=kind),
@@ -223,7 +223,7 @@ def test_a_run_on_triton_kernels_is_the_reference_run(
             warnings.simplefilter("error", UserWarning)  # a kernel that refuses says so
             runs[kernels] = train.train(replace(config, out=f"{config.out}_{kernels}"))
     losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in runs.values()]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) == 3
     ours, exact = (
         torch.cat([p.flatten() for p in learned(run).values()])
         for run in (runs["triton"], runs["reference"])

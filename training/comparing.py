@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from glob import glob
+from itertools import chain
 from pathlib import Path
 
+from lora_core.command_line import parse_command_line
 from lora_core.errors import UserError
 from lora_core.runs import pictures
 from lora_core.runs.comparison import (
@@ -16,9 +18,37 @@ from lora_core.runs.comparison import (
     compare_runs,
     describe_result,
     describe_sides,
+    read_sides,
 )
 from lora_core.runs.run_folder import is_run
 from lora_core.text import print_escaped
+from training import measures
+from training.compare_options import COMPARE_EXAMPLE, CompareRuns
+from training.step import Step
+
+
+def compare_finished_runs(words: Sequence[str], step: Step) -> None:
+    """Print and plot the comparison that the words of the command line ask for; `step` is
+    train.training_step, by which measures of a network call it.
+    """
+    options = parse_command_line(
+        CompareRuns, words, prog="train.py --compare", example=COMPARE_EXAMPLE
+    )
+    a, b, metrics = (
+        list(chain.from_iterable(given))
+        for given in (options.compare, options.against, options.metric)
+    )
+    is_pair = not b and len(a) == 2
+    if not is_pair and not (a and b):
+        raise UserError(f"--compare takes two runs, or runs and --against: {COMPARE_EXAMPLE}")
+    if is_pair:
+        sides = [Path(a[0])], [Path(a[1])]
+    else:
+        sides = find_runs(a, "--compare"), find_runs(b, "--against")
+    read_sides(*sides)
+    wanted = measures.find_measures(metrics or [measures.RECORDED], options.metric_arg)
+    found = measures.measure_runs([*sides[0], *sides[1]], wanted, step)
+    show_comparisons(sides, found, options.plot, draws_apart=is_pair)
 
 
 def find_runs(words: Sequence[str], option: str) -> list[Path]:
