@@ -97,8 +97,10 @@ def cache_models(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> None:
     if "layout" not in loaded:
         loaded["layout"] = read_layout("model")
 
-    def read_layout_once(path: str, config: str = "") -> Any:
-        return read_layout(path, config) if path != "model" or config else loaded["layout"]
+    def read_layout_once(path: str, config: str = "", family: str = "") -> Any:
+        if path != "model" or config or family:
+            return read_layout(path, config, family)
+        return loaded["layout"]
 
     for module in (models, setup):
         monkeypatch.setattr(module, "read_layout", read_layout_once)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from lora_core.config import Config, OptimizerConfig, PriorConfig, Stage, ValidationConfig
+from lora_core.errors import UserError
 from lora_core.toml import to_toml
 from tests.conftest import final, rows, same
 
@@ -225,6 +226,6 @@ def test_resuming_with_another_config_is_refused_and_overwrites_nothing(
 ) -> None:
     run = train.train(config)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    with pytest.raises(train.UserError, match=r"checkpoint|steps"):
+    with pytest.raises(UserError, match=r"checkpoint|steps"):
         train.train(replace(config, resume=True, **change))
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before

@@ -124,8 +124,11 @@ def report_adapters(
     if not has_factors:
         custom_files.check_custom_kind(trained, c.adapter.kind, run)
     found = _adapted_layers(trained)
-    if has_factors and found and isinstance(injection.layer_update(found[0]), DenseUpdate):
-        _report_products(c.adapter, [layer.adapter("default") for layer in found], run)
+    adapters = [layer.adapter("default") for layer in found]
+    if has_factors and found:
+        first = injection.stored_update(adapters[0], found[0].base)
+        if isinstance(first, DenseUpdate):
+            _report_products(c.adapter, adapters, run)
     return has_factors
 
 

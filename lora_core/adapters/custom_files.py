@@ -47,7 +47,8 @@ def has_factors(model: nn.Module, name: str = "default") -> bool:
     if not getattr(layer.adapter(name), "is_linear", True):
         return False
     try:
-        return isinstance(injection.layer_update(layer, name), LowRank | DenseUpdate)
+        update = injection.stored_update(layer.adapter(name), layer.base)
+        return isinstance(update, LowRank | DenseUpdate)
     except NO_FACTORS:
         return False
 

@@ -280,28 +280,25 @@ def adapter_updates(model: nn.Module, name: str = "default") -> dict[str, LayerU
     Raises UserError for a kind without a `state` for adapter files.
     """
     adapted = layers_with_adapter(model, name)
-    return {path: layer_update(layer, name) for path, layer in adapted.items()}
-
-
-def layer_update(layer: Adapted, name: str = "default") -> LayerUpdate:
-    """A copy of the tensors of a layer's adapter for adapter files.
-
-    Raises as the kind's `state` or `low_rank` does, and UserError for a class without them.
-    """
-    adapter = layer.adapter(name)
-    if not hasattr(adapter, "low_rank") and not hasattr(adapter, "state"):
-        raise UserError(
-            f"{type(adapter).__name__} has no form in adapter files; write its own tensors with "
-            "lora_core.adapters.custom_files.save_adapters"
-        )
-    return stored_update(adapter, layer.base)
+    updates = {}
+    for path, layer in adapted.items():
+        updates[path] = stored_update(layer.adapter(name), layer.base)
+    return updates
 
 
 def stored_update(adapter: Any, base: BaseLayer) -> LayerUpdate:
-    """What adapter files hold of an adapter: its `low_rank` of the base layer, else its `state`."""
+    """What adapter files hold of an adapter: its `low_rank` of the base layer, else its `state`.
+
+    Raises as these do, and UserError for a class without them.
+    """
     if hasattr(adapter, "low_rank"):
         return adapter.low_rank(base)
-    return adapter.state()
+    if hasattr(adapter, "state"):
+        return adapter.state()
+    raise UserError(
+        f"{type(adapter).__name__} has no form in adapter files; write its own tensors with "
+        "lora_core.adapters.custom_files.save_adapters"
+    )
 
 
 def load_factors(
