@@ -233,8 +233,9 @@ def run_lab(words: Sequence[str]) -> None:
     """Train, compare and write the page, as the words of the command line ask."""
     lab = plan_lab(words)
     train_grid(lab.runs, lab.out, lab.jobs)
-    compare_grid(lab.runs, lab.measures, lab.out)
-    page = write_report([Path(config.out) for config in lab.runs], lab.out / "page.html")
+    found = compare_grid(lab.runs, lab.measures, lab.out)
+    folders = [Path(config.out) for config in lab.runs]
+    page = write_report(folders, lab.out / "page.html", measured=found)
     print(f"\npage: {page}")
 
 

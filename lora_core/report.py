@@ -25,6 +25,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, exit_status, printable
 from lora_core.runs import report_charts
+from lora_core.runs.comparison import Comparison
 from lora_core.runs.report_charts import change_color
 from lora_core.runs.report_comparison import compare_groups, group_records, style_runs
 from lora_core.runs.report_data import PAGE, RunRecord, read_run
@@ -61,11 +62,15 @@ SECTIONS = (
 FIRST_OF_MANY = ("runs", "comparison", "settings")  # of a page about several runs
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, *, measured: Sequence[Comparison] = ()
+) -> Path:
     """Write a page about the runs in these folders and return its path: `out`, else RUN/report.html
     of one run, else report.html in the folder that holds the first one.
 
-    Raises UserError for a folder without a run, and for an `out` that is another file than a page.
+    Groups of runs are compared by their validation loss; `measured` are comparisons by other
+    measures, whose results the page shows, too. Raises UserError for a folder without a run, and
+    for an `out` that is another file than a page.
     """
     folders = list(dict.fromkeys(Path(os.path.abspath(run)) for run in runs))
     if not folders:
@@ -74,7 +79,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         out = (folders[0] if len(folders) == 1 else folders[0].parent) / PAGE
     _check_replaceable(out)
     records = [read_run(folder) for folder in folders]
-    page = _read_template().render(_page_context(records))
+    page = _read_template().render(_page_context(records, measured))
     with atomic_write(out) as temporary:
         temporary.write_text(printable(page), encoding="utf-8")
     return out
@@ -101,12 +106,14 @@ def _read_template() -> Template:
 # ---------------------------------------------------------------- content of the page
 
 
-def _page_context(records: Sequence[RunRecord]) -> dict[str, Any]:
+def _page_context(
+    records: Sequence[RunRecord], measured: Sequence[Comparison] = ()
+) -> dict[str, Any]:
     """The variables of the template."""
     many = len(records) > 1
     groups, group_notes = group_records(records) if many else ({"": [records[0].folder]}, [])
     styles = style_runs(records, groups)
-    comparison = compare_groups(records, groups) if many else None
+    comparison = compare_groups(records, groups, measured) if many else None
     parts = []
     for record, style in zip(records, styles, strict=True):
         images = read_images(

@@ -1,5 +1,6 @@
 """The comparison on a page: groups over seeds with their errors, and what cannot be compared."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,12 @@ def test_groups_have_the_mean_and_error_of_their_seeds(folders: list[Path]) -> N
     )
     found = compare_runs(folders[:3], folders[3:])
     assert verdict.sentence.lower().rstrip(".") == found.verdict.lower().replace("+-", "\u00b1")
+    assert not verdict.further  # the loss itself is the verdict already
+    size = replace(found, measure="size")
+    for other, is_shown in ((found, False), (size, True), (replace(size, folders=((), ())), False)):
+        again = compare_groups(records, groups, [other])
+        assert again is not None and bool(again.verdicts[0].further) == is_shown
+    assert compare_groups(records, groups, [size]).verdicts[0].further[0].startswith("size: B ")
     assert [figure.title for figure in part.figures] == [
         "Differences by timestep",
         "Loss at the end",

@@ -113,21 +113,20 @@ def plot_comparison(comparison: Comparison, path: Path) -> Path:
     a measure without timesteps over the seeds.
     """
     name = f"{comparison.names[1]} - {comparison.names[0]}"
-    rows, whole, x = comparison.bins, comparison.overall, "timestep"
-    series = {name: ([row.t for row in rows], [row.mean for row in rows])}
-    errors = {name: [row.error for row in rows]}
+    title = f"{name}, paired on the same images and noise"
+    label = f"{comparison.measure} difference (std. error)"
+    rows, whole = comparison.bins, comparison.overall
     if not rows:
-        seeds = [float(seed) for seed in comparison.by_seed] or [0.0]
-        x, count = "seed", len(seeds)
-        series = {"mean": (seeds, [whole.mean] * count)}
-        errors = {"mean": [whole.error] * count}
-        if len(comparison.by_seed) > 1:
-            series["each seed"] = (seeds, list(comparison.by_seed.values()))
+        label = f"{Path(comparison.measure).name} difference"
+        pictures.plot_seed_differences(
+            comparison.by_seed, (whole.mean, whole.error), path, label=label, title=title
+        )
+        return path
     pictures.plot_lines(
-        series,
+        {name: ([row.t for row in rows], [row.mean for row in rows])},
         path,
-        axes=(x, f"{comparison.measure} difference (std. error)"),
-        title=f"{name}, paired on the same images and noise",
-        errors={key: [0 if math.isnan(e) else e for e in own] for key, own in errors.items()},
+        axes=("timestep", label),
+        title=title,
+        errors={name: [0 if math.isnan(row.error) else row.error for row in rows]},
     )
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -180,6 +181,32 @@ def plot_lines(
             axis.locator_params(axis="x", integer=True)
         if len(series) > 1:
             axis.legend(edgecolor="white")
+
+
+def plot_seed_differences(
+    by_seed: Mapping[int, float], whole: tuple[float, float], path: Path, *, label: str, title: str
+) -> None:
+    """A PNG plot of a difference: a point for each seed, and `whole`, the mean and its standard
+    error (or nan), as a line with a band.
+    """
+    mean, error = whole
+    with _figure(path) as axis:
+        axis.axhline(0, color=INK, linewidth=0.8)
+        axis.axhline(mean, color=COLORS[1], linewidth=1.6, label="mean")
+        if math.isfinite(error):
+            axis.axhspan(mean - error, mean + error, color=COLORS[0], alpha=0.6, label="std. error")
+        if by_seed:
+            axis.plot(
+                range(len(by_seed)), list(by_seed.values()), "o", color=COLORS[2], label="each seed"
+            )
+            axis.set_xticks(range(len(by_seed)), list(map(str, by_seed)))
+            axis.set_xlim(-0.5, len(by_seed) - 0.5)
+        else:
+            axis.set_xticks([])
+        axis.set(xlabel="seed", ylabel=label, title=title)
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.legend(edgecolor="white")
 
 
 class TrainingLook(NamedTuple):

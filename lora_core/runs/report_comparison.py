@@ -36,6 +36,7 @@ class Verdict(NamedTuple):
     title: str
     sentence: str
     changes: tuple[str, ...]  # options in which the configs differ
+    further: tuple[str, ...] = ()  # the results by other measures than the loss
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ def _unique_names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def compare_groups(
-    records: Sequence[RunRecord], groups: Mapping[str, Sequence[Path]]
+    records: Sequence[RunRecord],
+    groups: Mapping[str, Sequence[Path]],
+    measured: Sequence[Comparison] = (),
 ) -> ComparisonPart | None:
-    """The comparison of each group with the first one; None for a single group."""
+    """The comparison of each group with the first one; None for a single group. `measured` are
+    comparisons by other measures that were made already.
+    """
     if len(groups) < 2:
         return None
     verdicts, lines = [], []
@@ -109,7 +114,11 @@ def compare_groups(
             words = f"No comparison: {_without_folders(error, records)}."
             verdicts.append(Verdict(title, words, ()))
             continue
-        verdicts.append(Verdict(title, _sentence(found), found.changes))
+        further = []
+        for other in measured:
+            if other.measure != found.measure and _has_same_runs(other, found):
+                further.append(f"{other.measure}: {_sentence(other, is_start=False)}")
+        verdicts.append(Verdict(title, _sentence(found), found.changes, tuple(further)))
         lines.append(_difference_line(found, name, i))
     spreads = [
         _group_spread(i, name, records, folders) for i, (name, folders) in enumerate(groups.items())
@@ -135,9 +144,17 @@ def _spread_figure(spreads: Sequence[Spread]) -> Figure:
     return Figure("Loss at the end", spread_chart(known, label="validation loss"), note)
 
 
-def _sentence(found: Comparison) -> str:
+def _has_same_runs(a: Comparison, b: Comparison) -> bool:
+    """Whether two comparisons have the same runs on both sides."""
+    for ours, theirs in zip(a.folders, b.folders):
+        if {folder.resolve() for folder in ours} != {folder.resolve() for folder in theirs}:
+            return False
+    return True
+
+
+def _sentence(found: Comparison, *, is_start: bool = True) -> str:
     verdict = found.verdict.replace(" +- ", " \N{PLUS-MINUS SIGN} ")
-    return f"{capitalize_first(verdict)}."
+    return f"{capitalize_first(verdict) if is_start else verdict}."
 
 
 def _difference_line(found: Comparison, name: str, place: int) -> Line:
