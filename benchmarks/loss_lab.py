@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,14 +210,20 @@ def train_run(config: Config, out: Path, jobs: int) -> str:
 # ---------------------------------------------------------------- comparing
 
 
-def compare_grid(
-    planned: Sequence[Config], wanted: Sequence[measures.Measure], out: Path
-) -> list[Comparison]:
-    """Each loss against the first one by each measure: prints tables and verdicts, writes plots."""
+def group_by_loss(planned: Sequence[Config]) -> dict[str, list[Path]]:
+    """Loss, as folders are named -> the folders of its runs."""
     groups: dict[str, list[Path]] = {}
     for config in planned:
         label = Path(config.out).name.rpartition("_")[0]
         groups.setdefault(label, []).append(Path(config.out))
+    return groups
+
+
+def compare_grid(
+    planned: Sequence[Config], wanted: Sequence[measures.Measure], out: Path
+) -> list[Comparison]:
+    """Each loss against the first one by each measure: prints tables and verdicts, writes plots."""
+    groups = group_by_loss(planned)
     folders = [Path(config.out) for config in planned]
     measured = measures.measure_runs(folders, wanted, train.training_step)
     first, *others = groups
@@ -234,8 +241,8 @@ def run_lab(words: Sequence[str]) -> None:
     lab = plan_lab(words)
     train_grid(lab.runs, lab.out, lab.jobs)
     found = compare_grid(lab.runs, lab.measures, lab.out)
-    folders = [Path(config.out) for config in lab.runs]
-    page = write_report(folders, lab.out / "page.html", measured=found)
+    folders = chain.from_iterable(group_by_loss(lab.runs).values())
+    page = write_report(list(folders), lab.out / "page.html", measured=found)
     print(f"\npage: {page}")
 
 
