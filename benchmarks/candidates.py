@@ -245,7 +245,7 @@ def check_candidate(
         for case in measured:
             if fault := candidate_fault(op, function, CheckedCase(case.label, case.args)):
                 faults[case.label] = [("as measured", fault)]
-        raise CandidateError(*_describe_faults(op, faults))
+        raise CandidateError(*_describe_faults(op, faults, offers_plain=not only_plain))
     if not checked:
         reason = next(iter(refused))
         raise CandidateError(
@@ -267,7 +267,9 @@ def refusal(function: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
     return supports(*args) if supports else None
 
 
-def _describe_faults(op: str, faults: dict[str, list[tuple[str, str]]]) -> tuple[str, str]:
+def _describe_faults(
+    op: str, faults: dict[str, list[tuple[str, str]]], *, offers_plain: bool
+) -> tuple[str, str]:
     """The sentence of the first case that fails, and the lines of the others and of advice."""
     lines = []
     for name, found in faults.items():
@@ -276,7 +278,7 @@ def _describe_faults(op: str, faults: dict[str, list[tuple[str, str]]]) -> tuple
         lines.append(f"the candidate is refused: at {op} {name} it {fault} [{dtypes}]")
     number = "1 case fails" if len(faults) == 1 else f"{len(faults)} cases fail"
     advice = f"{number}; make it equal lora_core.kernels.reference.{op}"
-    if op in PLAIN_OPS:
+    if offers_plain and op in PLAIN_OPS:
         advice += f", or leave {NOT_PLAIN} out of the check with --case lora"
     if "active drivers" in lines[0]:
         advice = "a Triton kernel runs on a GPU, or on a CPU in the interpreter: TRITON_INTERPRET=1"

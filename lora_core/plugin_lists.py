@@ -86,7 +86,7 @@ LISTED_TABLES = {
         "my_sampler.py:fn, with fn(denoise, x, levels) -> x",
         "--samples.sampler-args, --sampler-args",
     ),
-    "measures": ListedTable(
+    "metrics": ListedTable(
         "training.measures",
         "MEASURES",
         "train.py --compare --metric; also loss (recorded), clip:MODEL",

@@ -109,6 +109,9 @@ def test_a_first_kernel_need_not_know_dora_and_dropout(kernels_benchmark, tmp_pa
     assert all("DoRA" in line or "dropout" in line for line in lines)
     assert "8 cases fail; make it equal" in lines[-1] and "--case lora" in lines[-1]
     assert "forward ms" not in out  # nothing is timed
+    with pytest.raises(CandidateError) as refused:
+        check_candidate("lora_linear", lambda x, *rest: x, (), only_plain=True)
+    assert "make it equal" in str(refused.value) and "--case lora" not in str(refused.value)
     plain = ["--case", "lora", "--candidate"]
     status, out, err = kernels_benchmark(*TINY_LAYER, *plain, f"{file}:first")
     assert status == 0, err

@@ -16,6 +16,7 @@ from lora_core.errors import UserError
 from lora_core.placeholders import make_placeholders, word_positions
 from tests.conftest import merged, rows
 from tests.opened_run import open_parts
+from tests.test_losses import make
 from training.step_inputs import make_step_inputs
 
 STAGES = (Stage(1, ("denoiser", "tokens")),)
@@ -119,3 +120,5 @@ def test_the_example_is_its_formula_and_logs_its_share(config: Config, quick: No
     size = len(seen) // 2
     wanted = [sum(seen[:size]) / size, sum(seen[size:]) / size]
     assert logged == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(UserError, match=r"attention_in_mask needs masks, .* --data\.masks"):
+        attention_in_mask(make())

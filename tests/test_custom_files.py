@@ -4,6 +4,7 @@ Which files are written is decided before the first step.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,9 @@ def test_a_run_writes_its_own_form_and_the_whole_model(
         f"{IA3} has no low-rank form: the run writes run_adapter.safetensors" in out
         and "rank" not in out.replace("low-rank", "")
     )
+    for name in ("unet", "text_encoder"):
+        said = rf"^model/: {name} with its adapters folded in, error of the update \d\.\de-0[4-8]$"
+        assert re.search(said, out, re.MULTILINE), out
     assert (
         not (run / "pytorch_lora_weights.safetensors").exists()
         and not (run / "run.safetensors").exists()

@@ -5,6 +5,7 @@ are parsed and not run.
 python: the blocks of a page share one namespace. toml: a valid config. text: not code.
 """
 
+import ast
 import importlib
 import re
 import shlex
@@ -33,6 +34,7 @@ from training.compare_options import CompareRuns
 from training.measures import find_measures
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
@@ -172,6 +174,38 @@ def test_examples_of_the_scripts_run(
     assert len(runnable) >= 2, lines
     for command in commands("\n".join(runnable)):
         run_command(command)
+
+
+def test_an_example_has_forty_lines_and_commands_that_are_understood() -> None:
+    for file in EXAMPLES:
+        text = file.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        assert text.count("\n") <= 40, file.name
+        doc = ast.get_docstring(tree) or ""
+        known = {getattr(node, "name", "") for node in tree.body}
+        assert set(re.findall(rf"examples/{file.name}:(\w+)", doc)) <= known, file.name
+        found = re.findall(
+            r"^ *(?:LORA_CANDIDATE=\S+ )?(python .*)$", doc.replace("\\\n", " "), re.M
+        )
+        assert found or f"python examples/{file.name}" in doc, file.name
+        for command in commands("\n".join(found)):
+            words = shlex.split(command)
+            assert (ROOT / words[1]).is_file() or words[1] == "-m", command
+            if words[1] == "train.py":
+                parse_command_line(Config, words[2:], prog="train.py", example="")
+
+
+def test_the_example_patches_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    text = (ROOT / "examples" / "patch_model.py").read_text(encoding="utf-8")
+    exec(
+        compile(
+            text.replace("SamplerSettings()", "SamplerSettings(steps=1)"), "patch_model", "exec"
+        ),
+        {},
+    )
+    with Image.open("patched.png") as image:
+        assert image.size == (64, 64)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -27,6 +28,7 @@ from lora_core.config import Config, Stage
 from lora_core.errors import UserError
 from tests import tiny_pipeline
 from tests.conftest import final, same
+from tests.product_examples import needs_lycoris
 
 KINDS = {
     "IA3": "examples/my_adapter.py:IA3",
@@ -123,6 +125,24 @@ def test_ia3_scales_the_outputs_as_pefts() -> None:
     assert torch.allclose(model(example()), peer(example()))
 
 
+@needs_lycoris
+def test_ia3_is_lycoris_too() -> None:
+    """Its outputs where it scales them (bypass), and its change of the weight."""
+    from lycoris.modules.ia3 import IA3Module
+
+    model, base = adapted("IA3"), Denoiser()
+    nudge(model)
+    for adapter, name, width in zip(adapters(model), "ab", INPUTS):
+        layer = getattr(base, name)
+        peer = IA3Module(name, layer)
+        peer.apply_to()  # takes the layer's own forward
+        peer.weight.data = adapter.scale.detach().double()
+        delta, _ = peer.get_diff_weight()
+        assert torch.allclose(adapter.delta_weight(layer).double(), delta)
+        x = example()[..., :1].expand(-1, -1, width)
+        assert torch.allclose(getattr(model, name)(x), peer.bypass_forward(x))
+
+
 def test_vera_has_one_pair_for_all_layers_and_is_pefts() -> None:
     model = adapted("VeRA")
     first, second = adapters(model)
@@ -184,6 +204,17 @@ def test_lora_that_starts_from_the_weight_is_pefts(kind: str) -> None:
     first = adapters(model)[0]
     wanted = 2 * (first.up @ first.down - first.up0 @ first.down0)
     assert torch.allclose(update.scale * update.up @ update.down, wanted, atol=1e-5)
+
+
+@needs_lycoris
+def test_t_lora_has_the_ranks_of_lycoris() -> None:
+    from lycoris.modules.tlora import compute_timestep_mask
+
+    adapter = adapters(adapted("TLoRA", rank=6))[0]
+    timesteps = torch.arange(0.0, 1001.0, 50.0, dtype=torch.float64)
+    adapter.level = SimpleNamespace(fraction=timesteps / 1000)
+    wanted = [compute_timestep_mask(t, 1000, 6, min_rank=3)[0] for t in timesteps.tolist()]
+    assert torch.equal(adapter.rank_mask(timesteps), torch.stack(wanted).double())
 
 
 def test_t_lora_masks_ranks_by_the_level_of_each_example() -> None:

@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 from lora_core.adapters import injection
-from lora_core.adapters.folded_weights import fold_adapter, merged_state_dict, unfold_adapter
+from lora_core.adapters.folded_weights import (
+    fold_adapter,
+    folding_error,
+    merged_state_dict,
+    unfold_adapter,
+)
 from lora_core.adapters.injection import (
     AdapterSpec,
     adapter_factors,
@@ -36,6 +41,21 @@ def test_fold_is_forward_and_unfold_restores_the_bits(kind, strength):
     assert model.state_dict().keys() == before.keys() and all(
         torch.equal(v, before[k]) for k, v in model.state_dict().items()
     )
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float64, 0.0), (torch.bfloat16, 1e-3)])
+def test_the_error_of_a_fold_is_that_of_its_rounding(dtype, least):
+    model = injected("lora", dtype)
+    assert folding_error(model, merged_state_dict(model)) == 0
+    shake(model, size=0.05)
+    merged, lost, whole = merged_state_dict(model), [], []
+    for path, adapted in adapted_layers(model):
+        whole.append(delta_weight(adapter_factors(model)[path], adapted.weight.double()).flatten())
+        moved = merged[f"{path}.weight"].double() - adapted.weight.double()
+        lost.append(moved.flatten() - whole[-1])
+    wanted = float(torch.cat(lost).norm() / torch.cat(whole).norm())
+    error = folding_error(model, merged)
+    assert error == pytest.approx(wanted, rel=1e-3, abs=1e-6) and least <= error < 1
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,28 @@
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
 import train
 from lora_core.config import Config
+from lora_core.diffusion.losses import StepOutput, mse
 from tests.conftest import rows
 
 
+def logged(step: StepOutput) -> Tensor:
+    found = mse(step)
+    step.log("largest", found.detach().max())
+    return found
+
+
 def test_tensorboard_gets_the_numbers(config: Config, quick: None) -> None:
+    """And those that a loss logs."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = train.train(replace(config, report="tensorboard"))
+    run = train.train(replace(config, report="tensorboard"), loss=logged)
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx(
-        [row["loss"] for row in rows(run) if "loss" in row], rel=1e-6
-    )
+    for name in ("loss", "largest"):
+        values = [row[name] for row in rows(run) if name in row]
+        assert values and [e.value for e in events.Scalars(name)] == pytest.approx(values, rel=1e-6)

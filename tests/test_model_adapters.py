@@ -168,11 +168,9 @@ def test_the_notebook_trains_and_diffusers_loads_its_file(
     (tmp_path / "toy").symlink_to(ROOT / "toy")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "examples" / "notebook.py").read_text()
-    code = [
-        line for line in text.splitlines() if line and not line.startswith(("import", "from", '"'))
-    ]
+    code = [line for line in text.splitlines() if line and not line.startswith('"')]
     assert len(code) <= 25
-    short = text.replace("STEPS = 200", "STEPS = 2").replace("=4)", "=4, num_inference_steps=2)")
+    short = text.replace("range(200)", "range(2)").replace("=4)", "=4, num_inference_steps=2)")
     (tmp_path / "short.py").write_text(short)
     runpy.run_path(str(tmp_path / "short.py"))
     assert (tmp_path / "zib.png").stat().st_size > 1000

@@ -15,7 +15,7 @@ from typing import Any
 from lora_core import formats, tokens
 from lora_core.adapters import custom_files
 from lora_core.adapters.adapted_layer import adapted_layers
-from lora_core.adapters.folded_weights import merged_state_dict
+from lora_core.adapters.folded_weights import folding_error, merged_state_dict
 from lora_core.adapters.kinds import KINDS, DoRA
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
@@ -132,10 +132,15 @@ def _reader_errors(model: Model, files: Sequence[Path]) -> dict[str, float]:
 
 
 def save_trained_model(model: Model, config: Config, folder: Path) -> None:
-    """Write the whole model in the diffusers layout, adapters folded into its weights; token rows
-    are in their own file.
+    """Write the whole model in the diffusers layout, adapters folded into its weights, and print
+    the error of that; token rows are in their own file.
     """
     states = {name: merged_state_dict(part) for name, part in model.adapted.items()}
+    for name, part in model.adapted.items():
+        error = folding_error(part, states[name])
+        print(
+            f"{folder.name}/: {name} with its adapters folded in, error of the update {error:.1e}"
+        )
     for name in states.keys() & model.embeddings.keys():
         encoder = model.encoders[name]
         states[name] = tokens.strip_token_rows(states[name], model.embeddings[name], encoder)

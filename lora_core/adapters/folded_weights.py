@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -90,6 +91,20 @@ def merged_state_dict(
             own = moved.get(id(wrapped[prefix]), {})
             found[prefix + parameter] = own.get(parameter, value)
     return found
+
+
+def folding_error(model: nn.Module, merged: Mapping[str, Tensor], name: str = "default") -> float:
+    """The relative error (Frobenius norm over all layers) of the weights' updates in a result of
+    `merged_state_dict` at strength 1, from rounding to the base's dtype; 0 without any update.
+    """
+    lost = whole = 0.0
+    for path, layer in layers_with_adapter(model, name).items():
+        weight = layer.base.weight.double()
+        delta = layer.adapter(name).delta_weight(layer.base).double()
+        moved = merged[f"{path}.weight"].double() - weight
+        lost += float((moved - delta).square().sum())
+        whole += float(delta.square().sum())
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def _without(folded: Mapping[str, float], name: str) -> dict[str, float]:
