@@ -1,5 +1,6 @@
 """Apply a run's LoRA and tokens to a loaded model, generate an image, and undo it.
 
+python train.py configs/toy_pti.toml        # or make demo: the run in runs/demo
 python examples/patch_model.py
 """
 

@@ -10,7 +10,9 @@ import functools
 import importlib.util
 import inspect
 import os
+import sys
 import traceback
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,13 +81,20 @@ def load_from_file(path: str, name: str, what: str) -> Any:
 def _run_file(path: str, content: bytes) -> ModuleType | None:
     """The module of a Python file; None for a file of another kind.
 
-    A content is run once, so that its classes are the same objects everywhere.
+    A content is run once, so that its classes are the same objects everywhere. The module is found
+    by its name, as dataclasses and torch.compile do, under one that no installed module has.
     """
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    name = f"{Path(path).stem}_{zlib.crc32(path.encode() + content):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         return None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

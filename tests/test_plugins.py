@@ -253,6 +253,32 @@ def test_a_loss_that_fails_is_one_sentence_with_its_line(
         assert "wrong.py, line 5)" in plugins.describe_error(raised.value, made)
 
 
+COMPILED = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+
+FACTOR = 3.0
+
+@dataclass
+class Own:
+    power: float = 2.0
+    def __call__(self, x):
+        return FACTOR * torch.pow(x, self.power)
+
+own = Own()
+"""
+
+
+def test_a_file_s_names_are_found_by_dataclasses_and_torch_compile(tmp_path: Path) -> None:
+    file = tmp_path / "random.py"  # not the installed module of that name
+    file.write_text(COMPILED)
+    own = plugins.find_plugin(f"{file}:own", {}, "loss")
+    compiled = torch.compile(own.__call__, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor([1.0, 2.0])).tolist() == [3.0, 12.0]
+    assert plugins.find_plugin(f"{file}:own", {}, "loss") is own
+
+
 def test_a_changed_weighting_is_read_again_by_the_next_run(tmp_path: Path) -> None:
     """As in a notebook, whose process goes on."""
     file = tmp_path / "mine.py"

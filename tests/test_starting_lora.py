@@ -92,7 +92,7 @@ def test_a_folder_of_peft_and_a_run_folder(begun: Config) -> None:
 
 
 def test_only_the_file_s_layers_make_a_config_without_patterns(
-    begun: Config, states: dict[str, AdapterState]
+    begun: Config, states: dict[str, AdapterState], capsys: pytest.CaptureFixture[str]
 ) -> None:
     layers = {"targets": ("*attn?.to_*",), "text_targets": ("*self_attn.*",)}
     own = replace(begun.adapter, **layers)
@@ -108,6 +108,7 @@ def test_only_the_file_s_layers_make_a_config_without_patterns(
     config = replace(begun, adapter=own, from_lora="own.safetensors", out=begun.out + "2")
     adapter = starting_lora.resolve_start(config).adapter
     assert (adapter.rank, adapter.alpha, adapter.rank_pattern) == (3, 1.5, {})
+    assert "keep their ranks and alphas (rank 3, alpha 1.5)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7])

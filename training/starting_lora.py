@@ -256,7 +256,9 @@ def _file_ranks(
                 "of the same name in another network, which one config cannot say; give "
                 "--from-lora-rank adapter"
             )
-    words = f"rank {rank}" + (f", others on {len(ranks)}" if ranks else "")
+    usual, count = Counter(found.values()).most_common(1)[0]
+    words = f"rank {usual[0]}, alpha {usual[1]:g}"
+    words += f", others on {len(found) - count}" if count < len(found) else ""
     print(f"{file.source}: {_count_layers(len(found))} keep their ranks and alphas ({words})")
     return own_settings
 
