@@ -32,7 +32,9 @@ PREVIEW_FLAG = "--preview-density"
 if __name__ == "__main__":  # before torch is imported
     answer_list(sys.argv[1:])
     if asks_for_comparison(sys.argv[1:]):
-        answer_help(CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE)
+        answer_help(
+            CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE, takes_file=False
+        )
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
 import functools
@@ -108,8 +110,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         setup.check_before_opening(config, functions.loss, functions.own_step)
         config = starting_lora.resolve_start(config)
         data = setup.open_data(config)
-        own_weighting = getattr(functions.loss, "weighting", None)
-        model = setup.open_model(config, weights_itself=own_weighting == "none")
+        model = setup.open_model(config, weights_itself=functions.weights_itself)
         setup.check_captions(data, model)
         optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
         run = stack.enter_context(setup.open_run(config))

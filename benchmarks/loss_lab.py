@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +97,9 @@ def scale_stages(stages: Sequence[Stage], steps: int) -> tuple[Stage, ...]:
 
 
 def plan_runs(base: Config, losses: Sequence[LabLoss], seeds: int, out: Path) -> list[Config]:
-    """The configs of the grid, the losses of one seed after one another."""
+    """The configs of the grid, the seeds of one loss after one another: runs of one seed have the
+    same latents, which those at work at the same time would each encode.
+    """
     word = base.tokens.words[0] if base.trains("tokens") else "TOK"
     samples = replace(
         base.samples,
@@ -117,8 +118,8 @@ def plan_runs(base: Config, losses: Sequence[LabLoss], seeds: int, out: Path) ->
         resume=False,
     )
     planned = []
-    for seed in range(base.seed, base.seed + seeds):
-        for loss in losses:
+    for loss in losses:
+        for seed in range(base.seed, base.seed + seeds):
             own = replace(base, loss=loss.name, loss_arg=loss.arguments, seed=seed)
             planned.append(replace(own, out=str(run_folder(out, loss, seed))))
     return planned
@@ -241,13 +242,13 @@ def run_lab(words: Sequence[str]) -> None:
     lab = plan_lab(words)
     train_grid(lab.runs, lab.out, lab.jobs)
     found = compare_grid(lab.runs, lab.measures, lab.out)
-    folders = chain.from_iterable(group_by_loss(lab.runs).values())
-    page = write_report(list(folders), lab.out / "page.html", measured=found)
+    folders = [Path(config.out) for config in lab.runs]
+    page = write_report(folders, lab.out / "page.html", measured=found)
     print(f"\npage: {page}")
 
 
 class Lab(NamedTuple):
-    """What a command line asks for."""
+    """The runs, measures and folder that a command line asks for."""
 
     runs: list[Config]
     measures: list[measures.Measure]

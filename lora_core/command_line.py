@@ -33,8 +33,12 @@ ARGUMENTS_OF = {
 }
 
 
-def parse_command_line(cls: type[C], words: Sequence[str], *, prog: str, example: str) -> C:
+def parse_command_line(
+    cls: type[C], words: Sequence[str], *, prog: str, example: str, takes_file: bool = True
+) -> C:
     """The config that a command line describes: an optional TOML file first, then flags.
+
+    Without `takes_file` there are flags only.
 
     Prints the help, or the nearest flag for a wrong one, and exits (status 0, 2). Where a flag
     replaces a choice of the file, such as its optimizer, the file's arguments of that choice are
@@ -42,10 +46,10 @@ def parse_command_line(cls: type[C], words: Sequence[str], *, prog: str, example
     """
     words = list(words)
     check_unicode(words, "the argument")
-    file = words.pop(0) if words and not words[0].startswith("-") else ""
+    file = words.pop(0) if takes_file and words and not words[0].startswith("-") else ""
     default = read_toml(Path(file), cls) if file else cls()
-    usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file"
-    description = f"{cls.__doc__}\n\n{usage}\n\nexample: {example}"
+    usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\n"
+    description = f"{cls.__doc__}\n\n{usage if takes_file else ''}example: {example}"
     config = tyro.cli(
         cls, default=default, args=words, prog=prog, description=description, registry=REGISTRY
     )
@@ -107,11 +111,14 @@ def is_given(option: str, words: Sequence[str]) -> bool:
     return any(word.partition("=")[0].replace("_", "-") == flag for word in words)
 
 
-def answer_help(cls: type, words: Sequence[str], *, prog: str, example: str) -> None:
+def answer_help(
+    cls: type, words: Sequence[str], *, prog: str, example: str, takes_file: bool = True
+) -> None:
     """Prints the help and exits where the words ask for it; else returns.
 
     A script calls it before it imports torch, which takes seconds.
     """
     if "-h" in words or "--help" in words:
-        print_help(partial(parse_command_line, cls, ["--help"], prog=prog, example=example))
+        asked = partial(parse_command_line, cls, ["--help"], prog=prog, example=example)
+        print_help(partial(asked, takes_file=takes_file))
         sys.exit(0)

@@ -4,7 +4,7 @@
     python -m lora_core.report runs/a runs/b --out ab.html # compares them
 
 The page is one file that opens from the disk: its charts are SVG, its images are inside, and it
-loads nothing. It shows what people may see: no folders of images, and training images and captions
+loads nothing. It is safe to publish: no folders of images, and training images and captions
 of files only with --samples.show-data.
 """
 

@@ -107,7 +107,7 @@ class CustomLayer:
         return DenseUpdate("full", shape, ComputedParts({"diff": self._delta_weight}))
 
     def read_shift(self) -> Tensor | None:
-        """What the adapter adds to the bias; None for a class that changes none."""
+        """The adapter's update of the bias; None for a class that changes none."""
         layer, adapter = self._open()
         return adapter.delta_bias(layer) if hasattr(adapter, "delta_bias") else None
 

@@ -33,6 +33,7 @@ class CaptionReader:
         self.captions: list[str] = []  # of the run
         for record in data.training.records:
             self.captions += record.captions
+        self.found_words: set[str] = set()  # words that some caption of the run has
         self.known: dict[tuple[str, str, str], list[int]] = {}  # (encoder, word, caption) -> places
 
     def read(self, captions: Sequence[str]) -> CaptionTokens:
@@ -55,37 +56,37 @@ class CaptionReader:
 
         Raises UserError for a word that no caption of the run has.
         """
-        if not any(has_placeholder(caption, word) for caption in self.captions):
-            raise UserError(
-                f"step.attention_of({word!r}) names a word that no caption has; captions are "
-                f"like {self.captions[0]!r}"
-            )
+        if word not in self.found_words:
+            if not any(has_placeholder(caption, word) for caption in self.captions):
+                raise UserError(
+                    f"step.attention_of({word!r}) names a word that no caption has; captions are "
+                    f"like {self.captions[0]!r}"
+                )
+            self.found_words.add(word)
         return self._places(self.attended, word, captions)
 
     def _learned_places(self, captions: Sequence[str]) -> Tensor:
         """[b, n] places of the learned tokens of all words, in each caption's order."""
-        placeholders, limit = self.model.placeholders, self.limits[self.attended]
-        tokenizer = self.model.family.tokenizers[self.attended]
-        n = sum(len(placeholder.names_at(0)) for placeholder in placeholders)
-        rows = []
-        for caption in captions:
-            key = (self.attended, "", caption)
-            if key not in self.known:
-                self.known[key] = token_positions(caption, placeholders, tokenizer, limit)[:n]
-            rows.append(self.known[key])
-        return pad_places(rows, n)
+        n = sum(len(placeholder.names_at(0)) for placeholder in self.model.placeholders)
+        rows = self._search(self.attended, "", captions)
+        return pad_places([row[:n] for row in rows], n)
 
     def _places(self, encoder: str, word: str, captions: Sequence[str]) -> Tensor:
         """[b, n] places of a word in one encoder."""
-        tokenizer = self.model.family.tokenizers[encoder]
-        placeholders, limit = self.model.placeholders, self.limits[encoder]
+        rows = self._search(encoder, word, captions)
+        return pad_places(rows, max(1, *map(len, rows)))
+
+    def _search(self, encoder: str, word: str, captions: Sequence[str]) -> list[list[int]]:
+        """The places of a word in each caption; for an empty word those of all learned tokens."""
+        given = self.model.placeholders, self.model.family.tokenizers[encoder], self.limits[encoder]
         rows = []
         for caption in captions:
             key = (encoder, word, caption)
             if key not in self.known:
-                self.known[key] = word_positions(word, caption, placeholders, tokenizer, limit)
+                find = functools.partial(word_positions, word) if word else token_positions
+                self.known[key] = find(caption, *given)
             rows.append(self.known[key])
-        return pad_places(rows, max(1, *map(len, rows)))
+        return rows
 
 
 def pad_places(rows: Sequence[list[int]], n: int) -> Tensor:

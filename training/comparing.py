@@ -32,7 +32,7 @@ def compare_finished_runs(words: Sequence[str], step: Step) -> None:
     train.training_step, by which measures of a network call it.
     """
     options = parse_command_line(
-        CompareRuns, words, prog="train.py --compare", example=COMPARE_EXAMPLE
+        CompareRuns, words, prog="train.py --compare", example=COMPARE_EXAMPLE, takes_file=False
     )
     a, b, metrics = (
         list(chain.from_iterable(given))

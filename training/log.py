@@ -55,7 +55,7 @@ class Log:
     def add_step(
         self, done: int, stage: Stage, result: StepResult, inputs: Sequence[StepInputs]
     ) -> None:
-        """Add the row of a step: loss, gradient norm, what the loss logged, learning rates,
+        """Add the row of a step: loss, gradient norm, values logged by the loss, learning rates,
         Prodigy's distances d.
         """
         self.inputs = inputs

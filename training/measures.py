@@ -55,7 +55,7 @@ class Measure:
 def find_measures(specs: Sequence[str], args: Mapping[str, Any]) -> list[Measure]:
     """The measures that --metric names, with the arguments of --metric-arg.
 
-    "loss" is what the runs recorded; "x0", a loss by its name, and a function of a file are
+    "loss" is the recorded one; "x0", a loss by its name, and a function of a file are
     computed anew, and "clip:MODEL" is two measures of images. Raises UserError for an unknown
     name, and for a loss of pairs.
     """
@@ -138,7 +138,7 @@ def _needs_model(measure: Measure) -> bool:
 def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
     """The unweighted loss of each validation image at the timesteps and noise of the validation.
 
-    The loss gets what it gets in training: `step` computes it.
+    The loss gets the same inputs as in training: `step` computes it.
     """
     model, scorer = trained.model, trained.scorer
     # whole batches, no weights by noise level, and the network's own output

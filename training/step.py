@@ -50,9 +50,14 @@ class StepFunctions:
         functions = (self.loss, self.step)
         return any(getattr(function, "reads_attention", False) for function in functions)
 
+    @property
+    def weights_itself(self) -> bool:
+        """Whether the loss is not weighted by noise level, as it declares."""
+        return getattr(self.loss, "weighting", None) == "none"
+
 
 class StepResult(NamedTuple):
-    """What one step of the optimizer gives the log."""
+    """Loss, gradient norm and logged values of one step of the optimizer."""
 
     loss: Tensor  # []
     norm: Tensor  # [] of the gradient before clipping

@@ -287,7 +287,7 @@ def adapter_updates(model: nn.Module, name: str = "default") -> dict[str, LayerU
 
 
 def stored_update(adapter: Any, base: BaseLayer) -> LayerUpdate:
-    """What adapter files hold of an adapter: its `low_rank` of the base layer, else its `state`.
+    """An adapter's tensors for adapter files: its `low_rank` of the base layer, else its `state`.
 
     Raises as these do, and UserError for a class without them.
     """

@@ -1,4 +1,4 @@
-"""What a kind of adapter asks of training: learning rates of its own, a change of its gradients."""
+"""Requests of a kind of adapter to training: own learning rates, a change of its gradients."""
 
 from __future__ import annotations
 

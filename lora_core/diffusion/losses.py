@@ -2,7 +2,7 @@
 
 A loss is a pure function of one StepOutput and returns [b], one number per example, unreduced.
 Write your own as `def my_loss(step: StepOutput) -> Tensor` and train with
-`--loss my_loss.py:my_loss`; `mse` below is an example. What a loss says of itself are attributes,
+`--loss my_loss.py:my_loss`; `mse` below is an example. A loss declares its needs by attributes,
 set in the lines below it:
 
     my_loss.reads_attention = True   reads step.attention or token places, which are recorded then

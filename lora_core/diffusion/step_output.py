@@ -1,4 +1,4 @@
-"""StepOutput: what a loss is given, the result of one training step's forward pass."""
+"""StepOutput: the input of a loss, the result of one training step's forward pass."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

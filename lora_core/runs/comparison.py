@@ -137,7 +137,7 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What the standard error leaves out, as phrases."""
+        """The limits of the standard error, as phrases."""
         numbers = [len(folders) for folders in self.folders]
         what = "images and draws" if self.draws > 1 else "images"
         found = []

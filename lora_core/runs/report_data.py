@@ -1,7 +1,7 @@
 """A run's folder as a page shows it: options, stages, metrics, validation, summary, model card.
 
-A run may be unfinished, resumed, of an older version, or damaged in places: what is there is read,
-and what is missing is a sentence in `notes`.
+A run may be unfinished, resumed, of an older version, or damaged in places: its intact
+files are read, and `notes` has a sentence for each missing one.
 """
 
 from __future__ import annotations
