@@ -151,6 +151,7 @@ class Optimization:
     rate_schedules: dict[str, RateSchedule]  # name -> factor of the learning rate
     scaler: gradients.LossScaler | None  # in fp16
     average: ParameterAverage | None  # with --ema
+    images: int = 1  # of a step, class images not counted
     processes: int = 1  # that sum their gradients
 
     def update_average_(self) -> None:
@@ -442,6 +443,7 @@ def open_optimizer(
         rate_schedules=_resolve_schedules(config),
         scaler=scaler,
         average=ParameterAverage(parameters, config.ema) if config.ema else None,
+        images=config.images_per_step * (2 if config.data.pairs else 1),
         processes=distributed.process_count(),
     )
 
