@@ -23,6 +23,7 @@ TYPED_WITHOUT_FLAG = (
     "sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2", "concepts",
 )  # fmt: skip
 TYPED_WITH_FLAG = {"fuse": ("base",)}  # of these, where a command has it as a flag
+SHOWN_INPUTS = 10  # of a recipe, on the screen
 CHUNK = 1 << 22  # bytes hashed at a time
 LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # do not change the result
 
@@ -94,7 +95,10 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
             words.append(f"--{name.strip('_').replace('_', '-')}")
         if value is not True:
             words.append(shlex.join(map(str, value if isinstance(value, list) else [value])))
-    inputs = ", ".join(f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items())
+    digests = [f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items()]
+    inputs = ", ".join(digests[:SHOWN_INPUTS])
+    if len(digests) > SHOWN_INPUTS:
+        inputs += f" and {len(digests) - SHOWN_INPUTS:,} more"
     return one_line(f"made by: {' '.join(words)}   (sha256 of {inputs} ...)")
 
 
