@@ -24,6 +24,7 @@ SLAB_BYTES = 1 << 28
 ALIGNMENT = 256  # bytes; torch's own allocations on a GPU begin at multiples of 512
 
 Table = dict[str, Tensor | None]  # the parameters or the buffers of a module
+Call = tuple[int, bool]  # of a block: its number, and whether gradients are recorded
 
 
 class StartedCopy(NamedTuple):
@@ -100,8 +101,8 @@ class StreamedBlocks:
         self.host = [[_tensor_at(slot) for slot in slots] for slots in self.slots]
         self.present: StartedCopy | None = None  # of the block whose turn it is
         self.ahead: dict[int, StartedCopy] = {}  # block -> its copy for the next turn
-        self.calls: tuple[int, int] = (-1, -1)  # the last two blocks
-        self.followers: dict[tuple[int, int, bool], int] = {}
+        self.calls: tuple[Call, Call] = ((-1, False), (-1, False))  # the last two
+        self.followers: dict[tuple[Call, Call], int] = {}  # two calls -> the block after them
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(self._entering(index))
             block.register_forward_hook(self._leaving(index), always_call=True)
@@ -118,18 +119,18 @@ class StreamedBlocks:
 
     def enter(self, index: int) -> None:
         """Put a block's copies in its layers, and start to copy the block that comes next."""
-        own = self.ahead.pop(index, None) or self.copier.start(self.host[index])
+        own = self.ahead.pop(index, None)
         for unused in self.ahead.values():
             unused.finish()
         self.ahead.clear()
+        own = own or self.copier.start(self.host[index])
         own.finish()
         for slot, tensor in zip(self.slots[index], own.tensors, strict=True):
             slot.table[slot.name] = tensor
         self.present = own
-        grad = torch.is_grad_enabled()
-        self.followers[(*self.calls, grad)] = index
-        self.calls = (self.calls[1], index)
-        following = self.followers.get((*self.calls, grad))
+        self.followers[self.calls] = index
+        self.calls = (self.calls[1], (index, torch.is_grad_enabled()))
+        following = self.followers.get(self.calls)
         if following is not None and following != index:
             self.ahead[following] = self.copier.start(self.host[following])
 
@@ -138,8 +139,7 @@ class StreamedBlocks:
         for slot, tensor in zip(self.slots[index], self.host[index], strict=True):
             slot.table[slot.name] = tensor
         present, self.present = self.present, None
-        following = self.followers.get((*self.calls, torch.is_grad_enabled()))
-        if present is not None and following == index:
+        if present is not None and self.followers.get(self.calls) == index:
             self.ahead[index] = present
 
     def _entering(self, index: int) -> Callable[..., None]:
