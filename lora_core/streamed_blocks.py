@@ -198,10 +198,10 @@ class Slabs:
         self.rest = torch.empty(0, dtype=torch.uint8)
 
     def store(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor, with its strides, in a slab."""
-        needed = tensor.untyped_storage().nbytes() if tensor.numel() else 0
-        needed = min(needed, _spanned_bytes(tensor))
-        needed += -needed % ALIGNMENT
+        """A copy of the tensor in a slab, with its strides if it is dense, else contiguous."""
+        if _spanned_bytes(tensor) != tensor.nbytes:
+            tensor = tensor.contiguous()
+        needed = tensor.nbytes + -tensor.nbytes % ALIGNMENT
         if len(self.rest) < needed:
             self.rest = torch.empty(max(self.size, needed), dtype=torch.uint8, pin_memory=self.pin)
         piece, self.rest = self.rest[:needed], self.rest[needed:]
@@ -211,7 +211,7 @@ class Slabs:
 
 
 def _spanned_bytes(tensor: Tensor) -> int:
-    """Bytes from the first number to the last: no more than the tensor's own for a dense one."""
+    """Bytes from the first number to the last: the tensor's own where it is dense."""
     if not tensor.numel():
         return 0
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

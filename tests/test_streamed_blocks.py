@@ -163,3 +163,5 @@ def test_slabs_keep_values_strides_and_alignment():
     assert torch.equal(stored, image) and stored.stride() == image.stride()
     assert slabs.store(torch.empty(0, 3)).shape == (0, 3)
     assert slabs.store(torch.tensor(2.0)) == 2.0
+    for part in (torch.randn(4, 6)[:, ::2], torch.randn(3, 1).expand(3, 4)):
+        assert torch.equal(slabs.store(part), part)

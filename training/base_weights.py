@@ -8,7 +8,6 @@ that depend on them, the model is read again.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from lora_core.adapters.weight_updates import LayerUpdate, LowRank
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.family import Family, LoadOptions
-from lora_core.quantized_weights import QuantizedLinear
+from lora_core.quantized_weights import QuantizedLinear, check_installed
 from models import DTYPES, load_family
 from models.placement import place_networks
 from training.run_adapters import group_of
@@ -30,16 +29,12 @@ from training.run_adapters import group_of
 
 def check_base_weights(c: Config) -> None:
     """Raises UserError for options that --quantize and --stream do not go with."""
-    if c.quantize != "none":
-        if importlib.util.find_spec("torchao") is None:
-            raise UserError(
-                f"--quantize {c.quantize} needs the package torchao: pip install torchao"
-            )
-        if c.precision == "fp64":
-            raise UserError(
-                f"--quantize {c.quantize} packs weights of fp32, bf16 or fp16, and --precision is "
-                "fp64; leave one of the two out"
-            )
+    check_installed(c.quantize)
+    if c.quantize != "none" and c.precision == "fp64":
+        raise UserError(
+            f"--quantize {c.quantize} packs weights of fp32, bf16 or fp16, and --precision is "
+            "fp64; leave one of the two out"
+        )
     if c.quantize == "int4" and c.compile:
         raise UserError(
             "--compile cannot trace the 4-bit weights of --quantize int4; take int8 or fp8, or "
