@@ -136,7 +136,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def packed(self) -> list[Tensor]:
         """The tensors of the weight, as `packing` names them."""
-        return [self._buffers[f"packed_{name}"] for name in self.packing.names]  # type: ignore[misc]
+        return [getattr(self, f"packed_{name}") for name in self.packing.names]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

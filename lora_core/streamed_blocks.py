@@ -35,10 +35,6 @@ class StartedCopy(NamedTuple):
     tensors: list[Tensor]
     finish: Callable[[], None]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
 
 class Copier(Protocol):
     """Copies from host memory to a device."""
@@ -96,8 +92,9 @@ class StreamedBlocks:
         self.copier = copier
         self.slots = [list(frozen_slots(block)) for block in blocks]
         slabs = Slabs(pin=pin)
-        for slot in (slot for slots in self.slots for slot in slots):
-            _move_to_slab(slot, slabs)
+        for slots in self.slots:
+            for slot in slots:
+                _move_to_slab(slot, slabs)
         self.host = [[_tensor_at(slot) for slot in slots] for slots in self.slots]
         self.present: StartedCopy | None = None  # of the block whose turn it is
         self.ahead: dict[int, StartedCopy] = {}  # block -> its copy for the next turn
@@ -110,12 +107,12 @@ class StreamedBlocks:
     @property
     def host_bytes(self) -> int:
         """Bytes of all blocks in host memory."""
-        return sum(tensor.nbytes for tensors in self.host for tensor in tensors)
+        return sum(map(_total_bytes, self.host))
 
     @property
     def largest_block(self) -> int:
         """Bytes of the largest block."""
-        return max(sum(tensor.nbytes for tensor in tensors) for tensors in self.host)
+        return max(map(_total_bytes, self.host))
 
     def enter(self, index: int) -> None:
         """Put a block's copies in its layers, and start to copy the block that comes next."""
@@ -216,6 +213,10 @@ def _spanned_bytes(tensor: Tensor) -> int:
         return 0
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
+
+
+def _total_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _tensor_at(slot: Slot) -> Tensor:

@@ -2,6 +2,7 @@
 its copy is complete.
 """
 
+import itertools
 import weakref
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_outside_its_turn_a_block_has_its_parameters_back():
     parameters = dict(net.named_parameters())
     take_steps(net, 1)
     assert all(parameters[name] is p for name, p in net.named_parameters())
-    slots = [slot for block in net.blocks for slot in frozen_slots(block)]
+    slots = list(itertools.chain.from_iterable(map(frozen_slots, net.blocks)))
     assert len(slots) == 6 * BLOCKS  # weights and biases, no adapter's tensor
     assert not any(slot.table[slot.name].requires_grad for slot in slots)
 
