@@ -15,24 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from lora_core import formats, tokens
-from lora_core.adapters import custom_files
-=======
 from lora_core import distributed, formats, tokens
-from lora_core.adapters import custom_files, injection
->>>>>>> main
+from lora_core.adapters import custom_files
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-<<<<<<< HEAD
-from training import base_weights, config_checks, learned_tokens, nonfinite
-=======
-from training import config_checks, learned_tokens, nonfinite, processes
->>>>>>> main
+from training import base_weights, config_checks, learned_tokens, nonfinite, processes
 from training.log import Log
 from training.run_identity import (
     EMPTY_IDENTITY,
