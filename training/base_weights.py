@@ -35,9 +35,9 @@ def check_base_weights(c: Config) -> None:
             f"--quantize {c.quantize} packs weights of fp32, bf16 or fp16, and --precision is "
             "fp64; leave one of the two out"
         )
-    if c.quantize == "int4" and c.compile:
+    if c.quantize in ("fp8", "int4") and c.compile:  # torchao 0.18 with torch 2.13
         raise UserError(
-            "--compile cannot trace the 4-bit weights of --quantize int4; take int8 or fp8, or "
+            f"--compile cannot trace the packed weights of --quantize {c.quantize}; take int8, or "
             "leave --compile out"
         )
     if not c.stream:
