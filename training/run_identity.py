@@ -49,6 +49,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "compile": ROUNDING,
     "cuda_graph": ROUNDING,
     "gradient_checkpointing": ROUNDING,
+    "stream": ROUNDING,
     "model": WEIGHTS_PATH,
     "model_config": WEIGHTS_PATH,
     "vae": WEIGHTS_PATH,
