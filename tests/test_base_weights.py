@@ -116,6 +116,8 @@ def test_the_search_for_nan_looks_at_packed_weights(quick, config):
         ({"quantize": "int4", "compile": True}, "--compile cannot trace the packed weights"),
         ({**STREAMED, "compile": True}, "--compile needs weights that stay"),
         ({**STREAMED, "cuda_graph": True}, "--cuda-graph needs weights that stay"),
+        ({"quantize": "int8", "shard": True}, "--shard divides .* and --quantize stores"),
+        ({**STREAMED, "shard": True}, "--shard divides .* and --stream stores"),
         ({"stream": True}, "--stream needs --gradient-checkpointing"),
     ],
 )

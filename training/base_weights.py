@@ -40,6 +40,12 @@ def check_base_weights(c: Config) -> None:
             f"--compile cannot trace the packed weights of --quantize {c.quantize}; take int8, or "
             "leave --compile out"
         )
+    for option, given in (("--quantize", c.quantize != "none"), ("--stream", c.stream)):
+        if given and c.shard:
+            raise UserError(
+                f"--shard divides the weights of a denoiser as it is, and {option} stores them in "
+                "another way; leave one of the two out"
+            )
     if not c.stream:
         return
     for option, is_given in (("--compile", c.compile), ("--cuda-graph", c.cuda_graph)):
