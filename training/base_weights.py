@@ -62,11 +62,14 @@ def check_base_weights(c: Config) -> None:
 
 
 def place_model(config: Config, family: Family, device: torch.device) -> None:
-    """Bring a family that was loaded to the host to the device, in the forms of the config."""
+    """Bring a family that was loaded to the host to the device, in the forms of the config, and
+    print what was done.
+    """
     if config.quantize == "none" and not config.stream:
         return
     trained = [name for name in family.tokenizers if config.trains(group_of(family, name))]
-    place_networks(family, device, config.quantize, stream=config.stream, trained=trained)
+    lines = place_networks(family, device, config.quantize, stream=config.stream, trained=trained)
+    print("\n".join(lines))
 
 
 def networks_with_dora(
