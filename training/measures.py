@@ -254,8 +254,8 @@ def _clip_measures(path: str) -> list[Measure]:
         return (clip.embed_images(images) * texts).sum(1).tolist()
 
     def to_training_images(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
-        records = {record.path: record.use_alpha for record in trained.data.training.records}
-        own = [read_image(path, use_alpha=alpha).image for path, alpha in records.items()]
+        records = {record.file: record.use_alpha for record in trained.data.training.records}
+        own = [read_image(file, use_alpha=alpha).image for file, alpha in records.items()]
         return (clip.embed_images(images) @ clip.embed_images(own).T).mean(1).tolist()
 
     return [
