@@ -208,7 +208,7 @@ def test_masks_are_members_and_alpha_channels(tmp_path: Path) -> None:
 
 
 def test_what_is_no_dataset_here_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no user/name; of a dataset of the hub, get them"):
+    with pytest.raises(UserError, match="there is no user/name; of a dataset of the hub, download"):
         find_shards("user/name", "train")
     with pytest.raises(UserError, match=r"there is no .*002.tar"):
         find_shards(f"{write_shards(tmp_path / 'a')}/{{000..002}}.tar", "train")

@@ -4,7 +4,7 @@ files that --data.skip-bad leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -54,7 +54,8 @@ def open_training_images(config: Config) -> TrainingImages:
         winners = records
     _print_left_out(config, checks, records)
     listing = dataset.list_again(images, records)
-    unused = dataset.find_unused_files(listing, records, checks.left_out)
+    named = _with_companions(listing, checks.left_out)
+    unused = dataset.find_unused_files(listing, records, named)
     return TrainingImages(records, winners, listing, unused, checks.left_out)
 
 
@@ -97,6 +98,17 @@ def check_data_options(config: Config) -> None:
             "--data.skip-bad leaves out single images, and an image of --data.pairs has a partner; "
             "leave out one of the two"
         )
+
+
+def _with_companions(listing: Listing, images: Iterable[Path]) -> set[Path]:
+    """These images of a folder with their masks and caption files."""
+    found = set(images)
+    for part in listing.parts:
+        for image in images:
+            found.update(part.texts.get(image, ()))
+            if image in part.masks:
+                found.add(part.masks[image])
+    return found
 
 
 def _print_left_out(config: Config, checks: ImageChecks, records: Sequence[Record]) -> None:

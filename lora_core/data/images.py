@@ -294,7 +294,8 @@ def _open(path: FileSource) -> Image.Image:
     try:
         return decode_image(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
     except READ_ERRORS as error:
-        if reason := format_problem(path_of(path)):
+        has_ending = isinstance(path, Path) or path.suffix  # a cell of a table has none
+        if has_ending and (reason := format_problem(path_of(path))):
             raise UserError(f"cannot read the image {path}: {reason}") from error
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 

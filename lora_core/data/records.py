@@ -4,7 +4,7 @@ Every file is decoded once (`image_checks`), so that a damaged one is an error b
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -118,18 +118,25 @@ def scan_folder(
     )
     files = [ImageFile(path, mask) for path, mask in chosen.items()]
     found = checks.check_all(files, masks, folder)
+    if not any(found):
+        raise UserError(describe_all_bad(folder, checks))
     made: dict[Path, Record] = {}
     for file, own in zip(files, found, strict=True):
         if own is not None:
             path = path_of(file.image)
             made[path] = build_record(file, texts[path], own, is_prior=is_prior)
-    if not made:
-        raise UserError(describe_all_bad(folder, checks))
+    return _repeat_records(parts, made, 0 if held_out else repeats)
+
+
+def _repeat_records(
+    parts: Sequence[FolderContents], made: Mapping[Path, Record], repeats: int
+) -> list[Record]:
+    """The records in the folders' order, `repeats` times those of each; with 0 each once."""
     records: list[Record] = []
     for part in parts:
         readable = [made[path] for path in part.images if path in made]
-        records += readable if held_out else readable * part.repeats
-    return records * (1 if held_out else repeats)
+        records += readable * part.repeats if repeats else readable
+    return records * max(1, repeats)
 
 
 def describe_all_bad(origin: Path | str, checks: ImageChecks) -> str:
