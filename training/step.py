@@ -4,6 +4,7 @@ a batch. train.training_step gives their losses.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_core import tokens
+from lora_core import distributed, tokens
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.cross_attention import AttentionMap
@@ -157,7 +158,7 @@ def optimizer_step(
     optimization.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     readings: Readings = {}
-    images = config.batch_size * config.accumulation * (2 if config.data.pairs else 1)
+    images = config.images_per_step * (2 if config.data.pairs else 1)
     with ExitStack() as stack:
         for network in model.with_dora:  # no adapter changes before the optimizer's step
             stack.enter_context(injection.cache_dora_norms(network))
@@ -177,6 +178,8 @@ def optimizer_step(
             scaler = optimization.scaler
             (loss if scaler is None else scaler.scale(loss)).backward()
             total = total + loss.detach()
+    if optimization.processes > 1:
+        total = distributed.sum_gradients_(moving_parameters(model, stage), total)
     if check:
         check_gradients(model.groups)
     before: dict[str, Tensor] = {}
@@ -207,9 +210,7 @@ def update_parameters(
     model: Model, optimization: Optimization, stage: Stage, config: Config
 ) -> Tensor:
     """Clips the gradients and steps the optimizer; returns their norm before clipping."""
-    moving: list[nn.Parameter] = []
-    for name in stage.groups:
-        moving += model.groups[name]
+    moving = moving_parameters(model, stage)
     optimizer, scaler = optimization.optimizer, optimization.scaler
     if scaler is not None:
         scaler.unscale_(moving)
@@ -223,6 +224,11 @@ def update_parameters(
         scaler.step(optimizer)
         scaler.update()
     return norm
+
+
+def moving_parameters(model: Model, stage: Stage) -> list[nn.Parameter]:
+    """The parameters of the stage's groups."""
+    return list(itertools.chain(*(model.groups[name] for name in stage.groups)))
 
 
 def control_token_norms(

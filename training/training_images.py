@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from lora_core import distributed
 from lora_core.config import Config, FoundMasks
 from lora_core.data import dataset
 from lora_core.data.dataset import Record
@@ -37,7 +38,7 @@ class TrainingImages:
 def open_training_images(config: Config) -> TrainingImages:
     """Find and check the training images. Prints those that are left out. Raises UserError."""
     d = config.data
-    checks = ImageChecks(d.cache, skips=d.skip_bad)
+    checks = ImageChecks(d.cache, skips=d.skip_bad, shares=True)
     if d.streaming:
         records = _open_stream(config, checks)
         _print_left_out(config, checks, records)
@@ -47,7 +48,8 @@ def open_training_images(config: Config) -> TrainingImages:
     if d.pairs:
         winners, records = scan_pairs(images, d.pairs, repeats=d.repeats, **captions)
     else:
-        masks = mask_files.prepare_masks(config, images, {**captions, "checks": checks})
+        alone = ImageChecks(d.cache, skips=d.skip_bad)  # one process after another
+        masks = mask_files.prepare_masks(config, images, {**captions, "checks": alone})
         records = dataset.scan_folder(
             images, repeats=d.repeats, masks=masks, checks=checks, **captions
         )
@@ -63,7 +65,7 @@ def open_held_out_images(config: Config) -> list[Record]:
     """The images of --validation.images; those that cannot be read are left out with
     --data.skip-bad.
     """
-    checks = ImageChecks(config.data.cache, skips=config.data.skip_bad)
+    checks = ImageChecks(config.data.cache, skips=config.data.skip_bad, shares=True)
     records = dataset.scan_folder(
         config.validation.images,
         masks="none",
@@ -81,7 +83,7 @@ def write_left_out(left_out: Mapping[Path, str], run: Run) -> None:
     if left_out:
         lines = [f"{path}: {reason}\n" for path, reason in left_out.items()]
         run.write(LEFT_OUT, "".join(lines).encode(errors="backslashreplace").decode())
-    else:
+    elif run.writes:
         (run.folder / LEFT_OUT).unlink(missing_ok=True)
 
 
@@ -140,13 +142,14 @@ def _images_folder(config: Config) -> str:
         return d.images
     from lora_core.data import hub  # its client is needed for such a data set only
 
-    folder = hub.export_dataset(
-        d.dataset,
-        split=d.split,
-        image_column=d.image_column,
-        caption_column=d.caption_column,
-        caption=d.caption,
-    )
+    with distributed.main_process_first():
+        folder = hub.export_dataset(
+            d.dataset,
+            split=d.split,
+            image_column=d.image_column,
+            caption_column=d.caption_column,
+            caption=d.caption,
+        )
     return str(folder)
 
 

@@ -8,6 +8,7 @@ one is an error.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -21,6 +22,7 @@ import PIL
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
+from lora_core import distributed
 from lora_core.atomic_files import atomic_write
 from lora_core.data.images import READER_VERSION, has_alpha_mask, read_image
 from lora_core.data.stored_files import FileSource, StoredFile, path_of
@@ -57,14 +59,21 @@ class ImageChecks:
 
     `cache`: a folder, which several processes may use at a time. A result is that of a file as long
     as its size, inode and times of modification and change (in ns) stay the same; a copy or a
-    touched file is read again.
+    touched file is read again. With `shares` each of the processes on a machine checks a part;
+    then all of them must call `check_all`.
     """
 
     def __init__(
-        self, cache: Path | str | None = None, *, skips: bool = False, threads: int | None = None
+        self,
+        cache: Path | str | None = None,
+        *,
+        skips: bool = False,
+        shares: bool = False,
+        threads: int | None = None,
     ) -> None:
         self.cache = Path(cache) if cache else None
         self.skips = skips
+        self.shares = shares
         self.threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
         self.left_out: dict[Path, str] = {}  # file -> why it cannot be read
 
@@ -85,16 +94,27 @@ class ImageChecks:
         stamps = [None] * len(files) if self.cache is None else _stamps(files, masks)
         found = [_from_cache(cached.get(stamp)) if stamp else None for stamp in stamps]
         wanted = [i for i, own in enumerate(found) if own is None]
-        shown = not hides_progress() and len(wanted) >= WITH_PROGRESS
         try:
-            with tqdm(total=len(wanted), desc="reading images", disable=not shown) as bar:
-                for i, own in self._check(files, wanted, masks):
+            for i, own in self._check(files, self._agreed(wanted), masks):
+                if isinstance(own, CheckedImage):
                     found[i] = own
-                    bar.update()
+                else:
+                    self.leave_out(path_of(files[i].image), own)
         finally:
-            if wanted and self.cache is not None:
+            if wanted and self.cache is not None and distributed.is_main_process():
                 self._save(origin, stamps, found)
         return found
+
+    def _agreed(self, wanted: list[int]) -> list[int]:
+        """The files that some process has no result of, where several share the checks."""
+        if not self._is_shared:
+            return wanted
+        return sorted(set(itertools.chain.from_iterable(distributed.gather_values(wanted))))
+
+    @property
+    def _is_shared(self) -> bool:
+        several = distributed.process_count() > 1
+        return self.shares and several and distributed.is_one_machine()
 
     def leave_out(self, path: Path, error: Exception) -> None:
         """Leave a file out for an error in it; raises the error unless files are skipped."""
@@ -104,18 +124,22 @@ class ImageChecks:
 
     def _check(
         self, files: Sequence[ImageFile], wanted: Sequence[int], masks: str
-    ) -> Iterator[tuple[int, CheckedImage | None]]:
+    ) -> Iterator[tuple[int, CheckedImage | UserError]]:
         """(number, result) of the files of these numbers, in order."""
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="images") as pool:
-            check = partial(_check_or_error, masks=masks)
+        shown = not hides_progress() and len(wanted) >= WITH_PROGRESS
+        check = partial(_check_or_error, masks=masks)
+        with (
+            ThreadPoolExecutor(self.threads, thread_name_prefix="images") as pool,
+            tqdm(total=len(wanted), desc="reading images", disable=not shown) as bar,
+        ):
             for start in range(0, len(wanted), AT_ONCE):
                 numbers = wanted[start : start + AT_ONCE]
-                for i, own in zip(numbers, pool.map(check, [files[i] for i in numbers])):
-                    if isinstance(own, CheckedImage):
-                        yield i, own
-                    else:
-                        self.leave_out(path_of(files[i].image), own)
-                        yield i, None
+                own = numbers if not self._is_shared else distributed.take_share(numbers)
+                results = list(pool.map(check, [files[i] for i in own]))
+                if self._is_shared:
+                    results = distributed.gather_shares(results)
+                yield from zip(numbers, results, strict=True)
+                bar.update(len(numbers))
 
     def _file(self, origin: Path | str) -> Path:
         assert self.cache is not None
