@@ -1,4 +1,7 @@
-"""image_checks: every image is decoded once; what is kept or left out is told by the files."""
+"""image_checks: every image is decoded once; what is kept or left out is told by the files.
+
+Processes that share the checks: tests/test_processes.py.
+"""
 
 import json
 import os

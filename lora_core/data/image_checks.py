@@ -54,6 +54,13 @@ class CheckedImage(NamedTuple):
     size: tuple[int, int]  # h, w of the file, upright
 
 
+class BadImage(NamedTuple):
+    """Why an image cannot be read."""
+
+    sentence: str  # of the error
+    reason: str  # without the file's name and advice
+
+
 class ImageChecks:
     """Checks images, keeps the results in `cache`, and collects what is left out.
 
@@ -94,27 +101,32 @@ class ImageChecks:
         stamps = [None] * len(files) if self.cache is None else _stamps(files, masks)
         found = [_from_cache(cached.get(stamp)) if stamp else None for stamp in stamps]
         wanted = [i for i, own in enumerate(found) if own is None]
+        is_shared, numbers = self._agree(files, wanted)
         try:
-            for i, own in self._check(files, self._agreed(wanted), masks):
+            for i, own in self._check(files, numbers, masks, is_shared=is_shared):
                 if isinstance(own, CheckedImage):
                     found[i] = own
+                elif self.skips:
+                    self.left_out[path_of(files[i].image)] = own.reason
                 else:
-                    self.leave_out(path_of(files[i].image), own)
+                    raise UserError(own.sentence)
         finally:
             if wanted and self.cache is not None and distributed.is_main_process():
                 self._save(origin, stamps, found)
         return found
 
-    def _agreed(self, wanted: list[int]) -> list[int]:
-        """The files that some process has no result of, where several share the checks."""
-        if not self._is_shared:
-            return wanted
-        return sorted(set(itertools.chain.from_iterable(distributed.gather_values(wanted))))
-
-    @property
-    def _is_shared(self) -> bool:
-        several = distributed.process_count() > 1
-        return self.shares and several and distributed.is_one_machine()
+    def _agree(self, files: Sequence[ImageFile], wanted: list[int]) -> tuple[bool, list[int]]:
+        """(whether the processes share the checks, the files to check): they do if they are on one
+        machine and have the same files; then a file is checked that any of them has no result of.
+        """
+        if not self.shares or distributed.process_count() == 1 or not distributed.is_one_machine():
+            return False, wanted
+        names = json.dumps([[os.path.abspath(path_of(f.image)), str(f.mask)] for f in files])
+        digest = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        given = distributed.gather_values((digest, wanted))
+        if any(other != digest for other, _ in given):
+            return False, wanted
+        return True, sorted(set(itertools.chain.from_iterable(own for _, own in given)))
 
     def leave_out(self, path: Path, error: Exception) -> None:
         """Leave a file out for an error in it; raises the error unless files are skipped."""
@@ -123,8 +135,8 @@ class ImageChecks:
         self.left_out[path] = error_reason(path, error)
 
     def _check(
-        self, files: Sequence[ImageFile], wanted: Sequence[int], masks: str
-    ) -> Iterator[tuple[int, CheckedImage | UserError]]:
+        self, files: Sequence[ImageFile], wanted: Sequence[int], masks: str, *, is_shared: bool
+    ) -> Iterator[tuple[int, CheckedImage | BadImage]]:
         """(number, result) of the files of these numbers, in order."""
         shown = not hides_progress() and len(wanted) >= WITH_PROGRESS
         check = partial(_check_or_error, masks=masks)
@@ -134,9 +146,9 @@ class ImageChecks:
         ):
             for start in range(0, len(wanted), AT_ONCE):
                 numbers = wanted[start : start + AT_ONCE]
-                own = numbers if not self._is_shared else distributed.take_share(numbers)
+                own = distributed.take_share(numbers) if is_shared else numbers
                 results = list(pool.map(check, [files[i] for i in own]))
-                if self._is_shared:
+                if is_shared:
                     results = distributed.gather_shares(results)
                 yield from zip(numbers, results, strict=True)
                 bar.update(len(numbers))
@@ -201,13 +213,14 @@ def describe_left_out(left_out: Mapping[Path, str], total: int) -> str:
     return printable("\n  ".join(lines))
 
 
-def _check_or_error(file: ImageFile, masks: str) -> CheckedImage | UserError:
+def _check_or_error(file: ImageFile, masks: str) -> CheckedImage | BadImage:
     try:
         return check_image(file, masks)
     except UserError as error:
-        return error
+        return BadImage(str(error), error_reason(path_of(file.image), error))
     except OSError as error:  # it went between decoding and hashing
-        return UserError(f"cannot read the image {path_of(file.image)} ({error}); try again")
+        sentence = f"cannot read the image {path_of(file.image)} ({error}); replace or remove it"
+        return BadImage(sentence, str(error.strerror or error))
 
 
 def _stamps(files: Sequence[ImageFile], masks: str) -> list[str | None]:
