@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from lora_core.data.images import IMAGE_SUFFIXES, RAW_SUFFIXES, format_problem
@@ -151,6 +152,8 @@ def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Pat
         for path in (*part.masks.values(), *part.unclaimed):
             add(path, "masks that are not asked for (--data.masks file)")
         for path in itertools.chain.from_iterable(part.texts.values()):
+            if path in taken:  # nearly all of them, which need not be read again
+                continue
             blank = not path.read_bytes().strip()
             add(path, "empty texts" if blank else "texts of images that have another caption")
         if part.table is not None:
@@ -203,15 +206,26 @@ def _find_any_form(folder: Path, name: str) -> Path | None:
     for part in Path(os.path.relpath(path, folder)).parts:
         if not os.path.isdir(folder):
             return None
-        exact, normal = folder / part, normalize_unicode(part)
-        if os.path.exists(exact):
-            folder = exact
-            continue
-        same = [entry for entry in folder.iterdir() if normalize_unicode(entry.name) == normal]
-        if not same:
-            return None
-        folder = same[0]
+        exact = folder / part
+        if not os.path.exists(exact):
+            entries = _entries_by_name(folder, folder.stat().st_mtime_ns)
+            if normalize_unicode(part) not in entries:
+                return None
+            exact = folder / entries[normalize_unicode(part)]
+        folder = exact
     return folder if folder.is_file() else None
+
+
+@lru_cache(maxsize=8)
+def _entries_by_name(folder: Path, stamp: int) -> dict[str, str]:
+    """Name in normal form C -> the first entry of that name, of a folder last changed at `stamp`.
+
+    Kept, because a table of 100,000 rows may differ from the disk in all of them.
+    """
+    found: dict[str, str] = {}
+    for entry in os.listdir(folder):
+        found.setdefault(normalize_unicode(entry), entry)
+    return found
 
 
 def _path_below(folder: Path, name: str) -> Path:
