@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def contents(records: list[Record]) -> list[tuple]:
 # ---------------------------------------------------------------- the same order as a folder
 
 
-def batches(records: list[Record], settings: ImageSettings, batch: int, **how: int) -> list[tuple]:
+def batches(records: list[Record], settings: ImageSettings, batch: int, **how: Any) -> list[tuple]:
     found = iterate_batches(
         ImageDataset(records, settings, seed=3), batch=batch, seed=3, **{"stop": 8, **how}
     )
@@ -81,6 +82,10 @@ def test_batches_of_tar_shards_are_those_of_the_extracted_folder(
         assert equal(batches(records, settings, batch), whole)
         assert equal(batches(records, settings, batch, workers=3), whole)
         assert equal(batches(records, settings, batch, start=5), whole[5:])
+    if batch == 3:  # of two processes, the second one's images
+        share = slice(1, None, 2)
+        other = batches(folder, settings, batch, share=share)
+        assert equal(batches(records, settings, batch, share=share), other)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "one file", "images"])
@@ -105,12 +110,19 @@ def test_rows_of_tables_are_those_of_the_export(tmp_path: Path, kind: str) -> No
 def test_the_curve_of_a_run_is_that_of_the_folder(
     config: Config, quick: None, tmp_path: Path, kind: str
 ) -> None:
-    """To the bit, masks and validation included; resumed from a checkpoint as well."""
-    data = {"images": "", "streaming": True, "crop": "random", "flip": True, "cache": ""}
+    """To the bit, with validation; of tar shards with buckets, class images and other validation
+    images as well.
+    """
+    data = {"images": "", "streaming": True, "crop": "random", "flip": True}
     if kind == "tar":
         write_shards(tmp_path / "shards")
         folder = {**data, "streaming": False, "images": str(write_folder(tmp_path / "folder"))}
         data["dataset"] = str(tmp_path / "shards")
+        others = {"images": config.data.images}
+        config = merged(config, {"prior": {"prompt": "a cat", "count": 1, **others}})
+        config = merged(config, {"validation": others})
+        for options in (data, folder):
+            options |= {"buckets": True, "bucket_step": 4}
     else:
         data["dataset"] = str(write_parquet(tmp_path / "tables"))
         folder = {**data, "streaming": False}
