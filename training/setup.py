@@ -43,6 +43,7 @@ from training import (
     learned_tokens,
     model_checks,
     run_adapters,
+    sharding,
     starting_lora,
     training_images,
 )
@@ -153,6 +154,7 @@ class Optimization:
     rate_schedules: dict[str, RateSchedule]  # name -> factor of the learning rate
     scaler: gradients.LossScaler | None  # in fp16
     average: ParameterAverage | None  # with --ema
+    images: int = 1  # of a step, class images not counted
     processes: int = 1  # that sum their gradients
 
     def update_average_(self) -> None:
@@ -378,6 +380,8 @@ def _set_up_networks(config: Config, model: Model) -> None:
         model.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
         cuda_graph.compile_blocks(model.denoiser)
+    if config.shard:
+        sharding.shard_denoiser(model.denoiser, model.groups, model.device)
 
 
 # ---------------------------------------------------------------- the optimizer
@@ -410,6 +414,7 @@ def open_optimizer(
         rate_schedules=_resolve_schedules(config),
         scaler=scaler,
         average=ParameterAverage(parameters, config.ema) if config.ema else None,
+        images=config.images_per_step * (2 if config.data.pairs else 1),
         processes=distributed.process_count(),
     )
 

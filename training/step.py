@@ -4,7 +4,6 @@ a batch. train.training_step gives their losses.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -158,7 +157,6 @@ def optimizer_step(
     optimization.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     readings: Readings = {}
-    images = config.images_per_step * (2 if config.data.pairs else 1)
     with ExitStack() as stack:
         for network in model.with_dora:  # no adapter changes before the optimizer's step
             stack.enter_context(injection.cache_dora_norms(network))
@@ -173,20 +171,23 @@ def optimizer_step(
                 returned_by = functions.own_step or functions.loss
                 nonfinite.check_loss_values(rows, returned_by, inputs, model, config)
             loss = losses.sum_losses(
-                rows, x.is_prior, prior_weight=config.prior.weight, instances=images
+                rows, x.is_prior, prior_weight=config.prior.weight, instances=optimization.images
             )
             scaler = optimization.scaler
             (loss if scaler is None else scaler.scale(loss)).backward()
             total = total + loss.detach()
+    moving: list[nn.Parameter] = []
+    for group in stage.groups:
+        moving += model.groups[group]
     if optimization.processes > 1:
-        total = distributed.sum_gradients_(moving_parameters(model, stage), total)
+        total = distributed.sum_gradients_(moving, total)
     if check:
         check_gradients(model.groups)
     before: dict[str, Tensor] = {}
     if (stage.norm or config.tokens.norm) == "stop":
         for name, embedding in model.embeddings.items():
             before[name] = embedding.rows.detach().clone()
-    norm = update_parameters(model, optimization, stage, config)
+    norm = update_parameters(moving, model, optimization, stage, config)
     control_token_norms(model, optimization, stage, config, before)
     return StepResult(total, norm, mean_readings(readings) if readings else {})
 
@@ -207,10 +208,15 @@ def mean_readings(readings: Readings) -> dict[str, Tensor]:
 
 
 def update_parameters(
-    model: Model, optimization: Optimization, stage: Stage, config: Config
+    moving: Sequence[nn.Parameter],
+    model: Model,
+    optimization: Optimization,
+    stage: Stage,
+    config: Config,
 ) -> Tensor:
-    """Clips the gradients and steps the optimizer; returns their norm before clipping."""
-    moving = moving_parameters(model, stage)
+    """Clips the gradients of the stage's parameters and steps the optimizer; returns their norm
+    before clipping.
+    """
     optimizer, scaler = optimization.optimizer, optimization.scaler
     if scaler is not None:
         scaler.unscale_(moving)
@@ -224,11 +230,6 @@ def update_parameters(
         scaler.step(optimizer)
         scaler.update()
     return norm
-
-
-def moving_parameters(model: Model, stage: Stage) -> list[nn.Parameter]:
-    """The parameters of the stage's groups."""
-    return list(itertools.chain(*(model.groups[name] for name in stage.groups)))
 
 
 def control_token_norms(
