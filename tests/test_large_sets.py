@@ -2,6 +2,7 @@
 depend on the size of the set. The cases that print figures are marked `soak`.
 """
 
+import itertools
 import json
 import sys
 import threading
@@ -145,8 +146,9 @@ def test_figures_of_large_sets(
         tracemalloc.stop()
         _, again = measured(lambda: scan_folder(folder, checks=ImageChecks(cache)))  # noqa: B023
         data = ImageDataset(records, BUCKETS)
-        _, opening = measured(lambda: next(batches_of(data, 0)))  # noqa: B023
-        steps = sorted(measured(partial(list, batches_of(data, i)))[1] for i in range(5))
+        batches = iterate_batches(data, batch=4, seed=0, stop=200)
+        _, opening = measured(partial(next, batches))
+        steps = sorted(measured(partial(take, batches, 20))[1] for _ in range(5))
         identity, _ = measured(lambda: run_identity({"stages": []}, records, (), {}))  # noqa: B023
         written, writing = measured(lambda: json.dumps(flatten_state(identity)))  # noqa: B023
         table.append((
@@ -163,6 +165,5 @@ def test_figures_of_large_sets(
     assert last[3] < 2_000 and last[5] < 1.5 * table[0][5]
 
 
-def batches_of(data: ImageDataset, number: int) -> Iterator[Any]:
-    start = 20 * number
-    return iterate_batches(data, batch=4, seed=0, start=start, stop=start + 20)
+def take(batches: Iterator[Any], count: int) -> list[Any]:
+    return list(itertools.islice(batches, count))

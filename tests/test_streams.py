@@ -237,6 +237,15 @@ def test_what_is_no_dataset_here_is_refused(tmp_path: Path) -> None:
     (tmp_path / "csv" / "train.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"is a dataset of .csv; --data.streaming reads"):
         find_shards(str(tmp_path / "csv"), "train")
+    photos = write_image_folder(tmp_path / "photos")
+    with pytest.raises(UserError, match="no image column 'photo'"):
+        stream(photos, image_column="photo")
+    (photos / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
+    with pytest.raises(UserError, match=r"cannot read the image .*gone.png"):
+        stream(photos)
+    (photos / "metadata.jsonl").write_text('{"file_name": "0.png", ')
+    with pytest.raises(UserError, match=r"cannot read the dataset .*photos .*--data.images"):
+        stream(photos)
     write_tar(tmp_path / "empty.tar", {"a.txt": b"x"})
     with pytest.raises(UserError, match="no images in"):
         stream(tmp_path / "empty.tar")

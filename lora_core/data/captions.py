@@ -235,8 +235,9 @@ def _read_table(
     part: FolderContents, caption: str | None, column: str | None, missing: dict[Path, str] | None
 ) -> dict[Path, Captions]:
     """The captions in the folder's metadata table."""
-    table = _table(part)
-    read = read_metadata(table, column, may_be_empty=caption is not None, missing=missing)
+    table, read = _table(part), part.rows
+    if read is None:
+        read = read_metadata(table, column, may_be_empty=caption is not None, missing=missing)
     return {image: Captions(texts, table) for image, texts in read.items()}
 
 

@@ -6,7 +6,7 @@ A folder has images itself, or kohya's N_name folders, or ImageFolder's folder t
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +55,8 @@ class FolderContents:
     others: dict[Path, str]  # file or sub-folder -> why nothing reads it
     repeats: int = 1
     words: str = ""  # caption from the folder's name for images without one
+    # image -> captions in the table, where that was read
+    rows: Mapping[Path, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,15 @@ class Listing:
     others: dict[Path, str] = field(default_factory=dict)
 
 
-def list_folder(root: Path, *, tabled: bool = True) -> Listing:
+def list_folder(root: Path, own: FolderContents | None = None, *, tabled: bool = True) -> Listing:
     """The contents of a folder of images.
 
-    `tabled`: a metadata table may name images below it. In a folder without images of its own, the
-    N_name folders are read (kohya: N repeats; the name is the caption of images that have none), or
-    the folder `train` (ImageFolder of the datasets library). Raises UserError, with the folder's
-    contents, when there are no images.
+    `own`: what `list_one_folder` gave. `tabled`: a metadata table may name images below it. In a
+    folder without images of its own, the N_name folders are read (kohya: N repeats; the name is the
+    caption of images that have none), or the folder `train` (ImageFolder of the datasets library).
+    Raises UserError, with the folder's contents, when there are no images.
     """
-    own = list_one_folder(root)
+    own = own or list_one_folder(root)
     if own.images or (tabled and own.table):
         return Listing(root, (own,))
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]

@@ -275,9 +275,8 @@ def _add_tabled_images(
     """The folder with images below it that its metadata table names, their masks and texts."""
     if part.table is None:
         return part
-    named = set(
-        read_metadata(part.table, column, may_be_empty=may_be_empty, missing=checks.missing)
-    )
+    rows = read_metadata(part.table, column, may_be_empty=may_be_empty, missing=checks.missing)
+    named = set(rows)
     further = sorted(named - set(part.images))
     masks = dict(part.masks)
     texts = dict(part.texts)
@@ -292,7 +291,7 @@ def _add_tabled_images(
             f"{part.table} names {wrong[0]}, which by its name is a mask and not an image; "
             "take its row out or rename the file"
         )
-    return replace(part, images=(*part.images, *further), masks=masks, texts=texts)
+    return replace(part, images=(*part.images, *further), masks=masks, texts=texts, rows=rows)
 
 
 def _choose_masks(parts: Sequence[FolderContents], masks: str) -> dict[Path, Path | None]:

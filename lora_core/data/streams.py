@@ -27,7 +27,7 @@ from lora_core.data.captions import (
 )
 from lora_core.data.image_checks import ImageChecks, ImageFile
 from lora_core.data.records import Record, build_record, describe_all_bad
-from lora_core.data.stored_files import FileSource, path_of
+from lora_core.data.stored_files import path_of
 from lora_core.data.table_shards import list_table_rows, table_columns
 from lora_core.data.tar_shards import TAR, TarExample, expand_ranges, list_tar_examples
 from lora_core.errors import UserError, first_line
@@ -313,22 +313,37 @@ def _folder_images(
     name: str, shards: Shards, options: StreamOptions, checks: ImageChecks
 ) -> Iterator[_Found]:
     """The images of an ImageFolder, files with a table of captions."""
-    import datasets
-
-    data = datasets.load_dataset(name, split=options.split, streaming=True, trust_remote_code=False)
+    columns, rows = _read_rows(name, options)
     column = hub.choose_caption_column(
         name,
-        data.column_names,
+        columns,
         options.image_column,
         options.caption_column,
         one_for_all=_reads_one_caption(options),
     )
-    data = data.cast_column(options.image_column, datasets.Image(decode=False))
-    for number, row in enumerate(data):
+    for number, row in enumerate(rows):
         where = f"row {number} of the dataset"
         path = Path((row[options.image_column] or {}).get("path") or "")
         if not any(lies_within(path, source) for source in hub.image_sources(name)):
             raise UserError(f"{where} names {path}, which is no file of the dataset; remove it")
         texts = _cell_captions(row.get(column), column, where, options)
-        image: FileSource = path
-        yield _Found(ImageFile(image, None), texts, f"the column {column!r} of the dataset")
+        yield _Found(ImageFile(path, None), texts, f"the column {column!r} of the dataset")
+
+
+def _read_rows(name: str, options: StreamOptions) -> tuple[list[str], list[Any]]:
+    """(columns, rows) of a folder of images, with the images as paths."""
+    import datasets
+
+    try:
+        data = datasets.load_dataset(
+            name, split=options.split, streaming=True, trust_remote_code=False
+        )
+        columns = list(data.column_names)
+        if options.image_column in columns:  # else `choose_caption_column` names it
+            data = data.cast_column(options.image_column, datasets.Image(decode=False))
+        return columns, list(data)
+    except Exception as error:  # of the kinds that `_find_split` names
+        raise UserError(
+            f"cannot read the dataset {name} ({first_line(error)}); correct it, or give the folder "
+            "with --data.images"
+        ) from None

@@ -90,12 +90,13 @@ def _members(file: Path) -> Iterator[StoredFile]:
     """The files in a tar, without hidden ones; links and devices are none."""
     try:
         with tarfile.open(file, "r:") as archive:  # "r:": a compressed one cannot be read by offset
-            for member in archive:
+            while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined] # it would keep every header
-                if member.isreg() and not Path(member.name).name.startswith("."):
+                is_whole = member.isreg() and not member.issparse() and member.size >= 0
+                if is_whole and not Path(member.name).name.startswith("."):
                     name = file / member.name
                     yield StoredFile(name, file, member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, LookupError) as error:
         kind = "a compressed tar" if file.name.endswith(COMPRESSED) else str(error)
         raise UserError(
             f"cannot read the shard {file} ({kind}); write it again, as an uncompressed tar"
