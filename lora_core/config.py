@@ -72,10 +72,14 @@ class DataConfig(ImageSettings):
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
+    streaming: bool = False
+    """Read the images of the dataset where they are, in its shards, and export nothing: a folder of
+    tar files (WebDataset), parquet, Arrow or images, or files such as shards/{000..009}.tar. The
+    order is that of a folder."""
     split: str = "train"
     """Split of the dataset."""
     image_column: str = "image"
-    """Column of the dataset with the images."""
+    """Column of the dataset with the images; of tar files the ending of their names, image: any."""
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or
     prompt."""
@@ -110,8 +114,13 @@ class DataConfig(ImageSettings):
     """What the masks are for: loss weights it; hole trains an inpainting model to paint what is
     white (at least half) instead of random rectangles, and the whole image counts; both: the hole
     is painted and counts alone."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read (damaged, empty, no image, a mask or caption file that
+    cannot be read, a name in metadata.jsonl without a file) and print them; otherwise the first one
+    is an error."""
     cache: str = ""
-    """Folder that keeps encoded latents between runs; empty: memory only."""
+    """Folder that keeps encoded latents between runs, and which image files were checked; empty:
+    memory only."""
     workers: Annotated[int, AtLeast(0)] = 0
     """Threads that load images ahead of the loop; any number gives the same bits."""
 

@@ -57,6 +57,8 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "data.images": IMAGES_PATH,
     "data.pairs": IMAGES_PATH,
     "data.dataset": IMAGES_PATH,
+    "data.streaming": IMAGES_PATH,
+    "data.skip_bad": WITH_IMAGES,
     "data.split": IMAGES_PATH,
     "data.image_column": IMAGES_PATH,
     "prior.images": IMAGES_PATH,
