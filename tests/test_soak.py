@@ -1,0 +1,34 @@
+"""A long run of the embedded model: memory and open files do not grow, and steps stay as fast."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.soak_runs import Watcher, start_run, sum_up
+
+STEPS = int(os.environ.get("SOAK_STEPS", "20000"))
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+
+
+@pytest.mark.soak
+def test_memory_files_and_speed_are_those_of_the_beginning(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log.txt"
+    words = ["configs/toy_pti.toml", "--out", str(out), "--batch-size", "2", "--keep", "3"]
+    words += ["--stages.0.steps", str(STEPS // 20), "--stages.1.steps", str(STEPS - STEPS // 20)]
+    words += ["--save-every", str(STEPS // 80), "--validation.every", str(STEPS // 80)]
+    words += ["--samples.every", str(STEPS // 20), "--samples.steps", "5", "--log-every", "10"]
+    process = start_run(words, log)
+    try:
+        readings = Watcher(process, out / "metrics.jsonl").follow(every=0.5)
+    finally:
+        process.kill()
+    assert process.wait() == 0, log.read_text()
+    (tmp_path / "readings.csv").write_text("".join(",".join(map(str, r)) + "\n" for r in readings))
+    soaked = sum_up(readings, STEPS)
+    print(f"\n{STEPS} steps: {soaked}")
+    early, late = soaked.memory
+    assert abs(late / early - 1) <= 0.01
+    assert soaked.files[1] <= soaked.files[0]
+    assert soaked.speed[1] >= 0.95 * soaked.speed[0]
