@@ -6,6 +6,7 @@ SOAK_LAUNCH="torchrun --nproc-per-node 2" puts a launcher in front of the runs t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -119,6 +120,40 @@ def sum_up(readings: Sequence[Reading], steps: int) -> Soaked:
         (max(r.files for r in early), max(r.files for r in late)),
         (speed(between(0.1, 0.2)), speed(between(0.9, 1.0))),
     )
+
+
+# ---------------------------------------------------------------- what a run has written
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """Names of the files that only one of two finished runs has, or that differ in a byte.
+
+    The seconds that a run took are left out of state.json and summary.json, and the folder it is in
+    of config.toml; checksums of state.json, and report.html, are not compared.
+    """
+    found = []
+    names = {file.relative_to(run) for file in run.rglob("*") if file.is_file()}
+    others = {file.relative_to(other) for file in other.rglob("*") if file.is_file()}
+    for name in sorted(names | others):
+        if name not in names or name not in others:
+            found.append(f"{name} (missing)")
+        elif name.name not in ("checksums.b2", "report.html"):
+            if _content(run / name) != _content(other / name):
+                found.append(str(name))
+    return found
+
+
+def _content(file: Path) -> object:
+    """The bytes of a file, or its JSON without the seconds that the run took, or its lines without
+    the folder of the run.
+    """
+    if file.name == "config.toml":
+        return [line for line in file.read_text().splitlines() if not line.startswith("out = ")]
+    if file.name not in ("state.json", "summary.json"):
+        return file.read_bytes()
+    table = json.loads(file.read_text())
+    (table["meta"] if file.name == "state.json" else table).pop("seconds")
+    return table
 
 
 # ---------------------------------------------------------------- the end of a process
