@@ -128,8 +128,8 @@ def sum_up(readings: Sequence[Reading], steps: int) -> Soaked:
 def differences(run: Path, other: Path) -> list[str]:
     """Names of the files that only one of two finished runs has, or that differ in a byte.
 
-    The seconds that a run took are left out of state.json and summary.json, and the folder it is in
-    of config.toml; checksums of state.json, and report.html, are not compared.
+    The seconds that a run took are left out of state.json and summary.json, and its folders of
+    config.toml; checksums of state.json, and report.html, are not compared.
     """
     found = []
     names = {file.relative_to(run) for file in run.rglob("*") if file.is_file()}
@@ -145,10 +145,11 @@ def differences(run: Path, other: Path) -> list[str]:
 
 def _content(file: Path) -> object:
     """The bytes of a file, or its JSON without the seconds that the run took, or its lines without
-    the folder of the run.
+    the folders of the run and its cache.
     """
     if file.name == "config.toml":
-        return [line for line in file.read_text().splitlines() if not line.startswith("out = ")]
+        lines = file.read_text().splitlines()
+        return [line for line in lines if not line.startswith(("out = ", "cache = "))]
     if file.name not in ("state.json", "summary.json"):
         return file.read_bytes()
     table = json.loads(file.read_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,17 +110,34 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(name: str, tmp_path: Path
     killed.folder.mkdir()
     moments = []
     for i in planned:
-        if i % 3:
-            number, seconds = chance.randrange(count), chance.choice([0, 0.002, 0.02, 0.2])
-            hit = killed.kill_at_event(number, seconds)
-            moments.append(f"event {number} + {seconds} s: {hit}")
-        else:
-            seconds = chance.uniform(0, length)
-            moments.append(f"{seconds:.2f} s: {killed.kill_after_seconds(seconds)}")
+        while not kill_somewhere(killed, chance, i % 3 == 0, (count, length), moments):
+            # It ended before: it is whole, and the kill is for a new one.
+            assert differences(killed.folder / "run", whole.folder / "run") == [], moments
+            shutil.rmtree(killed.folder / "run")
         check_whole(killed.folder / "run")
     killed.finish()
     print(f"\n{name}: {'; '.join(moments)}")
     assert differences(killed.folder / "run", whole.folder / "run") == [], moments
+
+
+def kill_somewhere(
+    run: KilledRun,
+    chance: random.Random,
+    by_clock: bool,
+    whole: tuple[int, float],
+    moments: list[str],
+) -> bool:
+    """Kill the run after a random time, or at or soon after a random event on the disk; False where
+    it ended before. `whole`: how many events and seconds the whole run has.
+    """
+    count, length = whole
+    if by_clock:
+        seconds = chance.uniform(0, 0.8 * length)
+        moments.append(f"{seconds:.1f} s")
+        return run.kill_after_seconds(seconds)
+    number, seconds = chance.randrange(count), chance.choice([0, 0.002, 0.02, 0.2])
+    moments.append(f"event {number} + {seconds} s")
+    return run.kill_at_event(number, seconds)
 
 
 def check_whole(run: Path) -> None:
