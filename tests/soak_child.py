@@ -1,4 +1,4 @@
-"""train.py as tests of `make soak` start it, also below a launcher: python tests/soak_child.py WORDS
+"""train.py as `make soak` starts it, also by a launcher: python tests/soak_child.py WORDS
 
 Variables: SOAK_EVENTS=FILE lists what is done to files below the folder SOAK_BELOW. SOAK_KILL=N:S
 kills the process S seconds after the N-th of these events begins. SOAK_FILL=PATTERN:FILE fills the

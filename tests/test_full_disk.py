@@ -1,10 +1,11 @@
-"""A disk that is full in any phase of a run: one sentence and status 2, every file that has its name
-is whole, and once there is room --resume ends with the bits of the run that had it.
+"""A disk that is full in any phase of a run: one sentence and status 2, and every file that has its
+name is whole. Once there is room, --resume ends with the bits of the run that had it.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from safetensors.torch import load_file
 from lora_core.runs.run_folder import is_run
 from tests.soak_runs import differences, start_run
 
-WORDS = """configs/toy_pti.toml --batch-size 2 --stages.0.steps 5 --stages.1.steps 7 --save-every 4
+WORDS = """
+configs/toy_pti.toml --batch-size 2 --stages.0.steps 5 --stages.1.steps 7 --save-every 4
 --validation.every 4 --validation.bins 2 --validation.count 2 --samples.every 6 --samples.steps 2
---log-every 3 --data.variants 2 --prior.prompt creature --prior.count 2""".split()
+--log-every 3 --data.variants 2 --prior.prompt creature --prior.count 2
+"""
 # Phase -> the event before whose first occurrence the disk is filled (tests/soak_child.py).
 PHASES = {
     "opening": r"open run/\.lock",
@@ -61,7 +64,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run_on(folder: Path, log: Path, **settings: str) -> int:
     """The exit status of the run in `folder`/run, begun or resumed."""
     out = folder / "run"
-    words = [*WORDS, "--out", str(out), "--data.cache", str(folder / "cache")]
+    words = [*shlex.split(WORDS), "--out", str(out), "--data.cache", str(folder / "cache")]
     if out.exists() and is_run(out):
         words.append("--resume")
     return start_run(words, log, settings={"SOAK_BELOW": str(folder), **settings}).wait()

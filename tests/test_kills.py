@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,11 @@ from tests.test_optimizer_check import OWN
 
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 KILLS = int(os.environ.get("SOAK_KILLS", "20"))
-BASE = """configs/toy_pti.toml --batch-size 2 --stages.0.steps 8 --stages.1.steps 13 --save-every 4
+BASE = """
+configs/toy_pti.toml --batch-size 2 --stages.0.steps 8 --stages.1.steps 13 --save-every 4
 --keep 2 --validation.every 5 --validation.bins 2 --validation.count 2 --samples.every 10
---samples.steps 2 --log-every 3""".split()
+--samples.steps 2 --log-every 3
+"""
 ADAMW = "--optimizer.name adamw --optimizer.lr denoiser=1e-3 tokens=1e-3"
 CASES = {  # name -> options, after those of BASE; the optimizer of the file is Prodigy
     "class images, text encoder": f"{ADAMW} --prior.prompt creature --prior.count 2 "
@@ -92,7 +95,7 @@ def words_of(name: str, folder: Path) -> list[str]:
     """The command line of a case."""
     own = folder / "own.py"
     own.write_text(OWN)
-    return [*BASE, *CASES[name].replace("OWN", str(own)).split()]
+    return shlex.split(BASE + CASES[name].replace("OWN", str(own)))
 
 
 @pytest.mark.parametrize("name", CASES)

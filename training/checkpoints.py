@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core import formats, tokens
@@ -274,14 +275,23 @@ class Checkpoints:
 
     def _write_missing_files(self, step: int) -> None:
         """Write the LoRA and token files of a checkpoint whose process was killed after its state
-        was saved and before they were.
+        was saved and before they were, or of which something has cut one.
         """
         folder, layout = self.run.folder / "checkpoints" / str(step), self.model.family.layout
         files = formats.run_file_paths(self.learned_state(step), folder, layout)
-        if not all(file.is_file() for file in files):
+        if not all(map(_is_whole, files)):
             with self.optimization.averaged():
                 formats.save_run(self.learned_state(step), folder, layout=layout)
-            print(f"wrote the files that were missing in {folder}")
+            print(f"wrote the files that were missing or damaged in {folder}")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of tensors is there, and as long as its header says."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _find_wrong_part(tree: Any) -> str:
