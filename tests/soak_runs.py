@@ -30,9 +30,8 @@ def start_run(
     launch: Sequence[str] = (),
     settings: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """`python train.py WORDS`, or `LAUNCH tests/soak_child.py WORDS`, writing its output to `log`.
-
-    It begins a session of its own. `settings`: further variables of the environment.
+    """`python train.py WORDS`, or `LAUNCH train.py WORDS`, in a session of its own, writing its
+    output to `log`. `settings`: variables of tests/soak_child.py.
     """
     command = [*(launch or [sys.executable]), str(ROOT / "tests" / "soak_child.py"), *words]
     inherited = dict(os.environ, PYTHONPATH=str(ROOT))

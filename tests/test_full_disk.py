@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lora_core.runs.run_folder import is_run
+from tests.soak_child import fill_disk
 from tests.soak_runs import differences, start_run
 
 WORDS = """
@@ -97,6 +99,20 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
     finally:
         filler.unlink(missing_ok=True)
         subprocess.run(["rm", "-r", str(folder)], check=True)
+
+
+def test_a_run_that_is_resumed_on_a_full_disk_loses_nothing(
+    disk: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder, log = disk / "again", tmp_path / "log.txt"
+    run = Path(shutil.copytree(whole, folder / "run"))
+    shutil.rmtree(run / "checkpoints" / "12")
+    fill_disk(str(disk / "filler"))
+    assert run_on(folder, log) == 2 and "the disk is full: " in log.read_text(), log.read_text()
+    read_all(folder)
+    (disk / "filler").unlink()
+    assert run_on(folder, log) == 0, log.read_text()
+    assert differences(run, whole) == []
 
 
 def read_all(folder: Path) -> None:
