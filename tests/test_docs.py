@@ -120,7 +120,8 @@ def run_command(command: str) -> None:
             return
         config = parse_command_line(Config, words[2:], prog="train.py", example="")
         if not HUB.match(config.model):
-            train.train(replace(shorten(config), overwrite=True))  # two pages train to one folder
+            # two pages train to one folder
+            train.train(replace(shorten(config), overwrite=not config.resume))
     elif words[:2] == ["python", "infer.py"]:
         more = [] if words[2] == "--list" else ["--steps", "1", "--device", "cpu"]
         assert infer.main([*words[2:], *more]) == 0

@@ -124,6 +124,8 @@ def read_all(folder: Path) -> None:
         elif file.suffix == ".png":
             Image.open(file).load()
         elif file.suffix == ".jsonl":
-            assert [json.loads(line) for line in file.read_text().splitlines(keepends=True)]
+            text = file.read_text()
+            assert not text or text.endswith("\n")
+            assert all(json.loads(line) for line in text.splitlines())
         elif file.suffix == ".json":
             json.loads(file.read_text())
