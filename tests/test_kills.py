@@ -39,7 +39,8 @@ CASES = {  # name -> options, after those of BASE; the optimizer of the file is 
     "ema, lokr": "--optimizer.name torch.optim.NAdam --ema 0.9 --adapter.kind lokr",
     "fp16": f"{ADAMW} --precision fp16 --adapter.rank 4 --adapter.dropout 0.1",
     "bitsandbytes": "--optimizer.name bitsandbytes.optim.AdamW8bit --ema 0.95",
-    "torchao": "--optimizer.name torchao.optim.AdamW8bit --adapter.targets mid_block",
+    "torchao": "--optimizer.name torchao.optim.AdamW8bit --adapter.targets attention "
+    "--adapter.rank 32",
     "schedule-free": "--optimizer.name OWN:Averaging --autocast --adapter.rank 16",
 }
 pytestmark = [
