@@ -193,7 +193,8 @@ def _below(number: int, parents: Mapping[int, int]) -> Iterator[int]:
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to a process and all processes that it has started, as a power cut would end them."""
-    for number in [process.pid, *descendants(process.pid)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
+    if process.poll() is None:  # else its number may be another's by now
+        for number in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
     process.wait()
