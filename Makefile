@@ -49,7 +49,7 @@ test: ready          ## all tests that need no GPU
 fuzz: ready          ## every command on 10,000 damaged files; FUZZ_SEED=7 make fuzz takes others
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(PY) -m pytest -n 0 tests/test_fuzz.py tests/test_corrupt.py $(ARGS)
 
-soak: ready          ## 20,000 steps, kills, full disks, damaged checkpoints, large sets: an hour; SOAK_SEED=7 make soak kills elsewhere
+soak: ready          ## 20,000 steps, kills, full disks, damaged checkpoints, large sets: an hour or two; SOAK_SEED=7 make soak kills elsewhere
 	$(PY) -m pytest -n 0 -s -m soak $(ARGS)
 
 test-all: ready      ## and every kernel configuration compiled for every GPU generation: some minutes more
