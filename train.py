@@ -119,7 +119,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         checkpoints = Checkpoints(run, config, data, model, optimization)
         start = checkpoints.restore(began)
         setup.describe_start(config, data, model, run)
-        log = Log(run, config, model, optimization)
+        log = Log(run, config, data, model, optimization)
         scorer = Scorer(config, data, model, optimization)
         source = InputSource(config, data, model, reads_attention=functions.reads_attention)
         replay = GraphReplay() if config.cuda_graph else call_eagerly

@@ -50,8 +50,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     """
     run, config, model = log.run, log.config, log.model
     done = config.steps
-    if config.precision == "fp16":
-        nonfinite.check_steps_taken(log.skipped, done)
+    nonfinite.check_steps_taken(log.skipped, done)
     nonfinite.check_finite_state(model, checkpoints.optimization, done, run)
     log.validate(done, scorer)
     if run.newest_step() != done:
@@ -82,9 +81,8 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     }
     run.write("summary.json", json.dumps(summary, indent=1))
     _print_results(scores, note, words)
-    if log.skipped.total:
-        why = "their gradients overflowed in fp16"
-        print(f"{log.skipped.total} of {done} steps were skipped: {why}")
+    for count, why in log.skipped.reasons():
+        print(f"{count} of {done} steps were skipped: {why}")
     for line in describe_learned_tokens(learned, model.placeholders):
         print(line)
     if dora_errors:
@@ -175,7 +173,7 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
     if (candidate := choice.current_candidate()) is not None:
         notes["kernel_candidate"] = {"op": candidate.op, "function": candidate.name}
         print(candidate.describe_calls())
-    if log.config.precision == "fp16":
+    if log.config.precision == "fp16" or log.skipped.total:
         notes["skipped"] = log.skipped.total
     return notes
 
@@ -253,8 +251,10 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
         table["step"] = hide_home(c.step)
     if checkpoints.changes:
         table["resumed with changes"] = "; ".join(checkpoints.changes)
-    if log.skipped.total:
-        table["steps skipped in fp16"] = log.skipped.total
+    if log.skipped.overflows:
+        table["steps skipped in fp16"] = log.skipped.overflows
+    if log.skipped.nonfinite:
+        table["steps skipped as not finite"] = log.skipped.nonfinite
     return table
 
 
