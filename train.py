@@ -53,7 +53,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import comparing, results, setup, starting_lora
+from training import comparing, effects, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -140,6 +140,8 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     result = replay(functools.partial(advance, check), inputs, key=first)
                     optimization.update_average_()
                     done = number + 1
+                    if check:
+                        effects.check_step(source, functions, optimization, stage, batch, inputs)
                     log.add_step(done, stage, result, inputs)
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)

@@ -44,11 +44,13 @@ class Log:
         if self.scaler is not None:
             self.skipped.overflows = int(self.scaler.skipped)
         self.inputs: Sequence[StepInputs] = ()  # of the newest step
+        self.start = 0  # steps that earlier processes have done
         self.bar = tqdm(disable=True)
 
     @contextmanager
     def progress(self, done: int) -> Iterator[None]:
         """The progress bar, from step `done` on; flushes the log when it ends."""
+        self.start = done
         settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
         with tqdm(
             total=self.config.steps, initial=done, disable=hides_progress(), **settings

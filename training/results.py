@@ -32,7 +32,7 @@ from lora_core.settings import scheduler_changes
 from lora_core.text import hide_home
 from lora_core.toml import to_toml
 from models import read_schedule, save_family
-from training import config_checks, nonfinite
+from training import config_checks, effects, nonfinite
 from training.checkpoints import Checkpoints
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
@@ -91,6 +91,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     own = replace(_make_card(log, checkpoints, samples, scores), dora_errors=dora_errors)
     card.write_card(own, run.folder)
     write_report([run.folder])
+    effects.check_outputs(log)
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder

@@ -29,7 +29,7 @@ class StepExamples(NamedTuple):
 
     def describe(self, names: Mapping[str, str]) -> str:
         """ "a.png at timestep 512, b.png at 17"; `names`: key of a record -> file name."""
-        words = []
+        words: list[str] = []
         for keys, timesteps in zip(self.keys, self.timesteps):
             for key, t in zip(keys, timesteps.tolist()):
                 unit = "" if words else "timestep "
