@@ -140,8 +140,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     result = replay(functools.partial(advance, check), inputs, key=first)
                     optimization.update_average_()
                     done = number + 1
-                    if check:
-                        effects.check_step(source, functions, optimization, stage, batch, inputs)
+                    effects.check_step(source, functions, optimization, stage, batch, inputs)
                     log.add_step(done, stage, result, inputs)
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)

@@ -4,6 +4,7 @@ options that are not at their defaults, in the first step of each stage and at t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from lora_core.adapters import custom_files
 from lora_core.config import Config, Stage
 from lora_core.data.batches import Batch
+from lora_core.diffusion.validation import Score
 from lora_core.errors import UserError
 from lora_core.text import shorten_value
 from training import input_probes as inputs
@@ -91,7 +93,7 @@ def _due(log: Log, every: int) -> list[int]:
 
 
 def _has_grids(log: Log) -> bool:
-    due = _due(log, log.config.samples.every)[-1:]
+    due = [i for i in _due(log, log.config.samples.every) if i < log.config.steps][-1:]
     return all((log.run.folder / "samples" / f"step_{i:06d}.png").is_file() for i in due)
 
 
@@ -110,11 +112,25 @@ def _has_scores(log: Log) -> bool:
     return not log.scores if every < 0 else log.scores.keys() >= set(_due(log, every))
 
 
-def _has_all_scores(log: Log) -> bool:
-    v, images = log.config.validation, len(log.data.scored.records)
-    count = min(v.count, images) if v.count else images
-    newest = log.scores[max(log.scores)] if log.scores else ()
-    return not newest or len(newest) == count * v.bins * v.draws
+def _newest_scores(log: Log) -> Sequence[Score]:
+    return log.scores[max(log.scores)] if log.scores else ()
+
+
+def _has_scored_images(log: Log) -> bool:
+    count, images = log.config.validation.count, log.data.scored.records
+    scores = _newest_scores(log)
+    wanted = min(count, len(images)) if count else len(images)
+    return not scores or len({score.key for score in scores}) == wanted
+
+
+def _has_bins(log: Log) -> bool:
+    scores = _newest_scores(log)
+    return not scores or len({score.t for score in scores}) == log.config.validation.bins
+
+
+def _has_draws(log: Log) -> bool:
+    counts = Counter((score.key, score.t) for score in _newest_scores(log))
+    return all(count == log.config.validation.draws for count in counts.values())
 
 
 def _logs_elsewhere(log: Log) -> bool:
@@ -143,7 +159,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     # the run
     "out": Place("training.config_checks:check_run_folder"),
     "seed": Written("tests/test_train.py"),
-    "batch_size": Shown(steps.accumulates, "the step had another number of images"),
+    "batch_size": Shown(steps.has_batch_size, "the step had another number of images"),
     "accumulation": Shown(steps.accumulates, "the step had another number of forward passes"),
     "from_lora": Place("training.starting_lora:load_start"),
     "from_lora_rank": Refused(CHECKS),
@@ -218,7 +234,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "tokens.vectors": Shown(steps.has_vectors, "the words have another number of tokens"),
     "tokens.per_layer": Shown(steps.has_layers, "all layers have the same tokens"),
     "tokens.init": Shown(steps.starts_as_asked, "the rows start at other values"),
-    "tokens.norm": Shown(steps.controls_norms, "no row changes", True),
+    "tokens.norm": Shown(steps.controls_usual_norms, "no row changes", True),
     "tokens.norm_target": Refused(CHECKS),
     # noise
     "noise.offset": _noise("offset"),
@@ -271,10 +287,10 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "samples.new_prompts": Written(SAMPLES),
     "samples.show_data": Written(SAMPLES),
     "validation.images": Place(OPEN_DATA),
-    "validation.count": Written("tests/test_scores.py", _has_all_scores),
+    "validation.count": Written("tests/test_scores.py", _has_scored_images),
     "validation.every": Written("tests/test_scores.py", _has_scores),
-    "validation.bins": Written("tests/test_scores.py", _has_all_scores),
-    "validation.draws": Written("tests/test_scores.py", _has_all_scores),
+    "validation.bins": Written("tests/test_scores.py", _has_bins),
+    "validation.draws": Written("tests/test_scores.py", _has_draws),
     "validation.seed": Written("tests/test_scores.py"),
 }
 
@@ -302,13 +318,13 @@ def check_step(
     inputs: Sequence[StepInputs],
 ) -> None:
     """Raises UserError for the first option that is not at its default and had no effect in this
-    step, the first of a stage, after its update. Waits for the device; costs a forward pass of one
-    micro-batch for each option that only the loss shows. Changes nothing, and says nothing where
-    the step was skipped.
+    step, after its update. Looks at the first step of a stage only, and not where it was skipped.
+    Waits for the device; costs a forward pass of one micro-batch for each option that only the loss
+    shows. Changes nothing.
     """
-    first = FirstStep(source, functions, optimization, stage, batch, inputs)
-    if bool(optimization.skip):
+    if not inputs[0].is_checked or bool(optimization.skip):
         return
+    first = FirstStep(source, functions, optimization, stage, batch, inputs)
     device = first.model.device
     buffers = custom_files.adapter_buffers(first.model.adapted)
     before = {name: buffer.clone() for name, buffer in buffers.items()}

@@ -52,7 +52,7 @@ def changes_pixels(option: str) -> Probe:
                     return True
                 if draws >= VISITS:
                     return False
-        return None
+        return False if draws and option in ("interpolation", "jitter") else None
 
     return probe
 
@@ -86,10 +86,14 @@ def has_resolution(first: FirstStep) -> bool:
 def has_buckets(first: FirstStep) -> bool | None:
     """--data.buckets: whether some size is no square, unless all images are."""
     training = first.data.training
-    if all(h == w for h, w in training.sizes):
-        ratios = [record.size[0] / record.size[1] for record in training.records]
-        return None if all(0.5 < ratio < 2 for ratio in ratios) else False
-    return True
+    if any(h != w for h, w in training.sizes):
+        return True
+    step, side = training.settings.bucket_step, training.settings.resolution
+    for record in training.records:
+        root = math.sqrt(record.size[0] / record.size[1])
+        if abs(root - 1 / root) * side >= 2 * step:  # its own bucket is no square
+            return False
+    return None
 
 
 def has_bucket_step(first: FirstStep) -> bool:

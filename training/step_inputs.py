@@ -75,6 +75,7 @@ class StepInputs:
     # [b] bool of pairs, whose rows are winner, loser, winner, loser ...
     is_loser: Tensor | None = None
     image_keys: tuple[str, ...] = ()  # [b] of the records, for error messages
+    is_checked: bool = False  # in a stage's first step
 
 
 class InputSource:
@@ -213,6 +214,7 @@ def _make_inputs(
         unweighted_mask=None if mask is drawn else drawn,
         is_loser=None if batch.is_loser is None else to_device(batch.is_loser, device),
         image_keys=batch.image_keys,
+        is_checked=check,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lora_core.config import Config
 from lora_core.diffusion import losses, noise
 from lora_core.optim import building, schedules
 from lora_core.optim.ema import ParameterAverage
-from lora_core.tokens import LearnedEmbedding
+from lora_core.tokens import LearnedEmbedding, is_random_init
 from models import DTYPES
 from training import input_probes, step
 from training.first_step import FirstStep, Probe, forward_calls
@@ -56,8 +57,8 @@ def recomputes(first: FirstStep) -> bool | None:
     x = replace(first.inputs[-1], readings={})
     with forward_calls(blocks[-1], found, lambda: torch._C._current_graph_task_id() != -1):
         rows = first.functions.step(first.model, x, first.config, losses.mse)
-        trained = [p for name in first.stage.groups for p in first.model.groups[name]]
-        torch.autograd.grad(rows.sum(), trained, allow_unused=True)
+        trained = chain(*(first.model.groups[name] for name in first.stage.groups))
+        torch.autograd.grad(rows.sum(), list(trained), allow_unused=True)
     return any(found)
 
 
@@ -143,7 +144,7 @@ def _spec(layer: Adapted) -> Any:
 
 def learns_words(first: FirstStep) -> bool:
     """--tokens.words: whether each has tokens with rows in the text encoders."""
-    names = {name for e in first.model.embeddings.values() for name in e.names}
+    names = set(chain(*(embedding.names for embedding in first.model.embeddings.values())))
     words = {p.word for p in first.model.placeholders if names.issuperset(p.names)}
     return words == set(first.config.tokens.words)
 
@@ -169,13 +170,13 @@ def has_layers(first: FirstStep) -> bool:
 
 
 def starts_as_asked(first: FirstStep) -> bool | None:
-    """--tokens.init: whether rows of zeros and of ordinary words start as these."""
-    inits = {p.init for p in first.model.placeholders}
-    if first.config.from_lora or any("+" in init or "random" in init for init in inits):
-        return None
+    """--tokens.init: whether the first row starts as 0, or as a row of the table for a word."""
+    first_init = first.model.placeholders[0].init
     embeddings = first.model.embeddings.values()
-    if inits == {"zero"}:
-        return all(not bool(e.initial.any()) for e in embeddings)
+    if first_init in ("zero", "<zero>"):
+        return all(not bool(e.initial[0].any()) for e in embeddings)
+    if first.config.from_lora or "+" in first_init or is_random_init(first_init):
+        return None
     return all(_is_row_of_table(e) for e in embeddings)
 
 
@@ -184,9 +185,14 @@ def _is_row_of_table(embedding: LearnedEmbedding) -> bool:
     return bool((embedding.weight.detach() == start).all(1).any())
 
 
+def controls_usual_norms(first: FirstStep) -> bool | None:
+    """--tokens.norm: the same as `controls_norms`, in a stage that has no norm of its own."""
+    return None if first.stage.norm else controls_norms(first)
+
+
 @torch.no_grad()
 def controls_norms(first: FirstStep) -> bool | None:
-    """--tokens.norm: whether it changes rows that are twice as long as they were."""
+    """--stages.I.norm: whether it changes rows that are twice as long as they were."""
     how = first.stage.norm or first.config.tokens.norm
     is_still = any(g["name"] == "tokens" and float(g["lr"]) == 0 for g in first.groups)
     if how == "none" or "tokens" not in first.stage.groups or (is_still and how == "pull"):
@@ -279,11 +285,19 @@ def _differs_at_some_level(first: FirstStep, a: Config, b: Config) -> bool:
 
 
 def changes_space(first: FirstStep) -> bool | None:
-    """--noise.space: whether the losses are others than in the model's."""
+    """--noise.space: whether the errors are others than in the model's."""
     if first.functions.own_step is not None:
         return None
     usual = replace(first.config, noise=replace(first.config.noise, space="model"))
-    return not torch.equal(first.losses(losses.mse), first.losses(losses.mse, config=usual))
+    own, other = (first.losses(_unweighted_mse, config=c) for c in (first.config, usual))
+    return not torch.equal(own, other)
+
+
+def _unweighted_mse(output: losses.StepOutput) -> Tensor:
+    return losses.mse(output)
+
+
+_unweighted_mse.weighting = "none"  # type: ignore[attr-defined]
 
 
 def has_prediction(first: FirstStep) -> bool:
@@ -317,17 +331,21 @@ def preserves(first: FirstStep) -> bool | None:
 
 
 def reaches_parameters(first: FirstStep) -> bool | None:
-    """--stages.I.groups: whether every parameter of every group has a gradient, and not all of a
-    group are 0 where captions and masks leave them one.
+    """--stages.I.groups: whether every parameter of the denoiser, and some of each other group, has
+    a gradient, and a group's are not all 0 where captions leave it one. The last layers of a text
+    encoder may be unread.
     """
+    shown: bool | None = True
     for name in first.stage.groups:
         params = first.model.groups[name]
         grads = [p.grad for p in params if p.grad is not None]
-        if len(grads) < len(params):
+        if not grads or (name == "denoiser" and len(grads) < len(params)):
             return False
         if not bool(torch.stack(torch._foreach_norm(grads)).any()):
-            return None if any(first.batch.dropped) else False
-    return True
+            if not any(first.batch.dropped) and not first.model.gradient_hooks.get(name):
+                return False
+            shown = None
+    return shown
 
 
 def has_rates(first: FirstStep) -> bool:
@@ -438,11 +456,15 @@ def clips(first: FirstStep) -> bool | None:
 
 
 def accumulates(first: FirstStep) -> bool:
-    """--accumulation, --batch-size: whether the step had so many forward passes and images."""
+    """--accumulation: whether the step had so many forward passes."""
+    return len(first.inputs) == first.config.accumulation
+
+
+def has_batch_size(first: FirstStep) -> bool:
+    """--batch-size: whether the step had so many images in each forward pass."""
     c = first.config
-    images = c.batch_size * (1 + (c.prior.prompt != "")) * (1 + (c.data.pairs != ""))
-    sizes = [len(x.is_prior) for x in first.inputs]
-    return len(sizes) == c.accumulation and all(size == images for size in sizes)
+    images = sum(int((~x.is_prior).sum()) for x in first.inputs)
+    return images == c.batch_size * c.accumulation * (2 if c.data.pairs else 1)
 
 
 def averages(first: FirstStep) -> bool | None:
