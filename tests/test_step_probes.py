@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 import train
 from lora_core.config import Config, ValidationConfig
 from tests.conftest import learned, same

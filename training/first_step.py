@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lora_core.config import Config, Stage
 from lora_core.data.batches import Batch
 from lora_core.data.dataset import micro_batches
+from lora_core.diffusion.losses import mse
 from lora_core.diffusion.noise import RandomKeys
 from training.setup import Data, Model, Optimization
 from training.step import Loss, StepFunctions
@@ -56,6 +58,11 @@ class FirstStep:
         """The optimizer's groups that the stage steps."""
         groups = self.optimization.optimizer.param_groups
         return [group for group in groups if group["name"] in self.stage.groups]
+
+    @cached_property
+    def mse(self) -> Tensor:
+        """[b] losses of mse."""
+        return self.losses(mse)
 
     @torch.no_grad()
     def losses(

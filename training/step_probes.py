@@ -220,7 +220,7 @@ def differs_from_mse(first: FirstStep) -> bool | None:
     """--loss: whether a built-in loss gives other numbers than mse."""
     if first.config.loss not in losses.LOSSES or first.functions.own_step is not None:
         return None
-    return not torch.equal(first.losses(first.functions.loss), first.losses(losses.mse))
+    return not torch.equal(first.losses(first.functions.loss), first.mse)
 
 
 def changes_loss(first: FirstStep) -> bool | None:
@@ -255,7 +255,7 @@ def weights_levels(first: FirstStep) -> bool | None:
     own, other = (_weights(first, c, x.level) for c in (first.config, usual))
     if torch.equal(own, other):
         return _differs_at_some_level(first, first.config, usual)
-    return not torch.equal(first.losses(losses.mse), first.losses(losses.mse, config=usual))
+    return not torch.equal(first.mse, first.losses(losses.mse, config=usual))
 
 
 def changes_weights(first: FirstStep) -> bool | None:
@@ -310,7 +310,7 @@ def reads_guidance(first: FirstStep) -> bool | None:
     if first.functions.own_step is not None:
         return None
     usual = replace(first.model, guidance=Config().noise.guidance)
-    return not torch.equal(first.losses(losses.mse), first.losses(losses.mse, model=usual))
+    return not torch.equal(first.mse, first.losses(losses.mse, model=usual))
 
 
 def preserves(first: FirstStep) -> bool | None:
