@@ -37,10 +37,10 @@ if __name__ == "__main__":  # before torch is imported
         )
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
-import functools
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -53,7 +53,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import comparing, effects, results, setup, starting_lora
+from training import comparing, effects, processes, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -107,13 +107,14 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
     began = time.perf_counter()
     config, functions = resolve_functions(config, loss, step)
     with Signals() as signals, ExitStack() as stack:
+        config = stack.enter_context(processes.join_run(config))
         setup.check_before_opening(config, functions.loss, functions.own_step)
         config = starting_lora.resolve_start(config)
         data = setup.open_data(config)
         model = setup.open_model(config, weights_itself=functions.weights_itself)
         setup.check_captions(data, model)
         optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
-        run = stack.enter_context(setup.open_run(config))
+        run = stack.enter_context(processes.open_run(config))
         samples = SampleImages(config, data, model, optimization)
         data = setup.add_class_images(config, data, run, samples.draw_class_image)
         checkpoints = Checkpoints(run, config, data, model, optimization)
@@ -124,20 +125,17 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         source = InputSource(config, data, model, reads_attention=functions.reads_attention)
         replay = GraphReplay() if config.cuda_graph else call_eagerly
         stack.enter_context(checkpoints.advice_on_interrupt())
-        if start == 0:
-            log.validate(0, scorer)
+        log.validate_start(start, scorer)
         with signals.deferred() as stop, log.progress(start):
             for stage, first, begin, last in remaining_stages(config.stages, start):
                 begin_stage(stage, config, model, optimization)
                 source.begin_stage()
-                advance = functools.partial(
-                    optimizer_step, functions, stage, config, model, optimization
-                )
+                advance = partial(optimizer_step, functions, stage, config, model, optimization)
                 for number, batch in enumerate(data.batches(config, begin, last), begin):
                     check = number == begin  # reads values back: in a stage's first step only
                     set_learning_rates(stage, number - first, config, optimization)
                     inputs = make_step_inputs(source, batch, stage, number, check=check)
-                    result = replay(functools.partial(advance, check), inputs, key=first)
+                    result = replay(partial(advance, check), inputs, key=first)
                     optimization.update_average_()
                     done = number + 1
                     effects.check_step(source, functions, optimization, stage, batch, inputs)
@@ -146,7 +144,9 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):
                         save_sample_grid(samples, run, done)
-                    if stop or is_due(done, config.save_every):  # last: all before it is done
+                    if stop.received() or is_due(
+                        done, config.save_every
+                    ):  # last: all before it is done
                         checkpoints.write(done, log)
                     stop.raise_if_received()
         return results.finish_run(log, checkpoints, scorer, samples)
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     printed, 128 + the number of the signal that ended it (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(functools.partial(run_train_command, words))
+    return exit_status(partial(run_train_command, words))
 
 
 def run_train_command(words: list[str]) -> None:
@@ -209,7 +209,9 @@ def run_train_command(words: list[str]) -> None:
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
-    print(f"done: {train(config)}")
+    folder = train(config)
+    if processes.is_first():
+        print(f"done: {folder}")
 
 
 if __name__ == "__main__":

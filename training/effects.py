@@ -161,6 +161,8 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "seed": Written("tests/test_train.py"),
     "batch_size": Shown(steps.has_batch_size, "the step had another number of images"),
     "accumulation": Shown(steps.accumulates, "the step had another number of forward passes"),
+    "processes": Written("tests/test_processes.py"),
+    "shard": Written("tests/test_processes.py"),
     "from_lora": Place("training.starting_lora:load_start"),
     "from_lora_rank": Refused(CHECKS),
     "loss": Shown(steps.differs_from_mse, "it gives the numbers of mse"),
@@ -318,11 +320,11 @@ def check_step(
     inputs: Sequence[StepInputs],
 ) -> None:
     """Raises UserError for the first option that is not at its default and had no effect in this
-    step, after its update. Looks at the first step of a stage only, and not where it was skipped.
+    step, after its update. Looks at the first step of a stage only.
     Waits for the device; costs a forward pass of one micro-batch for each option that only the loss
     shows. Changes nothing.
     """
-    if not inputs[0].is_checked or bool(optimization.skip):
+    if not inputs[0].is_checked:
         return
     first = FirstStep(source, functions, optimization, stage, batch, inputs)
     device = first.model.device
@@ -353,7 +355,7 @@ def check_outputs(log: Log) -> None:
     """Raises UserError for the first option that is not at its default and whose files the run has
     not written.
     """
-    if log.start == log.config.steps:  # the run had ended before
+    if log.start == log.config.steps or not log.run.writes:  # the run had ended before
         return
     for name, effect in OPTION_EFFECTS.items():
         if not isinstance(effect, Written) or effect.is_there is None:

@@ -50,7 +50,7 @@ class FirstStep:
     @property
     def keys(self) -> RandomKeys:
         """Those of the first micro-batch."""
-        batch = next(micro_batches(self.batch, self.config.accumulation))
+        batch = next(micro_batches(self.batch, self.source.passes))
         return RandomKeys(self.config.seed, batch.keys, batch.visits)
 
     @property
@@ -58,6 +58,13 @@ class FirstStep:
         """The optimizer's groups that the stage steps."""
         groups = self.optimization.optimizer.param_groups
         return [group for group in groups if group["name"] in self.stage.groups]
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether losses may be computed again: not by a step of the user's own, and not where
+        processes share a network, all of which would have to do the same.
+        """
+        return self.functions.own_step is None and not self.config.shard
 
     @cached_property
     def mse(self) -> Tensor:

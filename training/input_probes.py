@@ -159,7 +159,7 @@ def weights_by_mask(first: FirstStep) -> bool | None:
     parts = [x for x in first.inputs if x.mask is not None and _is_uneven(x.mask)]
     if not parts:
         return False
-    if first.functions.own_step is not None:
+    if not first.can_compare:
         return True
     x = first.inputs[-1]
     whole = replace(x, mask=None, unweighted_mask=None)

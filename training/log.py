@@ -4,13 +4,17 @@ logged number is finite.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lora_core import distributed
 from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
@@ -36,15 +40,16 @@ class Log:
     ) -> None:
         self.run, self.config, self.data, self.model = run, config, data, model
         self.optimizer, self.scaler = optimization.optimizer, optimization.scaler
-        self.book = LogBook(run, config.report, to_table(shared_config(config, run.folder)))
-        self.scores: dict[int, list[Score]] = {}  # steps done -> validation
-        if (run.folder / "val.jsonl").is_file():  # the run goes on
-            self.scores = validation.read_scores(run.folder)
+        report = config.report if run.writes else "none"
+        self.book = LogBook(run, report, to_table(shared_config(config, run.folder)))
+        # steps done -> validation, also from before the run was resumed
+        self.scores = distributed.read_once(partial(_known_scores, run.folder))
         self.skipped = optimization.skipped
         if self.scaler is not None:
             self.skipped.overflows = int(self.scaler.skipped)
         self.inputs: Sequence[StepInputs] = ()  # of the newest step
         self.start = 0  # steps that earlier processes have done
+        self.logged: set[str] = set()  # names of the values that the loss logged
         self.bar = tqdm(disable=True)
 
     @contextmanager
@@ -68,6 +73,7 @@ class Log:
         timesteps = [x.level.t for x in inputs]
         self.skipped.examples[done] = StepExamples([x.image_keys for x in inputs], timesteps)
         values: dict[str, Any] = {"loss": result.loss, "grad_norm": result.norm, **result.readings}
+        self.logged.update(result.readings)
         groups = [g for g in self.optimizer.param_groups if g["name"] in stage.groups]
         for group in reversed(groups):  # the last one counts: with LoRA+ that of down
             values[f"lr_{group['name']}"] = group["rate"]
@@ -81,6 +87,11 @@ class Log:
         self.bar.update()
         if done % self.config.log_every == 0:
             self._show(self.flush())
+
+    def validate_start(self, start: int, scorer: Scorer) -> None:
+        """Score the validation images before the first step, of which a resumed run has scores."""
+        if start == 0:
+            self.validate(0, scorer)
 
     def validate(self, done: int, scorer: Scorer) -> None:
         """Score the validation images after `done` steps: rows of val.jsonl, and their mean loss,
@@ -104,6 +115,7 @@ class Log:
         """Write and return the pending rows. Raises UserError after too many steps in a row that
         are not finite, and for such a validation.
         """
+        average_readings(self.book.waiting, self.logged)
         rows = self.book.read()
         reason = nonfinite.count_skipped_steps(rows, self.skipped, self.data)
         self.book.flush()
@@ -118,3 +130,21 @@ class Log:
         losses = [row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))]
         mean = sum(losses) / len(losses) if losses else math.nan
         self.bar.set_postfix(loss=f"{mean:.4f}", **distances)
+
+
+def average_readings(rows: Sequence[dict[str, Any]], names: Collection[str]) -> None:
+    """Replace the values that the loss logged under these names, which each process has of its own
+    images, by the mean of the processes that have one.
+    """
+    if distributed.process_count() == 1:
+        return
+    own = [{name: float(row[name]) for name in names if name in row} for row in rows]
+    for row, *found in zip(rows, *distributed.gather_values(own), strict=True):
+        for name in dict.fromkeys(itertools.chain(*found)):
+            values = [each[name] for each in found if name in each]
+            row[name] = sum(values) / len(values)
+
+
+def _known_scores(folder: Path) -> dict[int, list[Score]]:
+    """Step -> scores of a run that goes on; none of a new one."""
+    return validation.read_scores(folder) if (folder / "val.jsonl").is_file() else {}

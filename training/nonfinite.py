@@ -60,7 +60,8 @@ def _describe_nonfinite_steps(
 ) -> str:
     """Why a run ends with this row: how many steps in a row were not finite, and their images."""
     last, count = row["step"], skipped.nonfinite_in_a_row
-    images = skipped.describe_examples(range(last - count + 1, last + 1), records)
+    found = skipped.describe_examples(range(last - count + 1, last + 1), records)
+    images = "; ".join(f"step {step}: {words}" for step, words in found.items())
     steps = f"{count} steps in a row up to step {last} are skipped"
     if what == "loss":
         advice = f"{LOWER_RATE}, or look at the images"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lora_core import distributed
 from lora_core.data.records import Record, every_image
 from lora_core.diffusion.validation import format_timestep
 
@@ -80,20 +81,22 @@ class SkippedSteps:
         for step in [step for step in self.examples if step <= done - MAX_NONFINITE_IN_A_ROW]:
             del self.examples[step]
 
-    def describe_examples(self, steps: Iterable[int], records: Iterable[Record]) -> str:
-        """The images of some steps and their timesteps, of those that this process took."""
+    def describe_examples(self, steps: Iterable[int], records: Iterable[Record]) -> dict[int, str]:
+        """Step -> its images and timesteps, those of all processes; of the steps that were taken
+        since the run was last resumed. All processes must call it with the same steps.
+        """
         names = {record.key: record.path.name for record in every_image(records)}
-        found = [
-            f"step {i}: {self.examples[i].describe(names)}" for i in steps if i in self.examples
-        ]
-        return "; ".join(found)
+        taken = [step for step in steps if step in self.examples]
+        own = {step: self.examples[step].describe(names) for step in taken}
+        every = distributed.gather_values(own)
+        return {step: ", ".join(part[step] for part in every) for step in own}
 
     def warn(self, step: int, what: str, records: Iterable[Record]) -> None:
         """Print a line about a step that was skipped, for the first few."""
         self.warned += 1
         if self.warned > MOST_WARNINGS:
             return
-        images = self.describe_examples([step], records).partition(": ")[2]
+        images = self.describe_examples([step], records)[step]
         also = "; further ones are only counted" if self.warned == MOST_WARNINGS else ""
         print(
             f"warning: step {step} is skipped, for its {what} is not finite ({images}){also}",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core import plugins
+from lora_core import distributed, plugins
 from lora_core.adapters.adapted_layer import Adapted, adapted_layers
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise
@@ -38,7 +38,7 @@ def has_vae_precision(first: FirstStep) -> bool:
 
 def multiplies_in_bf16(first: FirstStep) -> bool | None:
     """--autocast: whether the denoiser runs under it and its products are in bf16."""
-    if first.functions.own_step is not None:
+    if not first.can_compare:
         return None
     device = first.model.device.type
     found: list[bool] = []
@@ -51,7 +51,7 @@ def recomputes(first: FirstStep) -> bool | None:
     """--gradient-checkpointing: whether a block's forward runs again in the backward pass."""
     names = getattr(first.model.denoiser, "_repeated_blocks", None) or ()
     blocks = [m for m in first.model.denoiser.modules() if type(m).__name__ in names]
-    if not blocks or first.config.compile or first.functions.own_step is not None:
+    if not blocks or first.config.compile or not first.can_compare:
         return None
     found: list[bool] = []
     x = replace(first.inputs[-1], readings={})
@@ -194,6 +194,8 @@ def controls_usual_norms(first: FirstStep) -> bool | None:
 def controls_norms(first: FirstStep) -> bool | None:
     """--stages.I.norm: whether it changes rows that are twice as long as they were."""
     how = first.stage.norm or first.config.tokens.norm
+    if bool(first.optimization.skip):
+        return None
     is_still = any(g["name"] == "tokens" and float(g["lr"]) == 0 for g in first.groups)
     if how == "none" or "tokens" not in first.stage.groups or (is_still and how == "pull"):
         return None
@@ -218,7 +220,7 @@ def controls_norms(first: FirstStep) -> bool | None:
 
 def differs_from_mse(first: FirstStep) -> bool | None:
     """--loss: whether a built-in loss gives other numbers than mse."""
-    if first.config.loss not in losses.LOSSES or first.functions.own_step is not None:
+    if first.config.loss not in losses.LOSSES or not first.can_compare:
         return None
     return not torch.equal(first.losses(first.functions.loss), first.mse)
 
@@ -229,7 +231,7 @@ def changes_loss(first: FirstStep) -> bool | None:
     """
     c = first.config
     function = losses.LOSSES.get(c.loss)
-    if function is None or first.functions.own_step is not None:
+    if function is None or not first.can_compare:
         return None
     shown = None
     for name in input_probes.differing_arguments(function, c.loss_arg):
@@ -248,7 +250,7 @@ def weights_levels(first: FirstStep) -> bool | None:
     """--weighting: whether the losses are weighted, where a weight of the step is not 1; else
     whether some noise level's is not.
     """
-    if first.functions.own_step is not None or first.functions.weights_itself:
+    if not first.can_compare or first.functions.weights_itself:
         return None
     usual = replace(first.config, weighting=Config().weighting, weighting_arg={})
     x = first.inputs[-1]
@@ -286,7 +288,7 @@ def _differs_at_some_level(first: FirstStep, a: Config, b: Config) -> bool:
 
 def changes_space(first: FirstStep) -> bool | None:
     """--noise.space: whether the errors are others than in the model's."""
-    if first.functions.own_step is not None:
+    if not first.can_compare:
         return None
     usual = replace(first.config, noise=replace(first.config.noise, space="model"))
     own, other = (first.losses(_unweighted_mse, config=c) for c in (first.config, usual))
@@ -307,7 +309,7 @@ def has_prediction(first: FirstStep) -> bool:
 
 def reads_guidance(first: FirstStep) -> bool | None:
     """--noise.guidance: whether the losses are others than at the default scale."""
-    if first.functions.own_step is not None:
+    if not first.can_compare:
         return None
     usual = replace(first.model, guidance=Config().noise.guidance)
     return not torch.equal(first.mse, first.losses(losses.mse, model=usual))
@@ -315,7 +317,7 @@ def reads_guidance(first: FirstStep) -> bool | None:
 
 def preserves(first: FirstStep) -> bool | None:
     """--prior.swap, outside-mask: whether the loss runs the forward passes that they cost."""
-    if first.functions.own_step is not None:
+    if not first.can_compare:
         return None
     prior, x = first.config.prior, first.inputs[-1]
     expected = 1 + 2 * bool(prior.swap)
@@ -445,6 +447,8 @@ def has_two_rates(first: FirstStep) -> bool | None:
 def clips(first: FirstStep) -> bool | None:
     """--optimizer.clip: whether the gradient's norm is at most that after the step."""
     limit = first.config.optimizer.clip
+    if bool(first.optimization.skip):
+        return None
     if not 0 < limit < math.inf or first.config.optimizer.name not in building.OPTIMIZERS:
         return None
     grads: list[Tensor] = []
@@ -456,15 +460,15 @@ def clips(first: FirstStep) -> bool | None:
 
 
 def accumulates(first: FirstStep) -> bool:
-    """--accumulation: whether the step had so many forward passes."""
-    return len(first.inputs) == first.config.accumulation
+    """--accumulation: whether the step had so many forward passes, of which processes share."""
+    return len(first.inputs) == -(-first.config.passes_per_step // distributed.process_count())
 
 
 def has_batch_size(first: FirstStep) -> bool:
-    """--batch-size: whether the step had so many images in each forward pass."""
-    c = first.config
-    images = sum(int((~x.is_prior).sum()) for x in first.inputs)
-    return images == c.batch_size * c.accumulation * (2 if c.data.pairs else 1)
+    """--batch-size: whether the step had so many images, which processes share."""
+    images = first.config.images_per_step * (2 if first.config.data.pairs else 1)
+    own = sum(int((~x.is_prior).sum()) for x in first.inputs)
+    return distributed.process_count() > 1 or own == images
 
 
 def averages(first: FirstStep) -> bool | None:
@@ -472,6 +476,8 @@ def averages(first: FirstStep) -> bool | None:
     average = first.optimization.average
     if average is None:
         return False
+    if bool(first.optimization.skip):
+        return None
     p = nn.Parameter(torch.zeros(2))
     own = ParameterAverage([p], first.config.ema)
     with torch.no_grad():
