@@ -31,6 +31,7 @@ from training import (
     config_checks,
     cuda_graph,
     effects,
+    processes,
     run_adapters,
     setup,
     step_inputs,
@@ -443,7 +444,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "stages.mask_temperature": (2.0, MASKS, instead(masked_losses.MASK_SCALES, "mean", BLUNT)),
     # what a run writes
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
-    "keep": (1, {"save_every": 1}, given(setup, "hold_run", keep=5)),
+    "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
     "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
     "validation.every": (1, {}, instead(train.Log, "validate", nothing)),
     "validation.count": (2, {}, shorter_scores(1)),

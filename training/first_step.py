@@ -61,10 +61,12 @@ class FirstStep:
 
     @property
     def can_compare(self) -> bool:
-        """Whether losses may be computed again: not by a step of the user's own, and not where
-        processes share a network, all of which would have to do the same.
+        """Whether losses may be computed again: not by a step of the user's own, not where
+        processes share a network, all of which would have to do the same, and not where each block
+        would be compiled for it.
         """
-        return self.functions.own_step is None and not self.config.shard
+        c = self.config
+        return self.functions.own_step is None and not (c.shard or c.compile)
 
     @cached_property
     def mse(self) -> Tensor:

@@ -51,7 +51,7 @@ def recomputes(first: FirstStep) -> bool | None:
     """--gradient-checkpointing: whether a block's forward runs again in the backward pass."""
     names = getattr(first.model.denoiser, "_repeated_blocks", None) or ()
     blocks = [m for m in first.model.denoiser.modules() if type(m).__name__ in names]
-    if not blocks or first.config.compile or not first.can_compare:
+    if not blocks or not first.can_compare:
         return None
     found: list[bool] = []
     x = replace(first.inputs[-1], readings={})
