@@ -53,7 +53,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import comparing, processes, results, setup, starting_lora
+from training import comparing, effects, processes, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -120,7 +120,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         checkpoints = Checkpoints(run, config, data, model, optimization)
         start = checkpoints.restore(began)
         setup.describe_start(config, data, model, run)
-        log = Log(run, config, model, optimization)
+        log = Log(run, config, data, model, optimization)
         scorer = Scorer(config, data, model, optimization)
         source = InputSource(config, data, model, reads_attention=functions.reads_attention)
         replay = GraphReplay() if config.cuda_graph else call_eagerly
@@ -138,15 +138,14 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     result = replay(partial(advance, check), inputs, key=first)
                     optimization.update_average_()
                     done = number + 1
+                    effects.check_step(source, functions, optimization, stage, batch, inputs)
                     log.add_step(done, stage, result, inputs)
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):
                         save_sample_grid(samples, run, done)
-                    if stop.received() or is_due(
-                        done, config.save_every
-                    ):  # last: all before it is done
-                        checkpoints.write(done, log)
+                    if stop.received() or is_due(done, config.save_every):
+                        checkpoints.write(done, log)  # last: all before it is done
                     stop.raise_if_received()
         return results.finish_run(log, checkpoints, scorer, samples)
 

@@ -47,6 +47,7 @@ PARTS: dict[str, tuple[type, ...]] = {
     "scaler": (dict, type(None)),
     "average": (dict, type(None)),
     "seconds": (int, float),
+    "skipped": (dict, type(None)),  # None in earlier versions
 }
 
 
@@ -106,6 +107,7 @@ class Checkpoints:
             scaler.load_state_dict(tree["scaler"])
         if average is not None:
             average.load_state_dict(tree["average"])
+        self.optimization.skipped.load_state_dict(tree.get("skipped") or {})
         self.began -= tree["seconds"]
         if self.run.writes:
             self._write_missing_files(found.step)
@@ -154,6 +156,7 @@ class Checkpoints:
             "scaler": scaler and scaler.state_dict(),
             "average": average and average.state_dict(),
             "seconds": time.perf_counter() - self.began,
+            "skipped": self.optimization.skipped.state_dict(),
             "identity": self.identity,
             "changes": self.changes,
         }
@@ -309,6 +312,8 @@ def _find_wrong_part(tree: Any) -> str:
             return f"its {name} is {shorten_value(tree.get(name))}"
     if not all(isinstance(line, str) for line in tree.get("changes", [])):
         return "its changes are no texts"
+    if not all(type(count) is int for count in (tree.get("skipped") or {}).values()):
+        return "its skipped steps are no counts"
     buffers = tree.get("buffers", {})
     is_table = isinstance(buffers, dict)
     if not is_table or not all(isinstance(own, Tensor) for own in buffers.values()):

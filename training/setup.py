@@ -51,6 +51,7 @@ from training import (
 )
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
+from training.skipped_steps import SkippedSteps
 
 # (step, steps of the stage, warm-up steps) -> factor of the learning rate
 RateSchedule = Callable[[int, int, int], float]
@@ -156,13 +157,15 @@ class Optimization:
     rate_schedules: dict[str, RateSchedule]  # name -> factor of the learning rate
     scaler: gradients.LossScaler | None  # in fp16
     average: ParameterAverage | None  # with --ema
+    skip: Tensor  # [] fp32 on the device: 1 where the newest step was skipped
+    skipped: SkippedSteps  # up to the last row of the log
     images: int = 1  # of a step, class images not counted
     processes: int = 1  # that sum their gradients
 
     def update_average_(self) -> None:
-        """Update the moving average after a step, where there is one."""
+        """Update the moving average after a step that was not skipped, where there is one."""
         if self.average is not None:
-            self.average.update_()
+            self.average.update_(self.skip)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -417,6 +420,8 @@ def open_optimizer(
         rate_schedules=_resolve_schedules(config),
         scaler=scaler,
         average=ParameterAverage(parameters, config.ema) if config.ema else None,
+        skip=torch.zeros((), device=parameters[0].device),
+        skipped=SkippedSteps(),
         images=config.images_per_step * (2 if config.data.pairs else 1),
         processes=distributed.process_count(),
     )

@@ -203,6 +203,10 @@ class ImageDataset:
         content = json.dumps([record.key, settings], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
+    def drops_caption(self, index: int, visit: int) -> bool:
+        """Whether a visit to a record has no caption."""
+        return self._choose_caption(self.records[index], visit)[1]
+
     def _choose_caption(self, record: Record, visit: int) -> tuple[str, bool]:
         """(caption of this visit, whether it was dropped)."""
         can_drop = self.caption_dropout > 0 and not record.is_prior
