@@ -115,7 +115,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
         run = stack.enter_context(setup.open_run(config))
         samples = SampleImages(config, data, model, optimization)
-        data = setup.add_class_images(config, data, run, samples.draw_class_image)
+        data = setup.add_class_images(config, data, run, samples.draw_class_images)
         checkpoints = Checkpoints(run, config, data, model, optimization)
         start = checkpoints.restore(began)
         setup.describe_start(config, data, model, run)
@@ -129,7 +129,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         with signals.deferred() as stop, log.progress(start):
             for stage, first, begin, last in remaining_stages(config.stages, start):
                 begin_stage(stage, config, model, optimization)
-                source.begin_stage()
+                source.begin_stage(stage, range(begin, last))
                 advance = functools.partial(
                     optimizer_step, functions, stage, config, model, optimization
                 )

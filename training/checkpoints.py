@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_core import formats, tokens
 from lora_core.adapters import custom_files, injection
+from lora_core.adapters.kinds import KINDS
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
@@ -160,11 +161,13 @@ class Checkpoints:
         """
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
-        for name, module in model.adapted.items() if model.has_factors else ():
-            updates[name] = {
-                layout.published(name, path): own
-                for path, own in injection.adapter_updates(module).items()
-            }
+        reads_base = self.config.adapter.kind not in KINDS  # a kind of the user's may
+        with model.residency.trained_together() if reads_base else nullcontext():
+            for name, module in model.adapted.items() if model.has_factors else ():
+                updates[name] = {
+                    layout.published(name, path): own
+                    for path, own in injection.adapter_updates(module).items()
+                }
         factors, dense = split_updates(updates)
         rows = {
             layout.encoders[name]: tokens.copy_token_rows(embedding)

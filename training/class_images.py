@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -36,10 +36,13 @@ def check_class_folder(given: str, images: str) -> None:
 
 
 def open_class_images(
-    prior: PriorConfig, run_folder: Path, training: ImageDataset, draw: Callable[[int], Image.Image]
+    prior: PriorConfig,
+    run_folder: Path,
+    training: ImageDataset,
+    draw: Callable[[Sequence[int]], Iterator[Image.Image]],
 ) -> ImageDataset | None:
     """The class images, cropped like those of `training`; None without a class prompt. Missing
-    images are generated: `draw` takes a seed and returns the base model's image for the class
+    images are generated: `draw` takes seeds and gives the base model's images for the class
     prompt.
     """
     if not prior.prompt:
@@ -54,8 +57,11 @@ def open_class_images(
         )
     missing = [seed for seed in range(prior.count) if not _image_file(place, seed).exists()]
     missing = missing[: max(0, prior.count - there)]
-    for seed in tqdm(missing, desc="class images", disable=hides_progress()):
-        save_png(draw(seed), _image_file(place, seed))
+    drawn = zip(missing, draw(missing), strict=True)
+    for seed, image in tqdm(
+        drawn, total=len(missing), desc="class images", disable=hides_progress()
+    ):
+        save_png(image, _image_file(place, seed))
     records = dataset.scan_folder(
         folder, captions="one", caption=prior.prompt, masks="none", is_prior=True
     )

@@ -56,7 +56,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     log.validate(done, scorer)
     if run.newest_step() != done:
         checkpoints.write(done, log)
-    with checkpoints.optimization.averaged():
+    with checkpoints.optimization.averaged(), model.residency.trained_together():
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
         dora_errors = _reader_errors(model, files)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
 from lora_core.diffusion import generation
+from lora_core.diffusion.generation import ImageBatch
 from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs import pictures
 from lora_core.runs.pictures import ImageRow
@@ -27,6 +29,8 @@ from lora_core.settings import SamplerSettings
 from training.setup import Data, Model, Optimization
 
 COLUMNS = 5  # images in a row
+# Where networks leave the device, they come once for so many; those of an interruption are lost.
+CLASS_IMAGES_AT_ONCE = 16
 
 
 class SampleImages:
@@ -62,7 +66,6 @@ class SampleImages:
             prompts = [self.ordinary_prompt(prompt) for prompt in prompts]
         # a batch that fits in memory in training fits here
         size = 1 if model.family.inpainting else self.config.batch_size
-        images: list[Image.Image] = []
         with ExitStack() as stack:
             stack.enter_context(model.evaluating())
             stack.enter_context(self.optimization.averaged())
@@ -70,29 +73,30 @@ class SampleImages:
                 stack.enter_context(model.without_adapters())
             elif strength != 1:
                 stack.enter_context(model.at_strength(strength))
+            batches = []
             for i in range(0, len(prompts), size):
                 part = prompts[i : i + size]
-                images += self._generate(part, range(i, i + len(part)))
-        return images
+                batches.append(self._batch(part, range(i, i + len(part))))
+            return self._generate(batches)
 
-    def draw_class_image(self, seed: int) -> Image.Image:
-        """A class image of prior preservation, by the model before its first step."""
-        with self.model.evaluating():
-            return self._generate([self.config.prior.prompt], [seed])[0]
+    def draw_class_images(self, seeds: Sequence[int]) -> Iterator[Image.Image]:
+        """Class images of prior preservation, by the model before its first step."""
+        for i in range(0, len(seeds), CLASS_IMAGES_AT_ONCE):
+            part = seeds[i : i + CLASS_IMAGES_AT_ONCE]
+            with self.model.evaluating():
+                batches = [self._batch([self.config.prior.prompt], [seed]) for seed in part]
+                drawn = self._generate(batches)
+            yield from drawn
 
-    def _generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        family = self.model.family
-        init, mask = self._hole(seeds[0]) if family.inpainting else (None, None)
-        drawn = generation.generate_images(
-            family,
-            prompts,
-            seeds,
-            self.settings,
-            init=init,
-            mask=mask,
-            placeholders=self.model.placeholders,
+    def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
+        init, mask = self._hole(seeds[0]) if self.model.family.inpainting else (None, None)
+        return ImageBatch(prompts, seeds, init, mask)
+
+    def _generate(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
+        drawn = generation.generate_batches(
+            self.model.family, batches, self.settings, placeholders=self.model.placeholders
         )
-        return pictures.to_images(drawn)
+        return list(chain.from_iterable(map(pictures.to_images, drawn)))
 
     def _hole(self, i: int) -> tuple[Tensor, Tensor]:
         """A validation image [1, 3, h, w] and a mask [1, 1, h, w] of its middle, which an

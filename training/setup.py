@@ -46,6 +46,8 @@ from training import (
     run_adapters,
     starting_lora,
 )
+from training.placed_family import place_family
+from training.residency import Residency, loading_device
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 
@@ -82,6 +84,7 @@ class Model:
 
     family: Family
     device: torch.device
+    residency: Residency  # the networks that are on the device
     denoiser: nn.Module
     encoders: dict[str, nn.Module]  # component -> text encoder
     adapted: dict[str, nn.Module]  # component -> network with adapters
@@ -107,6 +110,14 @@ class Model:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout, and networks take turns on the device; the training mode and
+        what a step reads come back afterwards.
+        """
+        with self.residency.in_turns(), self.frozen():
+            yield
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
         """No gradients and no dropout; the training mode comes back afterwards."""
         before = [module.training for module in self.networks]
         try:
@@ -290,10 +301,13 @@ def _check_words(config: Config, records: Sequence[dataset.Record]) -> None:
 
 
 def add_class_images(
-    config: Config, data: Data, run: Run, draw: Callable[[int], Image.Image]
+    config: Config,
+    data: Data,
+    run: Run,
+    draw: Callable[[Sequence[int]], Iterator[Image.Image]],
 ) -> Data:
     """The data with the class images of prior preservation, if the config has a class prompt.
-    Missing images are generated: `draw` takes a seed and returns the base model's image.
+    Missing images are generated: `draw` takes seeds and gives the base model's images.
     """
     found = class_images.open_class_images(config.prior, run.folder, data.training, draw)
     return replace(data, class_images=found)
@@ -318,10 +332,11 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
         config, read_layout(config.model, config.model_config, config.family)
     )
     device = choose_device(config.device)
-    family = _open_family(config, device)
+    family = _open_family(config, loading_device(config, device))
     identity = model_identity(family.modules, family.schedule, family.prediction)
     objective = _describe_loss(config, family, weights_itself=weights_itself)
     print(objective)
+    family, residency = place_family(config, family, plan, device)
     encoders = {name: family.modules[name] for name in family.tokenizers}
     adapters = run_adapters.inject_run_adapters(config, family, plan)
     adapted = adapters.adapted
@@ -330,6 +345,7 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     model = Model(
         family=family,
         device=device,
+        residency=residency,
         denoiser=family.modules[family.denoiser],
         encoders=encoders,
         adapted=adapted,
