@@ -60,6 +60,10 @@ class PlacedFamily:
         self.residency.use(TEXT_ENCODERS)
         return self.family.encode(tokens)
 
+    def bring_denoiser(self) -> None:
+        """Have the denoiser on the device, before something reads its weights."""
+        self.residency.use(DENOISER)
+
     def denoise(
         self,
         x_t: Tensor,

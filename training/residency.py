@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,11 @@ class Residency:
         for part in parts:
             if part not in self.present:
                 self._bring(part)
+
+    def networks_there(self, networks: Collection[nn.Module]) -> list[nn.Module]:
+        """Those of the networks that are on the device."""
+        there = set(chain.from_iterable(self.parts[part] for part in self.present))
+        return [network for network in networks if network in there]
 
     def send_away(self, parts: Collection[str], done: str = "") -> None:
         """Take parts off the device. `done` says, in a line of its own, what they did there."""

@@ -159,7 +159,8 @@ def optimizer_step(
     readings: Readings = {}
     images = config.batch_size * config.accumulation * (2 if config.data.pairs else 1)
     with ExitStack() as stack:
-        for network in model.with_dora:  # no adapter changes before the optimizer's step
+        # no adapter changes before the optimizer's step
+        for network in model.residency.networks_there(model.with_dora):
             stack.enter_context(injection.cache_dora_norms(network))
         for x in inputs:
             if x.dropout_keys is not None:

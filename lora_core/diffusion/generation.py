@@ -141,6 +141,7 @@ def _generate(
         denoise = _prompted_denoiser(model, text, settings, stage_inpaint)
         if kept is not None:
             denoise = sampling.keep_latents(denoise, kept, start=levels.t[0].item())
+        getattr(model, "bring_denoiser", bool)()  # its norms are read before it is called
         with injection.cache_dora_norms(model.modules[model.denoiser]):
             x = sampling.run_sampler(*sampler, denoise, x, stage_levels, noise)
     if kept is not None:
