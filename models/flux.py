@@ -164,11 +164,7 @@ class Flux:
         ids = tokenize_prompts(first, prompts, read_prompt_length(first), checked["text_encoder"])
         t5 = tokenize_prompts(second, prompts, self.length, checked["text_encoder_2"])
         end = first_eos(ids, first.eos_token_id)
-        return {
-            "clip": ids.to(self.device),
-            "end": end.to(self.device),
-            "t5": t5.to(self.device),
-        }
+        return {"clip": ids.to(self.device), "end": end.to(self.device), "t5": t5.to(self.device)}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """T5's last hidden state [b, length, d] and CLIP's vector at the first end-of-text token.

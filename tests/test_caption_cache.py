@@ -1,4 +1,4 @@
-"""Encoded captions: kept on the disk for a text that no run changes, and found by what made them."""
+"""Encoded captions: on the disk for a text that no run changes, found by what made them."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -44,5 +44,5 @@ def test_a_pair_is_two_visits(image_folder):
     visits = StepOrder(images, None, batch=2, seed=0).visits(4)
     assert [visit.is_loser for visit in visits] == [False, True] * 2
     (batch,) = iterate_batches(images, batch=2, seed=0, start=4, stop=5)
-    keys = [images.records[visit.index].key for visit in visits]
+    keys = [images.records[visit.record].key for visit in visits]
     assert keys == list(batch.keys) and [visit.visit for visit in visits] == list(batch.visits)

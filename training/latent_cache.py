@@ -1,4 +1,4 @@
-"""Latents of the images of a run: from a cache where pixels repeat, else by the VAE in each step."""
+"""Latents of a run's images: from a cache where pixels repeat, else by the VAE in each step."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class LatentCache:
     def _key(self, visit: Visit) -> PixelKey:
         images = self.data.class_images if visit.is_prior else self.data.training
         assert images is not None
-        key = images.records[visit.index].key
+        key = images.records[visit.record].key
         image = loser_key(key) if visit.is_loser else key
         return image, visit.visit % max(self.visits_until_repeat, 1), visit.size
 

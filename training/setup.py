@@ -301,10 +301,7 @@ def _check_words(config: Config, records: Sequence[dataset.Record]) -> None:
 
 
 def add_class_images(
-    config: Config,
-    data: Data,
-    run: Run,
-    draw: Callable[[Sequence[int]], Iterator[Image.Image]],
+    config: Config, data: Data, run: Run, draw: Callable[[Sequence[int]], Iterator[Image.Image]]
 ) -> Data:
     """The data with the class images of prior preservation, if the config has a class prompt.
     Missing images are generated: `draw` takes seeds and gives the base model's images.

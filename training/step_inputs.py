@@ -137,7 +137,7 @@ def list_visits(config: Config, data: Data, steps: range) -> list[Visit]:
 def list_captions(config: Config, data: Data, visits: Sequence[Visit]) -> list[str]:
     """The captions that these examples may have, dropped ones among them."""
     captions = [""] if config.data.caption_dropout else []
-    for is_prior, index in dict.fromkeys((visit.is_prior, visit.index) for visit in visits):
+    for is_prior, index in dict.fromkeys((visit.is_prior, visit.record) for visit in visits):
         images = data.class_images if is_prior else data.training
         assert images is not None
         captions += images.records[index].captions

@@ -400,7 +400,7 @@ def iterate_batches(
 def make_example(folder: ImageDataset, prior: ImageDataset | None, visit: Visit) -> Example:
     """The example of a visit to one of the images, or of the class images."""
     images = prior if visit.is_prior and prior is not None else folder
-    return images.example(visit.index, visit.visit, visit.size, is_loser=visit.is_loser)
+    return images.example(visit.record, visit.visit, visit.size, is_loser=visit.is_loser)
 
 
 def make_ahead(make: Callable[[K], T], keys: Iterable[K], workers: int) -> Iterator[T]:

@@ -14,7 +14,7 @@ class Visit(NamedTuple):
     """One example of a step."""
 
     is_prior: bool  # of the class images
-    index: int  # of the record
+    record: int  # its number
     visit: int  # how often its content was used before
     size: Size  # that the image is cut to, (h, w)
     is_loser: bool = False  # the other image of a pair
@@ -58,7 +58,7 @@ class StepOrder:
             if images.has_pairs:
                 found.append(Visit(False, record, visit, images.sizes[record], is_loser=True))
         if self.prior is not None:
-            size = images.sizes[found[0].index]
+            size = images.sizes[found[0].record]
             for i in samples:
                 record, times = sample_position(len(self.prior), i, self.seed, stream="prior")
                 found.append(Visit(True, record, self.prior.visit(record, times), size))
