@@ -365,6 +365,12 @@ class Config(ModelConfig):
     """Images in one forward pass; with --data.pairs, pairs."""
     accumulation: Annotated[int, AtLeast(1)] = 1
     """Forward passes for one step; batch 2 x 2 gives the numbers of batch 4."""
+    processes: Annotated[int, AtLeast(0)] = 0
+    """Processes that a step has images for: batch_size x accumulation for each of them, however
+    many compute them. 0: as many as torchrun started, in a resumed run as it began."""
+    shard: bool = False
+    """Divide the frozen denoiser among the processes (FSDP): each holds its share of the weights,
+    and gathers a block's before the block works. For a base too large for one GPU; slower."""
     autocast: bool = False
     """Matrix products in bf16 while the weights keep their precision (torch.autocast)."""
     compile: bool = False
@@ -438,6 +444,16 @@ class Config(ModelConfig):
     def steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward passes of a step, those of all processes together."""
+        return self.accumulation * max(1, self.processes)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images (with --data.pairs, pairs) of a step, class images not counted."""
+        return self.batch_size * self.passes_per_step
 
     @property
     def recorded(self) -> Config:

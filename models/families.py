@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
+from lora_core import distributed
 from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
 from lora_core.family import Family, FamilyFunctions, LoadOptions
@@ -108,12 +109,17 @@ def save_family(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is CUDA where there is one.
+    """The device of that name; auto is CUDA where there is one. Of several processes each has the
+    GPU of its number on its machine.
 
     Raises UserError when it cannot be used.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if distributed.process_count() == 1:
+            return torch.device(name)
+    if name == "cuda" and distributed.process_count() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
+from lora_core import distributed
 from lora_core.config import PriorConfig
 from lora_core.data import dataset
 from lora_core.data.dataset import ImageDataset
@@ -15,6 +16,9 @@ from lora_core.data.listing import folder_for_new_images
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.runs.pictures import save_png
+
+# Drawn together, network by network, in each process; those of an interruption are lost.
+AT_ONCE = 8
 
 
 def check_class_folder(given: str, images: str) -> None:
@@ -39,7 +43,7 @@ def open_class_images(
     prior: PriorConfig,
     run_folder: Path,
     training: ImageDataset,
-    draw: Callable[[Sequence[int]], Iterator[Image.Image]],
+    draw: Callable[[Sequence[int]], list[Image.Image]],
 ) -> ImageDataset | None:
     """The class images, cropped like those of `training`; None without a class prompt. Missing
     images are generated: `draw` takes seeds and gives the base model's images for the class
@@ -48,7 +52,8 @@ def open_class_images(
     if not prior.prompt:
         return None
     folder = Path(prior.images) if prior.images else run_folder / "class_images"
-    folder.mkdir(parents=True, exist_ok=True)
+    with distributed.main_process_first():
+        folder.mkdir(parents=True, exist_ok=True)
     place, there = folder_for_new_images(folder)
     if there > prior.count:
         print(
@@ -56,12 +61,18 @@ def open_class_images(
             f"--prior.count {prior.count} is the least number"
         )
     missing = [seed for seed in range(prior.count) if not _image_file(place, seed).exists()]
-    missing = missing[: max(0, prior.count - there)]
-    drawn = zip(missing, draw(missing), strict=True)
-    for seed, image in tqdm(
-        drawn, total=len(missing), desc="class images", disable=hides_progress()
-    ):
-        save_png(image, _image_file(place, seed))
+    missing = distributed.read_once(lambda: missing[: max(0, prior.count - there)])
+    at_once = AT_ONCE * distributed.process_count()
+    with tqdm(total=len(missing), desc="class images", disable=hides_progress()) as bar:
+        for i in range(0, len(missing), at_once):
+            seeds = missing[i : i + at_once]
+            own = distributed.take_share(seeds, even=True)
+            drawn = distributed.gather_shares(draw(own))
+            if distributed.is_main_process():
+                for seed, image in zip(seeds, drawn):
+                    save_png(image, _image_file(place, seed))
+            bar.update(len(seeds))
+    distributed.wait_for_all()
     records = dataset.scan_folder(
         folder, captions="one", caption=prior.prompt, masks="none", is_prior=True
     )

@@ -102,8 +102,10 @@ def place_family(
         return family, residency
     texts_change = config.trains("tokens") or any(name in family.tokenizers for name in plan)
     training = [TEXT_ENCODERS] if texts_change else []
-    if family.denoiser in plan:
+    if family.denoiser in plan or config.shard:
         training.append(DENOISER)
+    if config.shard:
+        residency.fixed.add(DENOISER)  # its weights are divided there
     residency.trained = tuple(training)
     residency.bring_together(training)
     placed = PlacedFamily(family, residency, keeps_texts=not texts_change)

@@ -114,6 +114,7 @@ class Residency:
         self.held: set[str] = set()  # what the steps of the stage read
         self.in_steps = False
         self.trained: tuple[str, ...] = ()  # parts with adapters or learned tokens
+        self.fixed: set[str] = set()  # parts that stay once they are there
         self.copies = {name: [HostCopy() for _ in own] for name, own in parts.items()}
         self.said: set[tuple[str, str]] = set()
 
@@ -144,7 +145,7 @@ class Residency:
 
     def send_away(self, parts: Collection[str], done: str = "") -> None:
         """Take parts off the device. `done` says, in a line of its own, what they did there."""
-        for part in sorted(set(parts) & self.present if self.moves else ()):
+        for part in sorted((set(parts) & self.present) - self.fixed if self.moves else ()):
             size = self._place(part, None)
             self.present.remove(part)
             if done or (part, "left") not in self.said:
@@ -187,6 +188,8 @@ class Residency:
     def _bring(self, part: str) -> None:
         size = self._place(part, self.device)
         self.present.add(part)
+        if part in self.fixed:
+            self.copies[part] = [HostCopy() for _ in self.parts[part]]  # of no use any more
         if (part, "came") not in self.said:
             self.said.add((part, "came"))
             print(f"{part}: on the GPU ({format_gb(size)})")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_core import formats, tokens
+from lora_core import distributed, formats, tokens
 from lora_core.adapters import custom_files
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.folded_weights import folding_error, merged_state_dict
@@ -28,6 +28,7 @@ from lora_core.kernels import choice
 from lora_core.report import write_report
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
+from lora_core.runs.run_folder import Run
 from lora_core.settings import scheduler_changes
 from lora_core.text import hide_home
 from lora_core.toml import to_toml
@@ -54,8 +55,11 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         nonfinite.check_steps_taken(log.skipped, done)
     nonfinite.check_finite_state(model, checkpoints.optimization, done, run)
     log.validate(done, scorer)
-    if run.newest_step() != done:
+    if distributed.read_once(run.newest_step) != done:
         checkpoints.write(done, log)
+    if not run.writes:
+        _draw_share(samples, run, done)
+        return run.folder
     with checkpoints.optimization.averaged(), model.residency.trained_together():
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
@@ -96,6 +100,13 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder
+
+
+def _draw_share(samples: SampleImages, run: Run, done: int) -> None:
+    """The images that another process than the first draws of those that `finish_run` shows."""
+    drawn = samples.draw(samples.prompts)
+    save_sample_grid(samples, run, done, drawn)
+    before_after_grid(samples, drawn, "")
 
 
 def _save_files(
@@ -239,7 +250,7 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
     table: dict[str, Any] = {
         "images": f"{images}, at {c.data.resolution} pixels",
         "stages": "; ".join(stages),
-        "batch": f"{c.batch_size * c.accumulation}{' pairs' if c.data.pairs else ''}",
+        "batch": f"{c.images_per_step}{' pairs' if c.data.pairs else ''}",
         "optimizer": c.optimizer.name,
         "learning rates": ", ".join(rates),
         "precision": c.precision,

@@ -4,17 +4,17 @@ of prior preservation before the first step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core import tokens
+from lora_core import distributed, tokens
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
@@ -29,8 +29,6 @@ from lora_core.settings import SamplerSettings
 from training.setup import Data, Model, Optimization
 
 COLUMNS = 5  # images in a row
-# Where networks leave the device, they come once for so many; those of an interruption are lost.
-CLASS_IMAGES_AT_ONCE = 16
 
 
 class SampleImages:
@@ -59,7 +57,8 @@ class SampleImages:
     ) -> list[Image.Image]:
         """One image for each prompt, seeds 0, 1, 2 ...: by the base model, or with the learned
         tokens and the adapters at a strength, 0 for the tokens alone. An inpainting model repaints
-        the middle of the validation images.
+        the middle of the validation images. The processes of a run share the work, and all of them
+        have all images.
         """
         model = self.model
         if base:
@@ -73,30 +72,29 @@ class SampleImages:
                 stack.enter_context(model.without_adapters())
             elif strength != 1:
                 stack.enter_context(model.at_strength(strength))
+            firsts = range(0, len(prompts), size)
             batches = []
-            for i in range(0, len(prompts), size):
+            for i in distributed.take_share(firsts, even=self.config.shard):
                 part = prompts[i : i + size]
                 batches.append(self._batch(part, range(i, i + len(part))))
-            return self._generate(batches)
+            drawn = self._generate(batches)
+        return list(itertools.chain(*distributed.gather_shares(drawn)[: len(firsts)]))
 
-    def draw_class_images(self, seeds: Sequence[int]) -> Iterator[Image.Image]:
+    def draw_class_images(self, seeds: Sequence[int]) -> list[Image.Image]:
         """Class images of prior preservation, by the model before its first step."""
-        for i in range(0, len(seeds), CLASS_IMAGES_AT_ONCE):
-            part = seeds[i : i + CLASS_IMAGES_AT_ONCE]
-            with self.model.evaluating():
-                batches = [self._batch([self.config.prior.prompt], [seed]) for seed in part]
-                drawn = self._generate(batches)
-            yield from drawn
+        with self.model.evaluating():
+            batches = [self._batch([self.config.prior.prompt], [seed]) for seed in seeds]
+            return list(itertools.chain(*self._generate(batches)))
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
         init, mask = self._hole(seeds[0]) if self.model.family.inpainting else (None, None)
         return ImageBatch(prompts, seeds, init, mask)
 
-    def _generate(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
+    def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
         drawn = generation.generate_batches(
             self.model.family, batches, self.settings, placeholders=self.model.placeholders
         )
-        return list(chain.from_iterable(map(pictures.to_images, drawn)))
+        return list(map(pictures.to_images, drawn))
 
     def _hole(self, i: int) -> tuple[Tensor, Tensor]:
         """A validation image [1, 3, h, w] and a mask [1, 1, h, w] of its middle, which an
@@ -175,6 +173,8 @@ def save_sample_grid(
         images = drawn if drawn and strength == 1 else samples.draw(prompts, strength=strength)
         label = f"strength {strength:g}" if len(strengths) > 1 else ""
         sheet += wrap_row(ImageRow(label, images, shown, "sample", strength))
+    if not run.writes:
+        return
     grid = pictures.draw_grid(sheet, title=f"after {done} steps")
     path = run.folder / "samples" / f"step_{done:06d}.png"
     pictures.save_sheet(grid, path, step=done, is_private=not samples.are_public)

@@ -4,6 +4,7 @@ before and after training.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_core import distributed
 from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
 from lora_core.diffusion import generation, validation
@@ -40,27 +42,30 @@ class Scorer:
 
     def score(self, score_batch: BatchScores | None = None) -> list[Score]:
         """One score for each image, timestep and noise draw, with the moving average if there is
-        one; sorted by draw and timestep, the images in order within each.
+        one; sorted by draw and timestep, the images in order within each. The processes of a run
+        share the batches.
 
         By the squared error of the network's output, or what `score_batch` measures.
         """
-        found: list[Score] = []
+        batches: list[list[Score]] = []
         count = len(self.images)
         size = min(self.config.batch_size, count)
-        # The last batch is as large as the others: a GEMM's bits depend on its row count.
-        starts = [min(first, count - size) for first in range(0, count, size)]
-        at_once = max(1, IMAGES_AT_ONCE // size)
+        firsts, at_once = range(0, count, size), max(1, IMAGES_AT_ONCE // size)
         with self.model.evaluating(), self.optimization.averaged():
-            for number, start in enumerate(starts):
+            own = distributed.take_share(firsts, even=self.config.shard)
+            # The last batch is as large as the others: a GEMM's bits depend on its row count.
+            ranges = [range(start, start + size) for start in (min(i, count - size) for i in own)]
+            for number, (first, images) in enumerate(zip(own, ranges)):
                 if number % at_once == 0 and self.model.residency.moves:
-                    own = starts[number : number + at_once]
-                    ahead = [range(start, start + size) for start in own]
+                    ahead = ranges[number : number + at_once]
                     self._encode_ahead(ahead, with_texts=score_batch is None)
-                scores = (score_batch or self._score_batch)(range(start, start + size))
-                for i, score in enumerate(scores):
-                    if start + i % size >= number * size:
-                        found.append(score)
+                scores = (score_batch or self._score_batch)(images)
+                start = images.start
+                kept = [score for i, score in enumerate(scores) if start + i % size >= first]
+                batches.append(kept)
         self.texts.clear()
+        every = distributed.gather_shares(batches)[: len(firsts)]
+        found = list(itertools.chain(*every))
         return sorted(found, key=lambda score: (score.draw, score.bin))
 
     def _score_batch(self, images: range) -> list[Score]:

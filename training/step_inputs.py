@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core import distributed
 from lora_core.config import Config, Stage
 from lora_core.data.dataset import Batch, micro_batches
 from lora_core.data.step_visits import StepOrder, Visit
@@ -73,6 +74,8 @@ class InputSource:
         self.caption_reader = None
         if reads_attention:
             self.caption_reader = CaptionReader(data, model, keeps_text=not config.cuda_graph)
+        # forward passes of a step in this process
+        self.passes = -(-config.passes_per_step // distributed.process_count())
         n = config.noise
         self.density = None  # uniform
         if n.density != "uniform":
@@ -123,9 +126,16 @@ class InputSource:
 
 
 def list_visits(config: Config, data: Data, steps: range) -> list[Visit]:
-    """The examples of steps, one for each image, size, and visit up to repetition of its pixels."""
-    size = config.batch_size * config.accumulation
-    order = StepOrder(data.training, data.class_images, batch=size, seed=config.seed)
+    """This process's examples of steps, one for each image, size, and visit up to repetition of its
+    pixels.
+    """
+    order = StepOrder(
+        data.training,
+        data.class_images,
+        batch=config.images_per_step,
+        seed=config.seed,
+        share=distributed.process_slice(),
+    )
     period = pixels_repeat_after(data)
     found: dict[Visit, Visit] = {}
     for step in steps:
@@ -153,8 +163,8 @@ def make_step_inputs(
     """
     with on_side_stream(source.stream, source.model.device) as made:
         parts = [batch]
-        if source.config.accumulation > 1:
-            parts = list(micro_batches(batch, source.config.accumulation))
+        if source.passes > 1:
+            parts = list(micro_batches(batch, source.passes))
         for micro in parts:
             made.append(_make_inputs(source, micro, stage, number, check=check))
     return made

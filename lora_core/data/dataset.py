@@ -369,8 +369,9 @@ def iterate_batches(
     start: int = 0,
     stop: int,
     workers: int = 0,
+    share: slice = slice(None),
 ) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1.
+    """The batches of steps start .. stop - 1, or a `share` of their instances and prior examples.
 
     A batch is `batch` instances of one size, then as many prior examples, cut to that size. A pair
     is one instance, and two examples next to each other: its winner and its loser. Without
@@ -389,7 +390,7 @@ def iterate_batches(
         )
     if prior is not None and folder.has_pairs:
         raise ValueError("pairs of images have no prior images beside them")
-    order = StepOrder(folder, prior, batch=batch, seed=seed)
+    order = StepOrder(folder, prior, batch=batch, seed=seed, share=share)
 
     def make_batch(step: int) -> Batch:
         return collate([make_example(folder, prior, visit) for visit in order.visits(step)])

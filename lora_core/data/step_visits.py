@@ -41,9 +41,16 @@ class StepOrder:
     """
 
     def __init__(
-        self, images: VisitedImages, prior: VisitedImages | None, *, batch: int, seed: int
+        self,
+        images: VisitedImages,
+        prior: VisitedImages | None,
+        *,
+        batch: int,
+        seed: int,
+        share: slice = slice(None),
     ) -> None:
         self.images, self.prior, self.batch, self.seed = images, prior, batch, seed
+        self.share = share  # of a step's instances and prior examples: one process of several
         self.buckets: BucketOrder | None = None
         if images.settings.buckets:
             self.buckets = BucketOrder(images.sizes, batch, seed)
@@ -52,14 +59,15 @@ class StepOrder:
         """The examples of a step, in their order in the batch."""
         images, samples = self.images, range(step * self.batch, (step + 1) * self.batch)
         found: list[Visit] = []
-        for record, times in self._instances(step, samples):
+        instances = self._instances(step, samples)
+        for record, times in instances[self.share]:
             visit = images.visit(record, times)
             found.append(Visit(False, record, visit, images.sizes[record]))
             if images.has_pairs:
                 found.append(Visit(False, record, visit, images.sizes[record], is_loser=True))
         if self.prior is not None:
-            size = images.sizes[found[0].record]
-            for i in samples:
+            size = images.sizes[instances[0][0]]
+            for i in samples[self.share]:
                 record, times = sample_position(len(self.prior), i, self.seed, stream="prior")
                 found.append(Visit(True, record, self.prior.visit(record, times), size))
         return found
