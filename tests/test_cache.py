@@ -151,6 +151,20 @@ def test_a_file_that_is_cut_off_is_made_anew_and_said(tmp_path, capsys, length):
     assert torch.equal(TensorCache({}, tmp_path).row("a", refuse)["x"], row["x"])
 
 
+def test_numbers_that_did_not_reach_the_disk_are_noticed(tmp_path, capsys):
+    """As after a loss of power: the file has its length, and zeros in it."""
+    row = {"x": torch.randn(500), "y": torch.randn(3).bfloat16(), "n": torch.tensor(3)}
+    TensorCache({}, tmp_path).row("a", lambda: row)
+    (path,) = tmp_path.glob("*/*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-600] + bytes(600))
+    assert load_file(path)["y"].shape == (3,)  # a file like any other
+    again = TensorCache({}, tmp_path).row("a", lambda: row)
+    assert all(torch.equal(again[name], row[name]) for name in row)
+    assert "its checksum does not fit its numbers" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
 def test_memory_is_bounded_where_the_disk_has_the_rows(tmp_path):
     """10 rows of 4 KB in at most 12 KB; without a folder all stay."""
     made = {i: {"x": torch.full((1024,), float(i))} for i in range(10)}
@@ -225,8 +239,8 @@ def fill_folder(folder: Path, log: Path, dies_at: int) -> None:
         time.sleep(0.002)
         return {"x": torch.full((2048,), float(i))}
 
-    def save_half(row: dict[str, torch.Tensor], path: Path) -> None:
-        save_file(row, path)
+    def save_half(row: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(row, path, metadata)
         if computed == dies_at:
             os.truncate(path, 100)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -269,3 +283,34 @@ def test_processes_share_a_folder_and_some_are_killed(tmp_path):
         key = next(k for k in numbers if cache._file(k).parent == file.parent)
         cache.row(key, lambda: {"x": torch.ones(1)})
         assert not file.exists()
+
+
+@pytest.mark.soak
+def test_the_cost_of_a_row_does_not_grow_with_the_folder(tmp_path):
+    """100,000 rows: writing, looking for and reading one costs at most twice what it costs in a
+    folder of 1,000, and the memory does not follow the folder.
+    """
+    row = {"mean": torch.randn(4, 8, 8), "std": torch.rand(4, 8, 8)}
+    size = 2 * row["mean"].numel() * 4
+
+    def seconds(work, keys):
+        times = []
+        for key in keys:
+            began = time.perf_counter()
+            work(str(key))
+            times.append(time.perf_counter() - began)
+        return sorted(times)[len(times) // 2]
+
+    found = {}
+    for count in (1_000, 100_000):
+        cache = TensorCache({}, tmp_path, keep_bytes=2_000 * size)
+        write = seconds(lambda key: cache.row(key, lambda: row), range(count))  # noqa: B023
+        again = TensorCache({}, tmp_path, keep_bytes=2_000 * size)
+        keys = random.Random(0).sample(range(count), 1_000)
+        look = seconds(again.has_row, keys)
+        read = seconds(lambda key: again.row(key, lambda: row), keys)  # noqa: B023
+        assert len(cache.rows) <= 2_000 and cache.bytes_in_memory <= 2_000 * size
+        found[count] = write, look, read
+    print({count: [f"{1e3 * t:.3f} ms" for t in times] for count, times in found.items()})
+    for small, large in zip(found[1_000], found[100_000], strict=True):
+        assert large <= 2 * small

@@ -6,13 +6,15 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_core.atomic_files import TEMPORARY, atomic_write
@@ -21,6 +23,7 @@ from lora_core.runs.run_folder import nonfinite_names
 
 Row = dict[str, Tensor]
 KEEP_BYTES = 2**30  # of rows in memory, where the disk has them as well
+CHECKSUM = "crc32"  # key in the header of a file
 ABANDONED_AFTER = 86_400  # seconds after which a file that is being written has no writer any more
 
 
@@ -36,7 +39,8 @@ class TensorCache:
     The files lie in 256 sub-folders, by the first two digits of the hash; a file in the folder
     itself, where earlier versions wrote them, is read as well. Any number of processes may share
     the folder: a file appears whole under its name, and processes that compute one row at the same
-    time write the same file, one after the other. Without a folder all rows stay in memory, with
+    time write the same file, one after the other. A file that is not whole after a loss of power is
+    made anew, with a printed line. Without a folder all rows stay in memory, with
     one those read last, up to `keep_bytes`.
     """
 
@@ -70,8 +74,8 @@ class TensorCache:
     ) -> Row:
         """The row of one key; from now on it is in `rows`.
 
-        `compute()` makes a row that is neither in memory nor on disk, and one whose file is cut off
-        or empty, about which a line is printed. `shapes` are those of its tensors. `disk_key` is
+        `compute()` makes a row that is neither in memory nor on disk, and one whose file is damaged,
+        about which a line is printed. `shapes` are those of its tensors. `disk_key` is
         the row's key on disk, where `key` has a meaning in this process only. Raises UserError
         naming the file of a row on disk that is not finite or of other names or shapes.
         """
@@ -127,8 +131,8 @@ class TensorCache:
         if found is None and path.is_file():  # another process was faster
             return row
         self._remove_abandoned(path.parent)
-        with atomic_write(path) as partial:
-            save_file(row, partial)
+        with atomic_write(path, durable=False) as partial:  # the checksum tells what was lost
+            save_file(row, partial, metadata={CHECKSUM: checksum(row)})
         return row
 
     def _file(self, key: str) -> Path:
@@ -172,6 +176,15 @@ def available_memory() -> int | None:
     return 1024 * int(found[1]) if found else None
 
 
+def checksum(row: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the names and numbers of a row on the CPU: 1 ms for 3 MB."""
+    found = 0
+    for name in sorted(row):
+        numbers = row[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        found = zlib.crc32(numbers.data, zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
+
+
 def _disk_key(key: Hashable, disk_key: str | None) -> str:
     return str(key) if disk_key is None else disk_key
 
@@ -189,15 +202,20 @@ def _shapes(row: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _load_row(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Row | None:
-    """The row in a file; None, with a printed line, for a file that is cut off or empty.
+    """The row in a file; None, with a printed line, for a file that is cut off, empty or has other
+    numbers than were written.
 
     The file is read through a memory map and copied out of it: a process may hold some 65,000 maps.
     """
     try:
-        row = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with safe_open(path, "pt") as file:
+            row = {name: file.get_tensor(name).clone() for name in file.keys()}
+            written = (file.metadata() or {}).get(CHECKSUM)  # None: of an earlier version
+        if written is not None and written != checksum(row):
+            raise SafetensorError("its checksum does not fit its numbers")
     except FileNotFoundError:  # removed since it was found
         return None
-    except SafetensorError as error:  # after a loss of power: we write whole files
+    except SafetensorError as error:  # after a loss of power, or of the disk
         print(
             f"warning: the cache file {path} is damaged ({error}); it is made anew", file=sys.stderr
         )
