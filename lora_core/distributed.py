@@ -88,6 +88,16 @@ def check_launch(environment: Mapping[str, str]) -> None:
             )
 
 
+def check_alone(environment: Mapping[str, str], script: str) -> None:
+    """Raises UserError where a launcher started several processes of a script that works in one."""
+    check_launch(environment)
+    if _is_several(environment.get("WORLD_SIZE", "")):
+        raise UserError(
+            f"{environment['WORLD_SIZE']} processes of {script} were started, and each would do "
+            f"the same; start it with python {script}"
+        )
+
+
 def _is_several(count: str) -> bool:
     return count.isdecimal() and int(count) > 1
 

@@ -348,8 +348,15 @@ def test_accelerates_launcher_is_taken(short: tuple[Path, Config], tmp_path: Pat
     pytest.importorskip("accelerate")
     file, config = short
     (tmp_path / "mark").write_text("")
-    words = ["launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    port = ["--main_process_port", str(free_port()), "--mixed_precision", "no"]
+    words = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    port = [
+        "--main_process_port",
+        str(free_port()),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     agent = launch("accelerate", *words, *port, "train.py", str(file))
     said, _ = agent.communicate(timeout=600)
     assert agent.returncode == 0, said

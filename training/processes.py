@@ -41,6 +41,7 @@ def join_run(config: Config) -> Iterator[Config]:
     with distributed.join_processes(), _one_voice():
         if distributed.process_count() > 1:
             _check_options(config)
+            print(f"processes: {distributed.process_count()}, of which this one prints")
             config = _resume_after_restart(config)
         config = replace(config, processes=_find_count(config))
         if config.images_per_step < distributed.process_count():
