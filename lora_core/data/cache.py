@@ -74,10 +74,10 @@ class TensorCache:
     ) -> Row:
         """The row of one key; from now on it is in `rows`.
 
-        `compute()` makes a row that is neither in memory nor on disk, and one whose file is damaged,
-        about which a line is printed. `shapes` are those of its tensors. `disk_key` is
-        the row's key on disk, where `key` has a meaning in this process only. Raises UserError
-        naming the file of a row on disk that is not finite or of other names or shapes.
+        `compute()` makes a row that is neither in memory nor on disk, and one whose file is
+        damaged, about which a line is printed. `shapes` are those of its tensors. `disk_key` is the
+        row's key on disk, where `key` has a meaning in this process only. Raises UserError naming
+        the file of a row on disk that is not finite or of other names or shapes.
         """
         if key in self.rows:
             self.rows.move_to_end(key)
@@ -209,7 +209,8 @@ def _load_row(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Row |
     """
     try:
         with safe_open(path, "pt") as file:
-            row = {name: file.get_tensor(name).clone() for name in file.keys()}
+            names = file.keys()
+            row = {name: file.get_tensor(name).clone() for name in names}
             written = (file.metadata() or {}).get(CHECKSUM)  # None: of an earlier version
         if written is not None and written != checksum(row):
             raise SafetensorError("its checksum does not fit its numbers")
