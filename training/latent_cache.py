@@ -59,9 +59,15 @@ class LatentCache:
         if not self.visits_until_repeat:
             check = check or self.config.vae_precision == "fp16"
             return self._encode_images(batch.pixels, batch.image_keys, check=check)
+        known, size = self.posteriors.rows, tuple(batch.pixels.shape[-2:])
         means, stds = [], []
-        for i, key in enumerate(self._pixel_keys(batch)):
-            row = self._posterior_row(key, batch.visits[i], batch.pixels[i : i + 1])
+        for i, (image, visit) in enumerate(zip(batch.image_keys, batch.visits, strict=True)):
+            key = image, visit % self.visits_until_repeat, size
+            if key in known:
+                known.move_to_end(key)  # read last
+                row: Mapping[str, Tensor] = known[key]
+            else:
+                row = self._posterior_row(key, visit, batch.pixels[i : i + 1])
             means.append(row["mean"])
             stds.append(row["std"])
         return to_device(torch.stack(means), device), to_device(torch.stack(stds), device)

@@ -159,7 +159,8 @@ def optimizer_step(
     readings: Readings = {}
     with ExitStack() as stack:
         # no adapter changes before the optimizer's step
-        for network in model.residency.networks_there(model.with_dora):
+        networks = model.residency.networks_there(model.with_dora) if model.with_dora else ()
+        for network in networks:
             stack.enter_context(injection.cache_dora_norms(network))
         for x in inputs:
             if x.dropout_keys is not None:
