@@ -345,6 +345,13 @@ class ModelConfig:
     """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
+    """Form in which the linear layers of the denoiser's blocks (and of T5) are stored: fp8 and int8
+    take half of bf16, int4 (NF4, as in QLoRA) about a quarter; they are unpacked as they are used.
+    Files that are written fit the model as it is (extra: torchao)."""
+    stream: bool = False
+    """Keep the denoiser's blocks in host memory and copy each to the device for its turn: at most
+    two are there. Slower; training needs --gradient-checkpointing."""
     threads: Annotated[int, AtLeast(0)] = 0
     """CPU threads; 0: torch's choice."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_core import distributed, formats, tokens
-from lora_core.adapters import custom_files, injection
+from lora_core.adapters import custom_files
 from lora_core.adapters.kinds import KINDS
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
@@ -24,7 +24,7 @@ from lora_core.errors import UserError
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-from training import config_checks, learned_tokens, nonfinite, processes
+from training import base_weights, config_checks, learned_tokens, nonfinite, processes
 from training.log import Log
 from training.run_identity import (
     EMPTY_IDENTITY,
@@ -168,13 +168,11 @@ class Checkpoints:
         """
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
+        adapted = model.adapted if model.has_factors else {}
         reads_base = self.config.adapter.kind not in KINDS  # a kind of the user's may
         with model.residency.trained_together() if reads_base else nullcontext():
-            for name, module in model.adapted.items() if model.has_factors else ():
-                updates[name] = {
-                    layout.published(name, path): own
-                    for path, own in injection.adapter_updates(module).items()
-                }
+            for name, found in base_weights.updates_for_files(self.config, adapted).items():
+                updates[name] = {layout.published(name, path): own for path, own in found.items()}
         factors, dense = split_updates(updates)
         rows = {
             layout.encoders[name]: tokens.copy_token_rows(embedding)

@@ -28,6 +28,7 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
+from training.base_weights import check_base_weights
 from training.group_checks import check_groups, check_schedules, stage_schedules
 from training.mask_files import parse_segmenter
 from training.optimizer_check import try_optimizer
@@ -202,6 +203,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)
     check_groups(c)
+    check_base_weights(c)
     _check_effects(c)
     c.data.check_combination()
     c.adapter.check_combination()

@@ -214,21 +214,34 @@ def open_residency(config: Config, family: Family, device: torch.device) -> Resi
 
 def leaves_device(config: Config, device: torch.device) -> bool:
     """Whether the networks of a run leave the device while they do not work."""
-    return config.offload and device.type != "cpu" and not config.family
+    return config.offload and device.type != "cpu" and not reason_to_stay(config)
 
 
-def loading_device(config: Config, device: torch.device) -> torch.device:
+def reason_to_stay(config: Config) -> str:
+    """The option with which networks stay on the device; "" for none.
+
+    A family of the user's own may read any network in any method; packed and streamed weights have
+    places of their own.
+    """
+    if config.quantize != "none":
+        return f"--quantize {config.quantize}"
+    if config.stream:
+        return "--stream"
+    return f"--family {config.family}" if config.family else ""
+
+
+def choose_loading_device(config: Config, device: torch.device) -> torch.device:
     """Where the weights are loaded. Raises UserError for --no-offload where nothing could leave.
 
-    Prints a line for a family of the user's own, whose methods may read any of its networks.
+    Prints a line for an option with which nothing leaves.
     """
     if device.type == "cpu" and not config.offload:
         raise UserError(
             "--no-offload has no effect on the CPU, where all networks are in one memory; leave "
             "it out"
         )
-    if config.family and config.offload and device.type != "cpu":
-        print(f"--family {config.family}: its networks stay on the GPU, as with --no-offload")
+    if reason_to_stay(config) and config.offload and device.type != "cpu":
+        print(f"{reason_to_stay(config)}: text encoders and VAE stay on the GPU, too")
     return HOST if leaves_device(config, device) else device
 
 

@@ -36,7 +36,9 @@ from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout
+from models.placement import loading_device
 from training import (
+    base_weights,
     class_images,
     config_checks,
     cuda_graph,
@@ -48,7 +50,7 @@ from training import (
     starting_lora,
 )
 from training.placed_family import place_family
-from training.residency import Residency, loading_device
+from training.residency import Residency, choose_loading_device
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 
@@ -331,7 +333,7 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
         config, read_layout(config.model, config.model_config, config.family)
     )
     device = choose_device(config.device)
-    family = _open_family(config, loading_device(config, device))
+    family = _open_family(config, choose_loading_device(config, device))
     identity = model_identity(family.modules, family.schedule, family.prediction)
     objective = _describe_loss(config, family, weights_itself=weights_itself)
     print(objective)
@@ -341,6 +343,7 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     adapted = adapters.adapted
     placeholders, embeddings = learned_tokens.install_run_tokens(config, family, encoders)
     starting_lora.load_start(config, family, adapted, placeholders, embeddings)
+    base_weights.place_model(config, family, device)
     model = Model(
         family=family,
         device=device,
@@ -348,7 +351,7 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
         denoiser=family.modules[family.denoiser],
         encoders=encoders,
         adapted=adapted,
-        with_dora=tuple(filter(injection.has_dora, adapted.values())),
+        with_dora=base_weights.networks_with_dora(config, family, adapted),
         has_factors=adapters.has_factors,
         placeholders=placeholders,
         embeddings=embeddings,
@@ -377,7 +380,7 @@ def _open_family(config: Config, device: torch.device) -> Family:
     n = config.noise
     options = LoadOptions(
         DTYPES[config.precision],
-        device,
+        loading_device(device, config.quantize, stream=config.stream),
         config.vae,
         None if config.vae_precision == "fp32" else DTYPES[config.vae_precision],
         scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
