@@ -116,7 +116,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
         run = stack.enter_context(processes.open_run(config))
         samples = SampleImages(config, data, model, optimization)
-        data = setup.add_class_images(config, data, run, samples.draw_class_image)
+        data = setup.add_class_images(config, data, run, samples.draw_class_images)
         checkpoints = Checkpoints(run, config, data, model, optimization)
         start = checkpoints.restore(began)
         setup.describe_start(config, data, model, run)
@@ -129,7 +129,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         with signals.deferred() as stop, log.progress(start):
             for stage, first, begin, last in remaining_stages(config.stages, start):
                 begin_stage(stage, config, model, optimization)
-                source.begin_stage()
+                source.begin_stage(stage, range(begin, last))
                 advance = partial(optimizer_step, functions, stage, config, model, optimization)
                 for number, batch in enumerate(data.batches(config, begin, last), begin):
                     check = number == begin  # reads values back: in a stage's first step only

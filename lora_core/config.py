@@ -119,8 +119,8 @@ class DataConfig(ImageSettings):
     cannot be read, a name in metadata.jsonl without a file) and print them; otherwise the first one
     is an error."""
     cache: str = ""
-    """Folder that keeps encoded latents between runs, and which image files were checked; empty:
-    memory only."""
+    """Folder that keeps encoded latents, captions where no text trains, and which image files were
+    checked; many runs and processes may share it. Empty: memory only."""
     workers: Annotated[int, AtLeast(0)] = 0
     """Threads that load images ahead of the loop; any number gives the same bits."""
 
@@ -395,6 +395,10 @@ class Config(ModelConfig):
     """On an NVIDIA GPU replay forward, backward, clipping and optimizer as one CUDA graph, captured
     once for each stage and image size: no launch costs. With adamw or prodigy, and losses that do
     the same in each step."""
+    offload: bool = True
+    """On a GPU keep each network there only while it works: text encoders and VAE leave once their
+    results are cached, and all take turns for samples and validation. Costs host memory for the
+    frozen weights, and the seconds that copying them takes; with --no-offload all stay."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     from_lora: str = ""

@@ -50,6 +50,11 @@ def process_rank() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
+def process_slice() -> slice:
+    """Every n-th item of a sequence, from this process's number on."""
+    return slice(process_rank(), None, process_count())
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return process_rank() == 0

@@ -104,6 +104,7 @@ class Flux:
     embeds_sizes = False
     spacing: Spacing = "trailing"  # unused: a flow has one layout of its timesteps
     offset = 0  # unused
+    working_device: torch.device | None = None  # of networks that come there to work
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ class Flux:
     @property
     def device(self) -> torch.device:
         # diffusers' own property looks at every module
-        return self.transformer.x_embedder.weight.device
+        return self.working_device or self.transformer.x_embedder.weight.device
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return flux_schedule(self.scheduler, (height // PATCH) * (width // PATCH))
@@ -163,11 +164,7 @@ class Flux:
         ids = tokenize_prompts(first, prompts, read_prompt_length(first), checked["text_encoder"])
         t5 = tokenize_prompts(second, prompts, self.length, checked["text_encoder_2"])
         end = first_eos(ids, first.eos_token_id)
-        return {
-            "clip": ids.to(self.clip.device),
-            "end": end.to(self.clip.device),
-            "t5": t5.to(self.t5.device),
-        }
+        return {"clip": ids.to(self.device), "end": end.to(self.device), "t5": t5.to(self.device)}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """T5's last hidden state [b, length, d] and CLIP's vector at the first end-of-text token.

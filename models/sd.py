@@ -81,6 +81,7 @@ class StableDiffusion:
     distilled_guidance = False
     embeds_sizes = False
     zeros: tuple[str, ...] = ()
+    working_device: torch.device | None = None  # of networks that come there to work
 
     def __init__(
         self,
@@ -119,7 +120,8 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device  # diffusers' own property looks at every module
+        # diffusers' own property looks at every module
+        return self.working_device or self.unet.conv_in.weight.device
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return self.schedule
@@ -136,7 +138,7 @@ class StableDiffusion:
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         length = read_prompt_length(self.tokenizer)
         ids = tokenize_prompts(self.tokenizer, prompts, length, self.checked_prompts)
-        return {"ids": ids.to(self.text_encoder.device)}
+        return {"ids": ids.to(self.device)}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """Last hidden state after the final norm, as in every SD pipeline at inference.

@@ -47,6 +47,8 @@ def options(cls: type, before: str = "") -> Iterator[tuple[str, Any]]:
             yield from options(Stage, f"{name}.0.")
         else:
             yield name, kind
+            if kind is bool:
+                yield f"{before}no-{field.name.replace('_', '-')}", kind
 
 
 def choices(kind: Any) -> tuple[str, ...]:

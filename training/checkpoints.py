@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_core import distributed, formats, tokens
 from lora_core.adapters import custom_files
+from lora_core.adapters.kinds import KINDS
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
@@ -173,8 +174,10 @@ class Checkpoints:
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
         adapted = model.adapted if model.has_factors else {}
-        for name, found in base_weights.updates_for_files(self.config, adapted).items():
-            updates[name] = {layout.published(name, path): own for path, own in found.items()}
+        reads_base = self.config.adapter.kind not in KINDS  # a kind of the user's may
+        with model.residency.trained_together() if reads_base else nullcontext():
+            for name, found in base_weights.updates_for_files(self.config, adapted).items():
+                updates[name] = {layout.published(name, path): own for path, own in found.items()}
         factors, dense = split_updates(updates)
         rows = {
             layout.encoders[name]: tokens.copy_token_rows(embedding)

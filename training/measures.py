@@ -23,7 +23,7 @@ from lora_core.kernels.reference import wide_dtype
 from lora_core.plugins import check_call, explain_errors, find_plugin, function_name
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
 from training.step import Loss, Step
-from training.step_inputs import InputSource, make_step_inputs
+from training.step_inputs import InputSource, list_visits, make_step_inputs
 from training.trained_runs import TrainedRun, find_trained_run, open_trained_run
 
 RECORDED, CLIP = "loss", "clip:"
@@ -152,6 +152,9 @@ def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
     reads_attention = getattr(loss, "reads_attention", False)
     source = InputSource(config, data, model, reads_attention=reads_attention)
     v = config.validation
+    if model.residency.moves:
+        with model.evaluating():
+            source.encode_ahead(list_visits(config, data, range(len(images))))
 
     def score_batch(indices: range) -> list[Score]:
         batch = collate([images.example(i, 0) for i in indices])

@@ -62,7 +62,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     if not run.writes:
         _draw_share(samples, run, done)
         return run.folder
-    with checkpoints.optimization.averaged():
+    with checkpoints.optimization.averaged(), model.residency.trained_together():
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
         dora_errors = _reader_errors(model, files)

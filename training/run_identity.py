@@ -45,6 +45,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "data.workers": COMPUTED_BY,
     "data.cache": COMPUTED_BY,
     "threads": COMPUTED_BY,
+    "offload": COMPUTED_BY,
     "device": ROUNDING,
     "compile": ROUNDING,
     "cuda_graph": ROUNDING,

@@ -49,6 +49,8 @@ from training import (
     starting_lora,
     training_images,
 )
+from training.placed_family import place_family
+from training.residency import Residency, choose_loading_device
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 from training.skipped_steps import SkippedSteps
@@ -81,7 +83,7 @@ class Data:
             start=start,
             stop=stop,
             workers=config.data.workers,
-            share=slice(distributed.process_rank(), None, distributed.process_count()),
+            share=distributed.process_slice(),
         )
 
 
@@ -91,6 +93,7 @@ class Model:
 
     family: Family
     device: torch.device
+    residency: Residency  # the networks that are on the device
     denoiser: nn.Module
     encoders: dict[str, nn.Module]  # component -> text encoder
     adapted: dict[str, nn.Module]  # component -> network with adapters
@@ -116,6 +119,14 @@ class Model:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout, and networks take turns on the device; the training mode and
+        what a step reads come back afterwards.
+        """
+        with self.residency.in_turns(), self.frozen():
+            yield
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
         """No gradients and no dropout; the training mode comes back afterwards."""
         before = [module.training for module in self.networks]
         try:
@@ -265,10 +276,10 @@ def _check_words(config: Config, records: Sequence[dataset.Record]) -> None:
 
 
 def add_class_images(
-    config: Config, data: Data, run: Run, draw: Callable[[int], Image.Image]
+    config: Config, data: Data, run: Run, draw: Callable[[Sequence[int]], list[Image.Image]]
 ) -> Data:
     """The data with the class images of prior preservation, if the config has a class prompt.
-    Missing images are generated: `draw` takes a seed and returns the base model's image.
+    Missing images are generated: `draw` takes seeds and gives the base model's images.
     """
     found = class_images.open_class_images(config.prior, run.folder, data.training, draw)
     return replace(data, class_images=found)
@@ -293,10 +304,11 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
         config, read_layout(config.model, config.model_config, config.family)
     )
     device = choose_device(config.device)
-    family = _open_family(config, device)
+    family = _open_family(config, choose_loading_device(config, device))
     identity = model_identity(family.modules, family.schedule, family.prediction)
     objective = _describe_loss(config, family, weights_itself=weights_itself)
     print(objective)
+    family, residency = place_family(config, family, plan, device)
     encoders = {name: family.modules[name] for name in family.tokenizers}
     adapters = run_adapters.inject_run_adapters(config, family, plan)
     adapted = adapters.adapted
@@ -306,6 +318,7 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     model = Model(
         family=family,
         device=device,
+        residency=residency,
         denoiser=family.modules[family.denoiser],
         encoders=encoders,
         adapted=adapted,

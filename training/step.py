@@ -158,7 +158,9 @@ def optimizer_step(
     total = torch.zeros((), device=model.device)
     readings: Readings = {}
     with ExitStack() as stack:
-        for network in model.with_dora:  # no adapter changes before the optimizer's step
+        # no adapter changes before the optimizer's step
+        networks = model.residency.networks_there(model.with_dora) if model.with_dora else ()
+        for network in networks:
             stack.enter_context(injection.cache_dora_norms(network))
         for x in inputs:
             if x.dropout_keys is not None:
