@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import laws, timing
 from benchmarks.candidates import CandidateError
 from benchmarks.cases import Case, Setting, copy_arguments, has_plain_arguments, trained_tensors
-from benchmarks.counting import Counter, saved_activations, touched_bytes
+from benchmarks.counting import Counter, touched_bytes
 from lora_core import kernels
 from lora_core.kernels import OPS
 

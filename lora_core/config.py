@@ -57,6 +57,7 @@ SegmenterWords = NewType("SegmenterWords", str)  # clipseg:WORDS or clipseg@MODE
 FoundMasks = Literal["none", "file", "alpha", "auto", "any"]
 MaskSource = FoundMasks | SegmenterWords
 Group = Literal["denoiser", "text_encoder", "tokens"]
+Checkpointing = Literal["none", "blocks", "all"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
 
@@ -373,8 +374,10 @@ class Config(ModelConfig):
     """On an NVIDIA GPU replay forward, backward, clipping and optimizer as one CUDA graph, captured
     once for each stage and image size: no launch costs. With adamw or prodigy, and losses that do
     the same in each step."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Checkpointing = "none"
+    """Recompute activations in the backward pass: less memory, about a third more time. blocks:
+    those of the denoiser's blocks; all: those of the text encoders' layers, too, which are kept
+    only where a text encoder or tokens train."""
     from_lora: str = ""
     """LoRA file or run folder that training starts from, in any format that is read here: its
     update, its ranks and alphas, and the learned tokens of words that both have."""

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.counting import Counter, as_cuda, saved_activations
+from benchmarks.counting import Counter
 from lora_core import kernels
+from lora_core.cuda_operators import as_cuda
+from lora_core.saved_tensors import saved_activations
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
