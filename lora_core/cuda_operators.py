@@ -5,6 +5,7 @@ For counting what a step saves, allocates and launches on a GPU without one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,35 @@ def has_meta_autocast() -> bool:
 _active: list[bool] = []
 
 
+# ---------------------------------------------------------------- memory inside an operator
+
+
+def _attention_workspace(grad: Tensor, query: Tensor, *_: Any, **__: Any) -> int:
+    """The gradient of the queries [b, h, s, d] in fp32 and one number a query, which the backward
+    of flash and of memory-efficient attention sums up (arXiv 2205.14135, B.4).
+    """
+    return 4 * (query.numel() + math.prod(query.shape[:-1]))
+
+
+def _convolution_workspace(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """cuDNN's copy of an input [b, c, h, w] with channels first into its own layout, and as much
+    for the output, which has about as many pixels as the input or less. Nothing for channels last
+    and for 1x1 convolutions, which need no copy.
+    """
+    if x.ndim != 4 or weight.shape[2:].numel() == 1:
+        return 0
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return 0
+    return x.element_size() * x.shape[0] * x.shape[2:].numel() * sum(weight.shape[:2])
+
+
+WORKSPACES = {  # aten operator -> bytes that CUDA's libraries take while it runs, an estimate
+    "_scaled_dot_product_flash_attention_backward": _attention_workspace,
+    "_scaled_dot_product_efficient_attention_backward": _attention_workspace,
+    "convolution": _convolution_workspace,
+}
+
+
 # ---------------------------------------------------------------- autocast
 
 # What torch.autocast does to the arguments of the operators that are used here, on CUDA:
@@ -112,6 +142,9 @@ class _AsCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            with self:  # torch leaves it in here, and checkpointing recomputes in the backward
+                return _run_backward(*args, **kwargs)
         if self.cast.dtype is not None and func in CASTS_DOWN:
             args, kwargs = _cast_tensors((args, kwargs), self.cast.dtype)
         elif self.cast.dtype is not None and func in CASTS_UP:
@@ -121,6 +154,19 @@ class _AsCuda(TorchFunctionMode):
         if func in (F.rms_norm, torch.rms_norm):
             return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _run_backward(
+    root: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
+    create_graph: bool = False, inputs: Any = None,
+) -> None:  # fmt: skip
+    """Tensor.backward by the engine alone: torch's own functions would call the mode again."""
+    first = torch.ones_like(root) if gradient is None else gradient
+    keeps = create_graph if retain_graph is None else retain_graph
+    torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        (root,), (first,), keeps, create_graph, tuple(inputs or ()),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip
 
 
 def _cast_tensors(arguments: Any, dtype: torch.dtype) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +25,13 @@ class LiveTensors(TorchDispatchMode):
         self.transient = transient or {}
         self.sizes: dict[int, int] = {}  # storage -> bytes
         self.live = 0  # bytes now
-        self.peak = 0  # largest `live`, with the transient bytes of an operator
-        self.peak_of = ""  # the operator that ran then
+        self.peak = 0  # largest `live`
+        self.peak_inside = 0  # largest `live` with the transient bytes of an operator
+        self.shapes = _SHAPES
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        reads_meta = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
-        out = 1.0 if reads_meta else func(*args, **kwargs)
+        out = self.shapes.call(func, args, kwargs)
         name = func._schema.name.partition("::")[2]
         aliases = [result.alias_info is not None for result in func._schema.returns]
         if not aliases or not all(aliases):
@@ -40,8 +39,8 @@ class LiveTensors(TorchDispatchMode):
                 if isinstance(leaf, Tensor):
                     self.add(leaf)
         more = self.transient[name](*args, **kwargs) if name in self.transient else 0
-        if self.live + more > self.peak:
-            self.peak, self.peak_of = self.live + more, name
+        self.peak = max(self.peak, self.live)
+        self.peak_inside = max(self.peak_inside, self.live + more)
         return out
 
     def add(self, tensor: Tensor) -> None:
@@ -57,6 +56,84 @@ class LiveTensors(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
+class ResultShapes:
+    """Results of operators on the meta device, remembered by the shapes of their arguments: torch
+    derives them in Python, which takes most of the time of a step there (SDXL: 10 of 13 s).
+    """
+
+    def __init__(self) -> None:
+        # operator and arguments -> (size, stride, dtype) of each result; None: not to be remembered
+        self.known: dict[Any, tuple[Any, ...] | None] = {}
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """func(*args, **kwargs); a number that is read from the meta device is 1."""
+        schema = func._schema
+        if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in _leaves(args)):
+            return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        if not schema.returns:
+            return None  # an operator that only writes: nothing is written here
+        if any(result.alias_info is not None for result in schema.returns):
+            return func(*args, **kwargs)
+        key = _argument_key((func, args, kwargs))
+        if key is None:
+            return func(*args, **kwargs)
+        if key not in self.known:
+            out = func(*args, **kwargs)
+            self.known[key] = _result_shapes(out, args)
+            return out
+        shapes = self.known[key]
+        if shapes is None:
+            return func(*args, **kwargs)
+        made = [own and torch.empty_strided(*own[:2], dtype=own[2], device="meta") for own in shapes]
+        return made[0] if len(schema.returns) == 1 else tuple(made)
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _argument_key(value: Any) -> Any:
+    """A hashable form of arguments, tensors by their shapes; None for what has none."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        parts = [_argument_key(part) for part in value]
+        missing = [part is None and own is not None for part, own in zip(parts, value)]
+        return None if any(missing) else (len(parts), *parts)
+    if isinstance(value, dict):
+        return _argument_key([part for item in sorted(value.items()) for part in item])
+    try:
+        hash(value)
+    except TypeError:
+        return None
+    return type(value), value
+
+
+def _result_shapes(out: Any, args: Any) -> tuple[Any, ...] | None:
+    """(size, stride, dtype) of each result, None for one that is missing; None where a result is
+    no new tensor of its own on the meta device.
+    """
+    results = out if isinstance(out, tuple) else (out,)
+    given = [leaf.untyped_storage()._cdata for leaf in _leaves(args) if isinstance(leaf, Tensor)]
+    found: list[Any] = []
+    for result in results:
+        if result is None:
+            found.append(None)
+        elif not isinstance(result, Tensor) or not result.is_meta:
+            return None
+        elif result.untyped_storage()._cdata in given:
+            return None
+        else:
+            found.append((tuple(result.shape), result.stride(), result.dtype))
+    return tuple(found)
+
+
 def tensor_bytes(tensors: Any) -> int:
     """Bytes of the distinct storages of all tensors in a tree."""
     sizes = {}
@@ -67,14 +144,4 @@ def tensor_bytes(tensors: Any) -> int:
     return sum(sizes.values())
 
 
-def flash_backward_bytes(grad: Tensor, query: Tensor, *_: Any, **__: Any) -> int:
-    """Bytes that the backward of flash or memory-efficient attention needs for a moment: the
-    gradient of the queries [b, h, s, d] in fp32 and one number a query (arXiv 2205.14135, B.4).
-    """
-    return 4 * (query.numel() + math.prod(query.shape[:-1]))
-
-
-ATTENTION_BACKWARD = {
-    "_scaled_dot_product_flash_attention_backward": flash_backward_bytes,
-    "_scaled_dot_product_efficient_attention_backward": flash_backward_bytes,
-}
+_SHAPES = ResultShapes()  # of this process: the shapes depend on nothing else

@@ -201,7 +201,7 @@ def freeze_network(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):
+        elif isinstance(vars(module).get("dropout"), float):
             module.dropout = 0.0  # type: ignore[assignment]
 
 
