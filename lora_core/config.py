@@ -374,12 +374,6 @@ class Config(ModelConfig):
     """On an NVIDIA GPU replay forward, backward, clipping and optimizer as one CUDA graph, captured
     once for each stage and image size: no launch costs. With adamw or prodigy, and losses that do
     the same in each step."""
-    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
-    """x"""
-    stream: bool = False
-    """x"""
-    offload: bool = True
-    """x"""
     gradient_checkpointing: Checkpointing = "none"
     """Recompute activations in the backward pass: less memory, about a third more time. blocks:
     those of the denoiser's blocks; all: those of the text encoders' layers, too, which are kept

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lora_core.escaped_output import escape_surrogates, escaped_output, one_line
-from lora_core.memory_errors import describe_shortage, is_out_of_memory, read_shortage
+from lora_core.memory_errors import is_out_of_memory
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
@@ -71,8 +71,8 @@ def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = describe_shortage(read_shortage(error))
-        print_error(f"error: there is not enough memory for this: {reason}; {undone}")
+        reason = str(error) and f" ({first_line(error).rpartition('Allocator: ')[2]})"
+        print_error(f"error: there is not enough memory for this{reason}; {undone}")
         return 2
     except KeyboardInterrupt as stop:
         print_error(f"interrupted: {str(stop) or undone}")
