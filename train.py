@@ -54,7 +54,15 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import comparing, memory_advice, plan_table, results, setup, starting_lora
+from training import (
+    comparing,
+    memory_advice,
+    plan_table,
+    processes,
+    results,
+    setup,
+    starting_lora,
+)
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -108,13 +116,14 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
     began = time.perf_counter()
     config, functions = resolve_functions(config, loss, step)
     with Signals() as signals, ExitStack() as stack:
+        config = stack.enter_context(processes.join_run(config))
         setup.check_before_opening(config, functions.loss, functions.own_step)
         config = starting_lora.resolve_start(config)
         data = setup.open_data(config)
         model = setup.open_model(config, weights_itself=functions.weights_itself)
         setup.check_captions(data, model)
         optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
-        run = stack.enter_context(setup.open_run(config))
+        run = stack.enter_context(processes.open_run(config))
         samples = SampleImages(config, data, model, optimization)
         data = setup.add_class_images(config, data, run, samples.draw_class_image)
         checkpoints = Checkpoints(run, config, data, model, optimization)
@@ -146,7 +155,9 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):
                         save_sample_grid(samples, run, done)
-                    if stop or is_due(done, config.save_every):  # last: all before it is done
+                    if stop.received() or is_due(
+                        done, config.save_every
+                    ):  # last: all before it is done
                         checkpoints.write(done, log)
                     stop.raise_if_received()
         return results.finish_run(log, checkpoints, scorer, samples)
@@ -214,7 +225,9 @@ def run_train_command(words: list[str]) -> None:
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
     resolve = functools.partial(resolve_functions, config, None, training_step)
     with memory_advice.explained(config, resolve):
-        print(f"done: {train(config)}")
+        folder = train(config)
+    if processes.is_first():
+        print(f"done: {folder}")
 
 
 if __name__ == "__main__":

@@ -345,6 +345,13 @@ class ModelConfig:
     """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
+    """Form in which the linear layers of the denoiser's blocks (and of T5) are stored: fp8 and int8
+    take half of bf16, int4 (NF4, as in QLoRA) about a quarter; they are unpacked as they are used.
+    Files that are written fit the model as it is (extra: torchao)."""
+    stream: bool = False
+    """Keep the denoiser's blocks in host memory and copy each to the device for its turn: at most
+    two are there. Slower; training needs --gradient-checkpointing."""
     threads: Annotated[int, AtLeast(0)] = 0
     """CPU threads; 0: torch's choice."""
 
@@ -365,6 +372,9 @@ class Config(ModelConfig):
     """Images in one forward pass; with --data.pairs, pairs."""
     accumulation: Annotated[int, AtLeast(1)] = 1
     """Forward passes for one step; batch 2 x 2 gives the numbers of batch 4."""
+    processes: Annotated[int, AtLeast(0)] = 0
+    """Processes that a step has images for: batch_size x accumulation for each of them, however
+    many compute them. 0: as many as torchrun started, in a resumed run as it began."""
     autocast: bool = False
     """Matrix products in bf16 while the weights keep their precision (torch.autocast)."""
     compile: bool = False
@@ -436,6 +446,16 @@ class Config(ModelConfig):
     def steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward passes of a step, those of all processes together."""
+        return self.accumulation * max(1, self.processes)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images (with --data.pairs, pairs) of a step, class images not counted."""
+        return self.batch_size * self.passes_per_step
 
     @property
     def recorded(self) -> Config:

@@ -12,6 +12,7 @@ weight for the backward of every layer, which takes the memory that was saved.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,28 +86,21 @@ class Packing:
 
 
 def pack_weight(weight: Tensor, quantize: Quantize) -> tuple[Packing, list[Tensor]]:
-    """(form, tensors) of a weight [out, in] in fp32, bf16 or fp16, packed on its device. Raises
-    UserError without torchao.
-    """
+    """(form, tensors) of a weight [out, in] in fp32, bf16 or fp16, packed on its device."""
     packed = _torchao_packer(quantize)(weight.detach().contiguous())
     names, context = packed.__tensor_flatten__()
     packing = Packing(type(packed), context, tuple(names), weight.shape)
     return packing, [getattr(packed, name) for name in names]
 
 
-def check_torchao(quantize: Quantize) -> None:
-    """Raises UserError where torchao is not installed, for all but "none"."""
-    if quantize != "none":
-        _torchao_packer(quantize)
+def check_installed(quantize: Quantize) -> None:
+    """Raises UserError where torchao is needed and not installed; does not import it."""
+    if quantize != "none" and importlib.util.find_spec("torchao") is None:
+        raise UserError(f"--quantize {quantize} needs the package torchao: pip install torchao")
 
 
 def _torchao_packer(quantize: Quantize) -> Callable[[Tensor], Any]:
-    try:
-        from torchao import quantization
-    except ImportError as error:
-        raise UserError(
-            f"--quantize {quantize} needs the package torchao: pip install torchao"
-        ) from error
+    from torchao import quantization  # an extra, and slow to import
 
     def pack(weight: Tensor) -> Any:
         if quantize == "fp8":
@@ -142,7 +136,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def packed(self) -> list[Tensor]:
         """The tensors of the weight, as `packing` names them."""
-        return [self._buffers[f"packed_{name}"] for name in self.packing.names]  # type: ignore[misc]
+        return [getattr(self, f"packed_{name}") for name in self.packing.names]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -5,6 +5,7 @@ The public names are loaded when they are first used: `import models.known` impo
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from lora_core import load_names_lazily
@@ -43,5 +44,10 @@ MODULES = {  # public name -> its module
     **dict.fromkeys(TYPES, "lora_core.family"),
     "Layout": "lora_core.formats.layout",
 }
+
+# Libraries that diffusers and transformers import where they are installed, and that warn then of
+# parts that they lack on this machine.
+for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 __getattr__ = load_names_lazily(__name__, MODULES)

@@ -6,6 +6,7 @@ A family's file is imported when a model of that family is opened.
 from __future__ import annotations
 
 import importlib
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
+from lora_core import distributed
 from lora_core.diffusion.noise import Schedule
 from lora_core.errors import UserError
 from lora_core.family import Family, FamilyFunctions, LoadOptions
@@ -21,6 +23,10 @@ from lora_core.formats.known_formats import is_single_file
 from lora_core.formats.layout import Layout
 from lora_core.plugins import find_plugin
 from models.components import read_json
+
+# diffusers 0.42 warns at import of classes that newer versions of torchao moved; it is not used for
+# files of torchao here.
+logging.getLogger("diffusers.quantizers.torchao").setLevel(logging.ERROR)
 
 DTYPES = {  # --precision
     "fp32": torch.float32,
@@ -108,12 +114,17 @@ def save_family(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is CUDA where there is one.
+    """The device of that name; auto is CUDA where there is one. Of several processes each has the
+    GPU of its number on its machine.
 
     Raises UserError when it cannot be used.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if distributed.process_count() == 1:
+            return torch.device(name)
+    if name == "cuda" and distributed.process_count() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:

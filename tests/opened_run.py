@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import train
 from lora_core.config import Config
 from lora_core.runs.run_folder import Run
-from training import setup, starting_lora
+from training import processes, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.log import Log
 from training.samples import SampleImages
@@ -54,7 +54,7 @@ def open_parts(config: Config) -> OpenedRun:
     setup.check_captions(data, model)
     optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
     with ExitStack() as stack:
-        run = stack.enter_context(setup.open_run(config))
+        run = stack.enter_context(processes.open_run(config))
         samples = SampleImages(config, data, model, optimization)
         data = setup.add_class_images(config, data, run, samples.draw_class_image)
         checkpoints = Checkpoints(run, config, data, model, optimization)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from infer import Infer
 from lora_core.config import Config, Stage
@@ -66,7 +67,15 @@ def merge_flags() -> Iterator[str]:
 CONFIG = dict(options(Config))
 TAKEN = CONFIG | dict(options(Infer)) | dict(options(CompareRuns))
 TAKEN |= dict.fromkeys(merge_flags(), str)
+# The launcher's own flags, in the sentences of the two files that speak of it.
+TORCHRUN = {
+    flag.removeprefix("--")
+    for action in get_args_parser()._actions
+    for flag in action.option_strings
+}
 READ_BY_HAND = {
+    "distributed.py": TORCHRUN,
+    "processes.py": TORCHRUN,
     "train.py": {"compare", "list", "preview-density"},
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},

@@ -18,7 +18,6 @@ import train
 from lora_core.config import AdapterConfig, Config, DataConfig, Stage
 from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
-from lora_core.runs import lock
 from tests.conftest import merged, rows
 from training import config_checks, cuda_graph
 
@@ -37,40 +36,6 @@ def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(
         config_checks.check_config(replace(config, adapter=AdapterConfig(norm_grad="full")))
     with pytest.raises(UserError, match="finds no repeated blocks in Linear"):
         cuda_graph.compile_blocks(torch.nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize(
-    "environment, starter",
-    [
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "torchrun"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
-        ({"PMI_SIZE": "3"}, "mpiexec"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun"),
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "srun"),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun"),
-    ],
-)
-def test_several_ranks_are_refused(
-    config: Config, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], starter: str
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"{starter}.* started . processes .*python train.py alone"):
-        train.train(config)
-    assert not Path(config.out).exists()
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},
-        {"WORLD_SIZE": "1", "RANK": "0"},
-        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
-        {"WORLD_SIZE": ""},
-    ],
-)
-def test_one_rank_is_a_run(environment: dict[str, str]) -> None:
-    lock.check_single_process(environment)
 
 
 def test_push_targets_and_logins_are_tried_before_data_is_read(

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core import formats, tokens
-from lora_core.adapters import custom_files, injection
+from lora_core import distributed, formats, tokens
+from lora_core.adapters import custom_files
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-from training import config_checks, learned_tokens, nonfinite
+from training import base_weights, config_checks, learned_tokens, nonfinite, processes
 from training.log import Log
 from training.run_identity import (
     EMPTY_IDENTITY,
     check_identity,
+    check_same_inputs,
     hide_image_names,
     identity_changes,
     run_identity,
@@ -74,13 +75,16 @@ class Checkpoints:
         are not finite.
         """
         self.began = began
+        check_same_inputs(self.identity)
         done = self._load()
         nonfinite.check_finite_state(self.model, self.optimization, done, self.run)
         return done
 
     def _load(self) -> int:
         """Puts the newest checkpoint into the model and the optimizer; returns its step."""
-        found = self.run.load_checkpoint() if self.config.resume else None
+        found = None
+        if self.config.resume:
+            found = distributed.read_once(self.run.load_checkpoint)
         if found is None:
             if self.config.resume:
                 print(f"there is no checkpoint in {self.run.folder} yet: the run begins at step 0")
@@ -101,7 +105,8 @@ class Checkpoints:
         if average is not None:
             average.load_state_dict(tree["average"])
         self.began -= tree["seconds"]
-        self._write_missing_files(found.step)
+        if self.run.writes:
+            self._write_missing_files(found.step)
         print(f"resumed after step {found.step}")
         return found.step
 
@@ -136,6 +141,8 @@ class Checkpoints:
         """
         log.flush()
         nonfinite.check_finite_state(self.model, self.optimization, done, self.run)
+        if not self.run.writes:
+            return
         scaler, average = self.optimization.scaler, self.optimization.average
         tree = {
             "groups": self.model.groups,
@@ -160,11 +167,9 @@ class Checkpoints:
         """
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
-        for name, module in model.adapted.items() if model.has_factors else ():
-            updates[name] = {
-                layout.published(name, path): own
-                for path, own in injection.adapter_updates(module).items()
-            }
+        adapted = model.adapted if model.has_factors else {}
+        for name, found in base_weights.updates_for_files(self.config, adapted).items():
+            updates[name] = {layout.published(name, path): own for path, own in found.items()}
         factors, dense = split_updates(updates)
         rows = {
             layout.encoders[name]: tokens.copy_token_rows(embedding)
@@ -200,7 +205,8 @@ class Checkpoints:
         if only := config_checks.rerun_reason(self.config):
             return f"{kept}; go on from Python with resume=True and config.toml, {only}"
         file = str(Path(self.config.out) / "config.toml")
-        return f"{kept}, go on with: {shlex.join(['python', 'train.py', file, '--resume'])}"
+        command = [*processes.launch_words(), "train.py", file, "--resume"]
+        return f"{kept}, go on with: {shlex.join(command)}"
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
         """Load a saved optimizer state, keeping the settings of this config."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from lora_core import distributed
 from lora_core.config import PriorConfig
 from lora_core.data import dataset
 from lora_core.data.dataset import ImageDataset
@@ -45,7 +46,8 @@ def open_class_images(
     if not prior.prompt:
         return None
     folder = Path(prior.images) if prior.images else run_folder / "class_images"
-    folder.mkdir(parents=True, exist_ok=True)
+    with distributed.main_process_first():
+        folder.mkdir(parents=True, exist_ok=True)
     place, there = folder_for_new_images(folder)
     if there > prior.count:
         print(
@@ -53,9 +55,15 @@ def open_class_images(
             f"--prior.count {prior.count} is the least number"
         )
     missing = [seed for seed in range(prior.count) if not _image_file(place, seed).exists()]
-    missing = missing[: max(0, prior.count - there)]
-    for seed in tqdm(missing, desc="class images", disable=hides_progress()):
-        save_png(draw(seed), _image_file(place, seed))
+    missing = distributed.read_once(lambda: missing[: max(0, prior.count - there)])
+    at_once = distributed.process_count()  # each process draws one
+    rounds = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
+    for seeds in tqdm(rounds, desc="class images", disable=hides_progress()):
+        drawn = distributed.gather_shares([draw(seed) for seed in distributed.take_share(seeds)])
+        if distributed.is_main_process():
+            for seed, image in zip(seeds, drawn):
+                save_png(image, _image_file(place, seed))
+    distributed.wait_for_all()
     records = dataset.scan_folder(
         folder, captions="one", caption=prior.prompt, masks="none", is_prior=True
     )

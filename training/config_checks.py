@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import operator
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_core import kernels
+from lora_core import distributed, kernels
 from lora_core.config import GROUPS, Config, Stage
 from lora_core.diffusion import densities, losses, sampling
 from lora_core.errors import UserError
@@ -29,6 +28,7 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
+from training.base_weights import check_base_weights
 from training.group_checks import check_groups, check_schedules, stage_schedules
 from training.mask_files import parse_segmenter
 from training.optimizer_check import try_optimizer
@@ -174,10 +174,9 @@ def _check_effects(c: Config) -> None:
 
 
 def check_startup(c: Config) -> None:
-    """All checks that need neither data nor weights: several processes for one run, options, the
-    run's folder, logins. Raises UserError.
+    """All checks that need neither data nor weights: options, the run's folder, logins. Raises
+    UserError.
     """
-    lock.check_single_process(os.environ)
     check_config(c)
     check_run_folder(c)
     check_services(c)
@@ -204,6 +203,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)
     check_groups(c)
+    check_base_weights(c)
     _check_effects(c)
     c.data.check_combination()
     c.adapter.check_combination()
@@ -356,8 +356,10 @@ def _flag(name: str) -> str:
 
 def check_run_folder(c: Config) -> None:
     """Raises UserError where the run cannot be written to OUT, or where writing would change files
-    that do not belong to a run; changes nothing itself.
+    that do not belong to a run; changes nothing itself. Only the first process of a run writes.
     """
+    if not distributed.is_main_process():
+        return
     table = to_table(c)
     given = {_flag(name): _look_up(table, name) for name in INPUT_PATHS}
     if c.overwrite:
@@ -457,11 +459,14 @@ def check_declared_needs(c: Config, loss: Callable[..., Any], name: str) -> None
             f"--weighting {c.weighting} would weight the loss {name} by noise level, which says of "
             f'itself {name}.weighting = "none"; give --weighting none'
         )
-    if getattr(loss, "whole_batch", False) and c.accumulation > 1:
+    if getattr(loss, "whole_batch", False) and c.passes_per_step > 1:
+        several = f"--accumulation {c.accumulation} gives it"
+        if c.processes > 1:
+            several = f"{c.processes} processes have"
         raise UserError(
             f"{name} compares the images of a whole batch ({name}.whole_batch = True), and "
-            f"--accumulation {c.accumulation} gives it a part at a time; use --accumulation 1 and "
-            f"--batch-size {c.batch_size * c.accumulation}"
+            f"{several} a part at a time; use one process, --accumulation 1 and "
+            f"--batch-size {c.images_per_step}"
         )
 
 

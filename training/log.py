@@ -4,12 +4,16 @@ logged number is finite.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lora_core import distributed
 from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
@@ -32,14 +36,15 @@ class Log:
     def __init__(self, run: Run, config: Config, model: Model, optimization: Optimization) -> None:
         self.run, self.config, self.model = run, config, model
         self.optimizer, self.scaler = optimization.optimizer, optimization.scaler
-        self.book = LogBook(run, config.report, to_table(shared_config(config, run.folder)))
-        self.scores: dict[int, list[Score]] = {}  # steps done -> validation
-        if (run.folder / "val.jsonl").is_file():  # the run goes on
-            self.scores = validation.read_scores(run.folder)
+        report = config.report if run.writes else "none"
+        self.book = LogBook(run, report, to_table(shared_config(config, run.folder)))
+        # steps done -> validation, also from before the run was resumed
+        self.scores = distributed.read_once(partial(_known_scores, run.folder))
         self.skipped = nonfinite.SkippedSteps()
         if self.scaler is not None:
             self.skipped.total = int(self.scaler.skipped)
         self.inputs: Sequence[StepInputs] = ()  # of the newest step
+        self.logged: set[str] = set()  # names of the values that the loss logged
         self.bar = tqdm(disable=True)
 
     @contextmanager
@@ -60,6 +65,7 @@ class Log:
         """
         self.inputs = inputs
         values: dict[str, Any] = {"loss": result.loss, "grad_norm": result.norm, **result.readings}
+        self.logged.update(result.readings)
         groups = [g for g in self.optimizer.param_groups if g["name"] in stage.groups]
         for group in reversed(groups):  # the last one counts: with LoRA+ that of down
             values[f"lr_{group['name']}"] = group["rate"]
@@ -96,6 +102,7 @@ class Log:
         """Write and return the pending rows. Raises UserError for a value that is not finite,
         before a checkpoint could contain it.
         """
+        average_readings(self.book.waiting, self.logged)
         rows = self.book.flush()
         nonfinite.check_logged_values(
             rows, self.skipped, self.inputs, self.model, self.config, self.run
@@ -109,3 +116,21 @@ class Log:
                 distances[name] = f"{value:.2e}"
         mean = sum(row["loss"] for row in rows) / len(rows)
         self.bar.set_postfix(loss=f"{mean:.4f}", **distances)
+
+
+def average_readings(rows: Sequence[dict[str, Any]], names: Collection[str]) -> None:
+    """Replace the values that the loss logged under these names, which each process has of its own
+    images, by the mean of the processes that have one.
+    """
+    if distributed.process_count() == 1:
+        return
+    own = [{name: float(row[name]) for name in names if name in row} for row in rows]
+    for row, *found in zip(rows, *distributed.gather_values(own), strict=True):
+        for name in dict.fromkeys(itertools.chain(*found)):
+            values = [each[name] for each in found if name in each]
+            row[name] = sum(values) / len(values)
+
+
+def _known_scores(folder: Path) -> dict[int, list[Score]]:
+    """Step -> scores of a run that goes on; none of a new one."""
+    return validation.read_scores(folder) if (folder / "val.jsonl").is_file() else {}

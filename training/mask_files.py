@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from lora_core import distributed
 from lora_core.config import Config, FoundMasks
 from lora_core.data import dataset
 from lora_core.data.images import mask_path, read_image
@@ -60,10 +61,11 @@ def prepare_masks(config: Config, images: str, captions: Mapping[str, Any]) -> F
     wanted = parse_segmenter(config.data.masks)
     if wanted is None:
         return cast(FoundMasks, config.data.masks)
-    records = dataset.scan_folder(images, masks="auto", **captions)
-    lacking = dict.fromkeys(record.path for record in records if record.mask_path is None)
-    if lacking:
-        _write_masks(wanted, list(lacking), choose_device(config.device))
+    with distributed.main_process_first():
+        records = dataset.scan_folder(images, masks="auto", **captions)
+        lacking = dict.fromkeys(record.path for record in records if record.mask_path is None)
+        if lacking:
+            _write_masks(wanted, list(lacking), choose_device(config.device))
     return "file"
 
 

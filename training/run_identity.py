@@ -5,6 +5,7 @@ the differences between two identities.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_core import distributed
 from lora_core.data.records import Record
 from lora_core.diffusion.noise import Schedule
+from lora_core.errors import UserError
 from lora_core.text import hide_home, shorten_value
 
 WHERE_WRITTEN = "where the run is written, not its result"
@@ -126,6 +129,20 @@ def check_identity(identity: Any) -> None:
     for image in (*identity["images"].values(), *identity["class images"].values()):
         if not isinstance(image, dict) or not image.keys() >= {"content", "captions", "repeats"}:
             raise ValueError(f"{shorten_value(image)} is no image")
+
+
+def check_same_inputs(identity: Mapping[str, Any]) -> None:
+    """Raises UserError where the processes of a run have other images, weights or options."""
+    text = json.dumps(identity, sort_keys=True, default=str).encode()
+    digests = distributed.gather_values(hashlib.blake2b(text, digest_size=16).digest())
+    other = next((rank for rank, each in enumerate(digests) if each != digests[0]), 0)
+    if other:
+        every = distributed.gather_values(identity)
+        changes = identity_changes(every[0], every[other], 0)
+        raise UserError(
+            f"process {other} trains from something else than process 0: {'; '.join(changes)}; "
+            "give every machine the same images, model and options"
+        )
 
 
 def identity_changes(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:

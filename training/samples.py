@@ -4,6 +4,7 @@ of prior preservation before the first step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_core import tokens
+from lora_core import distributed, tokens
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
@@ -55,14 +56,15 @@ class SampleImages:
     ) -> list[Image.Image]:
         """One image for each prompt, seeds 0, 1, 2 ...: by the base model, or with the learned
         tokens and the adapters at a strength, 0 for the tokens alone. An inpainting model repaints
-        the middle of the validation images.
+        the middle of the validation images. The processes of a run share the work, and all of them
+        have all images.
         """
         model = self.model
         if base:
             prompts = [self.ordinary_prompt(prompt) for prompt in prompts]
         # a batch that fits in memory in training fits here
         size = 1 if model.family.inpainting else self.config.batch_size
-        images: list[Image.Image] = []
+        batches: list[list[Image.Image]] = []
         with ExitStack() as stack:
             stack.enter_context(model.evaluating())
             stack.enter_context(self.optimization.averaged())
@@ -70,10 +72,10 @@ class SampleImages:
                 stack.enter_context(model.without_adapters())
             elif strength != 1:
                 stack.enter_context(model.at_strength(strength))
-            for i in range(0, len(prompts), size):
+            for i in distributed.take_share(range(0, len(prompts), size)):
                 part = prompts[i : i + size]
-                images += self._generate(part, range(i, i + len(part)))
-        return images
+                batches.append(self._generate(part, range(i, i + len(part))))
+        return list(itertools.chain(*distributed.gather_shares(batches)))
 
     def draw_class_image(self, seed: int) -> Image.Image:
         """A class image of prior preservation, by the model before its first step."""
@@ -171,6 +173,8 @@ def save_sample_grid(
         images = drawn if drawn and strength == 1 else samples.draw(prompts, strength=strength)
         label = f"strength {strength:g}" if len(strengths) > 1 else ""
         sheet += wrap_row(ImageRow(label, images, shown, "sample", strength))
+    if not run.writes:
+        return
     grid = pictures.draw_grid(sheet, title=f"after {done} steps")
     path = run.folder / "samples" / f"step_{done:06d}.png"
     pictures.save_sheet(grid, path, step=done, is_private=not samples.are_public)

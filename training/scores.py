@@ -4,6 +4,7 @@ before and after training.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_core import distributed
 from lora_core.config import Config
 from lora_core.data.dataset import Example, collate
 from lora_core.diffusion import generation, validation
@@ -37,21 +39,22 @@ class Scorer:
 
     def score(self, score_batch: BatchScores | None = None) -> list[Score]:
         """One score for each image, timestep and noise draw, with the moving average if there is
-        one; sorted by draw and timestep, the images in order within each.
+        one; sorted by draw and timestep, the images in order within each. The processes of a run
+        share the batches.
 
         By the squared error of the network's output, or what `score_batch` measures.
         """
-        found: list[Score] = []
+        batches: list[list[Score]] = []
         count = len(self.images)
         size = min(self.config.batch_size, count)
         with self.model.evaluating(), self.optimization.averaged():
-            for first in range(0, count, size):
+            for first in distributed.take_share(range(0, count, size)):
                 # The last batch is as large as the others: a GEMM's bits depend on its row count.
                 start = min(first, count - size)
                 scores = (score_batch or self._score_batch)(range(start, start + size))
-                for i, score in enumerate(scores):
-                    if start + i % size >= first:
-                        found.append(score)
+                kept = [score for i, score in enumerate(scores) if start + i % size >= first]
+                batches.append(kept)
+        found = list(itertools.chain(*distributed.gather_shares(batches)))
         return sorted(found, key=lambda score: (score.draw, score.bin))
 
     def _score_batch(self, images: range) -> list[Score]:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_core import plugins, tokens
+from lora_core import distributed, plugins, tokens
 from lora_core.adapters import injection, noise_levels
 from lora_core.config import Config
 from lora_core.data import buckets, dataset
@@ -31,12 +31,14 @@ from lora_core.family import Family, LoadOptions
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.placeholders import Placeholder
-from lora_core.runs.run_folder import Run, hold_run
+from lora_core.runs.run_folder import Run
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout
+from models.placement import loading_device
 from training import (
+    base_weights,
     class_images,
     config_checks,
     cuda_graph,
@@ -64,15 +66,18 @@ class Data:
     class_images: ImageDataset | None = None  # of prior preservation
 
     def batches(self, config: Config, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start .. stop - 1, each determined by the seed and its number."""
+        """This process's share of the batches of steps start .. stop - 1, which are determined by
+        the seed and their numbers.
+        """
         return dataset.iterate_batches(
             self.training,
             self.class_images,
-            batch=config.batch_size * config.accumulation,
+            batch=config.images_per_step,
             seed=config.seed,
             start=start,
             stop=stop,
             workers=config.data.workers,
+            share=slice(distributed.process_rank(), None, distributed.process_count()),
         )
 
 
@@ -148,6 +153,8 @@ class Optimization:
     rate_schedules: dict[str, RateSchedule]  # name -> factor of the learning rate
     scaler: gradients.LossScaler | None  # in fp16
     average: ParameterAverage | None  # with --ema
+    images: int = 1  # of a step, class images not counted
+    processes: int = 1  # that sum their gradients
 
     def update_average_(self) -> None:
         """Update the moving average after a step, where there is one."""
@@ -191,14 +198,9 @@ def check_before_opening(
         config_checks.check_capturable(loss, plugins.function_name(loss), own_step)
 
 
-def open_run(config: Config) -> AbstractContextManager[Run]:
-    """The run's folder, as `hold_run` opens and locks it."""
-    return hold_run(config.out, resume=config.resume, overwrite=config.overwrite, keep=config.keep)
-
-
 def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:
     """Print the summary of the run, and write OUT/config.toml, from which it resumes."""
-    length = RunLength(config.steps, config.batch_size, config.accumulation)
+    length = RunLength(config.steps, config.batch_size, config.passes_per_step)
     words = describe_run(data.training, data.class_images, model.placeholders, length, data.unused)
     print_escaped(words)
     run.write("config.toml", to_toml(config.recorded))
@@ -228,7 +230,7 @@ def open_data(config: Config) -> Data:
         hard_masks=d.mask_use != "loss",
     )
     if d.buckets:
-        size = config.batch_size * config.accumulation
+        size = config.images_per_step
         unit = "pair" if d.pairs else "image"
         print(buckets.describe_buckets(training.sizes, size, unit))
     _print_warnings(training, images)
@@ -253,13 +255,14 @@ def _images_folder(config: Config) -> str:
         return d.images
     from lora_core.data import hub  # its client is needed for such a data set only
 
-    folder = hub.export_dataset(
-        d.dataset,
-        split=d.split,
-        image_column=d.image_column,
-        caption_column=d.caption_column,
-        caption=d.caption,
-    )
+    with distributed.main_process_first():
+        folder = hub.export_dataset(
+            d.dataset,
+            split=d.split,
+            image_column=d.image_column,
+            caption_column=d.caption_column,
+            caption=d.caption,
+        )
     return str(folder)
 
 
@@ -327,13 +330,14 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     adapted = adapters.adapted
     placeholders, embeddings = learned_tokens.install_run_tokens(config, family, encoders)
     starting_lora.load_start(config, family, adapted, placeholders, embeddings)
+    base_weights.place_model(config, family, device)
     model = Model(
         family=family,
         device=device,
         denoiser=family.modules[family.denoiser],
         encoders=encoders,
         adapted=adapted,
-        with_dora=tuple(filter(injection.has_dora, adapted.values())),
+        with_dora=base_weights.networks_with_dora(config, family, adapted),
         has_factors=adapters.has_factors,
         placeholders=placeholders,
         embeddings=embeddings,
@@ -362,7 +366,7 @@ def _open_family(config: Config, device: torch.device) -> Family:
     n = config.noise
     options = LoadOptions(
         DTYPES[config.precision],
-        device,
+        loading_device(device, config.quantize, stream=config.stream),
         config.vae,
         None if config.vae_precision == "fp32" else DTYPES[config.vae_precision],
         scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
@@ -443,6 +447,8 @@ def open_optimizer(
         rate_schedules=_resolve_schedules(config),
         scaler=scaler,
         average=ParameterAverage(parameters, config.ema) if config.ema else None,
+        images=config.images_per_step * (2 if config.data.pairs else 1),
+        processes=distributed.process_count(),
     )
 
 

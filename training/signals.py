@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from lora_core import distributed
+
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 # Seconds in which a further signal is the same request: `timeout` and a closed terminal send theirs
 # twice, systemd a SIGHUP after the SIGTERM.
 REPEAT_SECONDS = 1.0
+LAUNCHER_SECONDS = 10.0  # the same where torchrun hands a signal on that the process got as well
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,6 +42,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self.number = 0  # of the first signal
+        self.stopped_by = 0  # number of the signal that several processes agreed to end at
+        self.repeat_seconds = REPEAT_SECONDS
+        self.agreed: distributed.AgreedNumber | None = None  # of several processes
         self.since = 0.0  # when it came
         self.waits = False  # whether it may wait for the end of a step
         self.before: dict[int, Any] = {}  # signal -> its handler before
@@ -65,22 +71,38 @@ class Signals:
         steps; a second one ends the run at once.
         """
         self.waits = True
+        if distributed.process_count() > 1:
+            self.repeat_seconds = LAUNCHER_SECONDS
+        self.agreed = distributed.AgreedNumber() if distributed.process_count() > 1 else None
         try:
             yield self
+            if self.agreed is not None:
+                self.agreed.finish()
         finally:
             self.waits = False
 
+    def received(self) -> bool:
+        """Whether the run is to end after this step; called once in each step.
+
+        Several processes agree: all of them end after the step that follows a signal to one.
+        """
+        if self.agreed is None:
+            return bool(self.number)
+        self.stopped_by = self.agreed.exchange(self.number)
+        return bool(self.stopped_by)
+
     def raise_if_received(self) -> None:
-        """Raises Stopped if a signal came."""
-        if self.number:
-            raise Stopped("", self.number)
+        """Raises Stopped if a signal came; with several processes, if `received` was true."""
+        number = self.number if self.agreed is None else self.stopped_by
+        if number:
+            raise Stopped("", number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         first = not self.number
         if first:
             self.number = number
             self.since = time.monotonic()
-        elif time.monotonic() - self.since < REPEAT_SECONDS:
+        elif time.monotonic() - self.since < self.repeat_seconds:
             return
         if not (first and self.waits):
             raise Stopped("", number)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_core import tokens
+from lora_core import distributed, tokens
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.cross_attention import AttentionMap
@@ -157,7 +157,6 @@ def optimizer_step(
     optimization.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     readings: Readings = {}
-    images = config.batch_size * config.accumulation * (2 if config.data.pairs else 1)
     with ExitStack() as stack:
         for network in model.with_dora:  # no adapter changes before the optimizer's step
             stack.enter_context(injection.cache_dora_norms(network))
@@ -172,18 +171,23 @@ def optimizer_step(
                 returned_by = functions.own_step or functions.loss
                 nonfinite.check_loss_values(rows, returned_by, inputs, model, config)
             loss = losses.sum_losses(
-                rows, x.is_prior, prior_weight=config.prior.weight, instances=images
+                rows, x.is_prior, prior_weight=config.prior.weight, instances=optimization.images
             )
             scaler = optimization.scaler
             (loss if scaler is None else scaler.scale(loss)).backward()
             total = total + loss.detach()
+    moving: list[nn.Parameter] = []
+    for name in stage.groups:
+        moving += model.groups[name]
+    if optimization.processes > 1:
+        total = distributed.sum_gradients_(moving, total)
     if check:
         check_gradients(model.groups)
     before: dict[str, Tensor] = {}
     if (stage.norm or config.tokens.norm) == "stop":
         for name, embedding in model.embeddings.items():
             before[name] = embedding.rows.detach().clone()
-    norm = update_parameters(model, optimization, stage, config)
+    norm = update_parameters(moving, model, optimization, stage, config)
     control_token_norms(model, optimization, stage, config, before)
     return StepResult(total, norm, mean_readings(readings) if readings else {})
 
@@ -204,12 +208,15 @@ def mean_readings(readings: Readings) -> dict[str, Tensor]:
 
 
 def update_parameters(
-    model: Model, optimization: Optimization, stage: Stage, config: Config
+    moving: Sequence[nn.Parameter],
+    model: Model,
+    optimization: Optimization,
+    stage: Stage,
+    config: Config,
 ) -> Tensor:
-    """Clips the gradients and steps the optimizer; returns their norm before clipping."""
-    moving: list[nn.Parameter] = []
-    for name in stage.groups:
-        moving += model.groups[name]
+    """Clips the gradients of the stage's parameters and steps the optimizer; returns their norm
+    before clipping.
+    """
     optimizer, scaler = optimization.optimizer, optimization.scaler
     if scaler is not None:
         scaler.unscale_(moving)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_core import distributed
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
@@ -91,6 +92,8 @@ class InputSource:
         self.records: dict[str, Record] = {}
         for folder in filter(None, (data.training, data.class_images)):
             self.records |= {record.key: record for record in every_image(folder.records)}
+        # forward passes of a step in this process
+        self.passes = -(-config.passes_per_step // distributed.process_count())
         n = config.noise
         self.density = None  # uniform
         if n.density != "uniform":
@@ -131,8 +134,8 @@ def make_step_inputs(
     """
     with on_side_stream(source.stream, source.model.device) as made:
         parts = [batch]
-        if source.config.accumulation > 1:
-            parts = list(micro_batches(batch, source.config.accumulation))
+        if source.passes > 1:
+            parts = list(micro_batches(batch, source.passes))
         for micro in parts:
             made.append(_make_inputs(source, micro, stage, number, check=check))
     return made

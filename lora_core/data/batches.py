@@ -88,8 +88,8 @@ def collate(examples: Sequence[Example]) -> Batch:
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
     """The batch in `parts` strided parts, each with its share of instances and prior examples.
 
-    The two examples of a pair stay together.
+    The two examples of a pair stay together. A batch of fewer examples has a part for each.
     """
     size = 1 if batch.is_loser is None else 2
-    for i in range(parts):
+    for i in range(min(parts, len(batch.keys) // size)):
         yield batch.rows([row for row in range(len(batch.keys)) if row // size % parts == i])

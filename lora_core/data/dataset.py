@@ -364,8 +364,9 @@ def iterate_batches(
     start: int = 0,
     stop: int,
     workers: int = 0,
+    share: slice = slice(None),
 ) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1.
+    """The batches of steps start .. stop - 1, or a `share` of their instances and prior examples.
 
     A batch is `batch` instances of one size, then as many prior examples, cut to that size. A pair
     is one instance, and two examples next to each other: its winner and its loser. Without
@@ -394,10 +395,10 @@ def iterate_batches(
             visits = order.visits(step)
         size = folder.sizes[visits[0][0]]
         examples = []
-        for record, times in visits:
+        for record, times in visits[share]:
             examples += folder.visit_examples(record, folder.visit(record, times))
         if prior is not None:
-            for i in samples:
+            for i in samples[share]:
                 record, times = sample_position(len(prior), i, seed, stream="prior")
                 examples.append(prior.example(record, prior.visit(record, times), size))
         return collate(examples)

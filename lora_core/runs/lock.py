@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,13 +21,6 @@ else:
 LOCK = ".lock"
 LONGEST_HOLDER = 10_000  # bytes of the file of a lock
 LOCKED_BYTE = 2**30  # the byte that Windows locks: one that nobody reads
-SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
-LAUNCHERS = {  # variable with the number of processes -> the launchers that set it
-    "WORLD_SIZE": "torchrun or accelerate launch",
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpiexec",
-    SLURM_TASKS: "srun",
-}
 
 
 class FolderLock:
@@ -90,23 +82,6 @@ class FolderLock:
             holder = {"process": os.getpid(), "machine": socket.gethostname()}
             self.file.write(json.dumps(holder).encode())
             self.file.flush()
-
-
-def check_single_process(environment: Mapping[str, str]) -> None:
-    """Raises UserError if a launcher started several processes.
-
-    Each would train the same run and write to the same folder.
-    """
-    counts = {name: environment.get(name, "") for name in LAUNCHERS}
-    # A batch script sees the number of its job's tasks, and is one process: only a step counts.
-    if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":
-        counts[SLURM_TASKS] = counts[SLURM_TASKS] or environment.get("SLURM_NTASKS", "")
-    for name, count in counts.items():
-        if count.isdecimal() and int(count) > 1:
-            raise UserError(
-                f"{LAUNCHERS[name]} started {count} processes ({name}), and a run trains in one; "
-                "start it with python train.py alone, on the GPU that --device names"
-            )
 
 
 def check_lock_free(folder: Path) -> None:

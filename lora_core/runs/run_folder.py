@@ -91,12 +91,14 @@ class Run:
     """An open run folder.
 
     `step` is always the number of completed steps: a checkpoint or log line with step n is the
-    state after n steps.
+    state after n steps. Without `writes`, in a process that is not the first of a run, `write`,
+    `log` and `save_checkpoint` do nothing.
     """
 
-    def __init__(self, folder: Path, *, keep: int | None) -> None:
+    def __init__(self, folder: Path, *, keep: int | None, writes: bool = True) -> None:
         self.folder = folder
         self.keep = keep
+        self.writes = writes
 
     @classmethod
     def open(
@@ -161,6 +163,8 @@ class Run:
 
     def write(self, name: str, text: str) -> Path:
         """Writes a text file of the run atomically and returns its path."""
+        if not self.writes:
+            return self.folder / name
         with atomic_write(self.folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return self.folder / name
@@ -175,6 +179,8 @@ class Run:
                 f"a line of {to}.jsonl has step {entry.get('step')!r}; "
                 "expected the number of steps done, by which a resumed run cuts"
             )
+        if not self.writes:
+            return
         path = self.folder / f"{to}.jsonl"
         line = (json.dumps(entry) + "\n").encode()
         with disk_errors(path), open(path, "ab", buffering=0) as file:
@@ -194,6 +200,8 @@ class Run:
         hold. `flatten_state` makes both from nested state.
         """
         folder = self.folder / "checkpoints" / str(step)
+        if not self.writes:
+            return folder
         folder.parent.mkdir(exist_ok=True)
         temporary = folder.with_name(f".{step}.{secrets.token_hex(4)}.tmp")
         try:
