@@ -54,15 +54,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import (
-    comparing,
-    memory_advice,
-    plan_table,
-    processes,
-    results,
-    setup,
-    starting_lora,
-)
+from training import comparing, memory_advice, plan_table, processes, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log

@@ -86,7 +86,9 @@ class ResultShapes:
         shapes = self.known[key]
         if shapes is None:
             return func(*args, **kwargs)
-        made = [own and torch.empty_strided(*own[:2], dtype=own[2], device="meta") for own in shapes]
+        made = [
+            own and torch.empty_strided(*own[:2], dtype=own[2], device="meta") for own in shapes
+        ]
         return made[0] if len(schema.returns) == 1 else tuple(made)
 
 
@@ -125,9 +127,11 @@ def _result_shapes(out: Any, args: Any) -> tuple[Any, ...] | None:
     for result in results:
         if result is None:
             found.append(None)
-        elif not isinstance(result, Tensor) or not result.is_meta:
-            return None
-        elif result.untyped_storage()._cdata in given:
+        elif (
+            not isinstance(result, Tensor)
+            or not result.is_meta
+            or result.untyped_storage()._cdata in given
+        ):
             return None
         else:
             found.append((tuple(result.shape), result.stride(), result.dtype))

@@ -38,7 +38,13 @@ from lora_core.formats.model_files import (
 from lora_core.formats.recognition import describe_kind, recognize_keys
 from lora_core.formats.weights import Weights, cast_weights, open_weights
 from models import sd, sdxl
-from models.components import config_errors, load_network, load_tokenizer, read_encoder_config, read_json
+from models.components import (
+    config_errors,
+    load_network,
+    load_tokenizer,
+    read_encoder_config,
+    read_json,
+)
 from models.hub_models import download_configs, download_model
 from models.published import PUBLISHED_MODELS, published_configs
 
@@ -374,7 +380,7 @@ def _load_clip_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
 def _fill_network(
     network: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Replaces a network's weights on the meta device by `weights`; not if `device` is that, too."""
+    """Replaces a network's weights on the meta device by `weights`; for that device none."""
     if torch.device(device).type == "meta":
         nn.Module.to(network, dtype)  # diffusers' own `to` warns
         return

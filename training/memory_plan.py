@@ -1,8 +1,8 @@
 """The memory that a run needs on its device, by phase and by component, before a weight is read.
 
 The networks are built on the meta device from their configs, one step is taken there, and the
-tensors that live at one time are counted. What a tensor does not show (CUDA's context, workspaces of
-its libraries, gaps of the allocator) is estimated.
+tensors that live at one time are counted. What no tensor shows (CUDA's context, workspaces of its
+libraries, gaps of the allocator) is estimated.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Phase:
 
     name: str
     parts: Mapping[str, int]
+    groups: tuple[str, ...] = ()  # that train in it
 
     @property
     def total(self) -> int:
@@ -104,7 +105,7 @@ def plan_memory(config: Config, functions: Any) -> MemoryPlan:
     model whose configs cannot be read, and for a config that does not fit the model.
     """
     kind = "cpu" if config.device.startswith("cpu") else "cuda"
-    plain = replace(config, quantize="none", stream=False, offload=False, vae_precision="fp32")
+    plain = replace(plain_placement(config), vae_precision="fp32")
     measured = _measure_steps(_Key(plain, functions, kind))
     few = replace(plain, vae_precision=config.vae_precision, gradient_checkpointing="none")
     images = _measure_images(_Key(replace(few, accumulation=1), kind))
@@ -133,7 +134,7 @@ def _measure_steps(key: _Key) -> Measured:
     config, functions, kind = key.arguments
     size = largest_size(config)
     with on_meta(kind):
-        run = open_planned_run(config, weights_itself=functions.weights_itself)
+        run = open_planned_run(config, kind, weights_itself=functions.weights_itself)
         model, family = run.model, run.model.family
         make_optimizer_state(run)
         parameters = [list(params) for params in model.groups.values()]
@@ -178,6 +179,19 @@ def _measure_images(key: _Key) -> ImageMemory:
         )
 
 
+def takes_turns(config: Config) -> bool:
+    """Whether networks leave the device while they do not work (--offload)."""
+    return bool(getattr(config, "offload", True))
+
+
+def plain_placement(config: Config) -> Config:
+    """The config with all weights on the device as they are."""
+    changes: dict[str, Any] = {"quantize": "none", "stream": False}
+    if hasattr(config, "offload"):
+        changes["offload"] = False
+    return replace(config, **changes)
+
+
 def largest_size(config: Config) -> tuple[int, int]:
     """(h, w) in pixels of the largest images that a run may train on; no image is read."""
     d = config.data
@@ -218,7 +232,7 @@ def _phases(config: Config, m: Measured, images: ImageMemory, kind: str) -> Iter
     yield build("opening", opened, {}, Forward(0, 0))
     yield build("captions", m.encoders, {}, m.texts)
     yield build("images", vae, {}, images.encoding)
-    for groups, step in m.steps.items():
+    for number, (groups, step) in enumerate(m.steps.items(), start=1):
         held = [m.denoiser]
         if "text_encoder" in groups or "tokens" in groups:
             held += m.encoders
@@ -226,8 +240,8 @@ def _phases(config: Config, m: Measured, images: ImageMemory, kind: str) -> Iter
             held += vae
         own = {**late, GRADIENTS: step.gradients}
         activations = Forward(step.peak - step.gradients, step.workspace)
-        name = "step" if len(m.steps) == 1 else f"step of {' + '.join(groups)}"
-        yield build(name, held, own, activations)
+        name = "step" if len(m.steps) == 1 else f"step {number}"
+        yield replace(build(name, held, own, activations), groups=groups)
     yield build("samples", [m.denoiser], late, m.denoising)
     yield build("decoding", vae, late, images.decoding)
 
@@ -237,7 +251,7 @@ def _phase(
     forward: Forward,
 ) -> Phase:  # fmt: skip
     """A phase with the networks `held` on the device, with --no-offload all of them."""
-    present = list(held) if config.offload and kind == "cuda" else list(m.networks)
+    present = list(held) if takes_turns(config) and kind == "cuda" else list(m.networks)
     parts: dict[str, int] = {}
     for component, network in m.networks.items():
         parts[component] = 0

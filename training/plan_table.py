@@ -48,7 +48,8 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
             yield f"{component:<{NAME}}" + _row([_gb(size) for size in sizes], widths)
     yield "-" * (NAME + sum(widths))
     yield f"{'in all':<{NAME}}" + _row([_gb(phase.total) for phase in plan.phases], widths)
-    yield f"the peak is {plan.peak.total / GB:.1f} GB: {plan.peak.name}"
+    trained = [f"{phase.name} trains {' + '.join(phase.groups)}" for phase in plan.phases[3:-2]]
+    yield f"peak: {plan.peak.total / GB:.1f} GB ({plan.peak.name}); {'; '.join(trained)}"
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -77,9 +77,9 @@ def on_meta(kind: str) -> Iterator[None]:
         yield
 
 
-def open_planned_run(config: Config, *, weights_itself: bool = False) -> PlannedRun:
+def open_planned_run(config: Config, kind: str, *, weights_itself: bool = False) -> PlannedRun:
     """The networks, adapters, token rows and optimizer of a run on the meta device, to be called
-    inside `on_meta`. Raises UserError like `setup.open_model`.
+    inside `on_meta(kind)`. Raises UserError like `setup.open_model`.
     """
     model_path, vae = config_source(config.model), _own_vae(config)
     planned = replace(config, model=model_path, vae=vae, device="meta", from_lora="")
@@ -91,6 +91,8 @@ def open_planned_run(config: Config, *, weights_itself: bool = False) -> Planned
         stages = tuple(replace(stage, norm=None) for stage in config.stages)
         planned = replace(planned, tokens=tokens, stages=stages)
     model = setup.open_model(planned, weights_itself=weights_itself)
+    if kind == "cuda":  # as setup.py has it there
+        model.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimization = setup.open_optimizer(planned, model.groups, model.rate_ratios)
     return PlannedRun(planned, model, optimization)
 
@@ -138,7 +140,6 @@ def _micro_inputs(run: PlannedRun, stage: Stage, size: tuple[int, int]) -> StepI
     x0 = _empty(b, family.latent_channels, height, width)
     eps = torch.empty_like(x0)
     perturbed = config.noise.perturbation
-    row = torch.float32
     mask = _empty(b, 1, height, width) if config.masks_loss else None
     inpaint = None
     if family.inpainting:
@@ -244,8 +245,6 @@ def step_memory(
         grads += [p.grad for p in params if p.grad is not None]
     workspace = live.peak_inside - live.peak
     return StepMemory(saved, live.peak, tensor_bytes(grads), workspace)
-
-
 
 
 def encoding_memory(run: PlannedRun, texts: int) -> Forward:

@@ -8,12 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_core import tokens
-from lora_core.adapters.adapted_layer import Adapted, adapted_layers
+from lora_core.adapters.adapted_layer import Adapted, adaptable_layers, adapted_layers
 from lora_core.config import Config
-from lora_core.quantized_weights import is_quantizable, stored_bytes
-
-LARGE_ENCODER = 10**9  # parameters of a text encoder that is quantized too: T5, not CLIP
-RESNET_BLOCKS = ("ResnetBlock2D",)  # of UNets, beside the blocks that diffusers names
+from lora_core.quantized_weights import stored_bytes
+from models.placement import LARGE_ENCODER, checkpointed_blocks, parameter_count, quantizable_paths
 
 
 def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) -> int:
@@ -22,9 +20,7 @@ def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) ->
     With --quantize of the denoiser, and of a text encoder as large as T5 that does not train; with
     --stream all of the denoiser that is in no block, and two of its largest blocks.
     """
-    trains = config.trains("text_encoder") or config.trains("tokens")
-    is_quantized = is_denoiser or (_count(network) >= LARGE_ENCODER and not trains)
-    sizes = _tensor_sizes(network, config.quantize if is_quantized else "none")
+    sizes = frozen_sizes(network, _form(config, network, is_denoiser=is_denoiser))
     if not (is_denoiser and config.stream and config.gradient_checkpointing != "none"):
         return sum(sizes.values())  # without checkpointing autograd keeps the blocks' copies
     blocks = dict.fromkeys(checkpointed_blocks(network), 0)
@@ -42,19 +38,35 @@ def unpacked_bytes(config: Config, network: nn.Module) -> int:
     """Bytes of the largest weight that a quantized layer unpacks for a moment, with the fp32
     numbers that torchao forms first.
     """
-    largest = 0
-    for layer in quantized_layers(network, config.quantize).values():
-        largest = max(largest, layer.weight.numel() * (4 + layer.weight.element_size()))
-    return largest
+    sizes = [weight.numel() * (4 + weight.element_size()) for weight in _packed(network, config)]
+    return max(sizes, default=0)
 
 
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+def _packed(network: nn.Module, config: Config) -> list[Tensor]:
+    return list(quantized_weights(network, config.quantize).values())
 
 
-def _tensor_sizes(network: nn.Module, quantize: Any) -> dict[str, int]:
-    """Path of a frozen tensor -> its bytes on the device, each storage once."""
-    packed = {id(layer.weight) for layer in quantized_layers(network, quantize).values()}
+def _form(config: Config, network: nn.Module, *, is_denoiser: bool) -> Any:
+    """The form in which a network's linear layers are stored."""
+    trains = config.trains("text_encoder") or config.trains("tokens")
+    is_large = parameter_count(network) >= LARGE_ENCODER and not trains
+    return config.quantize if is_denoiser or is_large else "none"
+
+
+def quantized_weights(network: nn.Module, quantize: Any) -> dict[int, Tensor]:
+    """Identity of a tensor -> weight of a linear layer that --quantize stores in its form."""
+    layers = adaptable_layers(network)
+    found = {}
+    for path in quantizable_paths(network, quantize) if quantize != "none" else ():
+        layer = layers[path]
+        base = layer.base if isinstance(layer, Adapted) else layer
+        found[id(base.weight)] = base.weight
+    return found
+
+
+def frozen_sizes(network: nn.Module, quantize: Any = "none") -> dict[str, int]:
+    """Path of a frozen tensor -> its bytes on the device in a form, each tensor once."""
+    packed = quantized_weights(network, quantize)
     sizes = {}
     for path, tensor in frozen_tensors(network):
         if id(tensor) in packed:
@@ -78,37 +90,3 @@ def frozen_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield f"{path}.{name}", tensor
-
-
-def quantized_layers(network: nn.Module, quantize: Any) -> dict[str, nn.Linear]:
-    """Path -> linear layer of the network's repeated blocks whose weight can be quantized."""
-    blocks = tuple(f"{path}." for path in repeated_blocks(network))
-    found = {}
-    for path, module in network.named_modules():
-        base = module.base if isinstance(module, Adapted) else module
-        if type(base) is nn.Linear and path.startswith(blocks) and not path.endswith(".base"):
-            if is_quantizable(base.weight.shape, quantize):
-                found[path] = base
-    return {path: base for path, base in found.items() if ".adapters." not in path}
-
-
-def repeated_blocks(network: nn.Module) -> list[str]:
-    """Paths of the blocks that a diffusers network names, else the members of its lists."""
-    names = getattr(network, "_repeated_blocks", None) or ()
-    return _blocks_of(network, tuple(names))
-
-
-def checkpointed_blocks(network: nn.Module) -> list[str]:
-    """Those, and the residual blocks of a UNet."""
-    names = getattr(network, "_repeated_blocks", None) or ()
-    return _blocks_of(network, (*names, *RESNET_BLOCKS) if names else ())
-
-
-def _blocks_of(network: nn.Module, names: tuple[str, ...]) -> list[str]:
-    if names:
-        return [path for path, module in network.named_modules() if type(module).__name__ in names]
-    found = []
-    for path, module in network.named_modules():
-        if isinstance(module, nn.ModuleList):
-            found += [f"{path}.{i}" for i in range(len(module))]
-    return found
