@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _argument_key(value: Any) -> Any:
         missing = [part is None and own is not None for part, own in zip(parts, value)]
         return None if any(missing) else (len(parts), *parts)
     if isinstance(value, dict):
-        return _argument_key([part for item in sorted(value.items()) for part in item])
+        return _argument_key(list(chain.from_iterable(sorted(value.items()))))
     try:
         hash(value)
     except TypeError:

@@ -145,7 +145,7 @@ def load_network(
     """
     table = read_json(path, f"{subfolder}/config.json".lstrip("/"))  # checked before anything
     if torch.device(device).type == "meta":
-        return build_network(kind, table, dtype, path)
+        return make_meta_network(kind, table, dtype, path)
     if kind.__module__.startswith("diffusers."):
         settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     else:
@@ -162,7 +162,7 @@ def load_network(
     return loaded.to(device)
 
 
-def build_network(kind: Any, table: Mapping[str, Any], dtype: torch.dtype, path: str) -> Any:
+def make_meta_network(kind: Any, table: Mapping[str, Any], dtype: torch.dtype, path: str) -> Any:
     """A network of diffusers or transformers on the meta device, from its config: no weight is
     read. Its dtypes are those of `load_network`: transformers keeps some layers of T5 in fp32 where
     the others are in fp16. Raises UserError, which names `path`.
@@ -181,7 +181,7 @@ def build_network(kind: Any, table: Mapping[str, Any], dtype: torch.dtype, path:
     return network
 
 
-def load_tokenizer(kind: Any, path: str, subfolder: str, device: torch.device | str) -> Any:
+def open_tokenizer(kind: Any, path: str, subfolder: str, device: torch.device | str) -> Any:
     """A tokenizer of transformers; for the meta device a PlannedTokenizer with the sizes of its
     text encoder, which needs no file. Raises UserError.
     """

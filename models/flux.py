@@ -39,7 +39,7 @@ from models.components import (
     encode_pixels,
     freeze_network,
     load_network,
-    load_tokenizer,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -283,8 +283,8 @@ def load(path: str, how: LoadOptions) -> Flux:
     check_channels(config.get("in_channels", 64), latent_channels)
     length = _prompt_length(how.max_sequence_length, bool(config.get("guidance_embeds")))
     tokenizers = {
-        "text_encoder": load_tokenizer(CLIPTokenizer, path, "tokenizer", how.device),
-        "text_encoder_2": load_tokenizer(T5TokenizerFast, path, "tokenizer_2", how.device),
+        "text_encoder": open_tokenizer(CLIPTokenizer, path, "tokenizer", how.device),
+        "text_encoder_2": open_tokenizer(T5TokenizerFast, path, "tokenizer_2", how.device),
     }
     classes = {
         "transformer": FluxTransformer2DModel,

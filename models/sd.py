@@ -32,7 +32,7 @@ from models.components import (
     encode_pixels,
     freeze_network,
     load_network,
-    load_tokenizer,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -196,7 +196,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusion:
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
-    tokenizer = load_tokenizer(CLIPTokenizer, path, "tokenizer", how.device)
+    tokenizer = open_tokenizer(CLIPTokenizer, path, "tokenizer", how.device)
     text_encoder = load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device)
     vae_folder = "" if how.vae else "vae"
     vae = load_network(AutoencoderKL, how.vae or path, vae_folder, how.vae_precision, how.device)

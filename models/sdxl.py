@@ -31,7 +31,7 @@ from models.components import (
     config_errors,
     freeze_network,
     load_network,
-    load_tokenizer,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -197,7 +197,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusionXL:
     tokenizers, encoders = {}, {}
     for name in names:
         folder = name.replace("text_encoder", "tokenizer")
-        tokenizers[name] = load_tokenizer(CLIPTokenizer, path, folder, how.device)
+        tokenizers[name] = open_tokenizer(CLIPTokenizer, path, folder, how.device)
     for name in names:
         encoders[name] = load_network(ENCODERS[name], path, name, how.dtype, how.device)
     unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)

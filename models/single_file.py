@@ -41,7 +41,7 @@ from models import sd, sdxl
 from models.components import (
     config_errors,
     load_network,
-    load_tokenizer,
+    open_tokenizer,
     read_encoder_config,
     read_json,
 )
@@ -349,7 +349,7 @@ def load_tokenizers(
         if name not in sdxl.ENCODERS:
             continue
         if (folder / own).is_dir() or torch.device(device).type == "meta":
-            found[name] = load_tokenizer(CLIPTokenizer, str(folder), own, device)
+            found[name] = open_tokenizer(CLIPTokenizer, str(folder), own, device)
         else:
             config = read_encoder_config(str(folder), name, CLIPTextConfig)
             length = config.max_position_embeddings

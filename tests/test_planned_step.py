@@ -1,9 +1,11 @@
 """A planned step against a real one on the CPU: the same bytes, from shapes alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train
 from lora_core.config import (
@@ -18,6 +20,7 @@ from lora_core.config import (
 from lora_core.live_tensors import tensor_bytes
 from tests import tiny_flux, tiny_sdxl
 from tests.opened_run import open_parts
+from tests.test_live_tensors import allocator_peak
 from training.memory_plan import _state_bytes
 from training.planned_step import (
     PlannedRun,
@@ -29,6 +32,7 @@ from training.planned_step import (
     step_memory,
 )
 from training.planned_weights import frozen_sizes
+from training.step import optimizer_step
 from training.step_inputs import make_step_inputs
 
 SIDE = 64  # pixels
@@ -98,6 +102,26 @@ def test_a_planned_step_is_the_step(
     assert trained_bytes(run) == trained_bytes(real)
     assert _state_bytes(run) == _state_bytes(PlannedRun(config, real.model, real.optimization))
     assert planned.gradients == measured.gradients
-    print(family, mode, planned, measured)
     assert planned.saved == pytest.approx(measured.saved, rel=0.05)
     assert planned.peak == pytest.approx(measured.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["none", "blocks"])
+def test_a_planned_peak_is_the_allocators(
+    mode: str, folders: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Of a model without convolutions, in which oneDNN has buffers of its own on the CPU, and of
+    a batch so large that the CPU's buffers in attention (some 0.9 MB) are few of its bytes.
+    """
+    config = make_config("flux", folders["flux"], photos, tmp_path / "run", mode)
+    config = replace(config, batch_size=10)
+    opened = open_parts(config)
+    opened.take_steps(1)
+    stage = config.stages[0]
+    (batch,) = opened.data.batches(config, 1, 2)
+    inputs = make_step_inputs(opened.source, batch, stage, 1, check=False)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer_step(
+            opened.functions, stage, config, opened.model, opened.optimization, False, inputs
+        )
+    assert plan(config)[1].peak == pytest.approx(allocator_peak(profile), rel=0.05)

@@ -50,7 +50,7 @@ WORKSPACE, OVERHEAD = "workspaces (estimate)", "CUDA context, gaps (estimate)"
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRun:
     """What the meta device tells of a run, for any way to store its frozen weights."""
 
     networks: Mapping[str, nn.Module]  # component -> network on the meta device, with adapters
@@ -130,7 +130,7 @@ class _Key:
 
 
 @functools.lru_cache(maxsize=64)
-def _measure_steps(key: _Key) -> Measured:
+def _measure_steps(key: _Key) -> MeasuredRun:
     config, functions, kind = key.arguments
     size = largest_size(config)
     with on_meta(kind):
@@ -148,7 +148,7 @@ def _measure_steps(key: _Key) -> Measured:
             )
         guided = config.samples.guidance != 1 and not family.distilled_guidance
         drawn, side = _drawn_images(config, family), config.data.resolution
-        return Measured(
+        return MeasuredRun(
             networks=family.modules,
             denoiser=family.denoiser,
             encoders=tuple(model.encoders),
@@ -221,7 +221,7 @@ def _state_bytes(run: PlannedRun) -> int:
 # ---------------------------------------------------------------- phases
 
 
-def _phases(config: Config, m: Measured, images: ImageMemory, kind: str) -> Iterator[Phase]:
+def _phases(config: Config, m: MeasuredRun, images: ImageMemory, kind: str) -> Iterator[Phase]:
     """The phases of a run, in order."""
     trains_text = config.trains("text_encoder") or config.trains("tokens")
     vae = [name for name in m.networks if name != m.denoiser and name not in m.encoders]
@@ -247,7 +247,7 @@ def _phases(config: Config, m: Measured, images: ImageMemory, kind: str) -> Iter
 
 
 def _phase(
-    config: Config, m: Measured, kind: str, name: str, held: Any, own: Mapping[str, int],
+    config: Config, m: MeasuredRun, kind: str, name: str, held: Any, own: Mapping[str, int],
     forward: Forward,
 ) -> Phase:  # fmt: skip
     """A phase with the networks `held` on the device, with --no-offload all of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from lora_core.config import Config
@@ -104,7 +105,7 @@ def find_fit(
         found = _plan_with(config, functions, fewer)
         if found is not None and found.peak.total <= limit:
             best, chosen = found, fewer
-    words = [word for saving in chosen for word in saving.words]
+    words = chain.from_iterable(saving.words for saving in chosen)
     return Fit(tuple(words), best)
 
 

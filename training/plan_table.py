@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
     names = [phase.name for phase in plan.phases]
     widths = [max(9, len(name) + 2) for name in names]
     yield f"\n{'GB on the device':<{NAME}}" + _row(names, widths)
-    components = list(dict.fromkeys(name for phase in plan.phases for name in phase.parts))
+    components = list(dict.fromkeys(chain.from_iterable(phase.parts for phase in plan.phases)))
     for component in components:
         sizes = [phase.parts.get(component, 0) for phase in plan.phases]
         if max(sizes) >= GB / 100 or component in (ACTIVATIONS, OVERHEAD):
