@@ -163,7 +163,7 @@ def _run_backward(
     """Tensor.backward by the engine alone: torch's own functions would call the mode again."""
     first = torch.ones_like(root) if gradient is None else gradient
     keeps = create_graph if retain_graph is None else retain_graph
-    torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.run_backward(
         (root,), (first,), keeps, create_graph, tuple(inputs or ()),
         allow_unreachable=True, accumulate_grad=True,
     )  # fmt: skip

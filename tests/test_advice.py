@@ -76,7 +76,8 @@ TORCHRUN = {
 READ_BY_HAND = {
     "distributed.py": TORCHRUN,
     "processes.py": TORCHRUN,
-    "train.py": {"compare", "list", "preview-density"},
+    "train.py": {"compare", "list", "plan", "preview-density"},
+    "memory_advice.py": {"plan"},
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},
     "config.py": {"data.mask"},  # the other spelling of data.masks

@@ -1,5 +1,6 @@
 """A planned step against a real one on the CPU: the same bytes, from shapes alone."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,11 @@ from training.step import optimizer_step
 from training.step_inputs import make_step_inputs
 
 SIDE = 64  # pixels
-MODES = ("none", "blocks", "all")
 GROUPS = {"sd": ("denoiser", "text_encoder"), "sdxl": ("denoiser", "tokens"), "flux": ("denoiser",)}
+
+QUICK = (("sd", "all"), ("sdxl", "blocks"), ("flux", "none"))  # the others are of make test-all
+EVERY = tuple(itertools.product(GROUPS, ("none", "blocks", "all")))
+CASES = [pytest.param(*own, marks=() if own in QUICK else pytest.mark.full) for own in EVERY]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +93,7 @@ def trained_bytes(run: Any) -> int:
     return tensor_bytes([list(params) for params in run.model.groups.values()])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", list(GROUPS))
+@pytest.mark.parametrize(("family", "mode"), CASES)
 def test_a_planned_step_is_the_step(
     family: str, mode: str, folders: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +109,7 @@ def test_a_planned_step_is_the_step(
     assert planned.peak == pytest.approx(measured.peak, rel=0.05)
 
 
-@pytest.mark.parametrize("mode", ["none", "blocks"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.full), "blocks"])
 def test_a_planned_peak_is_the_allocators(
     mode: str, folders: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

@@ -62,14 +62,14 @@ def _gb(size: int) -> str:
 
 
 def _describe_config(config: Config) -> str:
-    """One line: model, adapter, images of a step, optimizer, precision, checkpointing."""
+    """Two lines: the model; adapter, images of a step, optimizer, precision, checkpointing."""
     height, width = largest_size(config)
     batch = f"{config.batch_size} image{'s' * (config.batch_size > 1)} of {width} x {height}"
     if config.accumulation > 1:
         batch += f" ({config.accumulation} times a step)"
     a = config.adapter
     parts = [
-        f"plan of {hide_home(config.model)}: {a.kind} rank {a.rank}",
+        f"plan of {hide_home(config.model)}\n{a.kind} of rank {a.rank}",
         f"{batch} pixels",
         f"{config.optimizer.name}, {config.precision}",
         f"checkpointing {config.gradient_checkpointing}",
