@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,7 @@ from lora_core.diffusion.generation import generate_images
 from lora_core.diffusion.regions import PromptRegion, parse_region
 from lora_core.diffusion.sampling import find_sampler
 from lora_core.diffusion.start_images import StartImages, read_start_images
+from lora_core.distributed import check_alone
 from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
 from lora_core.formats.model_words import model_placeholders
@@ -431,6 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == [LIST_FLAG]:
             print_list(words[1:])
             return
+        check_alone(os.environ, "infer.py")
         for path in infer(parse_arguments(words)):
             print(path)
 

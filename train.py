@@ -38,10 +38,10 @@ if __name__ == "__main__":  # before torch is imported
         )
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
-import functools
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -126,20 +126,17 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         source = InputSource(config, data, model, reads_attention=functions.reads_attention)
         replay = GraphReplay() if config.cuda_graph else call_eagerly
         stack.enter_context(checkpoints.advice_on_interrupt())
-        if start == 0:
-            log.validate(0, scorer)
+        log.validate_start(start, scorer)
         with signals.deferred() as stop, log.progress(start):
             for stage, first, begin, last in remaining_stages(config.stages, start):
                 begin_stage(stage, config, model, optimization)
                 source.begin_stage()
-                advance = functools.partial(
-                    optimizer_step, functions, stage, config, model, optimization
-                )
+                advance = partial(optimizer_step, functions, stage, config, model, optimization)
                 for number, batch in enumerate(data.batches(config, begin, last), begin):
                     check = number == begin  # reads values back: in a stage's first step only
                     set_learning_rates(stage, number - first, config, optimization)
                     inputs = make_step_inputs(source, batch, stage, number, check=check)
-                    result = replay(functools.partial(advance, check), inputs, key=first)
+                    result = replay(partial(advance, check), inputs, key=first)
                     optimization.update_average_()
                     done = number + 1
                     log.add_step(done, stage, result, inputs)
@@ -193,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     printed, 128 + the number of the signal that ended it (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(functools.partial(run_train_command, words))
+    return exit_status(partial(run_train_command, words))
 
 
 def run_train_command(words: list[str]) -> None:

@@ -375,6 +375,9 @@ class Config(ModelConfig):
     processes: Annotated[int, AtLeast(0)] = 0
     """Processes that a step has images for: batch_size x accumulation for each of them, however
     many compute them. 0: as many as torchrun started, in a resumed run as it began."""
+    shard: bool = False
+    """Divide the frozen denoiser among the processes (FSDP): each holds its share of the weights,
+    and gathers a block's before the block works. For a base too large for one GPU; slower."""
     autocast: bool = False
     """Matrix products in bf16 while the weights keep their precision (torch.autocast)."""
     compile: bool = False

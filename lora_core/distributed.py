@@ -83,6 +83,16 @@ def check_launch(environment: Mapping[str, str]) -> None:
             )
 
 
+def check_alone(environment: Mapping[str, str], script: str) -> None:
+    """Raises UserError where a launcher started several processes of a script that works in one."""
+    check_launch(environment)
+    if _is_several(environment.get("WORLD_SIZE", "")):
+        raise UserError(
+            f"{environment['WORLD_SIZE']} processes of {script} were started, and each would do "
+            f"the same; start it with python {script}"
+        )
+
+
 def _is_several(count: str) -> bool:
     return count.isdecimal() and int(count) > 1
 
@@ -122,22 +132,29 @@ def lost_peers() -> Iterator[None]:
     except UserError:
         raise
     except RuntimeError as error:  # DistError, DistNetworkError, and gloo's own
+        reason = first_line(error).rpartition("] ")[2].partition(". ")[0]  # gloo names its source
         raise PeerEndedError(
-            f"process {os.environ['RANK']} ends, for it lost another one ({first_line(error)})"
+            f"process {os.environ['RANK']} ends, for it lost another one ({reason})"
         ) from error
 
 
 # ---------------------------------------------------------------- sharing work and results
 
 
-def take_share(items: Sequence[T]) -> Sequence[T]:
-    """The items of this process: every n-th of them."""
+def take_share(items: Sequence[T], *, even: bool = False) -> Sequence[T]:
+    """The items of this process: every n-th of them. With `even` all processes have as many, for
+    which some have the last item again.
+    """
     count = process_count()
+    if even and items:
+        items = [*items, *[items[-1]] * (-len(items) % count)]
     return items if count == 1 else items[process_rank() :: count]
 
 
 def gather_shares(share: Sequence[T]) -> list[T]:
-    """The results for all items, in their order, from each process's results for `take_share`."""
+    """The results for all items, in their order, from each process's results for `take_share`;
+    those of items that were taken again come last.
+    """
     if process_count() == 1:
         return list(share)
     shares = gather_values(list(share))

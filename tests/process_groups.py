@@ -90,8 +90,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def process_groups(folder: Path) -> Iterator[ProcessGroups]:
-    """A server of process groups, whose output goes to a folder."""
+def process_groups(folder: Path, cwd: Path | None = None) -> Iterator[ProcessGroups]:
+    """A server of process groups in a working folder, whose output goes to `folder`."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     with subprocess.Popen(
@@ -99,8 +99,8 @@ def process_groups(folder: Path) -> Iterator[ProcessGroups]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=root,
         env=environment,
+        cwd=cwd,
     ) as server:
         try:
             yield ProcessGroups(server, folder)

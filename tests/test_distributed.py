@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import infer
 import train
 from lora_core import distributed
 from lora_core.config import Config
@@ -45,6 +46,15 @@ def test_other_launchers_are_refused(
 )
 def test_one_process_is_a_run(environment: dict[str, str]) -> None:
     distributed.check_launch(environment)
+
+
+def test_images_are_drawn_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in distributed.RENDEZVOUS:
+        monkeypatch.setenv(name, "2")
+    assert infer.main(["--model", "toy/model", "--prompt", "a", "--out", "none.png"]) == 2
+    assert "start it with python infer.py" in capsys.readouterr().err
 
 
 def test_one_process_shares_with_nobody() -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
 
 import infer
 import merge
@@ -29,7 +30,8 @@ from benchmarks import loss_lab
 from lora_core import report
 from lora_core.command_line import parse_command_line
 from lora_core.config import Config
-from lora_core.toml import read_toml
+from lora_core.toml import read_toml, to_toml
+from tests.process_groups import ProcessGroups, process_groups
 from training.compare_options import CompareRuns
 from training.measures import find_measures
 
@@ -70,6 +72,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def groups(folder: Path) -> Iterator[ProcessGroups]:
+    with process_groups(folder, cwd=folder) as started:
+        yield started
+
+
 def save_sd1_lora(file: Path, seed: int, rank: int = 4) -> None:
     """A file in diffusers' format on some attention layers of Stable Diffusion 1.5."""
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +111,7 @@ def commands(block: str) -> Iterator[str]:
                 yield command.strip()
 
 
-def run_command(command: str) -> None:
+def run_command(command: str, groups: ProcessGroups) -> None:
     words = shlex.split(command)
     if words[:2] == ["python", "train.py"]:
         if "--preview-density" in words or "--plan" in words:
@@ -121,6 +129,16 @@ def run_command(command: str) -> None:
         config = parse_command_line(Config, words[2:], prog="train.py", example="")
         if not HUB.match(config.model):
             train.train(replace(shorten(config), overwrite=True))  # two pages train to one folder
+    elif words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        assert launched.training_script == "train.py"
+        config = parse_command_line(
+            Config, launched.training_script_args, prog="train.py", example=""
+        )
+        if launched.nnodes == "1:1":
+            train_in_processes(
+                groups, replace(shorten(config), overwrite=True), launched.nproc_per_node
+            )
     elif words[:2] == ["python", "infer.py"]:
         more = [] if words[2] == "--list" else ["--steps", "1", "--device", "cpu"]
         assert infer.main([*words[2:], *more]) == 0
@@ -142,9 +160,23 @@ def run_command(command: str) -> None:
         assert words[:2] == ["git", "clone"] or words[0] == "cd", command
 
 
+def train_in_processes(groups: ProcessGroups, config: Config, count: str) -> None:
+    """Train in as many processes, without pictures of the end."""
+    folder = Path(config.out).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "launched.toml"
+    file.write_text(to_toml(replace(config, out=str(Path(config.out).absolute()))))
+    ended = groups.train(int(count), [str(file), "--overwrite"])
+    assert ended.status == [0] * int(count), "\n".join(ended.output)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(
-    page: Path, folder: Path, without_plots: None, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    folder: Path,
+    groups: ProcessGroups,
+    without_plots: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(folder)
     namespace: dict[str, object] = {"__name__": "page"}
@@ -160,12 +192,16 @@ def test_every_block_runs(
             read_toml(Path("page.toml"))
         elif language == "bash":
             for command in commands(code):
-                run_command(command)
+                run_command(command, groups)
 
 
 @pytest.mark.parametrize("script", [train, infer, merge], ids=lambda script: script.__name__)
 def test_examples_of_the_scripts_run(
-    script: ModuleType, folder: Path, without_plots: None, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    folder: Path,
+    groups: ProcessGroups,
+    without_plots: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(folder)
     text = (script.__doc__ or "") + "\n" + getattr(script, "EXAMPLE", "")
@@ -173,7 +209,7 @@ def test_examples_of_the_scripts_run(
     runnable = [line for line in lines if not PLACEHOLDER.search(line)]
     assert len(runnable) >= 2, lines
     for command in commands("\n".join(runnable)):
-        run_command(command)
+        run_command(command, groups)
 
 
 def test_an_example_has_forty_lines_and_commands_that_are_understood() -> None:

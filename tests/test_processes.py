@@ -1,5 +1,11 @@
 """Several processes train one run: the numbers of one process, at any number of processes."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +27,7 @@ from lora_core.config import (
 )
 from lora_core.toml import to_toml
 from tests.conftest import rows
-from tests.process_groups import ProcessGroups, process_groups
+from tests.process_groups import ProcessGroups, free_port, process_groups
 
 ROOT = Path(__file__).parent.parent
 # (processes, batch, accumulation) of steps of four images
@@ -201,3 +207,178 @@ def test_processes_with_other_images_are_refused(
         "process 1 trains from something else than process 0: the captions of 1 image"
         in ended.output[0]
     )
+
+
+def test_a_process_that_fails_shows_its_traceback(
+    base: Config, groups: ProcessGroups, tmp_path: Path
+) -> None:
+    changed = replace(base, out=str(tmp_path / "run"))
+    ended = groups.call(2, "tests.process_jobs:fail_in_process_one", to_toml(changed))
+    assert ended.status == [2, 1]
+    assert "process 0 ends, for it lost another one" in ended.output[0]
+    assert ended.output[1].count("Traceback") == 1
+    assert "ZeroDivisionError: of our own making" in ended.output[1]
+
+
+def test_shards_are_the_whole_model(base: Config, run_on) -> None:
+    """With --shard each process holds a part of the weights, and the run is the same."""
+    config = replace(
+        base,
+        precision="fp64",
+        batch_size=2,
+        adapter=AdapterConfig(rank=2),
+        prior=PriorConfig(),
+        gradient_checkpointing=True,
+        stages=(Stage(4, ("denoiser", "tokens")),),
+    )
+    whole, parts = run_on(config, 2, "whole"), run_on(replace(config, shard=True), 2, "parts")
+    assert difference(whole, parts) < 1e-10
+    scores = [[row["loss"] for row in rows(run, "val")] for run in (whole, parts)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-9)
+
+
+# A loss by which process 1 ends in the middle of step 5 of the first launch, once.
+DEADLY = """
+import os, signal
+from pathlib import Path
+from lora_core.diffusion.losses import mse
+
+def loss(step, how="kill", mark=""):
+    if step.step == 4 and os.environ["RANK"] == "1" and not Path(mark).exists():
+        Path(mark).write_text("")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("this process ends here")
+    return mse(step)
+"""
+
+
+def launch(*words: str) -> subprocess.Popen[str]:
+    """A launcher of the environment, say torchrun, and its output."""
+    program = Path(sys.executable).with_name(words[0])
+    return subprocess.Popen(
+        [str(program), *words[1:]],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def short(base: Config, tmp_path: Path) -> tuple[Path, Config]:
+    """(the file of a config, the config): eight steps with a checkpoint after each second one."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    config = replace(
+        base,
+        precision="fp64",
+        batch_size=2,
+        save_every=2,
+        prior=PriorConfig(),
+        loss=f"{tmp_path / 'deadly.py'}:loss",
+        loss_arg={"mark": str(tmp_path / "mark")},
+        out=str(tmp_path / "run"),
+        stages=(Stage(8, ("denoiser",)),),
+    )
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    return file, config
+
+
+@pytest.mark.soak
+def test_a_killed_process_ends_the_job_and_a_restart_goes_on(
+    short: tuple[Path, Config], tmp_path: Path, run_on
+) -> None:
+    file, config = short
+    agent = launch(
+        "torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "train.py", str(file)
+    )
+    said, _ = agent.communicate(timeout=600)
+    assert agent.returncode == 0, said
+    assert "restart 1: the run goes on from its newest checkpoint" in said
+    assert "resumed after step 4" in said
+    whole = run_on(replace(config, loss_arg={"mark": str(file)}), 2, "whole")
+    assert difference(whole, tmp_path / "run") < 1e-10
+    assert losses(whole) == pytest.approx(losses(tmp_path / "run"), rel=1e-9)
+
+
+@pytest.mark.soak
+def test_a_process_whose_loss_fails_ends_the_job(short: tuple[Path, Config]) -> None:
+    file, config = short
+    mark = ["--loss-arg", "how=raise", f"mark={config.loss_arg['mark']}"]
+    agent = launch("torchrun", "--nproc-per-node", "2", "train.py", str(file), *mark)
+    said, _ = agent.communicate(timeout=600)
+    assert agent.returncode != 0
+    assert re.search(r"error: process 1: .*deadly.py.*this process ends here", said), said
+    assert "Root Cause" in said and "process 0 ends, for it lost another one" in said
+
+
+@pytest.mark.soak
+def test_a_restart_takes_up_no_older_run(short: tuple[Path, Config], tmp_path: Path) -> None:
+    """A folder that is refused stays as it is, however often torchrun tries."""
+    file, _ = short
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("an older run")
+    agent = launch(
+        "torchrun", "--nproc-per-node", "2", "--max-restarts", "2", "train.py", str(file)
+    )
+    said, _ = agent.communicate(timeout=600)
+    assert agent.returncode != 0
+    assert said.count("already holds files of another run") == 3
+    assert written(tmp_path / "run") == {"metrics.jsonl"}
+
+
+@pytest.mark.soak
+def test_two_agents_are_two_machines(short: tuple[Path, Config], tmp_path: Path, run_on) -> None:
+    file, config = short
+    (tmp_path / "mark").write_text("")  # nobody dies
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    words = ["--nnodes", "2", "--nproc-per-node", "1", *meeting, "train.py", str(file)]
+    agents = [launch("torchrun", *words) for _ in range(2)]
+    said = [agent.communicate(timeout=600)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
+    assert sum(text.count("done: ") for text in said) == 1
+    whole = run_on(config, 2, "whole")
+    assert difference(whole, tmp_path / "run") < 1e-10
+
+
+@pytest.mark.soak
+def test_accelerates_launcher_is_taken(short: tuple[Path, Config], tmp_path: Path, run_on) -> None:
+    pytest.importorskip("accelerate")
+    file, config = short
+    (tmp_path / "mark").write_text("")
+    words = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    port = [
+        "--main_process_port",
+        str(free_port()),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    agent = launch("accelerate", *words, *port, "train.py", str(file))
+    said, _ = agent.communicate(timeout=600)
+    assert agent.returncode == 0, said
+    assert difference(run_on(config, 2, "whole"), tmp_path / "run") < 1e-10
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_all_processes(
+    short: tuple[Path, Config], tmp_path: Path, number: int
+) -> None:
+    file, _ = short
+    (tmp_path / "mark").write_text("")
+    long = ["--stages.0.steps", "2000", "--save-every", "0", "--log-every", "1"]
+    agent = launch("torchrun", "--nproc-per-node", "2", "train.py", str(file), *long)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and len(log.read_bytes().splitlines()) > 3):
+        assert agent.poll() is None
+        time.sleep(0.2)
+    agent.send_signal(number)
+    said, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert said.count("the run is saved after step") == 1, said
+    assert "torchrun --nproc-per-node 2 train.py" in said
+    assert parameters(tmp_path / "run")

@@ -59,7 +59,8 @@ def open_class_images(
     at_once = distributed.process_count()  # each process draws one
     rounds = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
     for seeds in tqdm(rounds, desc="class images", disable=hides_progress()):
-        drawn = distributed.gather_shares([draw(seed) for seed in distributed.take_share(seeds)])
+        own = distributed.take_share(seeds, even=True)
+        drawn = distributed.gather_shares([draw(seed) for seed in own])
         if distributed.is_main_process():
             for seed, image in zip(seeds, drawn):
                 save_png(image, _image_file(place, seed))

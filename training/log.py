@@ -80,6 +80,11 @@ class Log:
         if done % self.config.log_every == 0:
             self._show(self.flush())
 
+    def validate_start(self, start: int, scorer: Scorer) -> None:
+        """Score the validation images before the first step, of which a resumed run has scores."""
+        if start == 0:
+            self.validate(0, scorer)
+
     def validate(self, done: int, scorer: Scorer) -> None:
         """Score the validation images after `done` steps: rows of val.jsonl, and their mean loss,
         absolute and relative to the first validation, in metrics.jsonl.

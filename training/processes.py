@@ -19,6 +19,7 @@ from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Run, hold_run
 from lora_core.toml import read_toml
+from training.sharding import check_sharding
 
 SECONDS_FOR_MAIN = 3  # in which the first process reports the error that another one has, too
 LAUNCHES = "lora_core/launch"  # beginning of the keys in the launcher's store
@@ -40,6 +41,7 @@ def join_run(config: Config) -> Iterator[Config]:
     with distributed.join_processes(), _one_voice():
         if distributed.process_count() > 1:
             _check_options(config)
+            print(f"processes: {distributed.process_count()}, of which this one prints")
             config = _resume_after_restart(config)
         config = replace(config, processes=_find_count(config))
         if config.images_per_step < distributed.process_count():
@@ -48,6 +50,7 @@ def join_run(config: Config) -> Iterator[Config]:
                 f"{'s' * (config.images_per_step > 1)} for {distributed.process_count()} "
                 "processes; start fewer with torchrun --nproc-per-node, or raise --batch-size"
             )
+        check_sharding(config)
         yield config
 
 

@@ -48,6 +48,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "device": ROUNDING,
     "compile": ROUNDING,
     "cuda_graph": ROUNDING,
+    "shard": ROUNDING,
     "gradient_checkpointing": ROUNDING,
     "model": WEIGHTS_PATH,
     "model_config": WEIGHTS_PATH,

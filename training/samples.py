@@ -72,10 +72,11 @@ class SampleImages:
                 stack.enter_context(model.without_adapters())
             elif strength != 1:
                 stack.enter_context(model.at_strength(strength))
-            for i in distributed.take_share(range(0, len(prompts), size)):
+            firsts = range(0, len(prompts), size)
+            for i in distributed.take_share(firsts, even=self.config.shard):
                 part = prompts[i : i + size]
                 batches.append(self._generate(part, range(i, i + len(part))))
-        return list(itertools.chain(*distributed.gather_shares(batches)))
+        return list(itertools.chain(*distributed.gather_shares(batches)[: len(firsts)]))
 
     def draw_class_image(self, seed: int) -> Image.Image:
         """A class image of prior preservation, by the model before its first step."""

@@ -47,14 +47,16 @@ class Scorer:
         batches: list[list[Score]] = []
         count = len(self.images)
         size = min(self.config.batch_size, count)
+        firsts = range(0, count, size)
         with self.model.evaluating(), self.optimization.averaged():
-            for first in distributed.take_share(range(0, count, size)):
+            for first in distributed.take_share(firsts, even=self.config.shard):
                 # The last batch is as large as the others: a GEMM's bits depend on its row count.
                 start = min(first, count - size)
                 scores = (score_batch or self._score_batch)(range(start, start + size))
                 kept = [score for i, score in enumerate(scores) if start + i % size >= first]
                 batches.append(kept)
-        found = list(itertools.chain(*distributed.gather_shares(batches)))
+        every = distributed.gather_shares(batches)[: len(firsts)]
+        found = list(itertools.chain(*every))
         return sorted(found, key=lambda score: (score.draw, score.bin))
 
     def _score_batch(self, images: range) -> list[Score]:

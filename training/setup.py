@@ -46,6 +46,7 @@ from training import (
     mask_files,
     model_checks,
     run_adapters,
+    sharding,
     starting_lora,
 )
 from training.run_identity import model_identity
@@ -415,6 +416,8 @@ def _set_up_networks(config: Config, model: Model) -> None:
         model.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
         cuda_graph.compile_blocks(model.denoiser)
+    if config.shard:
+        sharding.shard_denoiser(model.denoiser, model.groups, model.device)
 
 
 # ---------------------------------------------------------------- the optimizer

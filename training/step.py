@@ -177,8 +177,8 @@ def optimizer_step(
             (loss if scaler is None else scaler.scale(loss)).backward()
             total = total + loss.detach()
     moving: list[nn.Parameter] = []
-    for name in stage.groups:
-        moving += model.groups[name]
+    for group in stage.groups:
+        moving += model.groups[group]
     if optimization.processes > 1:
         total = distributed.sum_gradients_(moving, total)
     if check:
