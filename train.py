@@ -38,6 +38,7 @@ if __name__ == "__main__":  # before torch is imported
         )
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
+import functools
 import time
 from contextlib import ExitStack
 from dataclasses import replace

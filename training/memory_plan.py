@@ -186,7 +186,7 @@ def takes_turns(config: Config) -> bool:
 
 def plain_placement(config: Config) -> Config:
     """The config with all weights on the device as they are."""
-    changes: dict[str, Any] = {"quantize": "none", "stream": False}
+    changes: dict[str, Any] = {"quantize": "none", "stream": False, "shard": False}
     if hasattr(config, "offload"):
         changes["offload"] = False
     return replace(config, **changes)

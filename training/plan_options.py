@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any, NamedTuple
 
 from lora_core.config import Config
 from lora_core.errors import UserError
+from training import config_checks
 from training.memory_plan import MemoryPlan, plan_memory, takes_turns
 
 
@@ -66,7 +68,7 @@ def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--vae-precision bf16", {"vae_precision": "bf16"}
     if config.quantize == "none" and config.precision != "fp64":
         yield "--quantize fp8", {"quantize": "fp8"}
-    if not config.stream:
+    if not config.stream and not config.shard:
         yield "--stream", {"stream": True}
     if config.quantize != "int4" and config.precision != "fp64":
         yield "--quantize int4", {"quantize": "int4"}
@@ -115,10 +117,13 @@ def _apart_from(chosen: Sequence[Saving], saving: Saving) -> list[Saving]:
 
 
 def _plan_with(config: Config, functions: Any, savings: Sequence[Saving]) -> MemoryPlan | None:
-    """The plan with these options; None where the model does not take them."""
+    """The plan with these options; None where they do not go together, or with the model."""
     for saving in savings:
         config = saving.change(config)
     try:
+        installed = find_spec("torchao") is not None  # without it --quantize says what to install
+        checked = config if installed else replace(config, quantize="none")
+        config_checks.check_config(checked, needs_images=False)
         return plan_memory(config, functions)
     except UserError:
         return None

@@ -123,7 +123,7 @@ def planned_inputs(run: PlannedRun, stage: Stage, size: tuple[int, int]) -> list
     """The inputs of the micro-batches of a step, for images of `size` (h, w) in pixels. Two
     micro-batches stand for any number above one: gradients are there during the second.
     """
-    count = min(2, run.config.accumulation)
+    count = min(2, run.config.passes_per_step)
     return [_micro_inputs(run, stage, size) for _ in range(count)]
 
 

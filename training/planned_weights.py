@@ -17,12 +17,16 @@ from models.placement import LARGE_ENCODER, checkpointed_blocks, parameter_count
 def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) -> int:
     """Bytes of a network's frozen tensors on the device, while it works there.
 
-    With --quantize of the denoiser, and of a text encoder as large as T5 that does not train; with
-    --stream all of the denoiser that is in no block, and two of its largest blocks.
+    With --quantize of the denoiser, and of a text encoder as large as T5 that does not train. Of a
+    streamed denoiser all that is in no block, and two of its largest blocks; of one that is
+    divided among processes (--shard) also a share of all blocks.
     """
     sizes = frozen_sizes(network, _form(config, network, is_denoiser=is_denoiser))
-    if not (is_denoiser and config.stream and config.gradient_checkpointing != "none"):
-        return sum(sizes.values())  # without checkpointing autograd keeps the blocks' copies
+    # without checkpointing autograd keeps the blocks' copies
+    is_streamed = config.stream and config.gradient_checkpointing != "none"
+    is_divided = config.shard and config.processes > 1
+    if not is_denoiser or not (is_streamed or is_divided):
+        return sum(sizes.values())
     blocks = dict.fromkeys(checkpointed_blocks(network), 0)
     outside = 0
     for path, size in sizes.items():
@@ -31,7 +35,8 @@ def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) ->
             blocks[inside[0]] += size
         else:
             outside += size
-    return outside + 2 * max(blocks.values(), default=0)
+    share = 0 if is_streamed else sum(blocks.values()) // config.processes
+    return outside + share + 2 * max(blocks.values(), default=0)
 
 
 def unpacked_bytes(config: Config, network: nn.Module) -> int:
