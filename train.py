@@ -38,7 +38,6 @@ if __name__ == "__main__":  # before torch is imported
         )
     answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
 
-import functools
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -213,7 +212,7 @@ def run_train_command(words: list[str]) -> None:
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
-    resolve = functools.partial(resolve_functions, config, None, training_step)
+    resolve = partial(resolve_functions, config, None, training_step)
     with memory_advice.explained(config, resolve):
         folder = train(config)
     if processes.is_first():

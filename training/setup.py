@@ -408,7 +408,9 @@ def _set_up_networks(config: Config, model: Model) -> None:
             own = functools.partial(again, context_fn=level.recompute_contexts)
         model.denoiser.enable_gradient_checkpointing(own)  # type: ignore[operator]
     if config.gradient_checkpointing == "all":
-        for encoder in model.encoders.values():  # transformers 6 keeps the first name only
+        changing = model.adapted.keys() | model.embeddings.keys()  # a frozen one saves nothing
+        for encoder in (model.encoders[name] for name in model.encoders if name in changing):
+            # transformers 6 keeps the first name only
             enable = getattr(encoder, "activation_checkpointing_enable", None)
             enable = enable or encoder.gradient_checkpointing_enable
             enable(again.keywords)  # type: ignore[operator]
