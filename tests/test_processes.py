@@ -228,7 +228,7 @@ def test_shards_are_the_whole_model(base: Config, run_on) -> None:
         batch_size=2,
         adapter=AdapterConfig(rank=2),
         prior=PriorConfig(),
-        gradient_checkpointing=True,
+        gradient_checkpointing="all",
         stages=(Stage(4, ("denoiser", "tokens")),),
     )
     whole, parts = run_on(config, 2, "whole"), run_on(replace(config, shard=True), 2, "parts")
