@@ -261,7 +261,8 @@ def place_models(config: Infer, *families: Family | None) -> None:
     if config.quantize != "none" or config.stream:
         for family in filter(None, families):
             device = choose_device(config.device)
-            place_networks(family, device, config.quantize, stream=config.stream)
+            lines = place_networks(family, device, config.quantize, stream=config.stream)
+            print("\n".join(f"note: {line}" for line in lines), file=sys.stderr)
 
 
 def _latent_space(family: Family) -> tuple[int, int, str]:

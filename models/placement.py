@@ -36,8 +36,9 @@ def place_networks(
     *,
     stream: bool = False,
     trained: Collection[str] = (),
-) -> None:
-    """Bring a model's networks from the host to a device, adapters included; prints a line.
+) -> list[str]:
+    """Bring a model's networks from the host to a device, adapters included; returns what was done,
+    in a line for each network.
 
     With `quantize`, the linear layers in the denoiser's blocks become QuantizedLinear, one at a
     time, and so do those of a text encoder as large as T5 that is not among `trained`. What is
@@ -47,6 +48,7 @@ def place_networks(
     on the host, as streamed_blocks.py describes. Raises UserError where nothing can be quantized,
     or no blocks are found.
     """
+    lines = []
     for name, network in family.modules.items():
         chosen: list[str] = []
         is_denoiser = name == family.denoiser
@@ -58,18 +60,19 @@ def place_networks(
                     f"--quantize {quantize} finds no linear layer in the blocks of {name} that it "
                     "could store; leave it out"
                 )
-            print(describe_quantization(name, network, chosen, quantize))
+            lines.append(describe_quantization(name, network, chosen, quantize))
         if is_denoiser and stream:
-            _stream_network(name, network, device, quantize, chosen)
+            lines.append(_stream_network(name, network, device, quantize, chosen))
             continue
         _place_layers(network, device, device, quantize, chosen, chosen)
         network.to(device)
+    return lines
 
 
 def _stream_network(
     name: str, network: nn.Module, device: torch.device, quantize: Quantize, packed: list[str]
-) -> None:
-    """Quantize the layers `packed`, move what is not in a block, and stream the blocks."""
+) -> str:
+    """Quantize the layers `packed`, move what is not in a block, stream the blocks, and say so."""
     blocks = checkpointed_blocks(network)
     if not blocks:
         raise UserError(
@@ -86,7 +89,7 @@ def _stream_network(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     streamed = stream_blocks(blocks, device)
     size, largest = streamed.host_bytes / MIB, streamed.largest_block / MIB
-    print(
+    return (
         f"streamed: {len(blocks)} blocks of {name}, {size:,.1f} MiB, stay in host memory; at most "
         f"two are on the device, each of up to {largest:,.1f} MiB"
     )

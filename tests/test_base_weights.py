@@ -113,9 +113,11 @@ def test_the_search_for_nan_looks_at_packed_weights(quick, config):
     ("change", "words"),
     [
         ({"quantize": "int8", "precision": "fp64"}, "--precision is fp64"),
-        ({"quantize": "int4", "compile": True}, "--compile cannot trace the 4-bit weights"),
+        ({"quantize": "int4", "compile": True}, "--compile cannot trace the packed weights"),
         ({**STREAMED, "compile": True}, "--compile needs weights that stay"),
         ({**STREAMED, "cuda_graph": True}, "--cuda-graph needs weights that stay"),
+        ({"quantize": "int8", "shard": True}, "--shard divides .* and --quantize stores"),
+        ({**STREAMED, "shard": True}, "--shard divides .* and --stream stores"),
         ({"stream": True}, "--stream needs --gradient-checkpointing"),
     ],
 )

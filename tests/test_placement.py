@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_core.adapters import injection
 from lora_core.adapters.adapted_layer import adaptable_layers
+from lora_core.adapters.folded_weights import fold_adapter
 from lora_core.errors import UserError
 from lora_core.family import LoadOptions
 from lora_core.quantized_weights import QuantizedLinear
@@ -114,6 +115,22 @@ def test_a_dora_keeps_its_gain(model):
     layer.change_base(lambda base: QuantizedLinear(base, "int4"), CPU)
     assert layer.run is not None and is_packed(layer), path
     torch.testing.assert_close(dora.magnitude / dora.norm(layer.base), gain, rtol=1e-6, atol=0)
+
+
+def test_packed_weights_take_no_fold_and_a_removed_adapter_leaves_them(model):
+    family = load_family(str(model))
+    unet = family.modules["unet"]
+    place_networks(family, CPU, "int8")
+    base = run(unet)
+    injection.inject(unet, AdapterSpec(targets=("*.attn1.*",), rank=2))
+    for up in injection.up_parameters(unet):
+        up.data.normal_()
+    changed = run(unet)
+    with pytest.raises(UserError, match=r"has a packed weight \(--quantize\)"):
+        fold_adapter(unet)
+    assert torch.equal(run(unet), changed) and not torch.equal(changed, base)
+    injection.remove(unet)
+    assert torch.equal(run(unet), base)
 
 
 def test_blocks_are_those_that_checkpointing_recomputes(model, flux_folder):

@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import injection
 from lora_core.settings import AdapterSpec
-from lora_core.streamed_blocks import Slabs, StartedCopy, StreamedBlocks, frozen_slots
+from lora_core.streamed_blocks import (
+    Slabs,
+    StartedCopy,
+    StreamedBlocks,
+    frozen_slots,
+    move_around_blocks,
+    stream_blocks,
+)
 
 WIDTH, BLOCKS = 8, 5
 
@@ -83,12 +90,12 @@ def adapted_net(copier=None):
     return net, copier and StreamedBlocks(list(net.blocks), copier, pin=False)
 
 
-def take_steps(net, count=3):
+def take_steps(net, count=3, device="cpu"):
     """Losses and gradients of some steps, each with a forward without gradients after it."""
     parameters = injection.adapter_parameters(net)
     found = []
     for step in range(count):
-        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step)).to(device)
         loss = net(x).square().mean()
         loss.backward()
         with torch.no_grad():
@@ -166,3 +173,19 @@ def test_slabs_keep_values_strides_and_alignment():
     assert slabs.store(torch.tensor(2.0)) == 2.0
     for part in (torch.randn(4, 6)[:, ::2], torch.randn(3, 1).expand(3, 4)):
         assert torch.equal(slabs.store(part), part)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_side_stream_gives_the_same_bits_from_pinned_memory():
+    device = torch.device("cuda")
+    plain, _ = adapted_net()
+    plain.to(device)
+    net, _ = adapted_net()
+    for layer in injection.layers_with_adapter(net, "default").values():
+        layer.change_base(lambda base: base, device)
+    streamed = stream_blocks(dict(net.blocks.named_children()), device)
+    move_around_blocks(net, list(net.blocks), device)
+    assert all(tensor.is_pinned() for tensor in streamed.host[0])
+    for mine, theirs in zip(take_steps(net, device=device), take_steps(plain, device=device)):
+        assert torch.equal(mine, theirs)

@@ -35,11 +35,17 @@ def check_base_weights(c: Config) -> None:
             f"--quantize {c.quantize} packs weights of fp32, bf16 or fp16, and --precision is "
             "fp64; leave one of the two out"
         )
-    if c.quantize == "int4" and c.compile:
+    if c.quantize in ("fp8", "int4") and c.compile:  # torchao 0.18 with torch 2.13
         raise UserError(
-            "--compile cannot trace the 4-bit weights of --quantize int4; take int8 or fp8, or "
+            f"--compile cannot trace the packed weights of --quantize {c.quantize}; take int8, or "
             "leave --compile out"
         )
+    for option, given in (("--quantize", c.quantize != "none"), ("--stream", c.stream)):
+        if given and c.shard:
+            raise UserError(
+                f"--shard divides the weights of a denoiser as it is, and {option} stores them in "
+                "another way; leave one of the two out"
+            )
     if not c.stream:
         return
     for option, is_given in (("--compile", c.compile), ("--cuda-graph", c.cuda_graph)):
@@ -56,11 +62,14 @@ def check_base_weights(c: Config) -> None:
 
 
 def place_model(config: Config, family: Family, device: torch.device) -> None:
-    """Bring a family that was loaded to the host to the device, in the forms of the config."""
+    """Bring a family that was loaded to the host to the device, in the forms of the config, and
+    print what was done.
+    """
     if config.quantize == "none" and not config.stream:
         return
     trained = [name for name in family.tokenizers if config.trains(group_of(family, name))]
-    place_networks(family, device, config.quantize, stream=config.stream, trained=trained)
+    lines = place_networks(family, device, config.quantize, stream=config.stream, trained=trained)
+    print("\n".join(lines))
 
 
 def networks_with_dora(

@@ -50,6 +50,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "cuda_graph": ROUNDING,
     "shard": ROUNDING,
     "gradient_checkpointing": ROUNDING,
+    "stream": ROUNDING,
     "model": WEIGHTS_PATH,
     "model_config": WEIGHTS_PATH,
     "vae": WEIGHTS_PATH,

@@ -207,6 +207,11 @@ class Adapted(nn.Module):
         Summed in fp32 or better, rounded once. Raises UserError when the weight is not floating
         point or the result overflows its dtype.
         """
+        if "weight" not in self.base._parameters:
+            raise UserError(
+                f"{path} has a packed weight (--quantize), which cannot take an update; "
+                "keep the adapter unfolded, or load the model without it"
+            )
         dtype = self.base.weight.dtype
         if not dtype.is_floating_point:
             raise UserError(
