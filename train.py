@@ -5,6 +5,7 @@
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
     python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
+    python train.py CONFIG.toml --plan             # the GPU memory that it needs, and options
     python train.py --list losses                  # or schedules, kinds ...: what there is
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
@@ -25,9 +26,9 @@ from training.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comp
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
-    "\n\nor: python train.py --list losses"
+    "\n\nor: python train.py CONFIG.toml --plan\n\nor: python train.py --list losses"
 )
-PREVIEW_FLAG = "--preview-density"
+PREVIEW_FLAG, PLAN_FLAG = "--preview-density", "--plan"
 
 if __name__ == "__main__":  # before torch is imported
     answer_list(sys.argv[1:])
@@ -53,7 +54,16 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import comparing, effects, processes, results, setup, starting_lora
+from training import (
+    comparing,
+    effects,
+    memory_advice,
+    plan_table,
+    processes,
+    results,
+    setup,
+    starting_lora,
+)
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -199,15 +209,20 @@ def run_train_command(words: list[str]) -> None:
     if words[:1] == [LIST_FLAG]:
         print_list(words[1:])
         return
-    options = [word for word in words if word != PREVIEW_FLAG]
+    options = [word for word in words if word not in (PREVIEW_FLAG, PLAN_FLAG)]
     config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)
     if PREVIEW_FLAG in words:
         print(f"plot: {results.preview_noise_levels(config)}")
         return
+    if PLAN_FLAG in words:
+        plan_table.print_plan(*resolve_functions(config, None, training_step), options)
+        return
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
-    folder = train(config)
+    resolve = partial(resolve_functions, config, None, training_step)
+    with memory_advice.explained(config, resolve):
+        folder = train(config)
     if processes.is_first():
         print(f"done: {folder}")
 

@@ -57,6 +57,7 @@ SegmenterWords = NewType("SegmenterWords", str)  # clipseg:WORDS or clipseg@MODE
 FoundMasks = Literal["none", "file", "alpha", "auto", "any"]
 MaskSource = FoundMasks | SegmenterWords
 Group = Literal["denoiser", "text_encoder", "tokens"]
+Checkpointing = Literal["none", "blocks", "all"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
 
@@ -399,8 +400,10 @@ class Config(ModelConfig):
     """On a GPU keep each network there only while it works: text encoders and VAE leave once their
     results are cached, and all take turns for samples and validation. Costs host memory for the
     frozen weights, and the seconds that copying them takes; with --no-offload all stay."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Checkpointing = "none"
+    """Recompute activations in the backward pass: less memory, about a third more time. blocks:
+    those of the denoiser's blocks; all: those of the text encoders' layers, too, which are kept
+    only where a text encoder or tokens train."""
     from_lora: str = ""
     """LoRA file or run folder that training starts from, in any format that is read here: its
     update, its ranks and alphas, and the learned tokens of words that both have."""

@@ -40,6 +40,7 @@ from training import base_weights, config_checks, effects, nonfinite
 from training.checkpoints import Checkpoints
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
+from training.peak_memory import describe_peak, measure_peak
 from training.samples import SampleImages, before_after_grid, save_sample_grid
 from training.scores import Scorer, comparable_scores, loss_table, losses_by_timestep
 from training.setup import Model
@@ -78,6 +79,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     summary = {
         "seconds": round(time.perf_counter() - checkpoints.began, 2),
         "steps": done,
+        "peak_memory": measure_peak(model.device),
         "val_loss_before": validation.mean_loss(scores[0]) if scores else None,
         "val_loss_after": validation.mean_loss(scores[1]) if scores else None,
         **_summary_notes(log, checkpoints, note),
@@ -264,6 +266,7 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
         "learning rates": ", ".join(rates),
         "precision": c.precision,
         "seed": c.seed,
+        "peak memory": describe_peak(model.device),
     }
     if model.adapted:
         factors = f", rank {a.rank}, alpha {a.alpha or a.rank:g}" if model.has_factors else ""

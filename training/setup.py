@@ -384,14 +384,17 @@ def _describe_loss(config: Config, family: Family, *, weights_itself: bool) -> s
 
 def _set_up_networks(config: Config, model: Model) -> None:
     """Gradient checkpointing, memory format and compilation."""
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing != "none":
         # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         own, level = again, noise_levels.find_level(model.denoiser)
         if level is not None:  # blocks of an earlier forward are recomputed at its timesteps
             own = functools.partial(again, context_fn=level.recompute_contexts)
         model.denoiser.enable_gradient_checkpointing(own)  # type: ignore[operator]
-        for encoder in model.encoders.values():  # transformers 6 keeps the first name only
+    if config.gradient_checkpointing == "all":
+        changing = model.adapted.keys() | model.embeddings.keys()  # a frozen one saves nothing
+        for encoder in (model.encoders[name] for name in model.encoders if name in changing):
+            # transformers 6 keeps the first name only
             enable = getattr(encoder, "activation_checkpointing_enable", None)
             enable = enable or encoder.gradient_checkpointing_enable
             enable(again.keywords)  # type: ignore[operator]
