@@ -57,6 +57,7 @@ SegmenterWords = NewType("SegmenterWords", str)  # clipseg:WORDS or clipseg@MODE
 FoundMasks = Literal["none", "file", "alpha", "auto", "any"]
 MaskSource = FoundMasks | SegmenterWords
 Group = Literal["denoiser", "text_encoder", "tokens"]
+Checkpointing = Literal["none", "blocks", "all"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
 
@@ -72,10 +73,14 @@ class DataConfig(ImageSettings):
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
+    streaming: bool = False
+    """Read the images of the dataset where they are, in its shards, and export nothing: a folder of
+    tar files (WebDataset), parquet, Arrow or images, or files such as shards/{000..009}.tar. The
+    order is that of a folder."""
     split: str = "train"
     """Split of the dataset."""
     image_column: str = "image"
-    """Column of the dataset with the images."""
+    """Column of the dataset with the images; of tar files the ending of their names, image: any."""
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or
     prompt."""
@@ -110,9 +115,13 @@ class DataConfig(ImageSettings):
     """What the masks are for: loss weights it; hole trains an inpainting model to paint what is
     white (at least half) instead of random rectangles, and the whole image counts; both: the hole
     is painted and counts alone."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read (damaged, empty, no image, a mask or caption file that
+    cannot be read, a name in metadata.jsonl without a file) and print them; otherwise the first one
+    is an error."""
     cache: str = ""
-    """Folder that keeps encoded latents, and captions where no text trains, between runs; many
-    processes may share it; empty: memory only."""
+    """Folder that keeps encoded latents, captions where no text trains, and which image files were
+    checked; many runs and processes may share it. Empty: memory only."""
     workers: Annotated[int, AtLeast(0)] = 0
     """Threads that load images ahead of the loop; any number gives the same bits."""
 
@@ -391,8 +400,10 @@ class Config(ModelConfig):
     """On a GPU keep each network there only while it works: text encoders and VAE leave once their
     results are cached, and all take turns for samples and validation. Costs host memory for the
     frozen weights, and the seconds that copying them takes; with --no-offload all stay."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Checkpointing = "none"
+    """Recompute activations in the backward pass: less memory, about a third more time. blocks:
+    those of the denoiser's blocks; all: those of the text encoders' layers, too, which are kept
+    only where a text encoder or tokens train."""
     from_lora: str = ""
     """LoRA file or run folder that training starts from, in any format that is read here: its
     update, its ranks and alphas, and the learned tokens of words that both have."""

@@ -37,8 +37,9 @@ from models.components import (
     config_errors,
     decode_latents,
     encode_pixels,
+    freeze_network,
     load_network,
-    load_part,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -135,7 +136,7 @@ class Flux:
         self.layout = flux_layout({name: modules[name] for name in ADAPTABLE})
         self.joint_attention = install_joint_attention(self.transformer)
         for module in modules.values():
-            module.requires_grad_(False).eval()
+            freeze_network(module)
 
     @property
     def device(self) -> torch.device:
@@ -279,8 +280,8 @@ def load(path: str, how: LoadOptions) -> Flux:
     check_channels(config.get("in_channels", 64), latent_channels)
     length = _prompt_length(how.max_sequence_length, bool(config.get("guidance_embeds")))
     tokenizers = {
-        "text_encoder": load_part(CLIPTokenizer.from_pretrained, path, "tokenizer"),
-        "text_encoder_2": load_part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
+        "text_encoder": open_tokenizer(CLIPTokenizer, path, "tokenizer", how.device),
+        "text_encoder_2": open_tokenizer(T5TokenizerFast, path, "tokenizer_2", how.device),
     }
     classes = {
         "transformer": FluxTransformer2DModel,

@@ -30,8 +30,9 @@ from models.components import (
     config_errors,
     decode_latents,
     encode_pixels,
+    freeze_network,
     load_network,
-    load_part,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -116,7 +117,7 @@ class StableDiffusion:
         self.layout = sd_layout(unet, text_encoder, scheduler)
         self.cross_attention = CrossAttention(unet, self.layout.cross_attention)
         for module in self.modules.values():
-            module.requires_grad_(False).eval()
+            freeze_network(module)
 
     @property
     def device(self) -> torch.device:
@@ -197,7 +198,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusion:
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
-    tokenizer = load_part(CLIPTokenizer.from_pretrained, path, "tokenizer")
+    tokenizer = open_tokenizer(CLIPTokenizer, path, "tokenizer", how.device)
     text_encoder = load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device)
     vae_folder = "" if how.vae else "vae"
     vae = load_network(AutoencoderKL, how.vae or path, vae_folder, how.vae_precision, how.device)

@@ -62,7 +62,7 @@ def open_parts(config: Config) -> OpenedRun:
         data = setup.add_class_images(config, data, run, samples.draw_class_images)
         checkpoints = Checkpoints(run, config, data, model, optimization)
         checkpoints.restore(0.0)
-        log = Log(run, config, model, optimization)
+        log = Log(run, config, data, model, optimization)
     scorer = Scorer(config, data, model, optimization)
     source = InputSource(config, data, model, reads_attention=functions.reads_attention)
     return OpenedRun(

@@ -75,7 +75,9 @@ READ_BY_HAND = {
     "distributed.py": TORCHRUN,
     "processes.py": TORCHRUN,
     "sharding.py": TORCHRUN,
-    "train.py": {"compare", "list", "preview-density"},
+    "train.py": {"compare", "list", "plan", "preview-density"},
+    "memory_advice.py": {"plan"},
+    "plan_options.py": {"offload"},  # where networks may leave the device
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},
     "config.py": {"data.mask"},  # the other spelling of data.masks

@@ -20,7 +20,7 @@ from tests.opened_run import open_parts
 from training import config_checks, nonfinite
 from training.step_inputs import make_step_inputs
 
-STREAMED = {"stream": True, "gradient_checkpointing": True}
+STREAMED = {"stream": True, "gradient_checkpointing": "blocks"}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def dora(config):
 
 @pytest.mark.parametrize("change", [{}, {"quantize": "int8"}, {"adapter": {"kind": "dora"}}])
 def test_streamed_runs_have_the_same_bits(quick, config, change):
-    config = merged(config, {**change, "gradient_checkpointing": True})
+    config = merged(config, {**change, "gradient_checkpointing": "blocks"})
     plain = train.train(config)
     streamed = train.train(merged(config, {**STREAMED, "out": f"{config.out}_streamed"}))
     assert same(final(streamed), final(plain))

@@ -114,7 +114,7 @@ def commands(block: str) -> Iterator[str]:
 def run_command(command: str, groups: ProcessGroups) -> None:
     words = shlex.split(command)
     if words[:2] == ["python", "train.py"]:
-        if "--preview-density" in words:
+        if "--preview-density" in words or "--plan" in words:
             assert train.main(words[2:]) == 0
             return
         if "--compare" in words:  # of runs that a reader has
@@ -128,7 +128,8 @@ def run_command(command: str, groups: ProcessGroups) -> None:
             return
         config = parse_command_line(Config, words[2:], prog="train.py", example="")
         if not HUB.match(config.model):
-            train.train(replace(shorten(config), overwrite=True))  # two pages train to one folder
+            # two pages train to one folder
+            train.train(replace(shorten(config), overwrite=not config.resume))
     elif words[0] == "torchrun":
         launched = get_args_parser().parse_args(words[1:])
         assert launched.training_script == "train.py"

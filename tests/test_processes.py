@@ -25,7 +25,7 @@ from lora_core.config import (
     ValidationConfig,
 )
 from lora_core.toml import to_toml
-from tests.conftest import rows
+from tests.conftest import rows, save_photos
 from tests.process_groups import ProcessGroups, free_port, process_groups
 from tests.run_difference import largest_difference, trained_parameters
 
@@ -191,6 +191,12 @@ def test_processes_with_other_images_are_refused(
         "process 1 trains from something else than process 0: the captions of 1 image"
         in ended.output[0]
     )
+
+
+def test_the_checks_of_images_are_shared(groups: ProcessGroups, tmp_path: Path) -> None:
+    folder = save_photos(tmp_path / "photos")
+    ended = groups.call(2, "tests.process_jobs:check_images_together", str(folder))
+    assert ended.status == [0, 0], "\n".join(ended.output)
 
 
 def test_a_process_that_fails_shows_its_traceback(

@@ -54,10 +54,10 @@ def check_base_weights(c: Config) -> None:
                 f"{option} needs weights that stay where they are, and --stream moves them; leave "
                 "one of the two out"
             )
-    if c.gradient_checkpointing in (False, "none"):
+    if c.gradient_checkpointing == "none":
         raise UserError(
-            "--stream needs --gradient-checkpointing: otherwise the saved activations of a step "
-            "hold the weights of all blocks on the device"
+            "--stream needs --gradient-checkpointing blocks: otherwise the saved activations of a "
+            "step hold the weights of all blocks on the device"
         )
 
 

@@ -32,6 +32,7 @@ from training.base_weights import check_base_weights
 from training.group_checks import check_groups, check_schedules, stage_schedules
 from training.mask_files import parse_segmenter
 from training.optimizer_check import try_optimizer
+from training.training_images import check_data_options
 
 # Options that name input files and folders, which the run must not overwrite.
 INPUT_PATHS = (
@@ -124,6 +125,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     ),
     "weighting_arg": (lambda c: c.weighting != "none", "--weighting"),
     "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
+    "data.streaming": DATASET,
     "data.split": DATASET,
     "data.image_column": DATASET,
     "data.caption_column": (
@@ -210,6 +212,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     _check_known_words(c)
     _check_attention(c)
     _check_pairs(c)
+    check_data_options(c)
     check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
     densities.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument

@@ -36,10 +36,11 @@ from lora_core.settings import scheduler_changes
 from lora_core.text import hide_home
 from lora_core.toml import to_toml
 from models import read_schedule, save_family
-from training import base_weights, config_checks, nonfinite
+from training import base_weights, config_checks, effects, nonfinite
 from training.checkpoints import Checkpoints
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
+from training.peak_memory import describe_peak, measure_peak
 from training.samples import SampleImages, before_after_grid, save_sample_grid
 from training.scores import Scorer, comparable_scores, loss_table, losses_by_timestep
 from training.setup import Model
@@ -54,8 +55,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     """
     run, config, model = log.run, log.config, log.model
     done = config.steps
-    if config.precision == "fp16":
-        nonfinite.check_steps_taken(log.skipped, done)
+    nonfinite.check_steps_taken(log.skipped, done)
     nonfinite.check_finite_state(model, checkpoints.optimization, done, run)
     log.validate(done, scorer)
     if distributed.read_once(run.newest_step) != done:
@@ -79,6 +79,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     summary = {
         "seconds": round(time.perf_counter() - checkpoints.began, 2),
         "steps": done,
+        "peak_memory": measure_peak(model.device),
         "val_loss_before": validation.mean_loss(scores[0]) if scores else None,
         "val_loss_after": validation.mean_loss(scores[1]) if scores else None,
         **_summary_notes(log, checkpoints, note),
@@ -89,9 +90,8 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     }
     run.write("summary.json", json.dumps(summary, indent=1))
     _print_results(scores, note, words)
-    if log.skipped.total:
-        why = "their gradients overflowed in fp16"
-        print(f"{log.skipped.total} of {done} steps were skipped: {why}")
+    for count, why in log.skipped.reasons():
+        print(f"{count} of {done} steps were skipped: {why}")
     for line in describe_learned_tokens(learned, model.placeholders):
         print(line)
     if dora_errors:
@@ -100,6 +100,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     own = replace(_make_card(log, checkpoints, samples, scores), dora_errors=dora_errors)
     card.write_card(own, run.folder)
     write_report([run.folder])
+    effects.check_outputs(log)
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder
@@ -196,7 +197,7 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
     if (candidate := choice.current_candidate()) is not None:
         notes["kernel_candidate"] = {"op": candidate.op, "function": candidate.name}
         print(candidate.describe_calls())
-    if log.config.precision == "fp16":
+    if log.config.precision == "fp16" or log.skipped.total:
         notes["skipped"] = log.skipped.total
     return notes
 
@@ -265,6 +266,7 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
         "learning rates": ", ".join(rates),
         "precision": c.precision,
         "seed": c.seed,
+        "peak memory": describe_peak(model.device),
     }
     if model.adapted:
         factors = f", rank {a.rank}, alpha {a.alpha or a.rank:g}" if model.has_factors else ""
@@ -274,8 +276,10 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
         table["step"] = hide_home(c.step)
     if checkpoints.changes:
         table["resumed with changes"] = "; ".join(checkpoints.changes)
-    if log.skipped.total:
-        table["steps skipped in fp16"] = log.skipped.total
+    if log.skipped.overflows:
+        table["steps skipped in fp16"] = log.skipped.overflows
+    if log.skipped.nonfinite:
+        table["steps skipped as not finite"] = log.skipped.nonfinite
     return table
 
 

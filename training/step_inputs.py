@@ -60,6 +60,8 @@ class StepInputs:
     readings: Readings = field(default_factory=dict)  # what the loss logs in this step
     # [b] bool of pairs, whose rows are winner, loser, winner, loser ...
     is_loser: Tensor | None = None
+    image_keys: tuple[str, ...] = ()  # [b] of the records, for error messages
+    is_checked: bool = False  # in a stage's first step
 
 
 class InputSource:
@@ -244,6 +246,8 @@ def _make_inputs(
         plain=plain,
         unweighted_mask=None if mask is drawn else drawn,
         is_loser=None if batch.is_loser is None else to_device(batch.is_loser, device),
+        image_keys=batch.image_keys,
+        is_checked=check,
     )
 
 

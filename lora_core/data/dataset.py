@@ -35,6 +35,7 @@ from lora_core.data.records import (
     every_image,
     find_unused_files,
     images_missing_word,
+    list_again,
     scan_folder,
 )
 from lora_core.data.sample_order import sample_position
@@ -46,7 +47,7 @@ from lora_core.settings import ImageSettings
 __all__ = [
     "Batch", "Example", "ImageDataset", "ImageSettings", "Record", "collate",
     "describe_moved_crops", "describe_unread_folder_names", "describe_upscaled", "every_image",
-    "find_unused_files", "images_missing_word", "iterate_batches", "micro_batches",
+    "find_unused_files", "images_missing_word", "iterate_batches", "list_again", "micro_batches",
     "sample_position", "scan_folder",
 ]  # fmt: skip
 
@@ -207,6 +208,10 @@ class ImageDataset:
         content = json.dumps([record.key, settings], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
+    def drops_caption(self, index: int, visit: int) -> bool:
+        """Whether a visit to a record has no caption."""
+        return self._choose_caption(self.records[index], visit)[1]
+
     def _choose_caption(self, record: Record, visit: int) -> tuple[str, bool]:
         """(caption of this visit, whether it was dropped)."""
         can_drop = self.caption_dropout > 0 and not record.is_prior
@@ -260,7 +265,7 @@ class ImageDataset:
         resized = None if self.settings.zoom > 1 else size
 
         def read() -> MaskedImage:
-            image = read_image(record.path, record.mask_path, use_alpha=record.use_alpha)
+            image = read_image(record.file, record.mask_file, use_alpha=record.use_alpha)
             if resized is None:
                 return image
             return resize_image(image, resized, self.settings.interpolation)
