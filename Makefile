@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 IMAGES ?= ../shared/data/monster_toy
 
-.PHONY: ready wanted demo demo-photos demo-fusion test fuzz test-other-cpu test-all lint docs
+.PHONY: ready wanted demo demo-photos demo-fusion test fuzz soak test-other-cpu test-all lint docs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
@@ -49,8 +49,11 @@ test: ready          ## all tests that need no GPU
 fuzz: ready          ## every command on 10,000 damaged files; FUZZ_SEED=7 make fuzz takes others
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(PY) -m pytest -n 0 tests/test_fuzz.py tests/test_corrupt.py $(ARGS)
 
+soak: ready          ## 20,000 steps, kills, full disks, damaged checkpoints, large sets: an hour or two; SOAK_SEED=7 make soak kills elsewhere
+	$(PY) -m pytest -n 0 -s -m soak $(ARGS)
+
 test-all: ready      ## and every kernel configuration compiled for every GPU generation: some minutes more
-	$(PY) -m pytest -n 2 --dist loadfile -m "full or not full" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not soak" $(ARGS)
 
 # Without AVX, and with other orders of sums, as on another processor: a tolerance that only fits one machine is found.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE

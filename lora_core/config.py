@@ -72,10 +72,14 @@ class DataConfig(ImageSettings):
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
+    streaming: bool = False
+    """Read the images of the dataset where they are, in its shards, and export nothing: a folder of
+    tar files (WebDataset), parquet, Arrow or images, or files such as shards/{000..009}.tar. The
+    order is that of a folder."""
     split: str = "train"
     """Split of the dataset."""
     image_column: str = "image"
-    """Column of the dataset with the images."""
+    """Column of the dataset with the images; of tar files the ending of their names, image: any."""
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or
     prompt."""
@@ -110,8 +114,13 @@ class DataConfig(ImageSettings):
     """What the masks are for: loss weights it; hole trains an inpainting model to paint what is
     white (at least half) instead of random rectangles, and the whole image counts; both: the hole
     is painted and counts alone."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read (damaged, empty, no image, a mask or caption file that
+    cannot be read, a name in metadata.jsonl without a file) and print them; otherwise the first one
+    is an error."""
     cache: str = ""
-    """Folder that keeps encoded latents between runs; empty: memory only."""
+    """Folder that keeps encoded latents between runs, and which image files were checked; empty:
+    memory only."""
     workers: Annotated[int, AtLeast(0)] = 0
     """Threads that load images ahead of the loop; any number gives the same bits."""
 
@@ -344,6 +353,13 @@ class ModelConfig:
     """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
+    """Form in which the linear layers of the denoiser's blocks (and of T5) are stored: fp8 and int8
+    take half of bf16, int4 (NF4, as in QLoRA) about a quarter; they are unpacked as they are used.
+    Files that are written fit the model as it is (extra: torchao)."""
+    stream: bool = False
+    """Keep the denoiser's blocks in host memory and copy each to the device for its turn: at most
+    two are there. Slower; training needs --gradient-checkpointing."""
     threads: Annotated[int, AtLeast(0)] = 0
     """CPU threads; 0: torch's choice."""
 

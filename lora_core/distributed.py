@@ -141,6 +141,11 @@ def lost_peers() -> Iterator[None]:
 # ---------------------------------------------------------------- sharing work and results
 
 
+def is_one_machine() -> bool:
+    """Whether all processes are on one machine, and so see the same files."""
+    return process_count() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def take_share(items: Sequence[T], *, even: bool = False) -> Sequence[T]:
     """The items of this process: every n-th of them. With `even` all processes have as many, for
     which some have the last item again.

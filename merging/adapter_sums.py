@@ -64,11 +64,12 @@ class MergedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """Options of merging layers whose sum is a dense update."""
+    """Options of merging layers: of those whose sum is a dense update, and of large results."""
 
     base: BaseWeight | None = None  # needed for DoRA
     # seed of the randomized SVD; None: the exact SVD, which takes a second for 1280 x 1280
     sketch: int | None = None
+    kept_at: str = ""  # the output in whose folder layers are kept until it is written; "": memory
 
 
 def layers_by_key(state: AdapterState) -> dict[LayerKey, LowRank]:
@@ -102,6 +103,17 @@ def weighted_layers(terms: Sequence[Term]) -> dict[LayerKey, WeightedAdapters]:
             if own != 0:
                 weighted.append((own, adapter))
     return {key: weighted for key, weighted in found.items() if weighted}
+
+
+def update_bytes(weighted: WeightedAdapters) -> int:
+    """The bytes of the tensors of some updates."""
+    total = 0
+    for _, update in weighted:
+        tensors = (
+            (update.down, update.up) if isinstance(update, LowRank) else update.tensors.values()
+        )
+        total += sum(tensor.nbytes for tensor in tensors)
+    return total
 
 
 def join_terms(terms: Sequence[Term], stored: StoredLayers) -> list[Term]:

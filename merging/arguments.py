@@ -57,7 +57,7 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
         if flags[0].lower() in OTHER_NAMES_OF_OUT and "--out" in known:
             near = ["--out"]
         hint = f"; the nearest flag is {near[0]}" if near else ""
-        raise UserError(f"unrecognized arguments: {' '.join(rest)}{hint}; {advice}")
+        raise UserError(f"unrecognized arguments: {_first_words(rest)}{hint}; {advice}")
     words = [*_placed_words(name, options), *rest]
     if len(words) > 1:
         _refuse_split_names(words, "sum" in command.required)
@@ -144,7 +144,7 @@ def _surplus_error(name: str, words: Sequence[str], rest: Sequence[str], options
     is_more_of_sum = rest[0].startswith("-") or os.path.exists(rest[0])
     if out and len(rest) == 1 and not (required[0] == "sum" and is_more_of_sum):
         return _output_given_twice(rest[0], out)
-    shown = ", ".join(words[:SHOWN_WORDS]) + (" ..." if len(words) > SHOWN_WORDS else "")
+    shown = _first_words(words, ", ")
     if required[0] == "sum":
         return (
             f"{name} takes one sum and --out, got the {len(words)} words {shown}; "
@@ -156,6 +156,11 @@ def _surplus_error(name: str, words: Sequence[str], rest: Sequence[str], options
         f"{name} takes {places}, got the {len(words)} words {shown}; "
         "a path with spaces and a sum need quotes"
     )
+
+
+def _first_words(words: Sequence[str], between: str = " ") -> str:
+    """The first of many words, for a shell makes a thousand of one *."""
+    return between.join(words[:SHOWN_WORDS]) + (" ..." if len(words) > SHOWN_WORDS else "")
 
 
 def _advise_on_sum(words: Sequence[str]) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import models
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.formats.layout import Layout
 from lora_core.formats.model_files import NetworkLocation
 from lora_core.formats.model_folders import Model, open_model_folder, weight_key
-from lora_core.formats.weights import Weights
+from lora_core.formats.weights import TensorInfo, Weights
+from merging.byte_progress import ByteBar
 from merging.commands import FileReadOptions
 from merging.opening import describe_path, is_whole_model, open_layout
 from models import hub_models, single_file
@@ -31,6 +31,13 @@ class BaseModel:
     model: Model
     folder: Path | None  # None: a single file
     locations: tuple[NetworkLocation, ...] = ()  # of the networks in a single file
+
+    def layer_bytes(self, key: tuple[str, str]) -> int:
+        """The bytes of the weight of (component, published path); 0 without the component."""
+        if key[0] not in self.model:
+            return 0
+        weights = self.model[key[0]]
+        return count_bytes([weights.infos[weight_key(weights, self.layout, *key)]])
 
 
 def open_base_model(path: str, reading: FileReadOptions) -> BaseModel:
@@ -92,17 +99,21 @@ def layer_keys(base: BaseModel) -> list[tuple[str, str]]:
     return keys
 
 
+def count_bytes(infos: Iterable[TensorInfo]) -> int:
+    """The bytes of tensors that are not read yet."""
+    return sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in infos)
+
+
 def with_progress(model: Model, title: str) -> dict[str, Weights]:
-    """The model with a progress bar over the tensors that are read, on a terminal only."""
-    count = sum(len(weights.infos) for weights in model.values())
-    bar = tqdm(total=count, desc=title, unit="tensor", disable=hides_progress(), leave=False)
+    """The model with a bar over the bytes of its tensors as they are read, on a terminal only."""
+    total = sum(count_bytes(weights.infos.values()) for weights in model.values())
+    bar = ByteBar(total, title)
 
     def count_reads(weights: Weights) -> Weights:
         def read(key: str) -> Tensor:
-            bar.update()
-            if bar.n == bar.total:
-                bar.close()
-            return weights.read(key)
+            tensor = weights.read(key)
+            bar.add(tensor.nbytes)
+            return tensor
 
         return Weights(weights.source, weights.infos, read)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.formats.model_folders import weight_key
 from merging.adapter_sums import DenseOptions, layers_by_key, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
+from merging.byte_progress import count_items
 from merging.commands import Distill
 from merging.factor_sums import one_thread
 from merging.layer_choice import parse_layer_choice
@@ -30,6 +30,7 @@ from merging.output import (
     store_scales,
     write_adapter,
 )
+from merging.rounding import MOST_DOUBLES
 from merging.stored_layers import LayerKey, StoredLayers, stored_layers
 from merging.svd import distill_update
 from merging.truncation import ApproximationReport, Keep
@@ -107,10 +108,14 @@ class ModelPair:
                 "model; give two models of one kind"
             )
         exact = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
-        delta = after.to(exact) - before.to(exact)
+        delta = after.to(exact, copy=True).sub_(before.to(exact))
         if not torch.isfinite(delta).all():
             raise UserError(f"{name} holds NaN or Inf in one of the models; fix it first")
         return delta
+
+    def count_bytes(self, parts: Collection[LayerKey]) -> int:
+        """The bytes of these layers in both models."""
+        return sum(self.base.layer_bytes(key) + self.tuned.layer_bytes(key) for key in parts)
 
     def stack_differences(self, key: LayerKey, parts: Collection[LayerKey]) -> Tensor | None:
         """tuned - base of a stored layer; None where no part differs."""
@@ -133,8 +138,8 @@ def _distill_layers(
     state = AdapterState()
     reports = {}
     with one_thread():
-        bar = tqdm(layers, desc="distil", unit="layer", disable=hides_progress(), leave=False)
-        for key in bar:
+        sized = [(key, pair.count_bytes(parts)) for key, parts in layers.items()]
+        for key in count_items(sized, sum(size for _, size in sized), "distil"):
             delta = pair.stack_differences(key, layers[key])
             if delta is None:
                 continue
@@ -174,4 +179,10 @@ def _uncovered_differences(
     for key, info in first.infos.items():
         is_shared = key in other.infos and other.infos[key].shape == info.shape
         if key not in held and info.dtype.is_floating_point and is_shared:
-            yield float((other.read(key).double() - first.read(key).double()).square().sum())
+            yield _square_distance(first.read(key), other.read(key))
+
+
+def _square_distance(first: Tensor, other: Tensor) -> float:
+    """The squared norm of the difference, in fp64 a part at a time: tables of tokens are large."""
+    parts = zip(*(tensor.reshape(-1).split(MOST_DOUBLES) for tensor in (first, other)))
+    return math.fsum(float((b.double() - a.double()).square().sum()) for a, b in parts)

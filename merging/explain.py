@@ -7,14 +7,13 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor
-from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.formats.model_folders import parameter_key
 from merging.adapter_sums import LayerKey, has_magnitude
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
+from merging.byte_progress import count_items
 from merging.commands import Explain
 from merging.compare import GramSums, LeastSquaresFit, fit_coefficients, gram_sums, vector_sums
 from merging.factor_sums import one_thread
@@ -66,9 +65,8 @@ def _sums_by_component(
     sums: dict[str, list[GramSums]] = {}
     with one_thread():
         keys = layer_keys(base)
-        for component, path in tqdm(
-            keys, desc="explain", unit="layer", disable=hides_progress(), leave=False
-        ):
+        sized = [(key, base.layer_bytes(key) + tuned.layer_bytes(key)) for key in keys]
+        for component, path in count_items(sized, sum(size for _, size in sized), "explain"):
             old, new = before(component, path), after(component, path)
             _check_shapes((component, path), old, new, base, tuned)
             adapters = [state.components.get(component, {}).get(path) for state in states]

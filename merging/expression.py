@@ -3,13 +3,15 @@
     0.7*a.safetensors + 0.3*(b.safetensors@attn - 'my c.safetensors')
 
     sum    := [sign] term { sign term | [","] tag [choice] }
-    term   := number ["*"] term | "(" sum ")" [choice] | file [choice] | tag [choice]
+    term   := number ["*"] term | ["mean"] "(" sum ")" [choice] | file [choice] | tag [choice]
     choice := "@" layers                       the layers that are used, see `layer_choice`
-    file   := a word, or anything in quotes
+    file   := a word, or anything in quotes; with a * in it every file that it matches
     tag    := <lora:NAME:0.7>                  as in A1111's prompts, see `prompt_tags`
 
 Tags need no "+" between them, so that those of a prompt can be pasted. A "-" or "+" is part of a
-word unless it follows a space, a parenthesis or a quote; spaces around operators avoid doubt.
+word unless it follows a space, a parenthesis or a quote; spaces around operators avoid doubt. A
+"*" is multiplication after a number and otherwise part of a word that it does not begin. mean(...)
+is the sum divided by the number of its files.
 """
 
 from __future__ import annotations
@@ -17,19 +19,21 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
+from lora_core.text import shorten_value
 
 if TYPE_CHECKING:
     from lora_core.prompt_tags import LoraTag
 
 NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # a "+" ends a word before a space, a number or a group
-WORD = re.compile(r"[^\s*()@\"'+][^\s*()@\"']*?(?=\s|[*()@\"']|\+(?=[\s\d.(\"'-]|$)|$)")
+WORD = re.compile(r"[^\s*()@\"'+][^\s()@\"']*?(?=\s|[()@\"']|\+(?=[\s\d.(\"'-]|$)|$)")
+MEAN = re.compile(r"mean(?=\()")
 CHOICE = re.compile(r"\"[^\"]*\"|'[^']*'|(\[[^\]]*\]|[^\s()@+\"'])+")
 QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
 NEXT_TAG = re.compile(r"\s*,?\s*(?=<(?:lora|lyco):)")  # where a tag follows without a sign
@@ -38,6 +42,9 @@ DEEPEST_SUM = 50  # parentheses in parentheses, and signs or numbers before one 
 UNQUOTED = re.compile(r"[^\s*()@\"'+-][^\s*()@\"'+]*")  # a path that needs no quotes in a sum
 BORDERS = " *@()+-\"'"  # characters next to which a path in a sum begins or ends
 MOST_BORDERS = 100  # looked at; a sum has a few
+LONGEST_SHOWN = 400  # characters of a sum that an error shows whole; of a longer one a part
+POINTED = 60  # characters of that part before the place of the mistake
+NAMED_FILES = 3  # of a long sum, in an error
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,29 @@ class WeightedFile:
         return "".join(words)
 
 
-def parse_sum(text: str) -> list[WeightedFile]:
+def parse_sum(
+    text: str, match: Callable[[str], list[str]] = lambda name: [name]
+) -> list[WeightedFile]:
     """The files of a sum in order, with parentheses expanded and equal files combined.
 
-    Raises UserError for a text that is not a sum, with two more lines that point at the position,
-    and for weights that cancel.
+    `match` gives the files that a name stands for. Raises UserError for a text that is not a sum,
+    with two more lines that point at the position, and for weights that cancel.
     """
     if len(text) > LONGEST_SUM:
         raise UserError(f"the sum has {len(text):,} characters, expected at most {LONGEST_SUM:,}")
-    parser = _SumParser(text)
+    parser = _SumParser(text, match)
     files = parser.read_sum()
     parser.expect_end()
+    kept = _combine(files)
+    if not kept:
+        raise UserError(
+            f"nothing is left of the sum {shorten_value(text)}; every weight in it is 0"
+        )
+    return kept
+
+
+def _combine(files: Sequence[WeightedFile]) -> list[WeightedFile]:
+    """The files with equal ones combined, without those of weight 0."""
     added: dict[tuple[str, tuple[str, ...]], float] = {}
     for file in files:
         key = (file.path, file.choices)
@@ -77,17 +96,25 @@ def parse_sum(text: str) -> list[WeightedFile]:
     for (path, choices), weight in added.items():
         if weight:
             kept.append(WeightedFile(weight, path, choices))
-    if not kept:
-        raise UserError(f"nothing is left of the sum {text!r}; every weight in it is 0")
     return kept
 
 
-def parse_files(text: str) -> list[WeightedFile]:
-    """The files of a sum; ~ at the start of a path is the home folder.
+def parse_files(text: str, output: str = "") -> list[WeightedFile]:
+    """The files of a sum; ~ at the start of a path is the home folder, a * matches names.
 
-    No shell expands it inside quotes. Raises UserError for a name that needs quotes.
+    No shell expands them inside quotes. A file with a * in its own name is that file. Raises
+    UserError for a name that needs quotes, and for a * that matches nothing, or the output too.
     """
-    files = [replace(file, path=os.path.expanduser(file.path)) for file in parse_sum(text)]
+
+    def match(name: str) -> list[str]:
+        path = os.path.expanduser(name)
+        if "*" not in path or os.path.exists(path):
+            return [path]
+        from merging.file_patterns import expand_pattern  # few sums have a *
+
+        return expand_pattern(path, output)
+
+    files = parse_sum(text, match)
     for file in files:
         if not os.path.exists(file.path) and (advice := advise_quotes(text, file.path)):
             raise UserError(f"{file.path} does not exist{advice}")
@@ -100,11 +127,19 @@ def render_sum(files: Sequence[WeightedFile]) -> str:
     return " ".join(words).removeprefix("+ ")
 
 
+def shorten_sum(files: Sequence[WeightedFile]) -> str:
+    """The sum as text for an error, of many files the first."""
+    if len(files) <= NAMED_FILES + 1:
+        return render_sum(files)
+    return f"{render_sum(files[:NAMED_FILES])} + ... ({len(files):,} files)"
+
+
 class _SumParser:
     """A recursive-descent parser: every method reads one rule at the current position."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, match: Callable[[str], list[str]]) -> None:
         self.text, self.at = text, 0
+        self.match = match
         self.depth = 0  # of terms in terms
 
     def read_sum(self) -> list[WeightedFile]:
@@ -128,12 +163,16 @@ class _SumParser:
         number = self._take_number()
         if number is not None:
             return _scale(number, self.read_term())
+        mean = MEAN.match(self._rest())
+        self.at += len("mean") if mean else 0
         if self._take("("):
             files = self._read_group()
+            if mean:
+                files = _scale(1 / max(1, len(_combine(files))), files)
         elif self._rest().startswith("<"):
             files = [self._take_tag()]
         else:
-            files = [WeightedFile(1.0, self._take_path())]
+            files = [WeightedFile(1.0, path) for path in self.match(self._take_path())]
         while self._take("@"):
             choice = self._take_choice()
             files = [replace(file, choices=(*file.choices, choice)) for file in files]
@@ -160,7 +199,9 @@ class _SumParser:
     def _error(self, what: str, at: int | None = None) -> UserError:
         place = self.at if at is None else at
         advice = advise_quotes(self.text)
-        pointer = f"\n  {one_line(self.text)}\n  {' ' * place}^"
+        start = max(0, place - POINTED) if len(self.text) > LONGEST_SHOWN else 0
+        shown = one_line(self.text[start : start + LONGEST_SHOWN])
+        pointer = f"\n  {shown}\n  {' ' * (place - start)}^"
         return UserError(f"the sum cannot be read: {what}{advice}", pointer)
 
     def _rest(self) -> str:

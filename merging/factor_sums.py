@@ -112,9 +112,20 @@ def inner_product(first: LowRank, second: LowRank) -> float:
 
 def frobenius_norm(lr: LowRank) -> float:
     """The Frobenius norm of the update. Raises UserError for a DoRA."""
-    up, down = double_blocks(lr)
-    square = lr.scale * lr.scale * float(((up.mT @ up) * (down @ down.mT)).sum())
+    square = lr.scale * lr.scale * square_of_product(*double_blocks(lr))
     return math.sqrt(max(0.0, square))
+
+
+def square_of_product(up: Tensor, down: Tensor) -> float:
+    """The squared norm of up @ down, of blocks up [g, out, r] and down [g, r, in].
+
+    By the Gram matrices of the factors; by the product where it is smaller than they are, so that
+    the work is at most linear in r.
+    """
+    rank, out, fan_in = up.shape[2], up.shape[1], down.shape[2]
+    if rank * (out + fan_in) <= out * fan_in:
+        return float(((up.mT @ up) * (down @ down.mT)).sum())
+    return float((up @ down).square().sum())
 
 
 def cosine_similarity(first: LowRank, second: LowRank) -> float:

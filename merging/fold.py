@@ -7,12 +7,12 @@ from merging.commands import Fold
 from merging.expression import WeightedFile, parse_files
 from merging.model_sums import FoldOptions, write_model_sum
 from merging.opening import describe_path, is_whole_model
-from merging.output import make_output
+from merging.output import make_output, print_file_count
 
 
 def run_fold(options: Fold) -> None:
     """Writes a model with adapters folded in. Raises UserError for swapped arguments."""
-    files = parse_files(options.sum)
+    files = parse_files(options.sum, options.out)
     if not is_whole_model(options.base):
         raise UserError(
             f"{options.base} is not a whole model, it is {describe_path(options.base)}; give a "
@@ -25,5 +25,6 @@ def run_fold(options: Fold) -> None:
         )
     files = [WeightedFile(1.0, options.base), *files]
     output = make_output("fold", options, [file.path for file in files])
+    print_file_count(files[1:])
     fold = FoldOptions(options.residual, options.residual_rank, kind=options.adapter_kind)
     write_model_sum(files, output, options.files, fold)

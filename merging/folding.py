@@ -228,12 +228,20 @@ def _add_changes(base: Tensor, changes: WeightedVectors, key: str) -> Tensor:
 
 
 def _sum_weights(parts: Sequence[tuple[float, Weights]], key: str) -> Tensor:
-    """The weighted sum of a tensor over several models, fp32 or better."""
-    terms = []
-    for coefficient, weights in parts:
+    """The weighted sum of a tensor over several models, fp32 or better.
+
+    They are added as a stack, whose order of additions a running sum of five or more would change.
+    """
+    shape = parts[0][1].infos[key].shape
+    wide = torch.float32
+    for _, weights in parts:
+        wide = torch.promote_types(wide, weights.infos[key].dtype)
+    terms = torch.empty(len(parts), *shape, dtype=wide)
+    for term, (coefficient, weights) in zip(terms, parts):
         tensor = weights.read(key)
-        terms.append(coefficient * tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
-    return torch.stack(terms).sum(0)
+        own = torch.promote_types(tensor.dtype, torch.float32)
+        term.copy_(tensor.to(own, copy=True).mul_(coefficient))
+    return terms.sum(0)
 
 
 def _align_keys(name: str, first: Weights, other: Weights) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
@@ -27,6 +27,7 @@ from merging.adapter_sums import (
     Term,
     every_layer,
     has_magnitude,
+    update_bytes,
     weighted_layers,
 )
 from merging.commands import (
@@ -38,7 +39,7 @@ from merging.commands import (
     Mix,
     OpenOptions,
 )
-from merging.expression import WeightedFile, parse_files, render_sum
+from merging.expression import WeightedFile, parse_files, shorten_sum
 from merging.factor_sums import WeightedAdapters, one_thread
 from merging.opening import (
     choose_output_format,
@@ -48,11 +49,14 @@ from merging.opening import (
     widest_dtype,
 )
 from merging.output import (
+    MOST_NOTES,
     Output,
     align_columns,
     check_adapter_output,
     make_output,
+    print_file_count,
     print_note,
+    print_notes,
     print_warning,
     print_written,
     report_table,
@@ -69,14 +73,16 @@ if TYPE_CHECKING:
     from merging.survival import SurvivalTally
 
 TO_KEEP = "with --rank, --max-error or --energy"
+LARGE_SUM = 1 << 28  # bytes of input files from which on the size of their exact sum is printed
 METHOD_DEFAULTS = vars(MergeMethod())
 
 
 def run_mix(options: Mix) -> None:
     """Writes the sum of adapters, or of models. Raises UserError, also for idle options."""
-    files = parse_files(options.sum)
+    files = parse_files(options.sum, options.out)
     if not options.out:
         raise UserError("no output; name a file with --out")
+    print_file_count(files)
     output = make_output("mix", options, [file.path for file in files])
     has_model = any(is_whole_model(file.path) for file in files)
     _refuse_idle(options, has_model)
@@ -85,7 +91,7 @@ def run_mix(options: Mix) -> None:
         return
     if options.keep or options.merge.method != "sum":
         raise UserError(
-            f"{render_sum(files)} has a whole model in it, which has no rank to choose and no "
+            f"{shorten_sum(files)} has a whole model in it, which has no rank to choose and no "
             "--method but sum; drop these options"
         )
     from merging.model_sums import FoldOptions, write_model_sum  # imports the networks' libraries
@@ -117,8 +123,7 @@ def mix_adapters(
         from merging.dora_warning import warn_of_dora_readers
 
         warn_of_dora_readers(state, output, reading)
-    for note in notes:
-        print_note(note)
+    print_notes(notes)
     state, reports = store_scales(state, merged.reports, output, layout)
     written = write_adapter(state, output, layout)  # first: a reader may end before the table
     if reports and output.format not in TOKEN_FORMATS:
@@ -150,6 +155,8 @@ def _merge_files(
     if keep and dtype is None:  # a truncated sum is not written wider than its inputs
         dtype = widest_dtype(states)
     dense = dense_options(terms, reading, method, keep)
+    if method.method == "sum" and not keep and _is_large(files):
+        dense = replace(dense, kept_at=_announce_size(terms, dtype, output))
     paths, weights = [file.path for file in files], [file.weight for file in files]
     written = replace(output, format=output.format or choose_output_format(paths))
     stored = stored_layers(written.format, layout)
@@ -167,20 +174,47 @@ def _merge_files(
     return merged, notes + renamed + describe_whole_rows(states, paths, weights)
 
 
+def _is_large(files: Sequence[WeightedFile]) -> bool:
+    """Whether the size of an exact sum is worth a look: it has many files, or large ones."""
+    return len(files) > MOST_NOTES or sum(os.path.getsize(file.path) for file in files) > LARGE_SUM
+
+
+def _announce_size(terms: Sequence[Term], dtype: torch.dtype | None, output: Output) -> str:
+    """Prints how large the result gets; returns the output's path if it is kept on the disk."""
+    from merging import large_results
+
+    print_note(large_results.describe_size(terms, dtype, output.path))
+    size, _, _ = large_results.exact_size(terms, dtype)
+    return output.path if size >= large_results.LARGE else ""
+
+
 def _print_shares(files: Sequence[WeightedFile], shares: Sequence[float]) -> None:
     """How much of each input is left, with a warning for one of which much is lost."""
     from merging.survival import FAITHFUL
 
+    places = sorted(range(len(files)), key=lambda place: shares[place])
+    listed = list(range(len(files)))
+    if len(files) > MOST_NOTES:
+        listed = places[:MOST_NOTES]
+        print(f"the {MOST_NOTES} of {len(files):,} inputs of which the least is kept:")
     rows = [("of each input", "kept")]
-    for file, share in zip(files, shares):
-        rows.append((f"{file.weight:g}*{file.path}", f"{100 * share:.4f} %"))
+    for place in listed:
+        file = files[place]
+        rows.append((f"{file.weight:g}*{file.path}", f"{100 * shares[place]:.4f} %"))
     print("\n".join(align_columns(rows)))
-    for file, share in zip(files, shares):
-        if share < FAITHFUL:
-            print_warning(
-                f"only {100 * share:.1f} % of {file.path} is left in the result, which keeps the "
-                "strongest directions of the sum; keep more, or give it a larger weight"
-            )
+    lost = [place for place in places if shares[place] < FAITHFUL]
+    if len(lost) > MOST_NOTES:
+        print_warning(
+            f"less than {100 * FAITHFUL:g} % is left of {len(lost):,} of {len(files):,} files in "
+            f"the result, of {files[lost[0]].path} only {100 * shares[lost[0]]:.1f} %; it keeps "
+            "the strongest directions of the sum; keep more, or use fewer files"
+        )
+        return
+    for place in sorted(lost):
+        print_warning(
+            f"only {100 * shares[place]:.1f} % of {files[place].path} is left in the result, which "
+            "keeps the strongest directions of the sum; keep more, or give it a larger weight"
+        )
 
 
 def output_order(
@@ -255,18 +289,38 @@ def merge_terms(
 ) -> Merge:
     """The merge as one record, in the output's dtype, with its reports by stored layer."""
     changes = _merge_parameters(terms, method)
-    count = len(stored.group_parts(weighted_layers(terms)))
-    title = f"{method.method} of {len(terms)}"
+    tally = None
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense, stored)
-        bar = tqdm(
-            layers, total=count, desc=title, unit="layer", disable=hides_progress(), leave=False
-        )
-        is_exact = dtype is None and not keep
-        merge = _collect_exact(bar) if is_exact else _collect_rounded(bar, dtype, len(terms))
-        state = stored.separate_layers(merge.state)
+        if not hides_progress():
+            layers = _show_progress(layers, terms, stored, f"{method.method} of {len(terms)}")
+        if dtype is not None or keep:
+            from merging.survival import SurvivalTally
+
+            tally = SurvivalTally(len(terms))
+            layers = _round_layers(layers, dtype, tally)
+        if dense.kept_at:
+            from merging.large_results import keep_on_disk
+
+            layers = keep_on_disk(layers, dense.kept_at)
+        state, reports = adapter_sums.collect_layers(layers)
+        state = stored.separate_layers(state)
     state.parameters = changes
-    return merge._replace(state=state)
+    return Merge(state, reports, tally.shares() if tally else [])
+
+
+def _show_progress(
+    layers: Iterable[MergedLayer], terms: Sequence[Term], stored: StoredLayers, title: str
+) -> Iterator[MergedLayer]:
+    """The layers with a bar over the bytes of what is merged."""
+    from merging.byte_progress import count_items
+
+    own = {key: update_bytes(weighted) for key, weighted in weighted_layers(terms).items()}
+    sizes: dict[LayerKey, int] = {}
+    for key, parts in stored.group_parts(own).items():
+        sizes[key] = sum(own[part] for part in parts)
+    sized = ((layer, sizes.get((layer.component, layer.path), 0)) for layer in layers)
+    return count_items(sized, sum(sizes.values()), title)
 
 
 def _merge_parameters(terms: Sequence[Term], method: MergeMethod) -> dict[str, dict[str, Tensor]]:
@@ -414,20 +468,6 @@ def _slerp_layers(
         )
     first, second = terms
     return adapter_sums.mix_layers_slerp(first.state, second.state, weights[1], criterion, stored)
-
-
-def _collect_exact(layers: Iterable[MergedLayer]) -> Merge:
-    """The merge of layers that are neither truncated nor rounded."""
-    return Merge(*adapter_sums.collect_layers(layers), shares=[])
-
-
-def _collect_rounded(layers: Iterable[MergedLayer], dtype: torch.dtype | None, count: int) -> Merge:
-    """The merge of `count` inputs in the output's dtype, with what is left of each input."""
-    from merging.survival import SurvivalTally
-
-    tally = SurvivalTally(count)
-    finished = _round_layers(layers, dtype, tally)
-    return Merge(*adapter_sums.collect_layers(finished), shares=tally.shares())
 
 
 def _round_layers(

@@ -30,7 +30,7 @@ from merging.output import (
     Output,
     check_adapter_output,
     check_output,
-    print_note,
+    print_notes,
     print_warning,
     print_written,
     report_table,
@@ -209,8 +209,8 @@ def _check_weights(models: Sequence[WeightedFile]) -> None:
 def _join_tokens(files: Sequence[WeightedFile], states: Sequence[AdapterState]) -> AdapterState:
     paths, weights = [file.path for file in files], [file.weight for file in files]
     tokens, notes = join_tokens(states, paths)
-    for note in notes + describe_whole_rows(states, paths, weights):
-        print_note(note)
+    print_notes(notes)
+    print_notes(describe_whole_rows(states, paths, weights))
     return tokens
 
 

@@ -47,6 +47,7 @@ FORMATS_WITH_TOKENS = ("cloneofsimo", "mixofshow")
 ROW_FORMATS = {".safetensors": "embeddings", ".pt": "a1111", ".bin": "textual_inversion"}
 SINGLE_BYTES = 4  # of a number in fp32, whose rounding no table shows
 MIXOFSHOW = ".pth"  # ending of the only format of that kind
+MOST_NOTES = 10  # of one kind; a sum may have a thousand files
 ADAPTER_ENDINGS = (*ROW_FORMATS, MIXOFSHOW)
 
 
@@ -392,6 +393,20 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
         cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Notes as `print_note` prints them, the first of many."""
+    for note in notes[:MOST_NOTES]:
+        print_note(note)
+    if len(notes) > MOST_NOTES:
+        print_note(f"... and {len(notes) - MOST_NOTES:,} more of such notes")
+
+
+def print_file_count(files: Sequence[object]) -> None:
+    """A line about the number of files in a sum, where nobody would count them."""
+    if len(files) > MOST_NOTES:
+        print_note(f"the sum has {len(files):,} files")
 
 
 def print_note(text: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
-from lora_core.escaped_output import one_line
+from lora_core.escaped_output import hides_progress, one_line
 from lora_core.formats.known_formats import PICKLED
 from lora_core.text import hide_home, read_text
 from merging.commands import flatten
@@ -23,6 +23,7 @@ TYPED_WITHOUT_FLAG = (
     "sum", "base", "tuned", "file", "path_1", "path_2", "alpha_1", "alpha_2", "concepts",
 )  # fmt: skip
 TYPED_WITH_FLAG = {"fuse": ("base",)}  # of these, where a command has it as a flag
+SHOWN_INPUTS = 10  # of a recipe, on the screen
 CHUNK = 1 << 22  # bytes hashed at a time
 LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # do not change the result
 
@@ -37,7 +38,7 @@ def make_recipe(command: str, options: Any, inputs: Sequence[str]) -> dict[str, 
     for name, value in flatten(options).items():
         if name not in LEFT_OUT and value != default[name]:
             changed[name] = _hide_homes(value)
-    digests = {hide_home(path): sha256_digest(path) for path in inputs}
+    digests = {hide_home(path): digest for path, digest in digest_inputs(inputs).items()}
     return {"command": command, "options": changed, "inputs": digests}
 
 
@@ -94,14 +95,28 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
             words.append(f"--{name.strip('_').replace('_', '-')}")
         if value is not True:
             words.append(shlex.join(map(str, value if isinstance(value, list) else [value])))
-    inputs = ", ".join(f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items())
+    digests = [f"{name} {str(known)[:8]}" for name, known in recipe["inputs"].items()]
+    inputs = ", ".join(digests[:SHOWN_INPUTS])
+    if len(digests) > SHOWN_INPUTS:
+        inputs += f" and {len(digests) - SHOWN_INPUTS:,} more"
     return one_line(f"made by: {' '.join(words)}   (sha256 of {inputs} ...)")
 
 
-def sha256_digest(path: str) -> str:
+def digest_inputs(inputs: Sequence[str]) -> dict[str, str]:
+    """Path -> `sha256_digest`, with a bar over the bytes that are read, on a terminal only."""
+    if hides_progress():
+        return {path: sha256_digest(path) for path in inputs}
+    from merging.byte_progress import ByteBar
+
+    bar = ByteBar(sum(map(_hashed_bytes, inputs)), "hashing")
+    return {path: sha256_digest(path, bar.add) for path in inputs}
+
+
+def sha256_digest(path: str, add: Callable[[int], None] | None = None) -> str:
     """sha256 of a file; of a folder, over the names and digests of its files that are not hidden.
 
-    A hub id gives the digest of the folder that it is downloaded to.
+    A hub id gives the digest of the folder that it is downloaded to. `add` is called with the
+    number of bytes that have been read since its last call.
     """
     place = Path(path)
     if place.is_file():
@@ -109,17 +124,35 @@ def sha256_digest(path: str) -> str:
         with place.open("rb") as opened:
             while part := opened.read(CHUNK):
                 found.update(part)
+                if add:
+                    add(len(part))
         return found.hexdigest()
     if not place.is_dir():
         from models import hub_models  # imports the hub's client
 
         place = hub_models.download_model(path)
     lines = []
-    for file in sorted(place.rglob("*")):
+    for file in _hashed_files(place):
         name = file.relative_to(place)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts):
-            lines.append(f"{name.as_posix()} {sha256_digest(str(file))}")
+        lines.append(f"{name.as_posix()} {sha256_digest(str(file), add)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _hashed_files(folder: Path) -> list[Path]:
+    """The files below a folder of which neither the name nor a folder begins with a dot."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        if file.is_file() and not any(part.startswith(".") for part in parts):
+            found.append(file)
+    return found
+
+
+def _hashed_bytes(path: str) -> int:
+    """The bytes that are read for a digest; 0 for a hub id."""
+    place = Path(path)
+    files = [place] if place.is_file() else _hashed_files(place)
+    return sum(file.stat().st_size for file in files)
 
 
 def _hide_homes(value: Any) -> Any:

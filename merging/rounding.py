@@ -11,6 +11,8 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import delta_weight
 from merging.factor_sums import WeightedAdapters
 
+MOST_DOUBLES = 1 << 20  # numbers that are compared at a time: 8 MB in fp64
+
 
 class Rounding(NamedTuple):
     """How much of an update a rounded weight contains; layers are summed field by field."""
@@ -48,20 +50,24 @@ def add_updates(weight: Tensor, weighted: WeightedAdapters) -> Tensor:
     """
     folded = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for strength, lr in weighted:
-        folded = folded + strength * delta_weight(lr, weight)
+        update = delta_weight(lr, weight)
+        folded = folded.to(torch.promote_types(folded.dtype, update.dtype))
+        folded += update.mul_(strength)
     return folded
 
 
 def round_weight(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Rounding]:
     """`folded` in the output dtype, and how much of the update folded - weight it contains.
 
-    folded - result is the rounding loss.
+    folded - result is the rounding loss. In fp64 only MOST_DOUBLES numbers are at a time.
     """
     result = folded.to(dtype)
-    exact = folded.double() - weight.double()
-    effective = result.double() - weight.double()
-    return result, Rounding(
-        square=float((exact * exact).sum()),
-        product=float((exact * effective).sum()),
-        effective=float((effective * effective).sum()),
-    )
+    square = product = effective = 0.0
+    parts = [tensor.reshape(-1).split(MOST_DOUBLES) for tensor in (weight, folded, result)]
+    for before, sum_there, rounded in zip(*parts):
+        start = before.double()
+        exact, found = sum_there.double() - start, rounded.double() - start
+        square += float((exact * exact).sum())
+        product += float((exact * found).sum())
+        effective += float((found * found).sum())
+    return result, Rounding(square, product, effective)

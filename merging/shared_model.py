@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -21,30 +20,33 @@ DENOISERS = ("unet", "transformer")
 
 
 def check_one_model(states: Sequence[AdapterState], paths: Sequence[str]) -> None:
-    """Raises UserError for files whose layers cannot belong to one network."""
-    for (first, one), (second, other) in itertools.combinations(zip(paths, states), 2):
-        if reason := why_not_one_model(one, other):
-            raise UserError(
-                f"{first} and {second} are for different models: {reason}; merge files of one model"
-            )
-
-
-def why_not_one_model(first: AdapterState, second: AdapterState) -> str:
-    """How the layers of two adapters contradict each other; "" where one model may have both.
+    """Raises UserError for files whose layers cannot belong to one network.
 
     A model has one denoiser, its repeated layers have equal shapes, and all cross-attentions of a
-    UNet read text of one width.
+    UNet read text of one width. Each file is compared with the places of all earlier ones.
     """
-    one, other = _denoiser_of(first), _denoiser_of(second)
-    if one and other and one != other:
-        return f"the denoiser is a {one} in one and a {other} in the other"
-    own, others = _shapes_by_place(first), _shapes_by_place(second)
-    for place, (name, shape) in own.items():
-        other_name, other_shape = others.get(place, (name, shape))
-        if other_shape != shape:
-            also = "" if other_name == name else f"{other_name} is "
-            return f"{name} is {_spell(shape)} in one and {also}{_spell(other_shape)} in the other"
-    return ""
+    denoisers: dict[str, str] = {}  # its name -> the first file that adapts it
+    places: dict[str, tuple[str, Shape, str]] = {}  # place -> layer, shape, first file that has it
+    for path, state in zip(paths, states):
+        own = _denoiser_of(state)
+        if own and own not in denoisers and denoisers:
+            other, first = next(iter(denoisers.items()))
+            reason = f"the denoiser is a {other} in one and a {own} in the other"
+            raise _different_models(first, path, reason)
+        if own:
+            denoisers.setdefault(own, path)
+        for place, (name, shape) in _shapes_by_place(state).items():
+            layer, known, first = places.setdefault(place, (name, shape, path))
+            if known != shape:
+                also = "" if name == layer else f"{name} is "
+                reason = f"{layer} is {_spell(known)} in one and {also}{_spell(shape)} in the other"
+                raise _different_models(first, path, reason)
+
+
+def _different_models(first: str, second: str, reason: str) -> UserError:
+    return UserError(
+        f"{first} and {second} are for different models: {reason}; merge files of one model"
+    )
 
 
 def name_families(paths: Sequence[str], error: UserError) -> UserError:

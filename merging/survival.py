@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank, factor_blocks
-from merging.factor_sums import WeightedAdapters, double_blocks
+from merging.factor_sums import WeightedAdapters, double_blocks, square_of_product
 from merging.truncation import ApproximationReport
 
 FAITHFUL = 0.9  # share of an input below which a warning is printed
@@ -37,22 +37,29 @@ class InputEnergies(NamedTuple):
 
     whole: Tensor  # [n] |D_i|^2
     lost: Tensor  # [n] of the parts of D_i that are cut
-    along: Tensor  # [n, g, r] of the parts of D_i on the columns of the result
+    along: Tensor  # [n, g, r] of the parts of D_i on the columns of the result; with owners [g, r]
+    # [r] the input that a column belongs to, where no other has a part of it: in an exact sum
+    owners: Tensor | None = None
+
+    def lost_by_rounding(self, shares: Tensor) -> Tensor:
+        """[n] what each input loses; `shares` [g, r] are those of `rounding_shares`."""
+        if self.owners is None:
+            return (self.along * shares).sum((1, 2))
+        by_column = (self.along * shares).sum(0)
+        return torch.zeros_like(self.whole).index_add_(0, self.owners, by_column)
 
 
 def energies_of_factors(weighted: WeightedAdapters, total: LowRank) -> tuple[float, InputEnergies]:
     """(norm of an exact sum, the energies of its inputs); `total` is from `concat_factors`."""
     up, down = double_blocks(total)
-    products = (up.mT @ up) * (down @ down.mT)  # [g, r, r]
-    norm = math.sqrt(max(0.0, float(products.sum())))
-    whole, along = [], []
-    for columns in _columns_of(weighted):
-        own = torch.zeros_like(products[:, 0])
-        own[:, columns] = products[:, columns, columns].diagonal(dim1=1, dim2=2)
-        whole.append(products[:, columns, columns].sum())
-        along.append(own)
-    stacked = torch.stack(whole)
-    return norm, InputEnergies(stacked, torch.zeros_like(stacked), torch.stack(along))
+    norm = math.sqrt(max(0.0, square_of_product(up, down)))
+    columns = _columns_of(weighted)
+    whole = [square_of_product(up[..., own], down[:, own]) for own in columns]
+    along = up.square().sum(1) * down.square().sum(2)
+    widths = torch.tensor([own.stop - own.start for own in columns])
+    owners = torch.arange(len(columns)).repeat_interleave(widths)
+    stacked = torch.tensor(whole, dtype=torch.float64)
+    return norm, InputEnergies(stacked, torch.zeros_like(stacked), along, owners)
 
 
 def energies_of_core(
@@ -65,20 +72,22 @@ def energies_of_core(
 
     factors: left and right [g, k, r], the triangular factors of the sum's up and down^T;
     triples: u [g, k, m], sigma [g, m] and vh [g, m, k] of the core left right^T. All in fp64.
+    The work is linear in the number of inputs.
     """
     (left, right), (u, sigma, vh) = factors, triples
     rows, columns = u.mT @ left, vh @ right  # U^T D_i V is the product of these over its columns
-    products = (left.mT @ left) * (right.mT @ right)
-    whole = [products[:, own, own].sum() for own in _columns_of(weighted)]
-    noise = ROUNDING * float(torch.stack(whole).max()) ** 0.5
+    inputs = _columns_of(weighted)
+    whole = [square_of_product(left[..., own], right[..., own].mT) for own in inputs]
+    noise = ROUNDING * max(whole) ** 0.5
     is_real = sigma[:, steps:, None] > noise
     cut_rows, cut_columns = rows[:, steps:] * is_real, columns[:, steps:] * is_real
     lost, along = [], []
-    for own in _columns_of(weighted):
-        cut = cut_rows[..., own] @ cut_columns[..., own].mT
-        lost.append(cut.square().sum())
+    for own in inputs:
+        square = square_of_product(cut_rows[..., own], cut_columns[..., own].mT)
+        lost.append(max(0.0, square))
         along.append((rows[:, :steps, own] * columns[:, :steps, own]).sum(2).square())
-    return InputEnergies(torch.stack(whole), torch.stack(lost), torch.stack(along))
+    energies = torch.tensor([whole, lost], dtype=torch.float64)
+    return InputEnergies(energies[0], energies[1], torch.stack(along))
 
 
 def energies_of_one(report: ApproximationReport, kept: LowRank) -> InputEnergies:
@@ -132,7 +141,7 @@ class SurvivalTally:
             self.whole, self.lost = [0.0] * self.count, [0.0] * self.count
         lost = inputs.lost
         if rounded is not None:
-            lost = lost + (inputs.along * rounded).sum((1, 2))
+            lost = lost + inputs.lost_by_rounding(rounded)
         for place, own, gone in zip(sources, inputs.whole.tolist(), lost.tolist()):
             self.whole[place] += own
             self.lost[place] += gone

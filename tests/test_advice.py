@@ -67,15 +67,12 @@ def merge_flags() -> Iterator[str]:
 CONFIG = dict(options(Config))
 TAKEN = CONFIG | dict(options(Infer)) | dict(options(CompareRuns))
 TAKEN |= dict.fromkeys(merge_flags(), str)
-# The launcher's own flags, in the sentences of the two files that speak of it.
-TORCHRUN = {
-    flag.removeprefix("--")
-    for action in get_args_parser()._actions
-    for flag in action.option_strings
-}
+# The launcher's own flags, in the sentences of the files that speak of it.
+TORCHRUN = {flag.removeprefix("--") for flag in get_args_parser()._option_string_actions}
 READ_BY_HAND = {
     "distributed.py": TORCHRUN,
     "processes.py": TORCHRUN,
+    "sharding.py": TORCHRUN,
     "train.py": {"compare", "list", "preview-density"},
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},

@@ -190,6 +190,7 @@ CASES: dict[str, dict[str, Any]] = {
         "adapter": AdapterConfig(rank=2, kind="examples/t_lora.py:TLoRA"),
         "gradient_checkpointing": True,
     },
+    "a base in four bits": {"quantize": "int4", "adapter": AdapterConfig(rank=2, kind="dora")},
     "huber": {"loss": "huber", "loss_arg": {"schedule": "snr"}, "weighting": "min_snr"},
     "smooth_l1": {"loss": "smooth_l1", "loss_arg": {"schedule": "exponential"}},
     "l1": {"loss": "l1"},

@@ -128,7 +128,8 @@ def run_command(command: str, groups: ProcessGroups) -> None:
             return
         config = parse_command_line(Config, words[2:], prog="train.py", example="")
         if not HUB.match(config.model):
-            train.train(replace(shorten(config), overwrite=True))  # two pages train to one folder
+            # two pages train to one folder
+            train.train(replace(shorten(config), overwrite=not config.resume))
     elif words[0] == "torchrun":
         launched = get_args_parser().parse_args(words[1:])
         assert launched.training_script == "train.py"

@@ -65,13 +65,13 @@ def test_tensors_lie_as_safetensors_writes_them():
         "turned": torch.arange(6.0).reshape(2, 3).T,
         "none": torch.empty(0, 3),
     }
-    entries, body = encode_tensors(tensors)
-    found = safetensors.torch.load(encode_header(entries, {}) + body)
+    entries, pieces = encode_tensors(tensors)
+    found = safetensors.torch.load(b"".join([encode_header(entries, {}), *pieces]))
     assert found.keys() == tensors.keys()
     for key, tensor in tensors.items():
         assert found[key].dtype == tensor.dtype and torch.equal(found[key].float(), tensor.float())
     theirs = safetensors.torch.save({key: t.contiguous() for key, t in tensors.items()})
-    assert theirs.endswith(body)
+    assert theirs.endswith(b"".join(pieces))
 
 
 def modules_after(code):

@@ -5,6 +5,7 @@ the bits of the uninterrupted run.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 import train
 from lora_core.config import Config, OptimizerConfig, PriorConfig, Stage, ValidationConfig
 from lora_core.errors import UserError
-from lora_core.toml import to_toml
+from lora_core.toml import read_toml, to_toml
 from tests.conftest import final, rows, same
+from tests.soak_runs import differences
 
 STEPS, EVERY = (4, 5), 3
 
@@ -228,4 +230,98 @@ def test_resuming_with_another_config_is_refused_and_overwrites_nothing(
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match=r"checkpoint|steps"):
         train.train(replace(config, resume=True, **change))
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+DAMAGES = {  # name -> what it makes of a file's bytes; None: no file
+    "empty": lambda data: b"",
+    "a byte": lambda data: data[:1],
+    "half": lambda data: data[: len(data) // 2],
+    "all but a byte": lambda data: data[:-1],
+    "a byte more": lambda data: data + b"0",
+    "another byte": lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:],
+    "missing": None,
+}
+STATE_FILES = ("state.safetensors", "state.json", "checksums.b2")
+
+
+@pytest.fixture(scope="module")
+def damageable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run that the next tests damage is kept, once it is trained."""
+    return tmp_path_factory.mktemp("damageable")
+
+
+def trained(config: Config, folder: Path) -> Path:
+    """A finished run with checkpoints of steps 2, 4, 6."""
+    config = replace(
+        config,
+        out=str(folder / "run"),
+        save_every=2,
+        keep=3,
+        stages=(Stage(2, ("tokens",)), Stage(4, ("denoiser", "tokens"))),
+        validation=ValidationConfig(bins=1, every=2),
+    )
+    return Path(config.out) if Path(config.out).exists() else train.train(config)
+
+
+def damage(file: Path, how: str) -> None:
+    change = DAMAGES[how]
+    if change is None:
+        file.unlink()
+    else:
+        file.write_bytes(change(file.read_bytes()))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("newest", [4, 6], ids=["of an unfinished run", "of a finished run"])
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", [*STATE_FILES, "{}.safetensors", "{}_emb.safetensors"])
+def test_a_damaged_checkpoint_costs_steps_and_no_bit(
+    config: Config,
+    quick: None,
+    damageable: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    how: str,
+    newest: int,
+) -> None:
+    whole = trained(config, damageable)
+    run = Path(shutil.copytree(whole, config.out))
+    if newest == 4:  # as it was before the last checkpoint
+        for file in [file for file in run.iterdir() if file.suffix in (".safetensors", ".png")]:
+            file.unlink()
+        shutil.rmtree(run / "checkpoints" / "6")
+    of_state = name in STATE_FILES
+    if how == "another byte" and not of_state:
+        pytest.skip("the files for other programs have no checksum")
+    damage(run / "checkpoints" / str(newest) / name.format(newest), how)
+    capsys.readouterr()
+    train.train(replace(read_toml(whole / "config.toml"), out=str(run), resume=True))
+    said = capsys.readouterr().out
+    without_sums = (name, how) == ("checksums.b2", "missing")  # as older checkpoints are
+    if of_state and not without_sums:
+        assert f"checkpoint {run}/checkpoints/{newest} is damaged (" in said
+        assert f"resumed after step {newest - 2}" in said
+    else:
+        assert f"resumed after step {newest}" in said
+        assert ("missing or damaged" in said) == (not of_state)
+    lost = [f"checkpoints/{newest}/{name} (missing)"] if without_sums else []
+    assert differences(run, whole) == lost
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", STATE_FILES[:2])
+def test_where_all_are_damaged_nothing_is_changed(
+    config: Config, quick: None, damageable: Path, name: str, how: str
+) -> None:
+    whole = trained(config, damageable)
+    run = Path(shutil.copytree(whole, config.out))
+    for folder in (run / "checkpoints").iterdir():
+        damage(folder / name, how)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="no whole checkpoint to resume from; start again with"):
+        train.train(replace(read_toml(whole / "config.toml"), out=str(run), resume=True))
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before

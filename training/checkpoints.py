@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core import distributed, formats, tokens
-from lora_core.adapters import custom_files, injection
+from lora_core.adapters import custom_files
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.optim.wrapped_tensors import load_state
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-from training import config_checks, learned_tokens, nonfinite, processes
+from training import base_weights, config_checks, learned_tokens, nonfinite, processes
 from training.log import Log
 from training.run_identity import (
     EMPTY_IDENTITY,
@@ -170,11 +172,9 @@ class Checkpoints:
         """
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
-        for name, module in model.adapted.items() if model.has_factors else ():
-            updates[name] = {
-                layout.published(name, path): own
-                for path, own in injection.adapter_updates(module).items()
-            }
+        adapted = model.adapted if model.has_factors else {}
+        for name, found in base_weights.updates_for_files(self.config, adapted).items():
+            updates[name] = {layout.published(name, path): own for path, own in found.items()}
         factors, dense = split_updates(updates)
         rows = {
             layout.encoders[name]: tokens.copy_token_rows(embedding)
@@ -216,16 +216,20 @@ class Checkpoints:
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
         """Load a saved optimizer state, keeping the settings of this config."""
         optimizer, o = self.optimization.optimizer, self.config.optimizer
+        rates = [group["lr"] for group in optimizer.param_groups]
         try:
-            optimizer.load_state_dict(state)
+            load_state(optimizer, state)
         except Exception as error:  # of any type: the class may be a user's
             raise UserError(
                 f"{o.name} cannot take up the state it saved ({type(error).__name__}: {error}), "
                 "so that this run cannot be resumed; begin anew in another --out"
             ) from error
-        for group in optimizer.param_groups:
+        for group, rate in zip(optimizer.param_groups, rates):
             arguments = {name: value for name, value in o.args.items() if name in group}
-            group.update(self.optimization.settings[group["name"]] | arguments)
+            settings = self.optimization.settings[group["name"]] | arguments
+            if isinstance(rate, Tensor):  # torchao's step takes no number
+                settings["lr"] = rate.fill_(settings["lr"])
+            group.update(settings)
 
     def _accept_changes(self, tree: dict[str, Any], step: int) -> list[str]:
         """The changes that --resume-anyway accepts, each printed in a line. Raises UserError for
@@ -280,14 +284,23 @@ class Checkpoints:
 
     def _write_missing_files(self, step: int) -> None:
         """Write the LoRA and token files of a checkpoint whose process was killed after its state
-        was saved and before they were.
+        was saved and before they were, or of which something has cut one.
         """
         folder, layout = self.run.folder / "checkpoints" / str(step), self.model.family.layout
         files = formats.run_file_paths(self.learned_state(step), folder, layout)
-        if not all(file.is_file() for file in files):
+        if not all(map(_is_whole, files)):
             with self.optimization.averaged():
                 formats.save_run(self.learned_state(step), folder, layout=layout)
-            print(f"wrote the files that were missing in {folder}")
+            print(f"wrote the files that were missing or damaged in {folder}")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of tensors is there, and as long as its header says."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _find_wrong_part(tree: Any) -> str:

@@ -28,7 +28,7 @@ def check_class_folder(given: str, images: str) -> None:
         raise UserError(
             f"--prior.images {given} is a file, not a folder; give the folder of the class images"
         )
-    if Path(given).samefile(images):
+    if Path(images).exists() and Path(given).samefile(images):
         raise UserError(
             f"--prior.images {given} is the folder of the training images, among which class "
             "images would be drawn; give another folder or leave it out"

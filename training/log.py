@@ -42,7 +42,7 @@ class Log:
         self.optimizer, self.scaler = optimization.optimizer, optimization.scaler
         report = config.report if run.writes else "none"
         self.book = LogBook(run, report, to_table(shared_config(config, run.folder)))
-        # steps done -> validation, also from before the run was resumed
+        # steps done -> the first and the newest validation, or all from before a resumption
         self.scores = distributed.read_once(partial(_known_scores, run.folder))
         self.skipped = optimization.skipped
         if self.scaler is not None:
@@ -100,10 +100,12 @@ class Log:
         if self.config.validation.every < 0 or done in self.scores:
             return
         scores = scorer.score()
-        self.scores[done] = scores
+        first = min(self.scores, default=done)
+        # The first and the newest one: a long run would keep thousands.
+        self.scores = {first: self.scores.get(first, scores), done: scores}
         for score in scores:
             self.run.log({"step": done, **score._asdict()}, to="val")
-        before, after = on_common_images(self.scores[min(self.scores)], scores)
+        before, after = on_common_images(self.scores[first], scores)
         values = {"val_loss": validation.mean_loss(scores)}
         if after:  # none where the run was resumed with other images
             change = relative_change(validation.mean_loss(before), validation.mean_loss(after))

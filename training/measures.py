@@ -27,6 +27,7 @@ from training.step_inputs import InputSource, make_step_inputs
 from training.trained_runs import TrainedRun, find_trained_run, open_trained_run
 
 RECORDED, CLIP = "loss", "clip:"
+AT_ONCE = 256  # training images in memory
 # Options by which a run draws images; measures of images compare runs with the same ones.
 DRAWN_BY = ("sampler", "sampler_args", "steps", "guidance", "negative")
 # (images [n, 3, h, w] in [-1, 1], their prompts) -> one number for each image
@@ -254,9 +255,14 @@ def _clip_measures(path: str) -> list[Measure]:
         return (clip.embed_images(images) * texts).sum(1).tolist()
 
     def to_training_images(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
-        records = {record.path: record.use_alpha for record in trained.data.training.records}
-        own = [read_image(path, use_alpha=alpha).image for path, alpha in records.items()]
-        return (clip.embed_images(images) @ clip.embed_images(own).T).mean(1).tolist()
+        records = {record.file: record.use_alpha for record in trained.data.training.records}
+        files = list(records.items())
+        own = []
+        for start in range(0, len(files), AT_ONCE):  # not all of a large set in memory
+            part = files[start : start + AT_ONCE]
+            opened = [read_image(file, use_alpha=alpha).image for file, alpha in part]
+            own.append(clip.embed_images(opened))
+        return (clip.embed_images(images) @ torch.cat(own).T).mean(1).tolist()
 
     return [
         Measure(f"clip text {Path(path).name}", True, of_samples=to_prompts),

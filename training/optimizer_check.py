@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_core.errors import UserError, first_line
 from lora_core.optim import building
+from lora_core.optim.wrapped_tensors import load_state
 from lora_core.runs.run_folder import flatten_state, unflatten_state
 
 # A matrix, as down, up and token rows are; bitsandbytes keeps smaller ones in fp32, and adv_optm's
@@ -131,7 +132,7 @@ def _check_resume(
     """
     (optimizer, params), (again, copies) = run, resumed
     try:
-        again.load_state_dict(saved)
+        load_state(again, saved)
         _run_steps(again, copies)
     except Exception as error:  # of any type: the class may be a user's
         return [

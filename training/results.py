@@ -7,16 +7,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lora_core import distributed, formats, tokens
-from lora_core.adapters import custom_files
+from lora_core.adapters import custom_files, injection
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.folded_weights import folding_error, merged_state_dict
 from lora_core.adapters.kinds import KINDS, DoRA
+from lora_core.adapters.weight_updates import LowRank
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.records import every_image
@@ -33,7 +36,7 @@ from lora_core.settings import scheduler_changes
 from lora_core.text import hide_home
 from lora_core.toml import to_toml
 from models import read_schedule, save_family
-from training import config_checks, effects, nonfinite
+from training import base_weights, config_checks, effects, nonfinite
 from training.checkpoints import Checkpoints
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
@@ -129,29 +132,36 @@ def _save_files(
 
 def _reader_errors(model: Model, files: Sequence[Path]) -> dict[str, float]:
     """Tool -> its error of the run's DoRAs, where a file under kohya's names has any."""
-    layers = []
     kohya = [file for file in files if file.name == formats.run_file_names(file.parent.name)[1]]
-    if not kohya:
+    if not kohya or not any(map(injection.has_dora, model.adapted.values())):
         return {}
+    return dora_readers.reader_errors(_dora_layers(model))
+
+
+def _dora_layers(model: Model) -> Iterator[tuple[LowRank, Tensor]]:
+    """The DoRAs and their base weights, one at a time: a quantized weight is unpacked."""
     for module in model.adapted.values():
         for layer in adapted_layers(module):
             for adapter in layer.adapters.values():
                 if isinstance(adapter, DoRA):
-                    layers.append((adapter.state(), layer.base.weight.detach()))
-    return dora_readers.reader_errors(layers) if layers else {}
+                    weight = layer.base.weight.detach().to(adapter.magnitude.device)
+                    yield adapter.state(), weight
 
 
 def save_trained_model(model: Model, config: Config, folder: Path) -> None:
     """Write the whole model in the diffusers layout, adapters folded into its weights, and print
     the error of that; token rows are in their own file.
     """
-    states = {name: merged_state_dict(part) for name, part in model.adapted.items()}
-    for name, part in model.adapted.items():
+    networks = base_weights.networks_to_fold(config, model.adapted)
+    states = {name: merged_state_dict(part) for name, part in networks.items()}
+    for name, part in networks.items():
         error = folding_error(part, states[name])
         print(
             f"{folder.name}/: {name} with its adapters folded in, error of the update {error:.1e}"
         )
     for name in states.keys() & model.embeddings.keys():
+        if networks[name] is not model.adapted[name]:  # read again, without the rows
+            continue
         encoder = model.encoders[name]
         states[name] = tokens.strip_token_rows(states[name], model.embeddings[name], encoder)
     save_family(model.family, config.model, folder, states, config.model_config)

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
+from lora_core.data.stored_files import FileSource
 from lora_core.diffusion import generation
 from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs import pictures
@@ -225,13 +225,13 @@ def wrap_row(row: ImageRow) -> Iterator[ImageRow]:
 
 def _reference_images(records: Sequence[Record]) -> list[Image.Image]:
     """The first training images, center-cropped."""
-    paths = {record.path: record.use_alpha for record in records}
-    return [_center_crop(path, use_alpha=alpha) for path, alpha in list(paths.items())[:COLUMNS]]
+    files = {record.file: record.use_alpha for record in records}
+    return [_center_crop(file, use_alpha=alpha) for file, alpha in list(files.items())[:COLUMNS]]
 
 
-def _center_crop(path: Path, *, use_alpha: bool) -> Image.Image:
+def _center_crop(file: FileSource, *, use_alpha: bool) -> Image.Image:
     """A training image as training reads it, cropped to a square."""
-    image = read_image(path, use_alpha=use_alpha).image
+    image = read_image(file, use_alpha=use_alpha).image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

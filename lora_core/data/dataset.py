@@ -34,6 +34,7 @@ from lora_core.data.records import (
     every_image,
     find_unused_files,
     images_missing_word,
+    list_again,
     scan_folder,
 )
 from lora_core.data.sample_order import BucketOrder, sample_position
@@ -44,7 +45,7 @@ from lora_core.settings import ImageSettings
 __all__ = [
     "Batch", "Example", "ImageDataset", "ImageSettings", "Record", "collate",
     "describe_moved_crops", "describe_unread_folder_names", "describe_upscaled", "every_image",
-    "find_unused_files", "images_missing_word", "iterate_batches", "micro_batches",
+    "find_unused_files", "images_missing_word", "iterate_batches", "list_again", "micro_batches",
     "sample_position", "scan_folder",
 ]  # fmt: skip
 
@@ -259,7 +260,7 @@ class ImageDataset:
         resized = None if self.settings.zoom > 1 else size
 
         def read() -> MaskedImage:
-            image = read_image(record.path, record.mask_path, use_alpha=record.use_alpha)
+            image = read_image(record.file, record.mask_file, use_alpha=record.use_alpha)
             if resized is None:
                 return image
             return resize_image(image, resized, self.settings.interpolation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,15 +76,30 @@ def load(
     path = Path(path)
     options = DecodeOptions(allow_extra, dora_axis)
     files = _find_files(path, custom=custom)
-    states = [_load_file(file, layout, options) for file in files]
-    merged = states[0]
-    for file, state in zip(files[1:], states[1:], strict=True):
-        merged = _join_states(merged, state, str(files[0]), str(file))
+    merged = _load_files(files, layout, options)
     if not merging:
         _refuse_merge_only(merged, str(path))
     if merged.custom and not custom:
         raise UserError(custom_file_error(str(files[0]), merged.metadata.get(CUSTOM_KIND, "")))
     return merged
+
+
+def load_mapped(
+    path: str | Path,
+    layout: Layout | None = None,
+    *,
+    allow_extra: bool = False,
+    dora_axis: str = "",
+) -> AdapterState:
+    """The content of an adapter as `load` with `merging` reads it, one of a thousand to be merged.
+
+    Its tensors stay on the disk until they are used. Raises UserError as `load` does.
+    """
+    files = _find_files(Path(path), custom=False)
+    state = _load_files(files, layout, DecodeOptions(allow_extra, dora_axis, mapped=True))
+    if state.custom:
+        raise UserError(custom_file_error(str(files[0]), state.metadata.get(CUSTOM_KIND, "")))
+    return state
 
 
 def detect_format(path: str | Path) -> str:
@@ -98,10 +113,20 @@ def detect_format(path: str | Path) -> str:
         return "diffusers"
 
 
+def _load_files(
+    files: Sequence[Path], layout: Layout | None, options: DecodeOptions
+) -> AdapterState:
+    states = [_load_file(file, layout, options) for file in files]
+    merged = states[0]
+    for file, state in zip(files[1:], states[1:], strict=True):
+        merged = _join_states(merged, state, str(files[0]), str(file))
+    return merged
+
+
 def _load_file(path: Path, layout: Layout | None, options: DecodeOptions) -> AdapterState:
     source = str(path)
     if not is_pickle(path):
-        tensors, header = read_tensors(path)
+        tensors, header = read_tensors(path, mapped=options.mapped)
         return _read_tensors(tensors, header, layout, source, options)
     found = import_function("pickled_adapters", "load_pickled")(path, layout)
     if isinstance(found, AdapterState):

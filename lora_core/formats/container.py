@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,16 @@ def is_pickle(path: Path) -> bool:
     return start == ZIP or start[:1] == PICKLE
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors on the CPU and the header's metadata, of a .safetensors file.
 
-    Raises UserError for a truncated or foreign file, a name that occurs twice in the header, a file
-    without tensors, and as `check_tensors` does.
+    With `mapped`, and of a large file, they stay on the disk, in pages that the machine reads when
+    they are used and may drop again. Raises UserError for a truncated or foreign file, a name that
+    occurs twice in the header, a file without tensors, and as `check_tensors` does.
     """
     _refuse_repeated_names(path)
-    backend = "pread" if path.stat().st_size <= SMALL_FILE else "mmap"
+    is_small = path.stat().st_size <= SMALL_FILE
+    backend = "pread" if is_small and not mapped else "mmap"
     with _read_errors(path), safe_open(path, "pt", backend=backend) as opened:
         found = opened.get_tensors()
         tensors = {key: found[key] for key in opened.keys()}  # noqa: SIM118 - it is no dictionary
@@ -155,19 +157,20 @@ def write_tensors(
                 f"header entry {key} is a {kind}; safetensors headers hold strings only"
             )
     check_finite(tensors, f"what should become {path}")
-    entries, body = encode_tensors(tensors)
+    entries, pieces = encode_tensors(tensors)
     if hashes:
         training = {key: value for key, value in header.items() if key.startswith("ss_")}
-        header = {**header, **_kohya_hashes(entries, training, body)}
+        header = {**header, **_kohya_hashes(entries, training, pieces)}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(encode_header(entries, header))
-        file.write(body)
+        file.writelines(pieces)
 
 
-def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], bytes]:
-    """(name -> its entry in a header, the bytes of all tensors one after the other).
+def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[memoryview]]:
+    """(name -> its entry in a header, the bytes of every tensor in the order of a file).
 
-    Wide dtypes come first, so that every tensor is aligned; then names in order.
+    The bytes are those of the tensors themselves, not copies, where these are contiguous. Wide
+    dtypes come first, so that every tensor is aligned; then names in order.
     """
     widest_first = {dtype: place for place, dtype in enumerate(reversed(DTYPE_CODES))}
     order = sorted([(widest_first[tensor.dtype], key) for key, tensor in tensors.items()])
@@ -184,7 +187,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], bytes
             "data_offsets": [start, end],
         }
         pieces.append(data.data)
-    return entries, b"".join(pieces)
+    return entries, pieces
 
 
 def encode_header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
@@ -210,7 +213,7 @@ def _read_errors(path: Path) -> Iterator[None]:
 
 
 def _kohya_hashes(
-    entries: Mapping[str, Any], training: Mapping[str, str], body: bytes
+    entries: Mapping[str, Any], training: Mapping[str, str], pieces: Sequence[memoryview]
 ) -> dict[str, str]:
     """kohya's hash of the tensors' bytes, and the first 8 digits of its older hash.
 
@@ -218,14 +221,15 @@ def _kohya_hashes(
     its header.
     """
     head = encode_header(entries, training)
-    start = max(0, LEGACY_HASHED.start - len(head))
-    stop = max(0, LEGACY_HASHED.stop - len(head))
-    legacy = hashlib.sha256(head[LEGACY_HASHED])
-    legacy.update(memoryview(body)[start:stop])
-    return {
-        "sshs_model_hash": hashlib.sha256(body).hexdigest(),
-        "sshs_legacy_hash": legacy.hexdigest()[:8],
-    }
+    whole, legacy = hashlib.sha256(), hashlib.sha256(head[LEGACY_HASHED])
+    place = len(head)
+    for piece in pieces:
+        whole.update(piece)
+        first = max(0, LEGACY_HASHED.start - place)
+        stop = max(0, LEGACY_HASHED.stop - place)
+        legacy.update(piece[first:stop])
+        place += piece.nbytes
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
 
 
 def _refuse_repeated_names(path: Path) -> None:

@@ -57,6 +57,7 @@ class DecodeOptions:
     allow_extra: bool = False  # unknown keys are left out and named in one line
     dora_axis: str = ""  # "rows" or "columns": axis of magnitudes with an ambiguous shape
     header_axis: str = ""  # the same, from the file's header
+    mapped: bool = False  # tensors stay on the disk until they are used
 
 
 STRICT = DecodeOptions()

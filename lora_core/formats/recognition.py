@@ -188,7 +188,7 @@ def _file_stamp(file: str | Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-@lru_cache(maxsize=64)  # a command asks several times about each of its files
+@lru_cache(maxsize=4096)  # a command asks several times about each of its files
 def _recognize_content(file: str, changed: int, size: int) -> RecognizedFile:
     if _is_pickle(Path(file)):  # refuses a missing or empty file
         return import_function("pickled_adapters", "recognize_pickled")(Path(file))

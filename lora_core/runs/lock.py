@@ -43,7 +43,9 @@ class FolderLock:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOCK
         while True:
-            file = open(path, "a+b")  # noqa: SIM115 (it stays open as long as the lock is held)
+            # It stays open as long as the lock is held; without a buffer, which a full disk would
+            # refuse once more when it is closed.
+            file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115
             if not _try_lock(file):
                 raise _in_use_error(file, folder)
             if _is_at(file, path):

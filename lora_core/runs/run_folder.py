@@ -25,6 +25,7 @@ from torch import Tensor
 from lora_core.atomic_files import TEMPORARY, atomic_write, disk_errors, sync_to_disk
 from lora_core.errors import UserError
 from lora_core.json_files import INTEGER, LONGEST_JSON, parse_object
+from lora_core.optim.wrapped_tensors import TensorParts, plain_tensors, split_tensor
 from lora_core.runs.lock import LOCK, FolderLock
 from lora_core.text import read_text, shorten_value
 
@@ -283,30 +284,33 @@ class Run:
 
 def nonfinite_names(tensors: Mapping[K, Tensor]) -> list[K]:
     """The names of the tensors that hold NaN or infinity. One sync with the device."""
-    floating = {
-        name: tensor.detach()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and tensor.numel()
-    }
+    floating: list[tuple[K, Tensor]] = []
+    for name, tensor in tensors.items():
+        parts = [part.detach() for part in plain_tensors(tensor)]
+        floating += [(name, t) for t in parts if t.is_floating_point() and t.numel()]
     if not floating:
         return []
-    device = max((t.device for t in floating.values()), key=lambda d: d.type != "cpu")
+    device = max((t.device for _, t in floating), key=lambda d: d.type != "cpu")
     exact = torch.float32 if device.type == "mps" else torch.float64
-    wide = [t if t.element_size() > 1 else t.float() for t in floating.values()]
+    wide = [t if t.element_size() > 1 else t.float() for _, t in floating]
     largest = [torch.linalg.vector_norm(t, math.inf).to(device, exact) for t in wide]
     are_finite = torch.stack(largest).isfinite().tolist()
-    return [name for name, is_finite in zip(floating, are_finite) if not is_finite]
+    bad = [name for (name, _), is_finite in zip(floating, are_finite) if not is_finite]
+    return list(dict.fromkeys(bad))
 
 
 def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """(flat tensors, JSON) from nested dicts, lists, tuples, tensors, numbers, strings, None.
 
-    `unflatten_state` gives the same tree, floats to the bit. Raises TypeError naming the place of
-    anything else. Tensors are not copied.
+    `unflatten_state` gives the same tree, floats to the bit, with TensorParts in the place of
+    tensors that consist of others. Raises TypeError naming the place of anything else. Tensors are
+    not copied.
     """
     tensors: dict[str, Tensor] = {}
 
     def encode(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor) and (parts := split_tensor(node)) is not None:
+            return {"$": "parts", "items": encode(dict(parts), path)}
         if isinstance(node, Tensor):
             name = path if path not in tensors else f"{path}#{len(tensors)}"
             tensors[name] = node.detach()
@@ -348,6 +352,8 @@ def unflatten_state(tensors: dict[str, Tensor], meta: Any) -> Any:
         return float(text)
     if kind == "tuple" and isinstance(items, list):
         return tuple(unflatten_state(tensors, items))
+    if kind == "parts" and isinstance(items, dict) and "$" not in items:
+        return TensorParts(unflatten_state(tensors, items))
     if kind == "dict" and isinstance(items, list):
         return _unflatten_items(tensors, items)
     raise ValueError(f"{shorten_value(meta)} is no part of a state")
