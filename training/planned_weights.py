@@ -73,7 +73,7 @@ def frozen_sizes(network: nn.Module, quantize: Any = "none") -> dict[str, int]:
     """Path of a frozen tensor -> its bytes on the device in a form, each tensor once."""
     packed = quantized_weights(network, quantize)
     sizes = {}
-    for path, tensor in frozen_tensors(network):
+    for path, tensor in named_frozen_tensors(network):
         if id(tensor) in packed:
             sizes[path] = stored_bytes(tensor.shape, quantize, tensor.dtype)
         else:
@@ -81,7 +81,7 @@ def frozen_sizes(network: nn.Module, quantize: Any = "none") -> dict[str, int]:
     return sizes
 
 
-def frozen_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_frozen_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of the parameters and buffers, each once, without adapters and token rows."""
     ours: set[int] = set()
     for layer in adapted_layers(network):
