@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 M_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
-APART = 1 << 22  # bytes of an allocation from which on it is mapped alone, and unmapped when freed
+APART = 1 << 20  # bytes of an allocation from which on it is mapped alone, and unmapped when freed
 
 
 def return_large_blocks() -> bool:
