@@ -118,6 +118,7 @@ from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
 from lora_core.formats.model_words import model_placeholders
 from lora_core.prompt_tags import TAG as LORA_TAG
+from lora_core.quantized_weights import check_installed
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, draw_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
@@ -142,6 +143,7 @@ from lora_core.runs.prompt_loras import (
 from lora_core.settings import check_options
 from lora_core.text import read_lines
 from models import DTYPES, choose_device, load_family
+from models.placement import loading_device, place_networks
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def infer(config: Infer) -> list[Path]:
     with ExitStack() as stack:
         words = model_placeholders(config.model)
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
+        place_models(config, family, refiner)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
         texts = [prompt.text for prompt in prompts]
         others = [config.negative]
@@ -228,7 +231,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         )
     options = LoadOptions(
         DTYPES[config.precision],
-        choose_device(config.device),
+        loading_device(choose_device(config.device), config.quantize, stream=config.stream),
         config.vae,
         scheduler=run.scheduler,
         clip_skip=text.get("clip_skip", config.clip_skip),
@@ -251,6 +254,15 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
             "give the refiner of that family"
         )
     return family, refiner
+
+
+def place_models(config: Infer, *families: Family | None) -> None:
+    """Bring models that were loaded to the host to the device, quantized or streamed."""
+    if config.quantize != "none" or config.stream:
+        for family in filter(None, families):
+            device = choose_device(config.device)
+            lines = place_networks(family, device, config.quantize, stream=config.stream)
+            print("\n".join(f"note: {line}" for line in lines), file=sys.stderr)
 
 
 def _latent_space(family: Family) -> tuple[int, int, str]:
@@ -347,6 +359,7 @@ def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras
     `prompts` and `loras` are the numbers of prompts and of LoRAs, those of tags included.
     """
     check_options(config, "--")
+    check_installed(config.quantize)
     if len(axes) > 2 or (len(axes) == 2 and prompts > 1) or (axes and config.count > 1):
         raise UserError(
             "a grid has one or two axes and one prompt, or one axis and several prompts; use "

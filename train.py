@@ -5,6 +5,7 @@
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
     python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
+    python train.py CONFIG.toml --plan             # the GPU memory that it needs, and options
     python train.py --list losses                  # or schedules, kinds ...: what there is
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
@@ -25,9 +26,9 @@ from training.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comp
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
-    "\n\nor: python train.py --list losses"
+    "\n\nor: python train.py CONFIG.toml --plan\n\nor: python train.py --list losses"
 )
-PREVIEW_FLAG = "--preview-density"
+PREVIEW_FLAG, PLAN_FLAG = "--preview-density", "--plan"
 
 if __name__ == "__main__":  # before torch is imported
     answer_list(sys.argv[1:])
@@ -53,7 +54,16 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import comparing, processes, results, setup, starting_lora
+from training import (
+    comparing,
+    effects,
+    memory_advice,
+    plan_table,
+    processes,
+    results,
+    setup,
+    starting_lora,
+)
 from training.checkpoints import Checkpoints
 from training.cuda_graph import GraphReplay, call_eagerly
 from training.log import Log
@@ -116,11 +126,11 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         optimization = setup.open_optimizer(config, model.groups, model.rate_ratios)
         run = stack.enter_context(processes.open_run(config))
         samples = SampleImages(config, data, model, optimization)
-        data = setup.add_class_images(config, data, run, samples.draw_class_image)
+        data = setup.add_class_images(config, data, run, samples.draw_class_images)
         checkpoints = Checkpoints(run, config, data, model, optimization)
         start = checkpoints.restore(began)
         setup.describe_start(config, data, model, run)
-        log = Log(run, config, model, optimization)
+        log = Log(run, config, data, model, optimization)
         scorer = Scorer(config, data, model, optimization)
         source = InputSource(config, data, model, reads_attention=functions.reads_attention)
         replay = GraphReplay() if config.cuda_graph else call_eagerly
@@ -129,7 +139,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
         with signals.deferred() as stop, log.progress(start):
             for stage, first, begin, last in remaining_stages(config.stages, start):
                 begin_stage(stage, config, model, optimization)
-                source.begin_stage()
+                source.begin_stage(stage, range(begin, last))
                 advance = partial(optimizer_step, functions, stage, config, model, optimization)
                 for number, batch in enumerate(data.batches(config, begin, last), begin):
                     check = number == begin  # reads values back: in a stage's first step only
@@ -138,15 +148,14 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     result = replay(partial(advance, check), inputs, key=first)
                     optimization.update_average_()
                     done = number + 1
+                    effects.check_step(source, functions, optimization, stage, batch, inputs)
                     log.add_step(done, stage, result, inputs)
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):
                         save_sample_grid(samples, run, done)
-                    if stop.received() or is_due(
-                        done, config.save_every
-                    ):  # last: all before it is done
-                        checkpoints.write(done, log)
+                    if stop.received() or is_due(done, config.save_every):
+                        checkpoints.write(done, log)  # last: all before it is done
                     stop.raise_if_received()
         return results.finish_run(log, checkpoints, scorer, samples)
 
@@ -200,15 +209,20 @@ def run_train_command(words: list[str]) -> None:
     if words[:1] == [LIST_FLAG]:
         print_list(words[1:])
         return
-    options = [word for word in words if word != PREVIEW_FLAG]
+    options = [word for word in words if word not in (PREVIEW_FLAG, PLAN_FLAG)]
     config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)
     if PREVIEW_FLAG in words:
         print(f"plot: {results.preview_noise_levels(config)}")
         return
+    if PLAN_FLAG in words:
+        plan_table.print_plan(*resolve_functions(config, None, training_step), options)
+        return
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
-    folder = train(config)
+    resolve = partial(resolve_functions, config, None, training_step)
+    with memory_advice.explained(config, resolve):
+        folder = train(config)
     if processes.is_first():
         print(f"done: {folder}")
 

@@ -27,18 +27,12 @@ The convention, for tensors on any device (on "meta" nothing is computed):
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -239,149 +233,3 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
         tuple(tensor.stride()),
         tensor.dtype,
     )
-
-
-# ---------------------------------------------------------------- saved activations
-
-
-class _Held:
-    """A saved tensor, owned by autograd's node and freed with it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-@dataclass
-class SavedActivations:
-    """The distinct storages that autograd still held at the end of a `saved_activations` block.
-
-    Each is represented by one of its tensors.
-    """
-
-    tensors: list[Tensor] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
-
-
-@contextmanager
-def saved_activations(*excluded: Any) -> Iterator[SavedActivations]:
-    """The tensors that autograd saved inside the block and still holds at its end.
-
-    The storages of `excluded` (parameters, inputs) are left out.
-    """
-    kept, held = SavedActivations(), weakref.WeakSet[_Held]()
-
-    def pack(tensor: Tensor) -> _Held:
-        one = _Held(tensor)
-        held.add(one)
-        return one
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
-        yield kept
-    found = {one.tensor.untyped_storage()._cdata: one.tensor for one in held}
-    known = {tensor.untyped_storage()._cdata for tensor in _tensors(excluded)}
-    kept.tensors = [tensor for key, tensor in found.items() if key not in known]
-
-
-# ---------------------------------------------------------------- composite operators of a GPU
-
-
-@contextmanager
-def as_cuda() -> Iterator[None]:
-    """Inside the block attention and RMS norm are one op forward and one backward, as on CUDA.
-
-    The CPU and the meta device decompose them. Attention is flash attention (memory-efficient for
-    fp32 or with a mask): whichever kernel a GPU chooses saves the same tensors. torch has no
-    autocast on the meta device and raises where CUDA reports "off"; inside the block the meta
-    device reports that too.
-    """
-    autocast, enabled = torch.autocast, torch.is_autocast_enabled
-
-    def autocast_or_nothing(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        if device_type == "meta" and kwargs.get("enabled") is False:
-            return nullcontext()
-        return autocast(device_type, *args, **kwargs)
-
-    def is_enabled(*device_type: str) -> bool:
-        return device_type != ("meta",) and enabled(*device_type)
-
-    with (
-        _AsCuda(),
-        patch.object(torch, "autocast", autocast_or_nothing),
-        patch.object(torch, "is_autocast_enabled", is_enabled),
-    ):
-        yield
-
-
-class _AsCuda(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if func in (F.rms_norm, torch.rms_norm):
-            return _rms_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    assert not enable_gqa
-    tensors = query, key, value
-    if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(*tensors, dropout_p, is_causal, scale=scale)[0]
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(*tensors, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-
-def _rms_norm(
-    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    assert weight is not None and len(normalized_shape) == 1 and not weight.requires_grad
-    return _RMSNorm.apply(x, weight, eps or torch.finfo(x.dtype).eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """aten._fused_rms_norm and its backward, which exist on CUDA alone, with a frozen weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = torch.ops.benchmarks.rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.benchmarks.rms_norm_backward(dy, *ctx.saved_tensors), None, None
-
-
-@torch.library.custom_op("benchmarks::rms_norm", mutates_args=())
-def _rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rstd = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
-    return (x.float() * rstd * weight.float()).to(x.dtype), rstd
-
-
-@torch.library.custom_op("benchmarks::rms_norm_backward", mutates_args=())
-def _rms_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    normal, slope = x.float() * rstd, dy.float() * weight.float()
-    return ((slope - normal * (slope * normal).mean(-1, keepdim=True)) * rstd).to(x.dtype)
-
-
-@_rms_forward.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-
-@_rms_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    return torch.empty_like(x)

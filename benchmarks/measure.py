@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import laws, timing
 from benchmarks.candidates import CandidateError
 from benchmarks.cases import Case, Setting, copy_arguments, has_plain_arguments, trained_tensors
-from benchmarks.counting import Counter, saved_activations, touched_bytes
+from benchmarks.counting import Counter, touched_bytes
 from lora_core import kernels
 from lora_core.kernels import OPS
+from lora_core.saved_tensors import saved_activations
 
 NO_INPUT = ("keyed_dropout",)  # whose backward needs none of its arguments
 Call = tuple[Callable[[], Any], list[Tensor]]  # and the tensors that it trains

@@ -307,7 +307,7 @@ def run_ours(
         out=str(out),
         device="cpu",
         precision="fp32",
-        gradient_checkpointing=False,
+        gradient_checkpointing="none",
         stages=stages,
         data=replace(c.data, images=str(images), resolution=SIDE),
         samples=replace(c.samples, prompts=("TOK",), every=0, steps=1),

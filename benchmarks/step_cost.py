@@ -30,13 +30,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks import published_networks, timing
-from benchmarks.counting import Counter, Tally, as_cuda, saved_activations
+from benchmarks.counting import Counter, Tally
 from lora_core import kernels
 from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
+from lora_core.cuda_operators import as_cuda
 from lora_core.errors import UserError, quiet_status
 from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
+from lora_core.saved_tensors import saved_activations
 
 GB = 1e9
 VARIANTS = (

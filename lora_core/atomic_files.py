@@ -18,8 +18,11 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")  # names of `temporary_
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str, *, durable: bool = True) -> Iterator[Path]:
     """A temporary name in `path`'s folder, renamed to `path` once it is complete and on the disk.
+
+    Without `durable` nothing waits for the disk, which takes milliseconds a file: after a loss of
+    power the file may be missing, or have zeros in it.
 
     After an error it is removed, and an old `path` is unchanged. The name keeps the suffix, by
     which image writers choose their format. Raises UserError where the disk refuses: it is full or
@@ -31,9 +34,11 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            sync_to_disk(temporary)
+            if durable:
+                sync_to_disk(temporary)
             os.replace(temporary, path)
-            sync_to_disk(path.parent)
+            if durable:
+                sync_to_disk(path.parent)
     finally:
         with contextlib.suppress(OSError):  # its folder could not be made
             temporary.unlink(missing_ok=True)

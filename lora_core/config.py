@@ -57,6 +57,7 @@ SegmenterWords = NewType("SegmenterWords", str)  # clipseg:WORDS or clipseg@MODE
 FoundMasks = Literal["none", "file", "alpha", "auto", "any"]
 MaskSource = FoundMasks | SegmenterWords
 Group = Literal["denoiser", "text_encoder", "tokens"]
+Checkpointing = Literal["none", "blocks", "all"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
 
@@ -72,10 +73,14 @@ class DataConfig(ImageSettings):
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
+    streaming: bool = False
+    """Read the images of the dataset where they are, in its shards, and export nothing: a folder of
+    tar files (WebDataset), parquet, Arrow or images, or files such as shards/{000..009}.tar. The
+    order is that of a folder."""
     split: str = "train"
     """Split of the dataset."""
     image_column: str = "image"
-    """Column of the dataset with the images."""
+    """Column of the dataset with the images; of tar files the ending of their names, image: any."""
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or
     prompt."""
@@ -110,8 +115,13 @@ class DataConfig(ImageSettings):
     """What the masks are for: loss weights it; hole trains an inpainting model to paint what is
     white (at least half) instead of random rectangles, and the whole image counts; both: the hole
     is painted and counts alone."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read (damaged, empty, no image, a mask or caption file that
+    cannot be read, a name in metadata.jsonl without a file) and print them; otherwise the first one
+    is an error."""
     cache: str = ""
-    """Folder that keeps encoded latents between runs; empty: memory only."""
+    """Folder that keeps encoded latents, captions where no text trains, and which image files were
+    checked; many runs and processes may share it. Empty: memory only."""
     workers: Annotated[int, AtLeast(0)] = 0
     """Threads that load images ahead of the loop; any number gives the same bits."""
 
@@ -344,6 +354,13 @@ class ModelConfig:
     """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
+    """Form in which the linear layers of the denoiser's blocks (and of T5) are stored: fp8 and int8
+    take half of bf16, int4 (NF4, as in QLoRA) about a quarter; they are unpacked as they are used.
+    Files that are written fit the model as it is (extra: torchao)."""
+    stream: bool = False
+    """Keep the denoiser's blocks in host memory and copy each to the device for its turn: at most
+    two are there. Slower; training needs --gradient-checkpointing."""
     threads: Annotated[int, AtLeast(0)] = 0
     """CPU threads; 0: torch's choice."""
 
@@ -379,8 +396,14 @@ class Config(ModelConfig):
     """On an NVIDIA GPU replay forward, backward, clipping and optimizer as one CUDA graph, captured
     once for each stage and image size: no launch costs. With adamw or prodigy, and losses that do
     the same in each step."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload: bool = True
+    """On a GPU keep each network there only while it works: text encoders and VAE leave once their
+    results are cached, and all take turns for samples and validation. Costs host memory for the
+    frozen weights, and the seconds that copying them takes; with --no-offload all stay."""
+    gradient_checkpointing: Checkpointing = "none"
+    """Recompute activations in the backward pass: less memory, about a third more time. blocks:
+    those of the denoiser's blocks; all: those of the text encoders' layers, too, which are kept
+    only where a text encoder or tokens train."""
     from_lora: str = ""
     """LoRA file or run folder that training starts from, in any format that is read here: its
     update, its ranks and alphas, and the learned tokens of words that both have."""

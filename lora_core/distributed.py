@@ -50,6 +50,11 @@ def process_rank() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
+def process_slice() -> slice:
+    """Every n-th item of a sequence, from this process's number on."""
+    return slice(process_rank(), None, process_count())
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return process_rank() == 0
@@ -139,6 +144,11 @@ def lost_peers() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- sharing work and results
+
+
+def is_one_machine() -> bool:
+    """Whether all processes are on one machine, and so see the same files."""
+    return process_count() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def take_share(items: Sequence[T], *, even: bool = False) -> Sequence[T]:

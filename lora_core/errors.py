@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lora_core.escaped_output import escape_surrogates, escaped_output, one_line
+from lora_core.memory_errors import is_out_of_memory
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
@@ -98,13 +99,6 @@ def describe_disk_error(error: OSError) -> str:
     """The path and the reason of an error that the disk gave: "out.png: Permission denied"."""
     reason = error.strerror or first_line(error)
     return f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, or torch on a GPU or the CPU, found no memory; torch is not imported here."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return "DefaultCPUAllocator" in str(error)
 
 
 def _flush_output() -> None:

@@ -136,7 +136,9 @@ def truncated_tokens(
     """Learned token in a caption -> whether the tokenizer, cutting at `length`, cuts it off."""
     bound = bind_placeholders(caption, placeholders)  # all layers' texts have as many tokens
     whole = tokenizer(bound, verbose=False).input_ids
-    kept = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
+    kept = whole
+    if len(whole) > length:
+        kept = tokenizer(bound, verbose=False, truncation=True, max_length=length).input_ids
     is_cut = {}
     for placeholder in placeholders:
         for name in placeholder.names_at(0):

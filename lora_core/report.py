@@ -24,6 +24,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, exit_status, printable
+from lora_core.memory_errors import format_bytes
 from lora_core.runs import report_charts
 from lora_core.runs.comparison import Comparison
 from lora_core.runs.report_charts import change_color
@@ -195,6 +196,9 @@ def _tiles(run: RunPart) -> list[tuple[str, str]]:
     seconds = run.record.summary.get("seconds")
     if isinstance(seconds, int | float):
         tiles.append(("time", format_duration(seconds)))
+    peak = run.record.summary.get("peak_memory")
+    if isinstance(peak, dict) and isinstance(peak.get("bytes"), int) and peak["bytes"] > 0:
+        tiles.append(("peak memory", format_bytes(peak["bytes"])))
     return [*tiles, ("seed", str(run.record.options.get("seed", "unknown")))]
 
 

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 from lora_core.errors import UserError, printable
 
@@ -27,7 +27,14 @@ SHORT_REPR = reprlib.Repr()
 SHORT_REPR.maxlevel, SHORT_REPR.maxstring, SHORT_REPR.maxother = 3, SHOWN, SHOWN
 
 
-def read_text(path: Path, limit: int = LONGEST_TEXT) -> str:
+class ByteSource(Protocol):
+    """A file that can be read: a path, or a file inside an archive. As text it is its name."""
+
+    def open(self, mode: str, /) -> BinaryIO:
+        """The file, opened with mode "rb"."""
+
+
+def read_text(path: Path | ByteSource, limit: int = LONGEST_TEXT) -> str:
     r"""The text of a UTF-8 file, with or without a byte order mark; \r\n and \r become \n.
 
     Raises UserError for other encodings, for zero bytes, which no text has, and for more than
@@ -55,7 +62,7 @@ def read_text(path: Path, limit: int = LONGEST_TEXT) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path | ByteSource) -> list[str]:
     r"""The lines of a UTF-8 file that are not empty, without space around them.
 
     Only \n, \r\n and \r end a line. Python's `splitlines` also cuts at the vertical tab, form feed,

@@ -156,11 +156,24 @@ def _strict(kind: Any, accepts: Callable[[Any], bool], expected: str) -> Callabl
     return structure
 
 
+# Choices that were true or false before: where one was written, what it means now.
+CHECKPOINTING = ("none", "blocks", "all")
+FORMER_WORDS = {
+    CHECKPOINTING: {
+        True: "write \"all\", which is what true was (the denoiser's blocks and the text encoders' "
+        'layers), or "blocks" (the denoiser\'s alone)',
+        False: 'write "none"',
+    }
+}
+
+
 def _one_of(value: Any, kind: Any) -> Any:
     """The value, if it is one of a Literal's. cattrs' own error shows the type as Python does."""
     if value not in get_args(kind):
         known = ", ".join(map(str, get_args(kind)))
-        raise ValueError(f"got {shorten_value(value)}, expected one of {known}")
+        former = FORMER_WORDS.get(get_args(kind), {}) if isinstance(value, bool) else {}
+        advice = f"; {former[value]}" if value in former else ""
+        raise ValueError(f"got {shorten_value(value)}, expected one of {known}{advice}")
     return value
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.errors import UserError, first_line
 from lora_core.json_files import LARGEST_NUMBER, read_object
 from lora_core.text import check_prompt_length, shorten_value
+from models.planned_tokenizer import PlannedTokenizer
 
 # Limits of a network's config: one of 100 bytes can announce a billion layers.
 MOST_LAYERS = 200  # of one kind; Flux has 38
@@ -142,7 +143,9 @@ def load_network(
     dependency here, and warns twice without it. The other way leaves weights that the files lack
     uninitialized, and transformers initializes them at random: both are refused. Raises UserError.
     """
-    read_json(path, f"{subfolder}/config.json".lstrip("/"))  # checked before anything is made
+    table = read_json(path, f"{subfolder}/config.json".lstrip("/"))  # checked before anything
+    if torch.device(device).type == "meta":
+        return make_meta_network(kind, table, dtype, path)
     if kind.__module__.startswith("diffusers."):
         settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     else:
@@ -157,6 +160,49 @@ def load_network(
             f"cannot load {place}: its files lack {missing[0]}{more}; download them again"
         )
     return loaded.to(device)
+
+
+def make_meta_network(kind: Any, table: Mapping[str, Any], dtype: torch.dtype, path: str) -> Any:
+    """A network of diffusers or transformers on the meta device, from its config: no weight is
+    read. Its dtypes are those of `load_network`: transformers keeps some layers of T5 in fp32 where
+    the others are in fp16. Raises UserError, which names `path`.
+    """
+    with torch.device("meta"), config_errors(path):
+        if kind.__module__.startswith("diffusers."):
+            network = kind.from_config(dict(table))
+        else:
+            network = kind(kind.config_class(**table))
+    nn.Module.to(network, dtype)  # diffusers' own `to` warns
+    if dtype == torch.float16:
+        wide = getattr(network, "_keep_in_fp32_modules", None) or ()
+        for name, module in network.named_modules():
+            if name.rpartition(".")[2] in wide:
+                module.float()
+    return network
+
+
+def open_tokenizer(kind: Any, path: str, subfolder: str, device: torch.device | str) -> Any:
+    """A tokenizer of transformers; for the meta device a PlannedTokenizer with the sizes of its
+    text encoder, which needs no file. Raises UserError.
+    """
+    if torch.device(device).type != "meta":
+        return load_part(kind.from_pretrained, path, subfolder)
+    encoder = subfolder.replace("tokenizer", "text_encoder")
+    table = read_json(path, f"{encoder}/config.json")
+    with config_errors(path):
+        return PlannedTokenizer(int(table["vocab_size"]), table.get("max_position_embeddings", 512))
+
+
+def freeze_network(network: nn.Module) -> None:
+    """Make a network's parameters constant and its own dropout inactive, also in training mode: in
+    T5 it is 0.1, and a checkpointed layer would be recomputed with another mask.
+    """
+    network.requires_grad_(False).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(vars(module).get("dropout"), float):
+            module.dropout = 0.0  # type: ignore[assignment]
 
 
 def read_encoder_config(path: str, component: str, config_class: Any) -> Any:

@@ -37,8 +37,9 @@ from models.components import (
     config_errors,
     decode_latents,
     encode_pixels,
+    freeze_network,
     load_network,
-    load_part,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -104,6 +105,7 @@ class Flux:
     embeds_sizes = False
     spacing: Spacing = "trailing"  # unused: a flow has one layout of its timesteps
     offset = 0  # unused
+    working_device: torch.device | None = None  # of networks that come there to work
 
     def __init__(
         self,
@@ -134,12 +136,12 @@ class Flux:
         self.layout = flux_layout({name: modules[name] for name in ADAPTABLE})
         self.joint_attention = install_joint_attention(self.transformer)
         for module in modules.values():
-            module.requires_grad_(False).eval()
+            freeze_network(module)
 
     @property
     def device(self) -> torch.device:
         # diffusers' own property looks at every module
-        return self.transformer.x_embedder.weight.device
+        return self.working_device or self.transformer.x_embedder.weight.device
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return flux_schedule(self.scheduler, (height // PATCH) * (width // PATCH))
@@ -163,11 +165,7 @@ class Flux:
         ids = tokenize_prompts(first, prompts, read_prompt_length(first), checked["text_encoder"])
         t5 = tokenize_prompts(second, prompts, self.length, checked["text_encoder_2"])
         end = first_eos(ids, first.eos_token_id)
-        return {
-            "clip": ids.to(self.clip.device),
-            "end": end.to(self.clip.device),
-            "t5": t5.to(self.t5.device),
-        }
+        return {"clip": ids.to(self.device), "end": end.to(self.device), "t5": t5.to(self.device)}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """T5's last hidden state [b, length, d] and CLIP's vector at the first end-of-text token.
@@ -282,8 +280,8 @@ def load(path: str, how: LoadOptions) -> Flux:
     check_channels(config.get("in_channels", 64), latent_channels)
     length = _prompt_length(how.max_sequence_length, bool(config.get("guidance_embeds")))
     tokenizers = {
-        "text_encoder": load_part(CLIPTokenizer.from_pretrained, path, "tokenizer"),
-        "text_encoder_2": load_part(T5TokenizerFast.from_pretrained, path, "tokenizer_2"),
+        "text_encoder": open_tokenizer(CLIPTokenizer, path, "tokenizer", how.device),
+        "text_encoder_2": open_tokenizer(T5TokenizerFast, path, "tokenizer_2", how.device),
     }
     classes = {
         "transformer": FluxTransformer2DModel,

@@ -284,6 +284,24 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
         guidance=False,
     ),
 }
+# Hub repositories of the models in the table, and of copies with the same configs.
+HUB_NAMES = {
+    "runwayml/stable-diffusion-v1-5": "sd1",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
+    "CompVis/stable-diffusion-v1-4": "sd1",
+    "runwayml/stable-diffusion-inpainting": "sd1-inpainting",
+    "stable-diffusion-v1-5/stable-diffusion-inpainting": "sd1-inpainting",
+    "stabilityai/stable-diffusion-2-base": "sd2",
+    "stabilityai/stable-diffusion-2-1-base": "sd2",
+    "stabilityai/stable-diffusion-2": "sd2-v",
+    "stabilityai/stable-diffusion-2-1": "sd2-v",
+    "stabilityai/stable-diffusion-2-inpainting": "sd2-inpainting",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "sdxl-inpainting",
+    "stabilityai/stable-diffusion-xl-refiner-1.0": "sdxl-refiner",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux-schnell",
+}
 CONFIG_FOLDERS = tempfile.TemporaryDirectory(  # gone when the process ends
     prefix="lora_core-known-", ignore_cleanup_errors=True
 )
@@ -300,3 +318,12 @@ def published_configs(kind: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(json.dumps(config, indent=2) + "\n")
     return root
+
+
+def config_source(path: str) -> str:
+    """A folder or hub id with the configs of a model: those in the table of published models for
+    their hub ids and names (sdxl, flux-dev ...), which need no download; else `path`.
+    """
+    kind = HUB_NAMES.get(path, path)
+    is_known = kind in PUBLISHED_MODELS and not Path(path).exists()
+    return str(published_configs(kind)) if is_known else path

@@ -30,8 +30,9 @@ from models.components import (
     config_errors,
     decode_latents,
     encode_pixels,
+    freeze_network,
     load_network,
-    load_part,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -81,6 +82,7 @@ class StableDiffusion:
     distilled_guidance = False
     embeds_sizes = False
     zeros: tuple[str, ...] = ()
+    working_device: torch.device | None = None  # of networks that come there to work
 
     def __init__(
         self,
@@ -115,11 +117,12 @@ class StableDiffusion:
         self.layout = sd_layout(unet, text_encoder, scheduler)
         self.cross_attention = CrossAttention(unet, self.layout.cross_attention)
         for module in self.modules.values():
-            module.requires_grad_(False).eval()
+            freeze_network(module)
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device  # diffusers' own property looks at every module
+        # diffusers' own property looks at every module
+        return self.working_device or self.unet.conv_in.weight.device
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return self.schedule
@@ -136,7 +139,7 @@ class StableDiffusion:
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         length = read_prompt_length(self.tokenizer)
         ids = tokenize_prompts(self.tokenizer, prompts, length, self.checked_prompts)
-        return {"ids": ids.to(self.text_encoder.device)}
+        return {"ids": ids.to(self.device)}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """Last hidden state after the final norm, as in every SD pipeline at inference.
@@ -195,7 +198,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusion:
     if how.max_sequence_length:
         raise UserError(f"--max-sequence-length has no effect: {path} has no T5 text encoder")
     scheduler = read_json(path, "scheduler/scheduler_config.json") | how.scheduler
-    tokenizer = load_part(CLIPTokenizer.from_pretrained, path, "tokenizer")
+    tokenizer = open_tokenizer(CLIPTokenizer, path, "tokenizer", how.device)
     text_encoder = load_network(CLIPTextModel, path, "text_encoder", how.dtype, how.device)
     vae_folder = "" if how.vae else "vae"
     vae = load_network(AutoencoderKL, how.vae or path, vae_folder, how.vae_precision, how.device)

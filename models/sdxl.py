@@ -29,8 +29,9 @@ from models import sd
 from models.components import (
     check_tokenizers,
     config_errors,
+    freeze_network,
     load_network,
-    load_part,
+    open_tokenizer,
     read_encoder_config,
     read_json,
     read_prompt_length,
@@ -108,7 +109,7 @@ class StableDiffusionXL(StableDiffusion):
         self.layout = sdxl_layout(unet, parts.encoders)
         self.cross_attention = CrossAttention(unet, self.layout.cross_attention)
         for module in self.modules.values():
-            module.requires_grad_(False).eval()
+            freeze_network(module)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode(self.tokenize(prompts))
@@ -196,7 +197,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusionXL:
     tokenizers, encoders = {}, {}
     for name in names:
         folder = name.replace("text_encoder", "tokenizer")
-        tokenizers[name] = load_part(CLIPTokenizer.from_pretrained, path, folder)
+        tokenizers[name] = open_tokenizer(CLIPTokenizer, path, folder, how.device)
     for name in names:
         encoders[name] = load_network(ENCODERS[name], path, name, how.dtype, how.device)
     unet = load_network(UNet2DConditionModel, path, "unet", how.dtype, how.device)

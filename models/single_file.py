@@ -38,7 +38,13 @@ from lora_core.formats.model_files import (
 from lora_core.formats.recognition import describe_kind, recognize_keys
 from lora_core.formats.weights import Weights, cast_weights, open_weights
 from models import sd, sdxl
-from models.components import config_errors, load_network, load_part, read_encoder_config, read_json
+from models.components import (
+    config_errors,
+    load_network,
+    open_tokenizer,
+    read_encoder_config,
+    read_json,
+)
 from models.hub_models import download_configs, download_model
 from models.published import PUBLISHED_MODELS, published_configs
 
@@ -172,7 +178,7 @@ def load(path: str, how: LoadOptions) -> Family:
     if _is_sdxl(index):
         sdxl.sdxl_schedule(scheduler, how.scheduler)  # refuses before any weight is read
     modules = build_meta_networks(opened.folder, locations)
-    tokens = load_tokenizers(opened.folder, locations, path)
+    tokens = load_tokenizers(opened.folder, locations, path, how.device)
     for name, weights in split_single_file(opened, locations, modules).items():
         dtype = how.vae_precision if name == "vae" else how.dtype
         _fill_network(modules[name], weights, dtype, how.device)
@@ -327,7 +333,10 @@ def split_single_file(
 
 
 def load_tokenizers(
-    folder: Path, locations: Sequence[NetworkLocation], path: str
+    folder: Path,
+    locations: Sequence[NetworkLocation],
+    path: str,
+    device: torch.device | str = "cpu",
 ) -> dict[str, CLIPTokenizer]:
     """Text encoder -> its tokenizer: the folder's, else CLIP's from the hub's cache or the hub.
 
@@ -339,8 +348,8 @@ def load_tokenizers(
         own = name.replace("text_encoder", "tokenizer")
         if name not in sdxl.ENCODERS:
             continue
-        if (folder / own).is_dir():
-            found[name] = load_part(CLIPTokenizer.from_pretrained, str(folder), own)
+        if (folder / own).is_dir() or torch.device(device).type == "meta":
+            found[name] = open_tokenizer(CLIPTokenizer, str(folder), own, device)
         else:
             config = read_encoder_config(str(folder), name, CLIPTextConfig)
             length = config.max_position_embeddings
@@ -371,7 +380,10 @@ def _load_clip_tokenizer(pad: str, length: int, path: str) -> CLIPTokenizer:
 def _fill_network(
     network: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Replaces a network's weights on the meta device by `weights`."""
+    """Replaces a network's weights on the meta device by `weights`; for that device none."""
+    if torch.device(device).type == "meta":
+        nn.Module.to(network, dtype)  # diffusers' own `to` warns
+        return
     exact = cast_weights(weights, dtype)
     copies = {}  # files are mapped into memory, and parts of a joined layer are views of it
     for key in exact.infos:

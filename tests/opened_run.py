@@ -2,6 +2,9 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
 
 import train
 from lora_core.config import Config
@@ -35,7 +38,7 @@ class OpenedRun:
         """The first steps of the first stage."""
         stage = self.config.stages[0]
         begin_stage(stage, self.config, self.model, self.optimization)
-        self.source.begin_stage()
+        self.source.begin_stage(stage, range(count))
         for number, batch in enumerate(self.data.batches(self.config, 0, count)):
             set_learning_rates(stage, number, self.config, self.optimization)
             inputs = make_step_inputs(self.source, batch, stage, number, check=True)
@@ -56,12 +59,18 @@ def open_parts(config: Config) -> OpenedRun:
     with ExitStack() as stack:
         run = stack.enter_context(processes.open_run(config))
         samples = SampleImages(config, data, model, optimization)
-        data = setup.add_class_images(config, data, run, samples.draw_class_image)
+        data = setup.add_class_images(config, data, run, samples.draw_class_images)
         checkpoints = Checkpoints(run, config, data, model, optimization)
         checkpoints.restore(0.0)
-        log = Log(run, config, model, optimization)
+        log = Log(run, config, data, model, optimization)
     scorer = Scorer(config, data, model, optimization)
     source = InputSource(config, data, model, reads_attention=functions.reads_attention)
     return OpenedRun(
         config, functions, data, model, optimization, run, samples, checkpoints, log, scorer, source
     )
+
+
+def latent_files(cache: Path) -> list[Path]:
+    """The files of a cache but those of captions."""
+    files = cache.glob("*/*.safetensors")
+    return [file for file in files if "prompt_embeds" not in load_file(file)]

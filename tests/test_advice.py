@@ -47,6 +47,8 @@ def options(cls: type, before: str = "") -> Iterator[tuple[str, Any]]:
             yield from options(Stage, f"{name}.0.")
         else:
             yield name, kind
+            if kind is bool:
+                yield f"{before}no-{field.name.replace('_', '-')}", kind
 
 
 def choices(kind: Any) -> tuple[str, ...]:
@@ -67,16 +69,15 @@ def merge_flags() -> Iterator[str]:
 CONFIG = dict(options(Config))
 TAKEN = CONFIG | dict(options(Infer)) | dict(options(CompareRuns))
 TAKEN |= dict.fromkeys(merge_flags(), str)
-# The launcher's own flags, in the sentences of the two files that speak of it.
-TORCHRUN = {
-    flag.removeprefix("--")
-    for action in get_args_parser()._actions
-    for flag in action.option_strings
-}
+# The launcher's own flags, in the sentences of the files that speak of it.
+TORCHRUN = {flag.removeprefix("--") for flag in get_args_parser()._option_string_actions}
 READ_BY_HAND = {
     "distributed.py": TORCHRUN,
     "processes.py": TORCHRUN,
-    "train.py": {"compare", "list", "preview-density"},
+    "sharding.py": TORCHRUN,
+    "train.py": {"compare", "list", "plan", "preview-density"},
+    "memory_advice.py": {"plan"},
+    "plan_options.py": {"offload"},  # where networks may leave the device
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},
     "config.py": {"data.mask"},  # the other spelling of data.masks

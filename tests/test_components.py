@@ -5,13 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import infer
 import merge
 from lora_core import formats
 from lora_core.errors import UserError
-from models import load_family
+from models import LoadOptions, load_family
 from models.components import read_prompt_length
+from tests import tiny_flux
 from tests.tiny_pipeline import random_state, save_sd_pipeline
 
 CODE = """
@@ -127,3 +129,30 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     words = ["--model", str(tmp_path / "model"), "--prompt", "a", "--steps", "1"]
     assert infer.main([*words, "--out", str(tmp_path / "o.png")]) == 2
     assert "the tokenizer of text_encoder has" in capsys.readouterr().err
+
+
+def test_a_base_models_own_dropout_never_acts(tmp_path: Path) -> None:
+    """T5's is 0.1; checkpointed layers, which are in training mode, would be drawn anew."""
+    tiny_flux.save(tmp_path / "flux")
+    family = load_family(str(tmp_path / "flux"))
+    t5 = family.modules["text_encoder_2"]
+    assert t5.config.dropout_rate == 0.1  # type: ignore[union-attr]
+    ids = torch.arange(2 * 8).view(2, 8)
+    expected = t5.eval()(ids).last_hidden_state
+    assert torch.equal(t5.train()(ids).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_networks_on_the_meta_device_are_those_that_are_loaded(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    tiny_flux.save(tmp_path / "flux")
+    (tmp_path / "flux" / "tokenizer_2" / "tokenizer.json").unlink()  # not read
+    planned = load_family(str(tmp_path / "flux"), LoadOptions(dtype, "meta"))
+    tiny_flux.save(tmp_path / "flux")
+    loaded = load_family(str(tmp_path / "flux"), LoadOptions(dtype))
+    for name, network in loaded.modules.items():
+        ours = planned.modules[name].state_dict()
+        for key, tensor in network.state_dict().items():
+            assert (ours[key].shape, ours[key].dtype) == (tensor.shape, tensor.dtype), key
+        assert all(tensor.is_meta for tensor in ours.values())

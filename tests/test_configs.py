@@ -184,7 +184,7 @@ PRODIGY = SCRIPT | {
     "tokens.norm": "rescale",
     "data.repeats": 1,
     "precision": "bf16",
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "all",
     "accumulation": 1,
     "optimizer.schedule": "constant",
 }
@@ -271,7 +271,7 @@ VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides sa
         "stages": [(3000, ("tokens",)), (3000, ("denoiser", "text_encoder"))],
         "batch_size": 1,
         "accumulation": 2,
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "all",
         "adapter.rank": 8,
         "adapter.alpha": 2.0 * 8,
         "adapter.dropout": 0.1,
@@ -333,7 +333,7 @@ VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides sa
         "data.resolution": 512,
         "batch_size": 4,
         "precision": "fp16",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "all",
         "stages": [(400, ("denoiser", "text_encoder"))],
     },
 }
@@ -644,7 +644,7 @@ def test_flipping_an_option_changes_what_is_learned(
     name = UNION[option]
     config = put(
         small(CONFIGS[name], FAMILY[name], tiny),
-        {"gradient_checkpointing": False, **WITH.get(option, {})},
+        {"gradient_checkpointing": "none", **WITH.get(option, {})},
     )
     base = name + option * (option in WITH)
     if base not in BASES:

@@ -12,8 +12,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.counting import Counter, as_cuda, touched_bytes, traffic_bytes
+from benchmarks.counting import Counter, touched_bytes, traffic_bytes
 from lora_core import kernels
+from lora_core.cuda_operators import as_cuda
 from lora_core.kernels import OPS, norms, reference
 from lora_core.kernels.reference import Drop
 

@@ -188,8 +188,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "an adapter that reads the level, recomputed": {
         "adapter": AdapterConfig(rank=2, kind="examples/t_lora.py:TLoRA"),
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "all",
     },
+    "a base in four bits": {"quantize": "int4", "adapter": AdapterConfig(rank=2, kind="dora")},
     "huber": {"loss": "huber", "loss_arg": {"schedule": "snr"}, "weighting": "min_snr"},
     "smooth_l1": {"loss": "smooth_l1", "loss_arg": {"schedule": "exponential"}},
     "l1": {"loss": "l1"},
@@ -199,7 +200,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mask_scale": "cloneofsimo",
         "prior": PriorConfig(outside_mask=0.5),
     },
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": "all"},
     "a text for each layer, rows that stop": {
         "stages": (Stage(6, ALL),),
         "tokens": TokensConfig(per_layer=True, norm="stop", norm_target=5.0),
@@ -214,7 +215,7 @@ CASES: dict[str, dict[str, Any]] = {
         "stages": (Stage(6, ALL),),
         "loss": "edlora",
         "data": {"masks": "file"},
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "all",
     },
 }
 

@@ -114,7 +114,7 @@ def commands(block: str) -> Iterator[str]:
 def run_command(command: str, groups: ProcessGroups) -> None:
     words = shlex.split(command)
     if words[:2] == ["python", "train.py"]:
-        if "--preview-density" in words:
+        if "--preview-density" in words or "--plan" in words:
             assert train.main(words[2:]) == 0
             return
         if "--compare" in words:  # of runs that a reader has

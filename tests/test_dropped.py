@@ -20,9 +20,8 @@ from models import load_family
 from tests import tiny_sdxl
 from tests.conftest import learned, same
 from tests.opened_run import OpenedRun, open_parts
-from training import step_inputs
+from training.caption_cache import CaptionCache, CaptionRows, TokenIds
 from training.step import encode_conditioning
-from training.step_inputs import TokenIds
 
 SIDE = 16
 TEXT, NO_TEXT = Stage(1, ("denoiser", "text_encoder")), Stage(1, ("denoiser",))
@@ -52,6 +51,10 @@ def batch_of(s: OpenedRun, captions: list[str], dropped: list[bool]) -> Batch:
     return replace(batch, captions=captions, dropped=tuple(dropped))
 
 
+def make_text(s: OpenedRun, batch: Batch, stage: Stage) -> Conditioning | TokenIds:
+    return s.source.captions.make_text(CaptionRows(batch.captions, batch.dropped), stage)
+
+
 def test_the_rows_that_are_dropped_are_known_and_as_many_as_before(photos: Path) -> None:
     records = [
         replace(record, captions=("",))
@@ -77,7 +80,7 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
 ) -> None:
     s = opened(config, sdxl, photos)
     batch = batch_of(s, ["a cat", "", ""], [False, True, False])
-    text = step_inputs._make_text(s.source, batch, TEXT if trains else NO_TEXT)
+    text = make_text(s, batch, TEXT if trains else NO_TEXT)
     if trains:
         assert isinstance(text, TokenIds) and text.kept.tolist() == [1, 0, 1]
     else:
@@ -113,10 +116,10 @@ def test_zeros_stand_for_a_dropped_caption_and_not_for_an_empty_one(
 def test_the_empty_prompts_encoding_is_an_option(config: Config, sdxl: Path, photos: Path) -> None:
     s = opened(config, sdxl, photos, dropped="empty")
     batch = batch_of(s, ["a cat", ""], [False, True])
-    text = step_inputs._make_text(s.source, batch, NO_TEXT)
+    text = make_text(s, batch, NO_TEXT)
     encoded = s.model.family.encode_prompts(["a cat", ""])
     assert torch.allclose(text.prompt_embeds, encoded.prompt_embeds, atol=1e-5)
-    assert step_inputs._make_text(s.source, batch, TEXT).kept is None
+    assert make_text(s, batch, TEXT).kept is None
 
 
 def test_rows_of_a_zero_get_no_gradient_and_the_others_theirs(sdxl: Path) -> None:
@@ -154,18 +157,23 @@ def test_models_without_zeros_refuse_the_choice(
         opened(config, other, photos, dropped="zeros")
     s = opened(config, other, photos)
     batch = batch_of(s, ["", ""], [True, False])
-    assert step_inputs._make_text(s.source, batch, NO_TEXT).prompt_embeds.any()
+    assert make_text(s, batch, NO_TEXT).prompt_embeds.any()
 
 
 def test_class_prompts_in_their_place_are_dropped_too(sdxl: Path) -> None:
     family = load_family(str(sdxl))
     model = SimpleNamespace(
-        family=family, device=torch.device("cpu"), encoders={}, evaluating=torch.no_grad
+        family=family,
+        device=torch.device("cpu"),
+        encoders={},
+        frozen=torch.no_grad,
+        embeddings={},
+        adapted={},
+        placeholders=(),
     )
     config = Config(data=DataConfig(caption_dropout=0.5))
-    source = SimpleNamespace(config=config, model=model, base_encoded={}, zeroes_dropped=True)
-    batch = SimpleNamespace(captions=["", "a dog"], dropped=(True, False))
-    base = step_inputs._encode_without_adapters(source, batch)  # type: ignore[arg-type]
+    captions = CaptionCache(config, model)  # type: ignore[arg-type]
+    base = captions.encode_without_adapters(CaptionRows(["", "a dog"], (True, False)))
     assert not base.prompt_embeds[0].any() and base.prompt_embeds[1].any()
 
 

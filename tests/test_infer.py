@@ -499,6 +499,17 @@ def test_a_wrong_sampler_is_refused(folder: Path, capsys: pytest.CaptureFixture[
         assert status == 2 and said in capsys.readouterr().err
 
 
+def test_quantized_and_streamed_models_draw_with_loras(folder: Path) -> None:
+    words = ("--prompt", "a TOK", "--lora", str(folder / "a"))
+    plain, packed = (
+        draw(folder, "q.png", *words),
+        draw(folder, "q.png", *words, "--quantize", "fp8"),
+    )
+    assert packed != plain
+    assert draw(folder, "q.png", *words, "--quantize", "fp8", "--stream") == packed
+    assert draw(folder, "q.png", *words, "--stream") == plain
+
+
 def test_what_can_be_listed_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert infer.main(["--list", "samplers"]) == 0
     out = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_a_layer_on_the_disk_is_the_same_layer_and_has_no_file(tmp_path):
     (kept,) = keep_on_disk([layer], str(tmp_path / "o.safetensors"))
     assert torch.equal(kept.adapter.down, lr.down) and torch.equal(kept.adapter.up, lr.up)
     assert kept.adapter.up.dtype == torch.float16 and os.listdir(tmp_path) == []
+
+
+def test_many_files_are_not_open_at_once(here):
+    """The limit of open files is 256 on some machines."""
+    Path("loras").mkdir()
+    for number in range(60):
+        shutil.copy("a.safetensors", f"loras/{number}.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        call("mix", "mean(loras/*.safetensors)", "--out", "m.safetensors", "--model", "base")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_sizes_are_short():

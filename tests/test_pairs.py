@@ -24,7 +24,7 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.errors import UserError
 from tests.conftest import distance, final, learned, merged, rows, same
 from tests.image_examples import WILD, noise_image, save_image
-from tests.opened_run import open_parts
+from tests.opened_run import latent_files, open_parts
 from tests.test_losses import make
 from training.config_checks import check_config, check_reads_pairs
 from training.run_identity import run_identity
@@ -290,7 +290,7 @@ def test_the_two_of_a_pair_have_the_same_noise_and_level_from_any_cache(
         assert same_for_both is not None and torch.equal(same_for_both[::2], same_for_both[1::2])
     assert x.is_loser is not None and x.is_loser.tolist() == [False, True] * 2
     assert not torch.equal(x.x0[::2], x.x0[1::2]) and len(set(x.level.t.tolist())) == 2
-    assert len(list((tmp_path / "cache").iterdir())) == 4  # a file for each image of two pairs
+    assert len(latent_files(tmp_path / "cache")) == 4  # a file for each image of two pairs
     losers = [record.loser for record in s.data.training.records if record.loser]
     for i, key in enumerate(batch.image_keys):
         record = s.source.records[key]
@@ -300,7 +300,7 @@ def test_the_two_of_a_pair_have_the_same_noise_and_level_from_any_cache(
         assert torch.equal(row["mean"], mean[0]) and torch.equal(row["std"], std[0])
     again = open_parts(replace(cached, out=cached.out + "2"))  # reads the files
     (y,) = make_step_inputs(again.source, batch, cached.stages[0], 0, check=True)
-    assert torch.equal(x.x0, y.x0) and len(list((tmp_path / "cache").iterdir())) == 4
+    assert torch.equal(x.x0, y.x0) and len(latent_files(tmp_path / "cache")) == 4
 
 
 def test_a_step_is_the_mean_over_pairs_for_any_division(paired: Config, quick: None) -> None:

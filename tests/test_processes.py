@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lora_core.config import (
     AdapterConfig,
@@ -26,8 +25,9 @@ from lora_core.config import (
     ValidationConfig,
 )
 from lora_core.toml import to_toml
-from tests.conftest import rows
+from tests.conftest import rows, save_photos
 from tests.process_groups import ProcessGroups, free_port, process_groups
+from tests.run_difference import largest_difference, trained_parameters
 
 ROOT = Path(__file__).parent.parent
 # (processes, batch, accumulation) of steps of four images
@@ -76,22 +76,6 @@ def run_on(groups: ProcessGroups, tmp_path: Path):
     return run
 
 
-def parameters(run: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters in the newest checkpoint, in float64."""
-    newest = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
-    state = load_file(newest / "state.safetensors")
-    return {name: t.double() for name, t in state.items() if name.startswith("groups")}
-
-
-def difference(first: Path, other: Path) -> float:
-    """The largest difference of a parameter between two runs, relative to the largest number in
-    that parameter.
-    """
-    a, b = parameters(first), parameters(other)
-    assert a.keys() == b.keys() and a
-    return max(float((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-12)) for k in a)
-
-
 def losses(run: Path) -> list[float]:
     """The loss of every step."""
     return [row["loss"] for row in rows(run) if "loss" in row]
@@ -107,7 +91,7 @@ def test_twenty_steps_agree_in_float64(base: Config, run_on) -> None:
     for processes, batch, accumulation in SPLITS:
         name = f"{processes}x{batch}x{accumulation}"
         other = run_on(replace(exact, batch_size=batch, accumulation=accumulation), processes, name)
-        assert difference(one, other) < 1e-10, name
+        assert largest_difference(one, other) < 1e-10, name
         assert len(rows(other)) == len(rows(one)) == 22  # 20 steps and two validations
         for mine, theirs in zip(rows(one), rows(other)):
             assert mine == pytest.approx(theirs, rel=1e-9)
@@ -133,10 +117,10 @@ def test_first_gradients_agree_in_float32(base: Config, run_on) -> None:
         validation=ValidationConfig(every=-1),
         stages=(Stage(1, ("denoiser", "tokens")),),
     )
-    one = parameters(run_on(sharp, 1, "one"))
+    one = trained_parameters(run_on(sharp, 1, "one"))
     for processes, batch, accumulation in SPLITS:
         changed = replace(sharp, batch_size=batch, accumulation=accumulation)
-        other = parameters(run_on(changed, processes, f"{processes}x{batch}"))
+        other = trained_parameters(run_on(changed, processes, f"{processes}x{batch}"))
         for group in ("denoiser", "tokens"):
             ours = torch.cat([t.flatten() for name, t in one.items() if group in name])
             theirs = torch.cat([t.flatten() for name, t in other.items() if group in name])
@@ -154,7 +138,7 @@ def test_prodigys_distance_is_global(base: Config, run_on) -> None:
     ours, theirs = rows(one)[-2], rows(two)[-2]
     assert ours["d_denoiser"] > 1e-4  # it grew
     assert ours == pytest.approx(theirs, rel=1e-9)
-    assert difference(one, two) < 1e-10
+    assert largest_difference(one, two) < 1e-10
 
 
 def test_another_number_of_processes_resumes_the_same_run(base: Config, run_on) -> None:
@@ -167,7 +151,7 @@ def test_another_number_of_processes_resumes_the_same_run(base: Config, run_on) 
         cut = run_on(half, 2, f"cut{processes}")
         assert "processes = 2" in (cut / "config.toml").read_text()
         again = run_on(config, processes, f"cut{processes}", "--resume")
-        assert difference(whole, again) < 1e-10
+        assert largest_difference(whole, again) < 1e-10
         assert losses(again) == pytest.approx(losses(whole), rel=1e-9)
 
 
@@ -178,7 +162,7 @@ def test_validation_and_samples_are_shared_and_the_same(base: Config, run_on) ->
     two = run_on(config, 2, "two")
     before = [row for row in rows(one, "val") if row["step"] == 0]
     assert before == [row for row in rows(two, "val") if row["step"] == 0]
-    assert difference(one, two) < 1e-5
+    assert largest_difference(one, two) < 1e-5
 
 
 def test_one_sentence_for_a_mistake(base: Config, groups: ProcessGroups, tmp_path: Path) -> None:
@@ -209,6 +193,12 @@ def test_processes_with_other_images_are_refused(
     )
 
 
+def test_the_checks_of_images_are_shared(groups: ProcessGroups, tmp_path: Path) -> None:
+    folder = save_photos(tmp_path / "photos")
+    ended = groups.call(2, "tests.process_jobs:check_images_together", str(folder))
+    assert ended.status == [0, 0], "\n".join(ended.output)
+
+
 def test_a_process_that_fails_shows_its_traceback(
     base: Config, groups: ProcessGroups, tmp_path: Path
 ) -> None:
@@ -218,23 +208,6 @@ def test_a_process_that_fails_shows_its_traceback(
     assert "process 0 ends, for it lost another one" in ended.output[0]
     assert ended.output[1].count("Traceback") == 1
     assert "ZeroDivisionError: of our own making" in ended.output[1]
-
-
-def test_shards_are_the_whole_model(base: Config, run_on) -> None:
-    """With --shard each process holds a part of the weights, and the run is the same."""
-    config = replace(
-        base,
-        precision="fp64",
-        batch_size=2,
-        adapter=AdapterConfig(rank=2),
-        prior=PriorConfig(),
-        gradient_checkpointing=True,
-        stages=(Stage(4, ("denoiser", "tokens")),),
-    )
-    whole, parts = run_on(config, 2, "whole"), run_on(replace(config, shard=True), 2, "parts")
-    assert difference(whole, parts) < 1e-10
-    scores = [[row["loss"] for row in rows(run, "val")] for run in (whole, parts)]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-9)
 
 
 # A loss by which process 1 ends in the middle of step 5 of the first launch, once.
@@ -299,7 +272,7 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(
     assert "restart 1: the run goes on from its newest checkpoint" in said
     assert "resumed after step 4" in said
     whole = run_on(replace(config, loss_arg={"mark": str(file)}), 2, "whole")
-    assert difference(whole, tmp_path / "run") < 1e-10
+    assert largest_difference(whole, tmp_path / "run") < 1e-10
     assert losses(whole) == pytest.approx(losses(tmp_path / "run"), rel=1e-9)
 
 
@@ -340,7 +313,7 @@ def test_two_agents_are_two_machines(short: tuple[Path, Config], tmp_path: Path,
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
     assert sum(text.count("done: ") for text in said) == 1
     whole = run_on(config, 2, "whole")
-    assert difference(whole, tmp_path / "run") < 1e-10
+    assert largest_difference(whole, tmp_path / "run") < 1e-10
 
 
 @pytest.mark.soak
@@ -360,7 +333,7 @@ def test_accelerates_launcher_is_taken(short: tuple[Path, Config], tmp_path: Pat
     agent = launch("accelerate", *words, *port, "train.py", str(file))
     said, _ = agent.communicate(timeout=600)
     assert agent.returncode == 0, said
-    assert difference(run_on(config, 2, "whole"), tmp_path / "run") < 1e-10
+    assert largest_difference(run_on(config, 2, "whole"), tmp_path / "run") < 1e-10
 
 
 @pytest.mark.soak
@@ -381,4 +354,4 @@ def test_a_signal_saves_and_ends_all_processes(
     assert agent.returncode != 0
     assert said.count("the run is saved after step") == 1, said
     assert "torchrun --nproc-per-node 2 train.py" in said
-    assert parameters(tmp_path / "run")
+    assert trained_parameters(tmp_path / "run")

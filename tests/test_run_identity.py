@@ -83,7 +83,7 @@ def test_a_changed_option_is_named_with_both_values(change: dict, said: list[str
             "threads": 4,
             "out": "x",
             "model": "moved",
-            "gradient_checkpointing": True,
+            "gradient_checkpointing": "all",
         },
         {
             "resume": True,

@@ -8,6 +8,8 @@ import pytest
 
 import train
 from lora_core.config import Config, OptimizerConfig, Stage
+from lora_core.errors import UserError
+from lora_core.toml import read_toml
 from tests.conftest import learned, rows, same
 
 
@@ -22,9 +24,25 @@ def test_gradient_checkpointing_gives_the_same_numbers(
         adapter=replace(config.adapter, dropout=0.2),
     )
     plain = train.train(config)
-    saving = train.train(replace(config, out=config.out + "2", gradient_checkpointing=True))
+    saving = train.train(replace(config, out=config.out + "2", gradient_checkpointing="all"))
     for a, b in zip(rows(plain), rows(saving), strict=True):
         assert a == pytest.approx(b, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "all"])
+def test_gradient_checkpointing_changes_no_bit(config: Config, quick: None, mode: Any) -> None:
+    config = replace(config, stages=(Stage(1, ("denoiser", "text_encoder", "tokens")),))
+    config = replace(config, optimizer=OptimizerConfig())
+    plain = train.train(config)
+    saving = train.train(replace(config, out=config.out + "2", gradient_checkpointing=mode))
+    assert same(learned(plain), learned(saving))
+
+
+def test_true_is_answered_with_the_words_of_today(tmp_path: Path) -> None:
+    for written, word in (("true", '"all", which is what true was'), ("false", '"none"')):
+        (tmp_path / "old.toml").write_text(f"gradient_checkpointing = {written}\n")
+        with pytest.raises(UserError, match=f"none, blocks, all; write {word}"):
+            read_toml(tmp_path / "old.toml")
 
 
 def test_an_adapter_of_ones_own(config: Config, quick: None, tmp_path: Path) -> None:

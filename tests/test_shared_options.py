@@ -41,3 +41,10 @@ def test_a_table_of_options_is_shared_as_far_as_it_goes(
 def test_columns_are_no_folder() -> None:
     table = {"data": {"pairs": "winner,loser"}}
     assert share_options(table, ".") == table
+
+
+def test_shards_are_files_of_this_computer() -> None:
+    data = {"dataset": "anna/{000..009}.tar", "streaming": True}
+    assert share_options({"data": data}, ".") == {"data": {"dataset": "", "streaming": True}}
+    hub = {"data": {"dataset": "user/name", "streaming": False}}
+    assert share_options(hub, ".") == hub

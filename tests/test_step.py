@@ -45,12 +45,12 @@ def gradients(config: Config) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     update = step_module.update_parameters
 
-    def keep(model: Model, *rest: Any) -> Tensor:
+    def keep(moving: Any, model: Model, *rest: Any) -> Tensor:
         for name, params in model.groups.items():
             for i, p in enumerate(params):
                 if p.grad is not None:
                     found.setdefault(f"{name}/{i}", p.grad.clone())
-        return update(model, *rest)
+        return update(moving, model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "update_parameters", keep)

@@ -16,7 +16,7 @@ from lora_core.config import AdapterConfig, Config, PriorConfig, Stage
 from lora_core.data.dataset import Batch, micro_batches
 from lora_core.errors import UserError
 from tests.conftest import final, merged, same, save_pipeline
-from tests.opened_run import OpenedRun, open_parts
+from tests.opened_run import OpenedRun, latent_files, open_parts
 from training import cuda_graph
 from training.stages import begin_stage
 from training.step_inputs import InputSource, StepInputs, TokenIds, make_step_inputs
@@ -34,10 +34,10 @@ def test_another_vae_and_another_cache_change_what_they_should(
     vae.save_pretrained(tmp_path / "vae")
     cached = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
     base, filled = train.train(config), train.train(replace(cached, out=config.out + "1"))
-    files = list((tmp_path / "cache").iterdir())
+    files = latent_files(tmp_path / "cache")
     assert 1 < len(files) <= 5 and same(final(base), final(filled))
     other = train.train(replace(cached, out=config.out + "2", vae=str(tmp_path / "vae")))
-    assert not same(final(base), final(other)) and len(list((tmp_path / "cache").iterdir())) > len(
+    assert not same(final(base), final(other)) and len(latent_files(tmp_path / "cache")) > len(
         files
     )
 
@@ -100,7 +100,7 @@ def test_a_bad_row_of_the_latent_cache_is_named(
 ) -> None:
     config = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
     train.train(config)
-    for file in (tmp_path / "cache").iterdir():
+    for file in latent_files(tmp_path / "cache"):
         row = load_file(file)
         row = {
             "nan": lambda r: r | {"std": r["std"] * float("nan")},
@@ -180,7 +180,7 @@ def test_inputs_with_holes_come_from_the_cache(
     cached = merged(painting, {"data": {"cache": str(tmp_path / "cache")}})
     first, second = open_parts(cached), open_parts(replace(cached, out=cached.out + "2"))
     made = [inputs_of(first, step)[1] for step in range(8)]
-    assert len(list((tmp_path / "cache").iterdir())) == 12
+    assert len(latent_files(tmp_path / "cache")) == 12
     monkeypatch.setattr(second.model.family, "encode_images", None)
     for step, x in enumerate(made):
         again = inputs_of(second, step)[1]

@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_core import distributed, formats, tokens
-from lora_core.adapters import custom_files, injection
+from lora_core.adapters import custom_files
+from lora_core.adapters.kinds import KINDS
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
@@ -25,7 +26,7 @@ from lora_core.optim.wrapped_tensors import load_state
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-from training import config_checks, learned_tokens, nonfinite, processes
+from training import base_weights, config_checks, learned_tokens, nonfinite, processes
 from training.log import Log
 from training.run_identity import (
     EMPTY_IDENTITY,
@@ -47,6 +48,7 @@ PARTS: dict[str, tuple[type, ...]] = {
     "scaler": (dict, type(None)),
     "average": (dict, type(None)),
     "seconds": (int, float),
+    "skipped": (dict, type(None)),  # None in earlier versions
 }
 
 
@@ -106,6 +108,7 @@ class Checkpoints:
             scaler.load_state_dict(tree["scaler"])
         if average is not None:
             average.load_state_dict(tree["average"])
+        self.optimization.skipped.load_state_dict(tree.get("skipped") or {})
         self.began -= tree["seconds"]
         if self.run.writes:
             self._write_missing_files(found.step)
@@ -154,6 +157,7 @@ class Checkpoints:
             "scaler": scaler and scaler.state_dict(),
             "average": average and average.state_dict(),
             "seconds": time.perf_counter() - self.began,
+            "skipped": self.optimization.skipped.state_dict(),
             "identity": self.identity,
             "changes": self.changes,
         }
@@ -169,11 +173,11 @@ class Checkpoints:
         """
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
-        for name, module in model.adapted.items() if model.has_factors else ():
-            updates[name] = {
-                layout.published(name, path): own
-                for path, own in injection.adapter_updates(module).items()
-            }
+        adapted = model.adapted if model.has_factors else {}
+        reads_base = self.config.adapter.kind not in KINDS  # a kind of the user's may
+        with model.residency.trained_together() if reads_base else nullcontext():
+            for name, found in base_weights.updates_for_files(self.config, adapted).items():
+                updates[name] = {layout.published(name, path): own for path, own in found.items()}
         factors, dense = split_updates(updates)
         rows = {
             layout.encoders[name]: tokens.copy_token_rows(embedding)
@@ -311,6 +315,8 @@ def _find_wrong_part(tree: Any) -> str:
             return f"its {name} is {shorten_value(tree.get(name))}"
     if not all(isinstance(line, str) for line in tree.get("changes", [])):
         return "its changes are no texts"
+    if not all(type(count) is int for count in (tree.get("skipped") or {}).values()):
+        return "its skipped steps are no counts"
     buffers = tree.get("buffers", {})
     is_table = isinstance(buffers, dict)
     if not is_table or not all(isinstance(own, Tensor) for own in buffers.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +17,9 @@ from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.runs.pictures import save_png
 
+# Drawn together, network by network, in each process; those of an interruption are lost.
+AT_ONCE = 8
+
 
 def check_class_folder(given: str, images: str) -> None:
     """Raises UserError for a folder of class images that is a file, or the folder of the training
@@ -28,7 +31,7 @@ def check_class_folder(given: str, images: str) -> None:
         raise UserError(
             f"--prior.images {given} is a file, not a folder; give the folder of the class images"
         )
-    if Path(given).samefile(images):
+    if Path(images).exists() and Path(given).samefile(images):
         raise UserError(
             f"--prior.images {given} is the folder of the training images, among which class "
             "images would be drawn; give another folder or leave it out"
@@ -37,10 +40,13 @@ def check_class_folder(given: str, images: str) -> None:
 
 
 def open_class_images(
-    prior: PriorConfig, run_folder: Path, training: ImageDataset, draw: Callable[[int], Image.Image]
+    prior: PriorConfig,
+    run_folder: Path,
+    training: ImageDataset,
+    draw: Callable[[Sequence[int]], list[Image.Image]],
 ) -> ImageDataset | None:
     """The class images, cropped like those of `training`; None without a class prompt. Missing
-    images are generated: `draw` takes a seed and returns the base model's image for the class
+    images are generated: `draw` takes seeds and gives the base model's images for the class
     prompt.
     """
     if not prior.prompt:
@@ -56,14 +62,16 @@ def open_class_images(
         )
     missing = [seed for seed in range(prior.count) if not _image_file(place, seed).exists()]
     missing = distributed.read_once(lambda: missing[: max(0, prior.count - there)])
-    at_once = distributed.process_count()  # each process draws one
-    rounds = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
-    for seeds in tqdm(rounds, desc="class images", disable=hides_progress()):
-        own = distributed.take_share(seeds, even=True)
-        drawn = distributed.gather_shares([draw(seed) for seed in own])
-        if distributed.is_main_process():
-            for seed, image in zip(seeds, drawn):
-                save_png(image, _image_file(place, seed))
+    at_once = AT_ONCE * distributed.process_count()
+    with tqdm(total=len(missing), desc="class images", disable=hides_progress()) as bar:
+        for i in range(0, len(missing), at_once):
+            seeds = missing[i : i + at_once]
+            own = distributed.take_share(seeds, even=True)
+            drawn = distributed.gather_shares(draw(own))
+            if distributed.is_main_process():
+                for seed, image in zip(seeds, drawn):
+                    save_png(image, _image_file(place, seed))
+            bar.update(len(seeds))
     distributed.wait_for_all()
     records = dataset.scan_folder(
         folder, captions="one", caption=prior.prompt, masks="none", is_prior=True

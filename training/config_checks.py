@@ -28,9 +28,11 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
+from training.base_weights import check_base_weights
 from training.group_checks import check_groups, check_schedules, stage_schedules
 from training.mask_files import parse_segmenter
 from training.optimizer_check import try_optimizer
+from training.training_images import check_data_options
 
 # Options that name input files and folders, which the run must not overwrite.
 INPUT_PATHS = (
@@ -123,6 +125,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     ),
     "weighting_arg": (lambda c: c.weighting != "none", "--weighting"),
     "noise.density_args": (lambda c: c.noise.density != "uniform", "--noise.density"),
+    "data.streaming": DATASET,
     "data.split": DATASET,
     "data.image_column": DATASET,
     "data.caption_column": (
@@ -202,12 +205,14 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)
     check_groups(c)
+    check_base_weights(c)
     _check_effects(c)
     c.data.check_combination()
     c.adapter.check_combination()
     _check_known_words(c)
     _check_attention(c)
     _check_pairs(c)
+    check_data_options(c)
     check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
     densities.bind_density(c.noise.density, **c.noise.density_args)  # raises for a wrong argument

@@ -5,6 +5,7 @@ logged number is finite.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,8 +25,9 @@ from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
 from training import nonfinite
 from training.scores import Scorer, on_common_images, relative_change
-from training.setup import Model, Optimization
+from training.setup import Data, Model, Optimization
 from training.shared_config import shared_config
+from training.skipped_steps import StepExamples
 from training.step import StepResult
 from training.step_inputs import StepInputs
 
@@ -33,23 +35,27 @@ from training.step_inputs import StepInputs
 class Log:
     """Log of a run. Rows stay on the device until `flush` reads them, every --log-every steps."""
 
-    def __init__(self, run: Run, config: Config, model: Model, optimization: Optimization) -> None:
-        self.run, self.config, self.model = run, config, model
+    def __init__(
+        self, run: Run, config: Config, data: Data, model: Model, optimization: Optimization
+    ) -> None:
+        self.run, self.config, self.data, self.model = run, config, data, model
         self.optimizer, self.scaler = optimization.optimizer, optimization.scaler
         report = config.report if run.writes else "none"
         self.book = LogBook(run, report, to_table(shared_config(config, run.folder)))
         # steps done -> the first and the newest validation, or all from before a resumption
         self.scores = distributed.read_once(partial(_known_scores, run.folder))
-        self.skipped = nonfinite.SkippedSteps()
+        self.skipped = optimization.skipped
         if self.scaler is not None:
-            self.skipped.total = int(self.scaler.skipped)
+            self.skipped.overflows = int(self.scaler.skipped)
         self.inputs: Sequence[StepInputs] = ()  # of the newest step
+        self.start = 0  # steps that earlier processes have done
         self.logged: set[str] = set()  # names of the values that the loss logged
         self.bar = tqdm(disable=True)
 
     @contextmanager
     def progress(self, done: int) -> Iterator[None]:
         """The progress bar, from step `done` on; flushes the log when it ends."""
+        self.start = done
         settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
         with tqdm(
             total=self.config.steps, initial=done, disable=hides_progress(), **settings
@@ -64,6 +70,8 @@ class Log:
         Prodigy's distances d.
         """
         self.inputs = inputs
+        timesteps = [x.level.t for x in inputs]
+        self.skipped.examples[done] = StepExamples([x.image_keys for x in inputs], timesteps)
         values: dict[str, Any] = {"loss": result.loss, "grad_norm": result.norm, **result.readings}
         self.logged.update(result.readings)
         groups = [g for g in self.optimizer.param_groups if g["name"] in stage.groups]
@@ -106,14 +114,14 @@ class Log:
         self.flush()
 
     def flush(self) -> list[dict[str, Any]]:
-        """Write and return the pending rows. Raises UserError for a value that is not finite,
-        before a checkpoint could contain it.
+        """Write and return the pending rows. Raises UserError after too many steps in a row that
+        are not finite, and for such a validation.
         """
         average_readings(self.book.waiting, self.logged)
-        rows = self.book.flush()
-        nonfinite.check_logged_values(
-            rows, self.skipped, self.inputs, self.model, self.config, self.run
-        )
+        rows = self.book.read()
+        reason = nonfinite.count_skipped_steps(rows, self.skipped, self.data)
+        self.book.flush()
+        nonfinite.check_logged_values(rows, reason, self.inputs, self.model, self.config, self.run)
         return rows
 
     def _show(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -121,7 +129,8 @@ class Log:
         for name, value in rows[-1].items():
             if name.startswith("d_"):
                 distances[name] = f"{value:.2e}"
-        mean = sum(row["loss"] for row in rows) / len(rows)
+        losses = [row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))]
+        mean = sum(losses) / len(losses) if losses else math.nan
         self.bar.set_postfix(loss=f"{mean:.4f}", **distances)
 
 

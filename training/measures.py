@@ -23,10 +23,11 @@ from lora_core.kernels.reference import wide_dtype
 from lora_core.plugins import check_call, explain_errors, find_plugin, function_name
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
 from training.step import Loss, Step
-from training.step_inputs import InputSource, make_step_inputs
+from training.step_inputs import InputSource, list_visits, make_step_inputs
 from training.trained_runs import TrainedRun, find_trained_run, open_trained_run
 
 RECORDED, CLIP = "loss", "clip:"
+AT_ONCE = 256  # training images in memory
 # Options by which a run draws images; measures of images compare runs with the same ones.
 DRAWN_BY = ("sampler", "sampler_args", "steps", "guidance", "negative")
 # (images [n, 3, h, w] in [-1, 1], their prompts) -> one number for each image
@@ -151,6 +152,9 @@ def score_by_loss(trained: TrainedRun, loss: Loss, step: Step) -> list[Score]:
     reads_attention = getattr(loss, "reads_attention", False)
     source = InputSource(config, data, model, reads_attention=reads_attention)
     v = config.validation
+    if model.residency.moves:
+        with model.evaluating():
+            source.encode_ahead(list_visits(config, data, range(len(images))))
 
     def score_batch(indices: range) -> list[Score]:
         batch = collate([images.example(i, 0) for i in indices])
@@ -254,9 +258,14 @@ def _clip_measures(path: str) -> list[Measure]:
         return (clip.embed_images(images) * texts).sum(1).tolist()
 
     def to_training_images(trained: TrainedRun, images: Sequence[Any]) -> list[float]:
-        records = {record.path: record.use_alpha for record in trained.data.training.records}
-        own = [read_image(path, use_alpha=alpha).image for path, alpha in records.items()]
-        return (clip.embed_images(images) @ clip.embed_images(own).T).mean(1).tolist()
+        records = {record.file: record.use_alpha for record in trained.data.training.records}
+        files = list(records.items())
+        own = []
+        for start in range(0, len(files), AT_ONCE):  # not all of a large set in memory
+            part = files[start : start + AT_ONCE]
+            opened = [read_image(file, use_alpha=alpha).image for file, alpha in part]
+            own.append(clip.embed_images(opened))
+        return (clip.embed_images(images) @ torch.cat(own).T).mean(1).tolist()
 
     return [
         Measure(f"clip text {Path(path).name}", True, of_samples=to_prompts),

@@ -6,20 +6,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_core.config import Config
+from lora_core.data.records import Record
 from lora_core.diffusion import losses, noise
 from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
 from lora_core.plugins import function_name
 from lora_core.runs.run_folder import Run, nonfinite_names
 from training import cuda_graph
-from training.setup import Model, Optimization
+from training.setup import Data, Model, Optimization
+from training.skipped_steps import MAX_NONFINITE_IN_A_ROW, SkippedSteps
 from training.step_inputs import StepInputs, TokenIds
 
 # Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and if
@@ -28,53 +29,72 @@ MAX_SKIPPED_IN_A_ROW = 25
 LOWER_RATE = "lower the learning rate (--optimizer.lr)"
 
 
-@dataclass
-class SkippedSteps:
-    """Counter of steps that were skipped because their gradients overflowed in fp16."""
+def count_skipped_steps(rows: Sequence[dict[str, Any]], skipped: SkippedSteps, data: Data) -> str:
+    """Count the skipped steps in rows of the log, and print a line for the first ones; returns why
+    the run ends, as a sentence, after too many in a row, else "".
+    """
+    reason = ""
+    whats: dict[int, str] = {}  # step -> what is not finite
+    records = [*data.training.records, *(data.class_images.records if data.class_images else ())]
+    for row in rows:
+        if what := skipped.count(row):
+            whats[row["step"]] = what
+            skipped.warn(row["step"], what, records)
+        if reason:
+            continue
+        if skipped.overflows_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            reason = (
+                f"the last {MAX_SKIPPED_IN_A_ROW} steps up to step {row['step']} were skipped, "
+                "for their gradients overflow in fp16 at any loss scale; "
+                "use --precision bf16 or fp32"
+            )
+        elif skipped.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
+            reason = _describe_nonfinite_steps(row, what, skipped, records)
+    if rows:
+        skipped.forget_examples(rows[-1]["step"])
+    return reason
 
-    total: int = 0
-    in_a_row: int = 0  # up to the last row of the log
 
-    def count(self, total: int) -> None:
-        """Update the counts with the total after one more step."""
-        self.in_a_row = self.in_a_row + 1 if total > self.total else 0
-        self.total = total
+def _describe_nonfinite_steps(
+    row: Mapping[str, Any], what: str, skipped: SkippedSteps, records: Sequence[Record]
+) -> str:
+    """Why a run ends with this row: how many steps in a row were not finite, and their images."""
+    last, count = row["step"], skipped.nonfinite_in_a_row
+    found = skipped.describe_examples(range(last - count + 1, last + 1), records)
+    images = "; ".join(f"step {step}: {words}" for step, words in found.items())
+    steps = f"{count} steps in a row up to step {last} are skipped"
+    if what == "loss":
+        advice = f"{LOWER_RATE}, or look at the images"
+        return f"the loss is {row['loss']}, and {steps} ({images}); {advice}"
+    return (
+        f"the gradient is {row['grad_norm']} in step {last}, whose loss is a number, "
+        f"{row['loss']:g}, and {steps} ({images}); look for a place in the loss without a "
+        f"derivative (a square root of 0, 0 / 0), or {LOWER_RATE}"
+    )
 
 
 def check_logged_values(
     rows: Sequence[Mapping[str, Any]],
-    skipped: SkippedSteps,
+    reason: str,
     inputs: Sequence[StepInputs],
     model: Model,
     config: Config,
     run: Run,
 ) -> None:
-    """Raises UserError for the first row of the log with a loss or a gradient that is NaN or
-    infinite, and for too many skipped steps in a row. `inputs` are those of the newest step.
-
-    In fp16 a step whose gradient overflows is skipped; occasional skipped steps are normal.
+    """Raises UserError with the `reason` that count_skipped_steps gives, if any, and for a
+    validation loss that is not finite. `inputs` are those of the newest step.
     """
+    if reason:
+        part = find_nonfinite_part(inputs, model, config) if reason.startswith("the loss") else ""
+        raise UserError("; ".join(filter(None, (reason, part, last_checkpoint_note(run)))))
     for row in rows:
-        if "skipped" in row:
-            skipped.count(row["skipped"])
-        if skipped.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"the last {MAX_SKIPPED_IN_A_ROW} steps up to step {row['step']} were skipped, "
-                "for their gradients overflow in fp16 at any loss scale; "
-                f"use --precision bf16 or fp32; {last_checkpoint_note(run)}"
-            )
-        values = {name: row.get(name, 0.0) for name in ("loss", "grad_norm", "val_loss")}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad == ["val_loss"]:
+        if not math.isfinite(row.get("val_loss", 0.0)):
             reason = find_nonfinite_part(inputs, model, config) or (
                 f"the network's output is not finite in {config.precision}; "
                 "use --precision bf16 or fp32, or lower the learning rate"
             )
             loss = f"the validation loss is {row['val_loss']} after {row['step']} steps"
             raise UserError(f"{loss}: {reason}; {last_checkpoint_note(run)}")
-        if bad and config.precision != "fp16":
-            sentence = _describe_nonfinite_row(row, bad[0], model)
-            raise UserError(f"{sentence}; {last_checkpoint_note(run)}")
 
 
 def check_loss_values(
@@ -84,35 +104,27 @@ def check_loss_values(
     model: Model,
     config: Config,
 ) -> None:
-    """Raises UserError for losses that are not one finite number per example, naming the part of
-    the model that gives NaN, or else the function `loss` that returned them.
+    """Raises UserError for losses that are not one number per example, and for NaN and infinity
+    that will not pass: in the run's first step, naming the part of the model that gives them or
+    else the function `loss`, and later from damaged weights. Other such steps are skipped.
     """
     finite = not isinstance(rows, Tensor) or bool(rows.isfinite().all())
-    sentence = "" if finite else find_nonfinite_part(inputs, model, config)
+    is_first = inputs[0].number == 0
+    sentence = ""
+    if not finite:
+        sentence = find_damaged_weights(model, config)
+        if is_first:
+            sentence = sentence or find_nonfinite_part(inputs, model, config)
     if sentence:
         raise UserError(sentence)
     losses.check_loss_shape(rows, loss, len(inputs[0].is_prior))
-    losses.check_loss_finite(rows, loss)
+    if is_first:
+        losses.check_loss_finite(rows, loss)
     if not rows.requires_grad:
         raise UserError(
             f"loss {function_name(loss)} returned numbers without a gradient, so that nothing "
             "would train; leave out detach() and torch.no_grad() on the way to them"
         )
-
-
-def _describe_nonfinite_row(row: Mapping[str, Any], what: str, model: Model) -> str:
-    if what == "loss":
-        return f"the loss is {row['loss']} since step {row['step']}; {LOWER_RATE}"
-    damaged = []
-    for name, params in model.groups.items():
-        if nonfinite_names(dict(enumerate(params))):
-            damaged.append(name)
-    hit = f", and {' and '.join(damaged)} took it over" if damaged else ""
-    return (
-        f"the gradient is {row['grad_norm']} in step {row['step']}, "
-        f"whose loss is a number, {row['loss']:g}{hit}; look for a place in the loss "
-        f"without a derivative (a square root of 0, 0 / 0), or {LOWER_RATE}"
-    )
 
 
 def last_checkpoint_note(run: Run) -> str:
@@ -156,12 +168,13 @@ def check_finite_state(model: Model, optimization: Optimization, done: int, run:
 
 
 def check_steps_taken(skipped: SkippedSteps, steps: int) -> None:
-    """Raises UserError where every step of the run was skipped: all overflowed in fp16."""
-    if skipped.total >= steps:
-        raise UserError(
-            f"all {steps} steps were skipped, for their gradients overflow in fp16, "
-            "so nothing was learned; use --precision bf16 or fp32"
-        )
+    """Raises UserError where every step of the run was skipped."""
+    if skipped.total < steps:
+        return
+    why, advice = "their loss or gradient is not finite", f"{LOWER_RATE}, or look at the images"
+    if skipped.overflows:
+        why, advice = "their gradients overflow in fp16", "use --precision bf16 or fp32"
+    raise UserError(f"all {steps} steps were skipped, for {why}, so nothing was learned; {advice}")
 
 
 @torch.no_grad()
@@ -169,15 +182,9 @@ def find_nonfinite_part(inputs: Sequence[StepInputs], model: Model, config: Conf
     """A sentence that names the first part of the model with NaN or infinity and a remedy; "" where
     none is found. Slow, with forward passes of each part: for a run that is about to fail.
     """
-    family = model.family
-    cure = (
-        "fetch the model again, or use --precision bf16 or fp32 "
-        f"(this run is in {config.precision})"
-    )
-    for name, module in family.modules.items():
-        weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        if bad := nonfinite_names(weights):
-            return f"{name} has NaN or infinity among its weights, first in {bad[0]}; {cure}"
+    family, cure = model.family, _cure(config)
+    if damaged := find_damaged_weights(model, config):
+        return damaged
     for x in inputs:
         if nonfinite_names({"x0": x.x0}):
             return (
@@ -198,6 +205,24 @@ def find_nonfinite_part(inputs: Sequence[StepInputs], model: Model, config: Conf
         if nonfinite_names({"out": out}):
             return f"the output of {family.denoiser} is not finite, though its weights are; {cure}"
     return ""
+
+
+def find_damaged_weights(model: Model, config: Config) -> str:
+    """A sentence that names the first weight with NaN or infinity and a remedy; "" for none."""
+    for name, module in model.family.modules.items():
+        weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if bad := nonfinite_names(weights):
+            return (
+                f"{name} has NaN or infinity among its weights, first in {bad[0]}; {_cure(config)}"
+            )
+    return ""
+
+
+def _cure(config: Config) -> str:
+    return (
+        "fetch the model again, or use --precision bf16 or fp32 "
+        f"(this run is in {config.precision})"
+    )
 
 
 def _parameter_path(model: Model, parameter: Tensor) -> str:

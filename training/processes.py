@@ -55,18 +55,17 @@ def join_run(config: Config) -> Iterator[Config]:
 
 
 def _find_count(config: Config) -> int:
-    """The processes among which the images of a step were divided when the run began."""
-    if config.processes:
-        return config.processes
+    """The processes among which the images of a step were divided when the run began; 0 for one."""
 
     def read() -> int:
         file = Path(config.out) / "config.toml"
         if not (config.resume and file.is_file()):
             return distributed.process_count()
         begun: Config = read_toml(file)
-        return begun.processes or 1
+        return begun.processes
 
-    return distributed.read_once(read)
+    count = config.processes or distributed.read_once(read)
+    return count if count > 1 else 0
 
 
 def _check_options(config: Config) -> None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lora_core import distributed, formats, tokens
-from lora_core.adapters import custom_files
+from lora_core.adapters import custom_files, injection
 from lora_core.adapters.adapted_layer import adapted_layers
 from lora_core.adapters.folded_weights import folding_error, merged_state_dict
 from lora_core.adapters.kinds import KINDS, DoRA
+from lora_core.adapters.weight_updates import LowRank
 from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.records import every_image
@@ -33,10 +36,11 @@ from lora_core.settings import scheduler_changes
 from lora_core.text import hide_home
 from lora_core.toml import to_toml
 from models import read_schedule, save_family
-from training import config_checks, nonfinite
+from training import base_weights, config_checks, effects, nonfinite
 from training.checkpoints import Checkpoints
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
+from training.peak_memory import describe_peak, measure_peak
 from training.samples import SampleImages, before_after_grid, save_sample_grid
 from training.scores import Scorer, comparable_scores, loss_table, losses_by_timestep
 from training.setup import Model
@@ -51,8 +55,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     """
     run, config, model = log.run, log.config, log.model
     done = config.steps
-    if config.precision == "fp16":
-        nonfinite.check_steps_taken(log.skipped, done)
+    nonfinite.check_steps_taken(log.skipped, done)
     nonfinite.check_finite_state(model, checkpoints.optimization, done, run)
     log.validate(done, scorer)
     if distributed.read_once(run.newest_step) != done:
@@ -60,7 +63,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     if not run.writes:
         _draw_share(samples, run, done)
         return run.folder
-    with checkpoints.optimization.averaged():
+    with checkpoints.optimization.averaged(), model.residency.trained_together():
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
         dora_errors = _reader_errors(model, files)
@@ -76,6 +79,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     summary = {
         "seconds": round(time.perf_counter() - checkpoints.began, 2),
         "steps": done,
+        "peak_memory": measure_peak(model.device),
         "val_loss_before": validation.mean_loss(scores[0]) if scores else None,
         "val_loss_after": validation.mean_loss(scores[1]) if scores else None,
         **_summary_notes(log, checkpoints, note),
@@ -86,9 +90,8 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     }
     run.write("summary.json", json.dumps(summary, indent=1))
     _print_results(scores, note, words)
-    if log.skipped.total:
-        why = "their gradients overflowed in fp16"
-        print(f"{log.skipped.total} of {done} steps were skipped: {why}")
+    for count, why in log.skipped.reasons():
+        print(f"{count} of {done} steps were skipped: {why}")
     for line in describe_learned_tokens(learned, model.placeholders):
         print(line)
     if dora_errors:
@@ -97,6 +100,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     own = replace(_make_card(log, checkpoints, samples, scores), dora_errors=dora_errors)
     card.write_card(own, run.folder)
     write_report([run.folder])
+    effects.check_outputs(log)
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder
@@ -130,29 +134,36 @@ def _save_files(
 
 def _reader_errors(model: Model, files: Sequence[Path]) -> dict[str, float]:
     """Tool -> its error of the run's DoRAs, where a file under kohya's names has any."""
-    layers = []
     kohya = [file for file in files if file.name == formats.run_file_names(file.parent.name)[1]]
-    if not kohya:
+    if not kohya or not any(map(injection.has_dora, model.adapted.values())):
         return {}
+    return dora_readers.reader_errors(_dora_layers(model))
+
+
+def _dora_layers(model: Model) -> Iterator[tuple[LowRank, Tensor]]:
+    """The DoRAs and their base weights, one at a time: a quantized weight is unpacked."""
     for module in model.adapted.values():
         for layer in adapted_layers(module):
             for adapter in layer.adapters.values():
                 if isinstance(adapter, DoRA):
-                    layers.append((adapter.state(), layer.base.weight.detach()))
-    return dora_readers.reader_errors(layers) if layers else {}
+                    weight = layer.base.weight.detach().to(adapter.magnitude.device)
+                    yield adapter.state(), weight
 
 
 def save_trained_model(model: Model, config: Config, folder: Path) -> None:
     """Write the whole model in the diffusers layout, adapters folded into its weights, and print
     the error of that; token rows are in their own file.
     """
-    states = {name: merged_state_dict(part) for name, part in model.adapted.items()}
-    for name, part in model.adapted.items():
+    networks = base_weights.networks_to_fold(config, model.adapted)
+    states = {name: merged_state_dict(part) for name, part in networks.items()}
+    for name, part in networks.items():
         error = folding_error(part, states[name])
         print(
             f"{folder.name}/: {name} with its adapters folded in, error of the update {error:.1e}"
         )
     for name in states.keys() & model.embeddings.keys():
+        if networks[name] is not model.adapted[name]:  # read again, without the rows
+            continue
         encoder = model.encoders[name]
         states[name] = tokens.strip_token_rows(states[name], model.embeddings[name], encoder)
     save_family(model.family, config.model, folder, states, config.model_config)
@@ -186,7 +197,7 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
     if (candidate := choice.current_candidate()) is not None:
         notes["kernel_candidate"] = {"op": candidate.op, "function": candidate.name}
         print(candidate.describe_calls())
-    if log.config.precision == "fp16":
+    if log.config.precision == "fp16" or log.skipped.total:
         notes["skipped"] = log.skipped.total
     return notes
 
@@ -255,6 +266,7 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
         "learning rates": ", ".join(rates),
         "precision": c.precision,
         "seed": c.seed,
+        "peak memory": describe_peak(model.device),
     }
     if model.adapted:
         factors = f", rank {a.rank}, alpha {a.alpha or a.rank:g}" if model.has_factors else ""
@@ -264,8 +276,10 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
         table["step"] = hide_home(c.step)
     if checkpoints.changes:
         table["resumed with changes"] = "; ".join(checkpoints.changes)
-    if log.skipped.total:
-        table["steps skipped in fp16"] = log.skipped.total
+    if log.skipped.overflows:
+        table["steps skipped in fp16"] = log.skipped.overflows
+    if log.skipped.nonfinite:
+        table["steps skipped as not finite"] = log.skipped.nonfinite
     return table
 
 

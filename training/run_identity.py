@@ -45,17 +45,21 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "data.workers": COMPUTED_BY,
     "data.cache": COMPUTED_BY,
     "threads": COMPUTED_BY,
+    "offload": COMPUTED_BY,
     "device": ROUNDING,
     "compile": ROUNDING,
     "cuda_graph": ROUNDING,
     "shard": ROUNDING,
     "gradient_checkpointing": ROUNDING,
+    "stream": ROUNDING,
     "model": WEIGHTS_PATH,
     "model_config": WEIGHTS_PATH,
     "vae": WEIGHTS_PATH,
     "data.images": IMAGES_PATH,
     "data.pairs": IMAGES_PATH,
     "data.dataset": IMAGES_PATH,
+    "data.streaming": IMAGES_PATH,
+    "data.skip_bad": WITH_IMAGES,
     "data.split": IMAGES_PATH,
     "data.image_column": IMAGES_PATH,
     "prior.images": IMAGES_PATH,
@@ -107,7 +111,10 @@ def model_identity(
     a hub id and a single file. 64 numbers spread over each tensor tell any two trainings apart and
     cost one transfer from the device.
     """
-    found = {name: _hash_weights(module) for name, module in modules.items()}
+    found = {}
+    for name, module in modules.items():
+        if not any(tensor.is_meta for tensor in module.parameters()):  # of a plan: no weights
+            found[name] = _hash_weights(module)
     content = hashlib.blake2b(f"{schedule.kind} {prediction}".encode(), digest_size=8)
     for tensor in (schedule.ts, schedule.alphas, schedule.sigmas):
         content.update(tensor.detach().cpu().double().numpy().tobytes())

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -19,7 +18,9 @@ from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
+from lora_core.data.stored_files import FileSource
 from lora_core.diffusion import generation
+from lora_core.diffusion.generation import ImageBatch
 from lora_core.placeholders import Placeholder, bind_placeholders
 from lora_core.runs import pictures
 from lora_core.runs.pictures import ImageRow
@@ -64,7 +65,6 @@ class SampleImages:
             prompts = [self.ordinary_prompt(prompt) for prompt in prompts]
         # a batch that fits in memory in training fits here
         size = 1 if model.family.inpainting else self.config.batch_size
-        batches: list[list[Image.Image]] = []
         with ExitStack() as stack:
             stack.enter_context(model.evaluating())
             stack.enter_context(self.optimization.averaged())
@@ -73,29 +73,28 @@ class SampleImages:
             elif strength != 1:
                 stack.enter_context(model.at_strength(strength))
             firsts = range(0, len(prompts), size)
+            batches = []
             for i in distributed.take_share(firsts, even=self.config.shard):
                 part = prompts[i : i + size]
-                batches.append(self._generate(part, range(i, i + len(part))))
-        return list(itertools.chain(*distributed.gather_shares(batches)[: len(firsts)]))
+                batches.append(self._batch(part, range(i, i + len(part))))
+            drawn = self._generate(batches)
+        return list(itertools.chain(*distributed.gather_shares(drawn)[: len(firsts)]))
 
-    def draw_class_image(self, seed: int) -> Image.Image:
-        """A class image of prior preservation, by the model before its first step."""
+    def draw_class_images(self, seeds: Sequence[int]) -> list[Image.Image]:
+        """Class images of prior preservation, by the model before its first step."""
         with self.model.evaluating():
-            return self._generate([self.config.prior.prompt], [seed])[0]
+            batches = [self._batch([self.config.prior.prompt], [seed]) for seed in seeds]
+            return list(itertools.chain(*self._generate(batches)))
 
-    def _generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        family = self.model.family
-        init, mask = self._hole(seeds[0]) if family.inpainting else (None, None)
-        drawn = generation.generate_images(
-            family,
-            prompts,
-            seeds,
-            self.settings,
-            init=init,
-            mask=mask,
-            placeholders=self.model.placeholders,
+    def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
+        init, mask = self._hole(seeds[0]) if self.model.family.inpainting else (None, None)
+        return ImageBatch(prompts, seeds, init, mask)
+
+    def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
+        drawn = generation.generate_batches(
+            self.model.family, batches, self.settings, placeholders=self.model.placeholders
         )
-        return pictures.to_images(drawn)
+        return list(map(pictures.to_images, drawn))
 
     def _hole(self, i: int) -> tuple[Tensor, Tensor]:
         """A validation image [1, 3, h, w] and a mask [1, 1, h, w] of its middle, which an
@@ -225,13 +224,13 @@ def wrap_row(row: ImageRow) -> Iterator[ImageRow]:
 
 def _reference_images(records: Sequence[Record]) -> list[Image.Image]:
     """The first training images, center-cropped."""
-    paths = {record.path: record.use_alpha for record in records}
-    return [_center_crop(path, use_alpha=alpha) for path, alpha in list(paths.items())[:COLUMNS]]
+    files = {record.file: record.use_alpha for record in records}
+    return [_center_crop(file, use_alpha=alpha) for file, alpha in list(files.items())[:COLUMNS]]
 
 
-def _center_crop(path: Path, *, use_alpha: bool) -> Image.Image:
+def _center_crop(file: FileSource, *, use_alpha: bool) -> Image.Image:
     """A training image as training reads it, cropped to a square."""
-    image = read_image(path, use_alpha=use_alpha).image
+    image = read_image(file, use_alpha=use_alpha).image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

@@ -18,12 +18,13 @@ from lora_core.data.dataset import Example, collate
 from lora_core.diffusion import generation, validation
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.validation import Score
-from lora_core.family import Sizes
+from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import encode_layer_prompts
 from lora_core.placeholders import bind_layers
 from training import step
 from training.setup import Data, Model, Optimization
 
+IMAGES_AT_ONCE = 64  # encoded together, where the text encoders leave the device after that
 BatchScores = Callable[[range], list[Score]]  # indices of images -> the scores of them all
 
 
@@ -36,6 +37,8 @@ class Scorer:
         self.config, self.images = config, data.validation
         self.model, self.optimization = model, optimization
         self.latents: dict[int, Example] = {}  # image index -> its example, latents as pixels
+        self.texts: dict[range, Conditioning] = {}  # batch -> its captions, of one validation
+        self.blank: dict[int, Tensor] = {}  # images in a batch -> `repaint_all`
 
     def score(self, score_batch: BatchScores | None = None) -> list[Score]:
         """One score for each image, timestep and noise draw, with the moving average if there is
@@ -47,14 +50,20 @@ class Scorer:
         batches: list[list[Score]] = []
         count = len(self.images)
         size = min(self.config.batch_size, count)
-        firsts = range(0, count, size)
+        firsts, at_once = range(0, count, size), max(1, IMAGES_AT_ONCE // size)
         with self.model.evaluating(), self.optimization.averaged():
-            for first in distributed.take_share(firsts, even=self.config.shard):
-                # The last batch is as large as the others: a GEMM's bits depend on its row count.
-                start = min(first, count - size)
-                scores = (score_batch or self._score_batch)(range(start, start + size))
+            own = distributed.take_share(firsts, even=self.config.shard)
+            # The last batch is as large as the others: a GEMM's bits depend on its row count.
+            ranges = [range(start, start + size) for start in (min(i, count - size) for i in own)]
+            for number, (first, images) in enumerate(zip(own, ranges)):
+                if number % at_once == 0 and self.model.residency.moves:
+                    ahead = ranges[number : number + at_once]
+                    self._encode_ahead(ahead, with_texts=score_batch is None)
+                scores = (score_batch or self._score_batch)(images)
+                start = images.start
                 kept = [score for i, score in enumerate(scores) if start + i % size >= first]
                 batches.append(kept)
+        self.texts.clear()
         every = distributed.gather_shares(batches)[: len(firsts)]
         found = list(itertools.chain(*every))
         return sorted(found, key=lambda score: (score.draw, score.bin))
@@ -63,11 +72,9 @@ class Scorer:
         model, family = self.model, self.model.family
         batch = collate([self.encode_image(i) for i in images])
         side = self.images.settings.resolution
-        prompts = [bind_layers(caption, model.placeholders) for caption in batch.captions]
         sizes = Sizes(batch.original_sizes, batch.crops, (side, side))
-        cond = family.add_size_embeddings(
-            encode_layer_prompts(family.encode_prompts, prompts), sizes, self.config.noise.guidance
-        )
+        text = self.texts.get(images) or self._encode_captions(images)
+        cond = family.add_size_embeddings(text, sizes, self.config.noise.guidance)
         inpaint = self.repaint_all(len(images))
 
         def denoise(x_t: Tensor, level: NoiseLevel, _rows: Tensor) -> Tensor:
@@ -91,9 +98,28 @@ class Scorer:
         """
         if not self.model.family.inpainting:
             return None
-        side = self.images.settings.resolution
-        gray = torch.zeros(count, 3, side, side, device=self.model.device)
-        return generation.encode_masked_image(self.model.family, gray, torch.ones_like(gray[:, :1]))
+        if count not in self.blank:
+            side = self.images.settings.resolution
+            gray = torch.zeros(count, 3, side, side, device=self.model.device)
+            hole = torch.ones_like(gray[:, :1])
+            self.blank[count] = generation.encode_masked_image(self.model.family, gray, hole)
+        return self.blank[count]
+
+    def _encode_ahead(self, batches: Sequence[range], *, with_texts: bool) -> None:
+        """Encode the images and captions of batches, before the denoiser comes to the device."""
+        for images in batches:
+            self.repaint_all(len(images))
+            for i in images:
+                self.encode_image(i)
+        if with_texts:
+            self.texts = {images: self._encode_captions(images) for images in batches}
+
+    def _encode_captions(self, images: range) -> Conditioning:
+        """The captions of a batch, encoded."""
+        family, words = self.model.family, self.model.placeholders
+        captions = [self.encode_image(i).caption for i in images]
+        prompts = [bind_layers(caption, words) for caption in captions]
+        return encode_layer_prompts(family.encode_prompts, prompts)
 
     def encode_image(self, i: int) -> Example:
         """Image i with the mean of its latents [c, h, w], on the CPU, in place of its pixels;

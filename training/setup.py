@@ -10,7 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_core.adapters import injection, noise_levels
 from lora_core.config import Config
 from lora_core.data import buckets, dataset
 from lora_core.data.dataset import Batch, ImageDataset
-from lora_core.data.pairs import scan_pairs
+from lora_core.data.listing import Listing
 from lora_core.diffusion import losses, masked_losses, sampling, validation
 from lora_core.diffusion.validation import ValidationSet
 from lora_core.family import Family, LoadOptions
@@ -36,19 +36,24 @@ from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout
+from models.placement import loading_device
 from training import (
+    base_weights,
     class_images,
     config_checks,
     cuda_graph,
     learned_tokens,
-    mask_files,
     model_checks,
     run_adapters,
     sharding,
     starting_lora,
+    training_images,
 )
+from training.placed_family import place_family
+from training.residency import Residency, choose_loading_device
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
+from training.skipped_steps import SkippedSteps
 
 # (step, steps of the stage, warm-up steps) -> factor of the learning rate
 RateSchedule = Callable[[int, int, int], float]
@@ -63,6 +68,8 @@ class Data:
     scored: ValidationSet  # the records of `validation`, and the name of their loss
     unused: Mapping[str, Sequence[Path]]  # reason -> files next to the images that nothing reads
     class_images: ImageDataset | None = None  # of prior preservation
+    # file that --data.skip-bad leaves out -> reason
+    left_out: Mapping[Path, str] = field(default_factory=dict)
 
     def batches(self, config: Config, start: int, stop: int) -> Iterator[Batch]:
         """This process's share of the batches of steps start .. stop - 1, which are determined by
@@ -76,7 +83,7 @@ class Data:
             start=start,
             stop=stop,
             workers=config.data.workers,
-            share=slice(distributed.process_rank(), None, distributed.process_count()),
+            share=distributed.process_slice(),
         )
 
 
@@ -86,6 +93,7 @@ class Model:
 
     family: Family
     device: torch.device
+    residency: Residency  # the networks that are on the device
     denoiser: nn.Module
     encoders: dict[str, nn.Module]  # component -> text encoder
     adapted: dict[str, nn.Module]  # component -> network with adapters
@@ -111,6 +119,14 @@ class Model:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout, and networks take turns on the device; the training mode and
+        what a step reads come back afterwards.
+        """
+        with self.residency.in_turns(), self.frozen():
+            yield
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
         """No gradients and no dropout; the training mode comes back afterwards."""
         before = [module.training for module in self.networks]
         try:
@@ -152,13 +168,15 @@ class Optimization:
     rate_schedules: dict[str, RateSchedule]  # name -> factor of the learning rate
     scaler: gradients.LossScaler | None  # in fp16
     average: ParameterAverage | None  # with --ema
+    skip: Tensor  # [] fp32 on the device: 1 where the newest step was skipped
+    skipped: SkippedSteps  # up to the last row of the log
     images: int = 1  # of a step, class images not counted
     processes: int = 1  # that sum their gradients
 
     def update_average_(self) -> None:
-        """Update the moving average after a step, where there is one."""
+        """Update the moving average after a step that was not skipped, where there is one."""
         if self.average is not None:
-            self.average.update_()
+            self.average.update_(self.skip)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -203,6 +221,7 @@ def describe_start(config: Config, data: Data, model: Model, run: Run) -> None:
     words = describe_run(data.training, data.class_images, model.placeholders, length, data.unused)
     print_escaped(words)
     run.write("config.toml", to_toml(config.recorded))
+    training_images.write_left_out(data.left_out, run)
 
 
 # ---------------------------------------------------------------- data
@@ -213,16 +232,9 @@ def open_data(config: Config) -> Data:
     without images, and for captions and masks that the config cannot train on.
     """
     d, v = config.data, config.validation
-    images = _images_folder(config)
-    captions = _caption_options(config)
-    if d.pairs:
-        winners, records = scan_pairs(images, d.pairs, repeats=d.repeats, **captions)
-    else:
-        masks = mask_files.prepare_masks(config, images, captions)
-        records = dataset.scan_folder(images, repeats=d.repeats, masks=masks, **captions)
-        winners = records
+    found = training_images.open_training_images(config)
     training = ImageDataset(
-        records,
+        found.records,
         d,
         seed=config.seed,
         caption_dropout=d.caption_dropout,
@@ -232,52 +244,24 @@ def open_data(config: Config) -> Data:
         size = config.images_per_step
         unit = "pair" if d.pairs else "image"
         print(buckets.describe_buckets(training.sizes, size, unit))
-    _print_warnings(training, images)
-    _check_words(config, records)
+    _print_warnings(training, found.listing)
+    _check_words(config, found.records)
     model_checks.check_masks(config, training)
-    class_images.check_class_folder(config.prior.images, images)
-    unused = dataset.find_unused_files(images, records)
-    held_out = None
-    if v.images:
-        held_out = dataset.scan_folder(v.images, masks="none", held_out=True, **captions)
-    scored = validation.choose_images(winners, held_out, v.count)
+    folder = str(found.listing.root) if found.listing else d.dataset
+    class_images.check_class_folder(config.prior.images, folder)
+    held_out = training_images.open_held_out_images(config) if v.images else None
+    scored = validation.choose_images(found.winners, held_out, v.count)
     if v.every >= 0:
         print(scored.sentence)
     plain = ImageSettings(d.resolution, interpolation=d.interpolation)
-    return Data(training, ImageDataset(scored.records, plain, keep_bytes=0), scored, unused)
+    own = ImageDataset(scored.records, plain, keep_bytes=0)
+    return Data(training, own, scored, found.unused, left_out=found.left_out)
 
 
-def _images_folder(config: Config) -> str:
-    """The folder of the training images; a data set from the hub is written to one first."""
-    d = config.data
-    if not d.dataset:
-        return d.images
-    from lora_core.data import hub  # its client is needed for such a data set only
-
-    with distributed.main_process_first():
-        folder = hub.export_dataset(
-            d.dataset,
-            split=d.split,
-            image_column=d.image_column,
-            caption_column=d.caption_column,
-            caption=d.caption,
-        )
-    return str(folder)
-
-
-def _caption_options(config: Config) -> dict[str, Any]:
-    """Arguments of caption reading, the same for training and validation images."""
-    d = config.data
-    column = None if d.dataset else d.caption_column or None
-    return {"captions": d.captions, "caption": d.caption or None, "caption_column": column}
-
-
-def _print_warnings(training: ImageDataset, images: str) -> None:
-    sentences = [
-        dataset.describe_upscaled(training),
-        dataset.describe_moved_crops(training),
-        dataset.describe_unread_folder_names(images, training.records),
-    ]
+def _print_warnings(training: ImageDataset, listing: Listing | None) -> None:
+    sentences = [dataset.describe_upscaled(training), dataset.describe_moved_crops(training)]
+    if listing is not None:
+        sentences.append(dataset.describe_unread_folder_names(listing, training.records))
     for sentence in filter(None, sentences):
         print(f"warning: {sentence}", file=sys.stderr)
 
@@ -292,10 +276,10 @@ def _check_words(config: Config, records: Sequence[dataset.Record]) -> None:
 
 
 def add_class_images(
-    config: Config, data: Data, run: Run, draw: Callable[[int], Image.Image]
+    config: Config, data: Data, run: Run, draw: Callable[[Sequence[int]], list[Image.Image]]
 ) -> Data:
     """The data with the class images of prior preservation, if the config has a class prompt.
-    Missing images are generated: `draw` takes a seed and returns the base model's image.
+    Missing images are generated: `draw` takes seeds and gives the base model's images.
     """
     found = class_images.open_class_images(config.prior, run.folder, data.training, draw)
     return replace(data, class_images=found)
@@ -320,22 +304,25 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
         config, read_layout(config.model, config.model_config, config.family)
     )
     device = choose_device(config.device)
-    family = _open_family(config, device)
+    family = _open_family(config, choose_loading_device(config, device))
     identity = model_identity(family.modules, family.schedule, family.prediction)
     objective = _describe_loss(config, family, weights_itself=weights_itself)
     print(objective)
+    family, residency = place_family(config, family, plan, device)
     encoders = {name: family.modules[name] for name in family.tokenizers}
     adapters = run_adapters.inject_run_adapters(config, family, plan)
     adapted = adapters.adapted
     placeholders, embeddings = learned_tokens.install_run_tokens(config, family, encoders)
     starting_lora.load_start(config, family, adapted, placeholders, embeddings)
+    base_weights.place_model(config, family, device)
     model = Model(
         family=family,
         device=device,
+        residency=residency,
         denoiser=family.modules[family.denoiser],
         encoders=encoders,
         adapted=adapted,
-        with_dora=tuple(filter(injection.has_dora, adapted.values())),
+        with_dora=base_weights.networks_with_dora(config, family, adapted),
         has_factors=adapters.has_factors,
         placeholders=placeholders,
         embeddings=embeddings,
@@ -364,7 +351,7 @@ def _open_family(config: Config, device: torch.device) -> Family:
     n = config.noise
     options = LoadOptions(
         DTYPES[config.precision],
-        device,
+        loading_device(device, config.quantize, stream=config.stream),
         config.vae,
         None if config.vae_precision == "fp32" else DTYPES[config.vae_precision],
         scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
@@ -397,14 +384,17 @@ def _describe_loss(config: Config, family: Family, *, weights_itself: bool) -> s
 
 def _set_up_networks(config: Config, model: Model) -> None:
     """Gradient checkpointing, memory format and compilation."""
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing != "none":
         # No layer here draws from the device's generator, whose state a CUDA graph cannot read.
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         own, level = again, noise_levels.find_level(model.denoiser)
         if level is not None:  # blocks of an earlier forward are recomputed at its timesteps
             own = functools.partial(again, context_fn=level.recompute_contexts)
         model.denoiser.enable_gradient_checkpointing(own)  # type: ignore[operator]
-        for encoder in model.encoders.values():  # transformers 6 keeps the first name only
+    if config.gradient_checkpointing == "all":
+        changing = model.adapted.keys() | model.embeddings.keys()  # a frozen one saves nothing
+        for encoder in (model.encoders[name] for name in model.encoders if name in changing):
+            # transformers 6 keeps the first name only
             enable = getattr(encoder, "activation_checkpointing_enable", None)
             enable = enable or encoder.gradient_checkpointing_enable
             enable(again.keywords)  # type: ignore[operator]
@@ -446,6 +436,8 @@ def open_optimizer(
         rate_schedules=_resolve_schedules(config),
         scaler=scaler,
         average=ParameterAverage(parameters, config.ema) if config.ema else None,
+        skip=torch.zeros((), device=parameters[0].device),
+        skipped=SkippedSteps(),
         images=config.images_per_step * (2 if config.data.pairs else 1),
         processes=distributed.process_count(),
     )

@@ -42,8 +42,8 @@ def begin_stage(stage: Stage, config: Config, model: Model, optimization: Optimi
             group["weight_decay"] = stage.weight_decay.get(group["name"], usual)
     a = config.adapter
     drops = bool(a.dropout or a.rank_dropout or a.module_dropout)
-    for module in model.networks:
-        module.train(drops or config.gradient_checkpointing)
+    for module in model.networks:  # transformers recomputes in training mode only
+        module.train(drops or config.gradient_checkpointing == "all")
 
 
 def set_learning_rates(stage: Stage, step: int, config: Config, optimization: Optimization) -> None:

@@ -158,7 +158,9 @@ def optimizer_step(
     total = torch.zeros((), device=model.device)
     readings: Readings = {}
     with ExitStack() as stack:
-        for network in model.with_dora:  # no adapter changes before the optimizer's step
+        # no adapter changes before the optimizer's step
+        networks = model.residency.networks_there(model.with_dora) if model.with_dora else ()
+        for network in networks:
             stack.enter_context(injection.cache_dora_norms(network))
         for x in inputs:
             if x.dropout_keys is not None:
@@ -184,10 +186,10 @@ def optimizer_step(
     if check:
         check_gradients(model.groups)
     before: dict[str, Tensor] = {}
-    if (stage.norm or config.tokens.norm) == "stop":
+    if "tokens" in stage.groups and (stage.norm or config.tokens.norm) != "none":
         for name, embedding in model.embeddings.items():
             before[name] = embedding.rows.detach().clone()
-    norm = update_parameters(moving, model, optimization, stage, config)
+    norm = update_parameters(moving, model, optimization, stage, config, total)
     control_token_norms(model, optimization, stage, config, before)
     return StepResult(total, norm, mean_readings(readings) if readings else {})
 
@@ -213,22 +215,24 @@ def update_parameters(
     optimization: Optimization,
     stage: Stage,
     config: Config,
+    loss: Tensor,
 ) -> Tensor:
     """Clips the gradients of the stage's parameters and steps the optimizer; returns their norm
-    before clipping.
+    before clipping. The step changes nothing, and optimization.skip is 1, where the loss [] or the
+    norm is not finite.
     """
-    optimizer, scaler = optimization.optimizer, optimization.scaler
+    optimizer, scaler, skip = optimization.optimizer, optimization.scaler, optimization.skip
     if scaler is not None:
         scaler.unscale_(moving)
     for name in stage.groups:
         for change_gradients in model.gradient_hooks.get(name, ()):
             change_gradients()
     norm = gradients.clip_gradients_(moving, config.optimizer.clip or math.inf)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    is_bad = ~(loss.isfinite() & norm.isfinite())
+    skip.copy_(is_bad if scaler is None else (scaler.found_inf != 0) | is_bad)
+    gradients.step_unless(optimizer, skip)
+    if scaler is not None:
+        scaler.update(~loss.isfinite())  # another scale would not change such a loss
     return norm
 
 
@@ -241,7 +245,8 @@ def control_token_norms(
 ) -> None:
     """Apply the norm control to the learned token rows after an optimizer step: pull each row's
     norm to its target at 100 times its learning rate, rescale all rows to the table's std, or hold
-    rows that had reached their target. `before`: text encoder -> its rows before the step.
+    rows that had reached their target. `before`: text encoder -> its rows before the step, which
+    stay where the step was skipped.
     """
     how = stage.norm or config.tokens.norm
     for group in optimization.optimizer.param_groups:
@@ -259,6 +264,8 @@ def control_token_norms(
             else:
                 target = model.norm_targets[name]
                 tokens.pull_norms_(embedding.rows, target, rate=rate.clamp(max=1.0))
+            rows = embedding.rows.detach()
+            rows.copy_(torch.where(optimization.skip != 0, before[name], rows))
 
 
 def check_gradients(groups: Mapping[str, Sequence[nn.Parameter]]) -> None:

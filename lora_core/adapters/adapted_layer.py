@@ -125,6 +125,26 @@ class Adapted(nn.Module):
         self.resolve()
         return self
 
+    @torch.no_grad()
+    def change_base(
+        self, make: Callable[[BaseLayer], BaseLayer], device: torch.device | str
+    ) -> None:
+        """Move the layer to a device and put make(base) in place of its base.
+
+        A DoRA keeps its gain, magnitude / norm: it is the identity on the new base where it was on
+        the old one, and a file's acts as it did.
+        """
+        gains: dict[str, Tensor] = {}
+        for name, adapter in self.adapters.items():
+            if isinstance(adapter, DoRA):
+                gains[name] = adapter.magnitude / adapter.norm(self.base)
+        self.to(device)
+        self.base = make(self.base)
+        for name, gain in gains.items():
+            dora = self.adapter(name)
+            dora.magnitude.copy_(gain.to(device) * dora.norm(self.base))
+        self.resolve()
+
     def add(self, name: str, adapter: nn.Module, strength: float = 1.0) -> None:
         self.adapters[name] = adapter.train(self.training)
         self.set_strength(name, strength)
@@ -187,6 +207,11 @@ class Adapted(nn.Module):
         Summed in fp32 or better, rounded once. Raises UserError when the weight is not floating
         point or the result overflows its dtype.
         """
+        if "weight" not in self.base._parameters:
+            raise UserError(
+                f"{path} has a packed weight (--quantize), which cannot take an update; "
+                "keep the adapter unfolded, or load the model without it"
+            )
         dtype = self.base.weight.dtype
         if not dtype.is_floating_point:
             raise UserError(

@@ -67,7 +67,7 @@ class LayerGroup:
         """
         if self.always_open:
             return
-        acts = all(may_group(layer.weight.device.type) for layer in self.members)
+        acts = all(map(_may_be_grouped, self.members))
         if acts == bool(self.handles):
             return
         if acts:
@@ -183,6 +183,11 @@ def may_group(device_type: str) -> bool:
     if OPS["lora_linear"].candidate is not None:  # it computes each layer
         return False
     return mode == "triton" or (mode == "auto" and device_type != "cpu")
+
+
+def _may_be_grouped(layer: Adapted) -> bool:
+    # a subclass of Linear has a forward of its own, and its weight may cost time to read
+    return type(layer.base) is nn.Linear and may_group(layer.base.weight.device.type)
 
 
 def pays(x: Tensor, members: tuple[Member, ...]) -> bool:

@@ -74,19 +74,19 @@ class LoHa(ProductAdapter):
         return nn.functional.conv2d(hidden, (scale * up).to(x.dtype))
 
     def _delta(self, base: BaseLayer, scale: float) -> Tensor:
-        return scale * self.product().view_as(base.weight)
+        return scale * self.product().view(self.shape)
 
     def _is_small(self, base: BaseLayer) -> bool:
         """Whether down and up have fewer numbers than delta W."""
         if convolution_groups(base) > 1 or "hada_t1" in self._parameters:
             return False
-        out, fan_in = len(base.weight), math.prod(base.weight.shape[1:])
+        out, fan_in = self.shape[0], math.prod(self.shape[1:])
         count = len(self.hada_w1_b) * len(self.hada_w2_b)
         return count * (out + fan_in) < out * fan_in
 
     def _low_rank_factors(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """down [r r, in (, kh, kw)] and up [out, r r (, 1, 1)]."""
-        out, *inner = base.weight.shape
+        out, *inner = self.shape
         first, second = self.hada_w1_b.flatten(1), self.hada_w2_b.flatten(1)
         down = (first[:, None] * second).reshape(-1, *inner)
         up = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
@@ -98,8 +98,9 @@ def _adds_exactly(base: BaseLayer, x: Tensor) -> bool:
 
     Then one operation with the sum replaces two with its parts.
     """
-    is_wide = base.weight.dtype == wide_dtype(base.weight.dtype) == x.dtype
-    return is_wide and is_plain_layer(base) and not torch.is_autocast_enabled(x.device.type)
+    if not is_plain_layer(base) or torch.is_autocast_enabled(x.device.type):
+        return False
+    return base.weight.dtype == wide_dtype(base.weight.dtype) == x.dtype
 
 
 def _normal(spec: LayerSpec, role: str, rows: int, columns: int) -> Tensor:

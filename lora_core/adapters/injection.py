@@ -39,6 +39,7 @@ from lora_core.adapters.groups import build_groups
 from lora_core.adapters.kinds import (
     DoRA,
     build_adapters,
+    cache_norms,
     check_rank,
     factor_shapes,
     kind_class,
@@ -48,7 +49,6 @@ from lora_core.adapters.product_adapter import ProductAdapter
 from lora_core.adapters.targets import last_match, nearest_paths, require_match, select_paths
 from lora_core.adapters.weight_updates import DenseUpdate, LayerUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.kernels import call
 from lora_core.settings import AdapterSpec
 
 
@@ -201,18 +201,11 @@ def cache_dora_norms(model: nn.Module) -> Iterator[None]:
             cached += [(layer.base, dora) for dora in doras if dora.takes_cached_norm()]
     try:
         if cached:
-            _fill_norms(cached)
+            cache_norms(cached)
         yield
     finally:
         for _, dora in cached:
             dora.cached_norm = None
-
-
-@torch.no_grad()
-def _fill_norms(cached: list[tuple[BaseLayer, DoRA]]) -> None:
-    arguments = [(base.weight, dora.down, dora.up, dora.scale) for base, dora in cached]
-    for (_, dora), norm in zip(cached, call("dora_norms", tuple(arguments)), strict=True):
-        dora.cached_norm = norm
 
 
 def set_dropout_keys(model: nn.Module, rows: Tensor, step: int | Tensor) -> None:

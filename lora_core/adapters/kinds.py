@@ -53,7 +53,7 @@ docs/CONTRIBUTING.md lists the examples of kinds; kronecker.LoKr has a form in L
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -262,7 +262,7 @@ class DoRA(LoRA):
         return super()._apply(fn, recurse)
 
     def _compose(self, base: BaseLayer, x: Tensor, y0: Tensor, strength: float) -> Tensor:
-        shape = (-1, *[1] * (base.weight.ndim - 2))
+        shape = (-1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
         bias = None if base.bias is None else base.bias.view(shape)
         gain = (self.magnitude / self.norm(base)).view(shape)
         branch = self._branch(base, x, self.scale)
@@ -325,6 +325,21 @@ class FullUpdate(FullPrecisionModule):
             f"{self.spec.path} has a full update, which cannot take low-rank factors; "
             "load them under another name"
         )
+
+
+@torch.no_grad()
+def cache_norms(layers: Sequence[tuple[BaseLayer, DoRA]]) -> None:
+    """Set `cached_norm` of every DoRA: one call for plain weights, and one for each weight that is
+    made when it is read (QuantizedLinear), so that only one of these is there at a time.
+    """
+    plain = [(base, dora) for base, dora in layers if "weight" in base._parameters]
+    if plain:
+        arguments = [(base.weight, dora.down, dora.up, dora.scale) for base, dora in plain]
+        for (_, dora), norm in zip(plain, call("dora_norms", tuple(arguments)), strict=True):
+            dora.cached_norm = norm
+    for base, dora in layers:
+        if dora.cached_norm is None:
+            dora.cached_norm = dora.norm(base)
 
 
 def _wide_zeros(tensor: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class LoKr(ProductAdapter):
 
     def branch(self, base: BaseLayer, x: Tensor, scale: float) -> Tensor:
         if convolution_groups(base) > 1:
-            delta = scale * self.product().view_as(base.weight)
+            delta = scale * self.product().view(self.shape)
             return apply_layer(base, x, delta.to(x.dtype), None)
         w1, *w2 = self._factors(base, x.dtype, scale)
         if isinstance(base, nn.Linear):
@@ -74,7 +74,7 @@ class LoKr(ProductAdapter):
             w1 = own["lokr_w1"]
         else:
             w1 = multiply_pair(own["lokr_w1_a"], own["lokr_w1_b"])
-        shape = base.weight.shape[1] // w1.shape[1], *base.weight.shape[2:]
+        shape = self.shape[1] // w1.shape[1], *self.shape[2:]
         if "lokr_w2" in own:
             w2 = [own["lokr_w2"].reshape(-1, *shape)]
         elif "lokr_t2" in own:

@@ -3,8 +3,6 @@
 They come from text files, a metadata table, file names, one caption for all, or templates.
 """
 
-import csv
-import io
 import itertools
 import re
 import unicodedata
@@ -12,28 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lora_core.data.images import IMAGE_SUFFIXES
-from lora_core.data.listing import (
-    CAPTION_SUFFIXES,
-    METADATA_TABLES,
-    NO_IMAGE,
-    FolderContents,
-    find_file,
-)
+from lora_core.data.listing import CAPTION_SUFFIXES, METADATA_TABLES, NO_IMAGE, FolderContents
+from lora_core.data.metadata_tables import CAPTION_COLUMNS, read_metadata
+from lora_core.data.stored_files import StoredFile
 from lora_core.errors import UserError, printable
-from lora_core.text import (
-    LONGEST_TABLE,
-    check_prompt_length,
-    normalize_unicode,
-    parse_json,
-    read_lines,
-    read_text,
-    shorten_value,
-)
+from lora_core.text import check_prompt_length, normalize_unicode, parse_json, read_lines, read_text
 
 CaptionMode = Literal["auto", "txt", "metadata", "filename", "one", "object", "style"]
 CAPTION_MODES = ("auto", "txt", "metadata", "filename", "one", "object", "style")
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # of a table; the first that exists is used
 OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # may hold captions, but are not read
 ONE_FOR_ALL = ("one", "object", "style")  # modes that need --data.caption
 # Sources of captions, as messages name them.
@@ -114,6 +98,7 @@ def read_captions(
     column: str | None = None,
     *,
     must_use: bool = True,
+    missing: dict[Path, str] | None = None,
 ) -> dict[Path, Captions]:
     """The captions of each image, one or more, in the images' order.
 
@@ -134,7 +119,7 @@ def read_captions(
     An image without a text in its file or table takes `caption` where that is given, else the words
     of such a folder. All texts are in Unicode's normal form C. Raises UserError for an image
     without a caption, an unknown mode, a `caption` or `column` that is missing, and, with
-    `must_use`, for one that no image takes.
+    `must_use`, for one that no image takes. `missing`: see `read_image_table`.
     """
     if mode not in CAPTION_MODES:
         raise UserError(
@@ -149,7 +134,10 @@ def read_captions(
     suffixes = CAPTION_SUFFIXES if mode == "auto" else (".txt",)
     found: dict[Path, Captions] = {}
     for part, own_mode in zip(parts, modes, strict=True):
-        own = _read_one_folder(part, own_mode, caption, column, suffixes=suffixes)
+        if own_mode == "metadata":
+            own = _read_table(part, caption, column, missing)
+        else:
+            own = _read_one_folder(part, own_mode, caption, suffixes=suffixes)
         needed = {"txt": "a .txt file with a caption", "metadata": f"a row in {_table(part).name}"}
         found |= _complete(own, part, needed.get(own_mode, "a caption in its name"), caption)
     if must_use:
@@ -176,51 +164,6 @@ def check_texts(texts: Sequence[str], name: str) -> None:
             raise UserError(f"{name} has a zero byte or half a character: {text!a}; correct it")
 
 
-def read_metadata(
-    path: Path, column: str | None = None, *, may_be_empty: bool = False
-) -> dict[Path, tuple[str, ...]]:
-    """Image -> captions, from metadata.jsonl or metadata.csv (see `read_image_table`)."""
-    rows = read_image_table(path, ("file_name",), column, may_be_empty=may_be_empty)
-    return {image: texts for (image,), texts in rows.items()}
-
-
-def read_image_table(
-    path: Path, names: Sequence[str], column: str | None = None, *, may_be_empty: bool = False
-) -> dict[tuple[Path, ...], tuple[str, ...]]:
-    """The images of each row of a metadata table -> their captions.
-
-    `names` are the columns with file names. These are relative to the table's folder and lead to
-    files in it (`find_file`); table and disk may use different Unicode normal forms. Rows with the
-    same images add their captions up. Raises UserError for a bad row, a missing column, a missing
-    image and, unless `may_be_empty`, an empty caption.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"captions 'metadata' need the file {path}, which is missing; "
-            f"write one JSON object per line with {', '.join(names)} and text"
-        )
-    captions: dict[tuple[Path, ...], tuple[str, ...]] = {}
-    rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
-    for where, row in rows:
-        texts = _read_row(row, names, column, where, may_be_empty=may_be_empty)
-        images = tuple(
-            _find_image(path.parent, row[name], f"{where} names", name) for name in names
-        )
-        captions[images] = captions.get(images, ()) + texts
-    return captions
-
-
-def _find_image(folder: Path, file: str, where: str, column: str) -> Path:
-    image = find_file(folder, file)
-    is_image = image is not None and image.suffix.lower() in IMAGE_SUFFIXES
-    if image is None or not is_image or image.name.startswith("."):
-        raise UserError(
-            f"{where} {file}, which is not an image in {folder} or below it; "
-            f"correct {column} or add the image"
-        )
-    return image
-
-
 def _check_use(sources: set[Path | str], how: str, caption: str | None, column: str | None) -> None:
     """Raises UserError for a `caption` or a `column` of tables that no image takes."""
     if caption is not None and not sources & {ONE, FALLBACK, TEMPLATE}:
@@ -240,7 +183,7 @@ def _detect_mode(part: FolderContents, caption: str | None) -> str:
     """The mode that auto means for a folder: one of CAPTION_MODES, or "folder"."""
     if part.table is not None:
         return "metadata"
-    if any(_read_text_file(path) for path in _text_files(part)):
+    if any(read_caption_file(path) for path in _text_files(part)):
         return "txt"
     if caption is not None:
         return "one"
@@ -281,20 +224,29 @@ def _unread_texts(part: FolderContents) -> str:
     return f" ({'; '.join(found)})" if found else ""
 
 
-def _read_one_folder(
-    part: FolderContents,
-    mode: str,
-    caption: str | None,
-    column: str | None,
-    *,
-    suffixes: Sequence[str],
-) -> dict[Path, Captions]:
-    """The captions in one folder, of those images that have one."""
+def common_captions(mode: str, caption: str) -> Captions:
+    """The captions that all images have in common, by a mode of ONE_FOR_ALL."""
     if mode == "one":
-        return dict.fromkeys(part.images, Captions((str(caption),), ONE))
-    if mode in TEMPLATES:
-        texts = tuple(template.format(caption) for template in TEMPLATES[mode])
-        return dict.fromkeys(part.images, Captions(texts, TEMPLATE))
+        return Captions((caption,), ONE)
+    return Captions(tuple(template.format(caption) for template in TEMPLATES[mode]), TEMPLATE)
+
+
+def _read_table(
+    part: FolderContents, caption: str | None, column: str | None, missing: dict[Path, str] | None
+) -> dict[Path, Captions]:
+    """The captions in the folder's metadata table."""
+    table, read = _table(part), part.rows
+    if read is None:
+        read = read_metadata(table, column, may_be_empty=caption is not None, missing=missing)
+    return {image: Captions(texts, table) for image, texts in read.items()}
+
+
+def _read_one_folder(
+    part: FolderContents, mode: str, caption: str | None, *, suffixes: Sequence[str]
+) -> dict[Path, Captions]:
+    """The captions in one folder, of those images that have one; not those of a table."""
+    if mode in ONE_FOR_ALL:
+        return dict.fromkeys(part.images, common_captions(mode, str(caption)))
     if mode == "folder":
         words = _check_words(part.words, part.folder)
         return dict.fromkeys(part.images, Captions((words,), FOLDER_NAME))
@@ -303,13 +255,9 @@ def _read_one_folder(
         for image in part.images:
             found[image] = Captions((_check_words(_name_of(image), image),), FILE_NAME)
         return found
-    if mode == "metadata":
-        table = _table(part)
-        read = read_metadata(table, column, may_be_empty=caption is not None)
-        return {image: Captions(texts, table) for image, texts in read.items()}
     for image, own in part.texts.items():
         for path in own:
-            texts = _read_text_file(path) if path.suffix.lower() in suffixes else ()
+            texts = read_caption_file(path) if path.suffix.lower() in suffixes else ()
             if texts and image not in found:
                 found[image] = Captions(texts, path)
     return found
@@ -355,8 +303,8 @@ def _check_words(words: str, path: Path) -> str:
     return words
 
 
-def _read_text_file(path: Path) -> tuple[str, ...]:
-    """The captions in a file next to an image.
+def read_caption_file(path: Path | StoredFile) -> tuple[str, ...]:
+    """The captions in a file next to an image, on the disk or in a tar file.
 
     There are none in an empty file and in JSON without text, caption or prompt. A .json of one line
     that is no JSON is read as its text.
@@ -371,63 +319,6 @@ def _read_text_file(path: Path) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in texts):
         return ()
     return tuple(text.strip() for text in texts if text.strip())
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line for errors, row) of a JSON table."""
-    advice = "write one object per line with file_name and text"
-    lines = read_text(path, LONGEST_TABLE).split("\n")  # not splitlines: JSON texts may hold U+2028
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        if line.strip():
-            yield where, parse_json(line, where, advice)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line for errors, row) of a CSV table.
-
-    For a quoted text over several lines the last one is named.
-    """
-    text = io.StringIO(read_text(path, LONGEST_TABLE), newline="")
-    reader = csv.DictReader(text, restkey="(columns without a name)", strict=True)
-    try:
-        yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
-    except csv.Error as error:
-        raise UserError(
-            f"{path} is not CSV ({error} after line {reader.line_num}); "
-            "write a head with file_name and text, then a line per image"
-        ) from error
-
-
-def _read_row(
-    row: Any, names: Sequence[str], column: str | None, where: str, *, may_be_empty: bool
-) -> tuple[str, ...]:
-    """The captions of one row of a metadata table, which has a file name in each of `names`."""
-    for name in names:
-        if isinstance(row, dict) and isinstance(row.get(name), str):
-            continue
-        has = f", but {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
-        needed = f"{', '.join(names)} and a caption such as text"
-        raise UserError(f'{where} has no "{name}"{has}; each row needs {needed}')
-    expected = (column,) if column else CAPTION_COLUMNS
-    found = next((name for name in expected if name in row), None)
-    if found is None:
-        names = repr(column) if column else f"one of {', '.join(CAPTION_COLUMNS)}"
-        raise UserError(
-            f"{where} has the columns {', '.join(row)}; expected the caption under {names}"
-        )
-    texts = row[found] if isinstance(row[found], list) else [row[found]]
-    if may_be_empty and (not texts or row[found] is None):
-        return ()
-    are_texts = all(isinstance(text, str) for text in texts)
-    captions = tuple(text.strip() for text in texts if text.strip()) if are_texts else ()
-    is_complete = bool(texts) and len(captions) == len(texts)
-    if not are_texts or not (is_complete or may_be_empty):
-        raise UserError(
-            f"{where} has the {found} {shorten_value(row[found])}, "
-            "expected a caption or a list of captions"
-        )
-    return captions
 
 
 # ------------------------------------------- file names: written by somebody, or by a camera

@@ -49,7 +49,7 @@ def list_images(root: Path, *, tabled: bool = True) -> Listing:
     own = list_one_folder(root)
     concepts = [] if own.images or (tabled and own.table) else _find_concepts(root)
     if not concepts:
-        return list_folder(root, tabled=tabled)
+        return list_folder(root, own, tabled=tabled)
     known = {root / name for name in (*CAPTION_FOLDERS, *MASK_FOLDERS)}
     for concept in concepts:
         known |= {concept.folder, concept.folder.parent}

@@ -7,8 +7,9 @@ size, worker count or resume point. Caches are keyed by an example's content.
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -34,9 +35,11 @@ from lora_core.data.records import (
     every_image,
     find_unused_files,
     images_missing_word,
+    list_again,
     scan_folder,
 )
-from lora_core.data.sample_order import BucketOrder, sample_position
+from lora_core.data.sample_order import sample_position
+from lora_core.data.step_visits import StepOrder, Visit
 from lora_core.diffusion.noise import keyed_generator
 from lora_core.errors import UserError
 from lora_core.settings import ImageSettings
@@ -44,9 +47,12 @@ from lora_core.settings import ImageSettings
 __all__ = [
     "Batch", "Example", "ImageDataset", "ImageSettings", "Record", "collate",
     "describe_moved_crops", "describe_unread_folder_names", "describe_upscaled", "every_image",
-    "find_unused_files", "images_missing_word", "iterate_batches", "micro_batches",
+    "find_unused_files", "images_missing_word", "iterate_batches", "list_again", "micro_batches",
     "sample_position", "scan_folder",
 ]  # fmt: skip
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 JITTER = 0.1  # brightness and contrast within +-10 %, as cloneofsimo's color_jitter
 
@@ -202,6 +208,10 @@ class ImageDataset:
         content = json.dumps([record.key, settings], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
+    def drops_caption(self, index: int, visit: int) -> bool:
+        """Whether a visit to a record has no caption."""
+        return self._choose_caption(self.records[index], visit)[1]
+
     def _choose_caption(self, record: Record, visit: int) -> tuple[str, bool]:
         """(caption of this visit, whether it was dropped)."""
         can_drop = self.caption_dropout > 0 and not record.is_prior
@@ -255,7 +265,7 @@ class ImageDataset:
         resized = None if self.settings.zoom > 1 else size
 
         def read() -> MaskedImage:
-            image = read_image(record.path, record.mask_path, use_alpha=record.use_alpha)
+            image = read_image(record.file, record.mask_file, use_alpha=record.use_alpha)
             if resized is None:
                 return image
             return resize_image(image, resized, self.settings.interpolation)
@@ -385,38 +395,33 @@ def iterate_batches(
         )
     if prior is not None and folder.has_pairs:
         raise ValueError("pairs of images have no prior images beside them")
-    order = BucketOrder(folder.sizes, batch, seed) if folder.settings.buckets else None
+    order = StepOrder(folder, prior, batch=batch, seed=seed, share=share)
 
     def make_batch(step: int) -> Batch:
-        samples = range(step * batch, (step + 1) * batch)
-        if order is None:
-            visits = [sample_position(len(folder), i, seed) for i in samples]
-        else:
-            visits = order.visits(step)
-        size = folder.sizes[visits[0][0]]
-        examples = []
-        for record, times in visits[share]:
-            examples += folder.visit_examples(record, folder.visit(record, times))
-        if prior is not None:
-            for i in samples[share]:
-                record, times = sample_position(len(prior), i, seed, stream="prior")
-                examples.append(prior.example(record, prior.visit(record, times), size))
-        return collate(examples)
+        return collate([make_example(folder, prior, visit) for visit in order.visits(step)])
 
-    steps = range(start, stop)
-    return map(make_batch, steps) if workers == 0 else _make_ahead(make_batch, steps, workers)
+    return make_ahead(make_batch, range(start, stop), workers)
 
 
-def _make_ahead(make: Callable[[int], Batch], steps: range, workers: int) -> Iterator[Batch]:
-    """make(step) in order, up to 2 * workers of them under way in threads.
+def make_example(folder: ImageDataset, prior: ImageDataset | None, visit: Visit) -> Example:
+    """The example of a visit to one of the images, or of the class images."""
+    images = prior if visit.is_prior and prior is not None else folder
+    return images.example(visit.record, visit.visit, visit.size, is_loser=visit.is_loser)
+
+
+def make_ahead(make: Callable[[K], T], keys: Iterable[K], workers: int) -> Iterator[T]:
+    """make(key) in order, up to 2 * workers of them under way in threads; 0: each when it is taken.
 
     Pillow decodes and resizes outside the interpreter lock.
     """
-    pending: deque[Future[Batch]] = deque()
+    if workers == 0:
+        yield from map(make, keys)
+        return
+    pending: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
     try:
-        for step in steps:
-            pending.append(pool.submit(make, step))
+        for key in keys:
+            pending.append(pool.submit(make, key))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:

@@ -17,9 +17,9 @@ from huggingface_hub import cached_assets_path
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import UnidentifiedImageError
 
-from lora_core.data.captions import CAPTION_COLUMNS
 from lora_core.data.images import READ_ERRORS, decode_image, to_srgb
 from lora_core.data.listing import METADATA_TABLES
+from lora_core.data.metadata_tables import CAPTION_COLUMNS
 from lora_core.errors import UserError, first_line
 from lora_core.json_files import read_object
 from lora_core.shared_paths import lies_within
@@ -69,7 +69,7 @@ def export_dataset(
     try:
         partial.mkdir(parents=True)
         rows = []
-        sources = _image_sources(name)
+        sources = image_sources(name)
         written = _write_images(
             data,
             partial,
@@ -113,7 +113,30 @@ def _load_split(
             f"cannot load split {split!r} of the dataset {name}: {_reason(error)}; "
             "check its name, its split and the connection"
         ) from None
-    columns = data.column_names
+    caption_column = choose_caption_column(
+        name, data.column_names, image_column, caption_column, one_for_all=one_for_all
+    )
+    wanted = {"image": image_column}
+    if caption_column:
+        wanted["caption"] = caption_column
+    if not len(data):
+        raise UserError(f"split {split!r} of the dataset {name} is empty; choose another")
+    try:
+        data = data.select_columns(list(wanted.values()))
+        return data.cast_column(image_column, datasets.Image(decode=False)), caption_column
+    except Exception as error:  # pyarrow's and datasets' own, by type of column
+        raise UserError(
+            f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; "
+            "name another image column"
+        ) from None
+
+
+def choose_caption_column(
+    name: str, columns: Sequence[str], image_column: str, caption_column: str, *, one_for_all: bool
+) -> str:
+    """The caption column of a dataset with these columns: the given one, else the first of text,
+    caption and prompt; "" where there is `one_for_all`. Raises UserError for a missing column.
+    """
     listed = ", ".join(columns)
     usual = next((column for column in CAPTION_COLUMNS if column in columns), "")
     if not caption_column and one_for_all and usual:
@@ -130,25 +153,14 @@ def _load_split(
                 "name the caption column with --data.caption-column, "
                 "or give one caption for all with --data.caption"
             )
-    wanted = {"image": image_column}
-    if caption_column:
-        wanted["caption"] = caption_column
+    wanted = {"image": image_column, "caption": caption_column or image_column}
     for kind, column in wanted.items():
         if column not in columns:
             raise UserError(
                 f"the dataset {name} has no {kind} column {column!r}; "
                 f"its columns are {listed}; name one with --data.{kind}-column"
             )
-    if not len(data):
-        raise UserError(f"split {split!r} of the dataset {name} is empty; choose another")
-    try:
-        data = data.select_columns(list(wanted.values()))
-        return data.cast_column(image_column, datasets.Image(decode=False)), caption_column
-    except Exception as error:  # pyarrow's and datasets' own, by type of column
-        raise UserError(
-            f"the column {image_column!r} of the dataset {name} holds no images: {_reason(error)}; "
-            "name another image column"
-        ) from None
+    return caption_column
 
 
 def _cached_folder(mark: Mapping[str, Any]) -> Path:
@@ -218,7 +230,7 @@ def _write_images(
                 "remove it or choose another column"
             ) from error
         texts = row.get(caption_column)
-        if caption_column and not _are_captions(texts, may_be_empty=may_be_empty):
+        if caption_column and not are_captions(texts, may_be_empty=may_be_empty):
             raise UserError(
                 f"{where} has {texts!r} in {caption_column!r}, expected a caption; {advice}"
             )
@@ -232,7 +244,7 @@ def _read_image_file(path: str, sources: Sequence[Path]) -> bytes:
     return Path(path).read_bytes()
 
 
-def _image_sources(name: str) -> list[Path]:
+def image_sources(name: str) -> list[Path]:
     """The folders with the files of a dataset: its own, or the caches of the hub."""
     import datasets
 
@@ -240,7 +252,7 @@ def _image_sources(name: str) -> list[Path]:
     return [Path(name)] if Path(name).exists() else [Path(cache) for cache in caches]
 
 
-def _are_captions(texts: Any, *, may_be_empty: bool) -> bool:
+def are_captions(texts: Any, *, may_be_empty: bool) -> bool:
     """Whether a cell is a caption or a list of captions that `read_metadata` accepts."""
     every = texts if isinstance(texts, list) else [texts]
     if may_be_empty:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageChops, ImageCms, ImageEnhance, ImageOps, features
 from torch import Tensor
 
+from lora_core.data.stored_files import FileSource, path_of
 from lora_core.errors import UserError
 
 try:
@@ -125,7 +126,9 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
 
 
-def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False) -> MaskedImage:
+def read_image(
+    path: FileSource, mask: FileSource | None = None, *, use_alpha: bool = False
+) -> MaskedImage:
     """The image upright and in sRGB (`to_srgb`), with its mask from a file, its alpha, or None.
 
     Transparency that is not the mask is composited on white. Raises UserError naming the file for
@@ -154,7 +157,7 @@ def read_image(path: Path, mask: Path | None = None, *, use_alpha: bool = False)
     return MaskedImage(image, _check_mask(grey, f"the mask {mask}"), size)
 
 
-def read_mask(path: Path) -> Image.Image:
+def read_mask(path: FileSource) -> Image.Image:
     """A mask file's luminance in mode L, upright.
 
     Transparent parts are black. An ICC profile is not applied, because weights are not colors.
@@ -166,7 +169,7 @@ def read_mask(path: Path) -> Image.Image:
     return grey if alpha is None else ImageChops.multiply(grey, alpha)
 
 
-def has_alpha_mask(path: Path) -> bool:
+def has_alpha_mask(path: FileSource) -> bool:
     """Whether the image has transparency that is not the same everywhere."""
     _, alpha = to_srgb(_open(path), str(path))
     return alpha is not None and len(set(alpha.getextrema())) == 2
@@ -286,12 +289,13 @@ def _is_heic(path: Path) -> bool:
     return head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: FileSource) -> Image.Image:
     """`decode_image`; raises UserError naming the file for one that cannot be read."""
     try:
-        return decode_image(path)
+        return decode_image(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
     except READ_ERRORS as error:
-        if reason := format_problem(path):
+        has_ending = isinstance(path, Path) or path.suffix  # a cell of a table has none
+        if has_ending and (reason := format_problem(path_of(path))):
             raise UserError(f"cannot read the image {path}: {reason}") from error
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 

@@ -6,8 +6,9 @@ A folder has images itself, or kohya's N_name folders, or ImageFolder's folder t
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from lora_core.data.images import IMAGE_SUFFIXES, RAW_SUFFIXES, format_problem
@@ -54,6 +55,8 @@ class FolderContents:
     others: dict[Path, str]  # file or sub-folder -> why nothing reads it
     repeats: int = 1
     words: str = ""  # caption from the folder's name for images without one
+    # image -> captions in the table, where that was read
+    rows: Mapping[Path, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,15 @@ class Listing:
     others: dict[Path, str] = field(default_factory=dict)
 
 
-def list_folder(root: Path, *, tabled: bool = True) -> Listing:
+def list_folder(root: Path, own: FolderContents | None = None, *, tabled: bool = True) -> Listing:
     """The contents of a folder of images.
 
-    `tabled`: a metadata table may name images below it. In a folder without images of its own, the
-    N_name folders are read (kohya: N repeats; the name is the caption of images that have none), or
-    the folder `train` (ImageFolder of the datasets library). Raises UserError, with the folder's
-    contents, when there are no images.
+    `own`: what `list_one_folder` gave. `tabled`: a metadata table may name images below it. In a
+    folder without images of its own, the N_name folders are read (kohya: N repeats; the name is the
+    caption of images that have none), or the folder `train` (ImageFolder of the datasets library).
+    Raises UserError, with the folder's contents, when there are no images.
     """
-    own = list_one_folder(root)
+    own = own or list_one_folder(root)
     if own.images or (tabled and own.table):
         return Listing(root, (own,))
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
@@ -151,6 +154,8 @@ def files_left_out(listing: Listing, used: Iterable[Path]) -> dict[str, list[Pat
         for path in (*part.masks.values(), *part.unclaimed):
             add(path, "masks that are not asked for (--data.masks file)")
         for path in itertools.chain.from_iterable(part.texts.values()):
+            if path in taken:  # nearly all of them, which need not be read again
+                continue
             blank = not path.read_bytes().strip()
             add(path, "empty texts" if blank else "texts of images that have another caption")
         if part.table is not None:
@@ -203,15 +208,26 @@ def _find_any_form(folder: Path, name: str) -> Path | None:
     for part in Path(os.path.relpath(path, folder)).parts:
         if not os.path.isdir(folder):
             return None
-        exact, normal = folder / part, normalize_unicode(part)
-        if os.path.exists(exact):
-            folder = exact
-            continue
-        same = [entry for entry in folder.iterdir() if normalize_unicode(entry.name) == normal]
-        if not same:
-            return None
-        folder = same[0]
+        exact = folder / part
+        if not os.path.exists(exact):
+            entries = _entries_by_name(folder, folder.stat().st_mtime_ns)
+            if normalize_unicode(part) not in entries:
+                return None
+            exact = folder / entries[normalize_unicode(part)]
+        folder = exact
     return folder if folder.is_file() else None
+
+
+@lru_cache(maxsize=8)
+def _entries_by_name(folder: Path, stamp: int) -> dict[str, str]:
+    """Name in normal form C -> the first entry of that name, of a folder last changed at `stamp`.
+
+    Kept, because a table of 100,000 rows may differ from the disk in all of them.
+    """
+    found: dict[str, str] = {}
+    for entry in os.listdir(folder):
+        found.setdefault(normalize_unicode(entry), entry)
+    return found
 
 
 def _path_below(folder: Path, name: str) -> Path:

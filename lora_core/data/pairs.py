@@ -11,15 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_core.data.captions import (
-    FALLBACK,
-    CaptionMode,
-    Captions,
-    normalize_captions,
-    read_image_table,
-)
+from lora_core.data.captions import FALLBACK, CaptionMode, Captions, normalize_captions
 from lora_core.data.concept_folders import list_images
 from lora_core.data.listing import FolderContents, file_stem, list_one_folder
+from lora_core.data.metadata_tables import read_image_table
 from lora_core.data.records import Record, loser_key, make_record, scan_folder
 from lora_core.errors import UserError
 from lora_core.text import normalize_unicode

@@ -1,34 +1,44 @@
 """Records of training images: each image file with its captions and its mask.
 
-Every file is decoded once, so that a damaged one is an error before training.
+Every file is decoded once (`image_checks`), so that a damaged one is an error before training.
 """
 
-import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_core.data.captions import FOLDER_NAME, CaptionMode, Captions, read_captions, read_metadata
+from lora_core.data.captions import (
+    FOLDER_NAME,
+    CaptionMode,
+    Captions,
+    normalize_captions,
+    read_caption_file,
+    read_captions,
+)
 from lora_core.data.concept_folders import list_images
-from lora_core.data.images import has_alpha_mask, mask_path, read_image
+from lora_core.data.image_checks import CheckedImage, ImageChecks, ImageFile, check_image
+from lora_core.data.images import mask_path
 from lora_core.data.listing import (
+    CAPTION_SUFFIXES,
     METADATA_TABLES,
     FolderContents,
     Listing,
     files_left_out,
     list_one_folder,
 )
+from lora_core.data.metadata_tables import read_metadata
+from lora_core.data.stored_files import FileSource, path_of
 from lora_core.errors import UserError
 from lora_core.placeholders import has_placeholder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image on disk, or the winner of a pair of images."""
 
-    path: Path
+    path: Path  # of its file, or the name of one inside a larger file
     captions: tuple[str, ...]
     mask_path: Path | None
     use_alpha: bool
@@ -38,6 +48,18 @@ class Record:
     is_prior: bool = False
     source: Path | str = ""  # source of the captions: a file, or words of data.captions
     loser: "Record | None" = None  # of a pair, the image that this one is preferred to
+    stored: FileSource | None = None  # where it is inside a larger file
+    stored_mask: FileSource | None = None
+
+    @property
+    def file(self) -> FileSource:
+        """Where the image is read from."""
+        return self.stored or self.path
+
+    @property
+    def mask_file(self) -> FileSource | None:
+        """Where the mask is read from; None where it has none, or its alpha is it."""
+        return self.stored_mask or self.mask_path
 
     @property
     def has_mask(self) -> bool:
@@ -55,6 +77,7 @@ def scan_folder(
     masks: Literal["auto", "file", "alpha", "any", "none"] = "auto",
     is_prior: bool = False,
     held_out: bool = False,
+    checks: ImageChecks | None = None,
 ) -> list[Record]:
     """The images of a folder with their captions and masks.
 
@@ -67,7 +90,9 @@ def scan_folder(
     `lora_core.data.listing`), "alpha" an alpha channel, "auto" takes existing mask files and
     ignores alpha, "any" takes mask files, else an alpha channel that is not the same everywhere,
     "none" ignores both. Caption modes and the caption's column in the table: `read_captions`.
-    Raises UserError for missing or damaged files.
+    Raises UserError for missing or damaged files; `checks` says whether damaged ones are left out
+    instead: images and masks that cannot be read, images whose caption file cannot be read, and
+    names in a table without a file.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -76,22 +101,52 @@ def scan_folder(
         raise UserError(f"repeats must be at least 1, got {repeats}")
     if masks not in ("auto", "file", "alpha", "any", "none"):
         raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha, any or none")
+    checks = checks or ImageChecks()
     tabled = captions in ("auto", "metadata")
     parts = list_images(folder, tabled=tabled).parts
     if tabled:
         may_be_empty = caption is not None
         parts = tuple(
-            _add_tabled_images(part, caption_column, may_be_empty=may_be_empty) for part in parts
+            _add_tabled_images(part, caption_column, checks, may_be_empty=may_be_empty)
+            for part in parts
         )
+    if checks.skips:
+        parts = tuple(_without_bad_texts(part, captions, checks) for part in parts)
     chosen = _choose_masks(parts, masks)
-    texts = read_captions(parts, captions, caption, caption_column, must_use=not held_out)
+    texts = read_captions(
+        parts, captions, caption, caption_column, must_use=not held_out, missing=checks.missing
+    )
+    files = [ImageFile(path, mask) for path, mask in chosen.items()]
+    found = checks.check_all(files, masks, folder)
+    if not any(found):
+        raise UserError(describe_all_bad(folder, checks))
+    made: dict[Path, Record] = {}
+    for file, own in zip(files, found, strict=True):
+        if own is not None:
+            path = path_of(file.image)
+            made[path] = build_record(file, texts[path], own, is_prior=is_prior)
+    return _repeat_records(parts, made, 0 if held_out else repeats)
+
+
+def _repeat_records(
+    parts: Sequence[FolderContents], made: Mapping[Path, Record], repeats: int
+) -> list[Record]:
+    """The records in the folders' order, `repeats` times those of each; with 0 each once."""
     records: list[Record] = []
     for part in parts:
-        own = []
-        for path in part.images:
-            own.append(make_record(path, texts[path], chosen[path], masks=masks, is_prior=is_prior))
-        records += own if held_out else own * part.repeats
-    return records * (1 if held_out else repeats)
+        readable = [made[path] for path in part.images if path in made]
+        records += readable * part.repeats if repeats else readable
+    return records * max(1, repeats)
+
+
+def describe_all_bad(origin: Path | str, checks: ImageChecks) -> str:
+    """The error where --data.skip-bad leaves nothing."""
+    path, reason = next(iter(checks.left_out.items()))
+    count = f"{len(checks.left_out)} image{'s' * (len(checks.left_out) > 1)}"
+    return (
+        f"--data.skip-bad leaves nothing of {origin}: none of its {count} can be read, first "
+        f"{path} ({reason}); replace them"
+    )
 
 
 def loser_key(pair: str) -> str:
@@ -107,16 +162,21 @@ def every_image(records: Iterable[Record]) -> Iterator[Record]:
             yield record.loser
 
 
-def find_unused_files(folder: Path | str, records: Sequence[Record]) -> dict[str, list[Path]]:
-    """Reason -> the folder's files, and sub-folders with images, that these records do not use."""
-    used: set[Path] = set()
+def find_unused_files(
+    folder: Path | str | Listing, records: Sequence[Record], known: Iterable[Path] = ()
+) -> dict[str, list[Path]]:
+    """Reason -> the folder's files, and sub-folders with images, that these records do not use.
+
+    `known`: files that are not named here, because another message names them.
+    """
+    used: set[Path] = set(known)
     for record in every_image(records):
         sources = (record.path, record.mask_path, record.source)
         used.update(path for path in sources if isinstance(path, Path))
-    return files_left_out(_list_again(folder, records), used)
+    return files_left_out(list_again(folder, records), used)
 
 
-def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) -> str:
+def describe_unread_folder_names(folder: Path | str | Listing, records: Sequence[Record]) -> str:
     """One sentence about N_name folders (kohya) whose name is no caption, or "".
 
     It is for names that --data.caption or file names replace; caption files replace them as well,
@@ -126,7 +186,7 @@ def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) 
     for record in records:
         if isinstance(record.source, Path) or record.source == FOLDER_NAME:
             named.add(record.path.parent)
-    worded = [part for part in _list_again(folder, records).parts if part.words]
+    worded = [part for part in list_again(folder, records).parts if part.words]
     unread = [part for part in worded if part.folder not in named]
     if not unread:
         return ""
@@ -138,17 +198,27 @@ def describe_unread_folder_names(folder: Path | str, records: Sequence[Record]) 
 
 
 def make_record(
-    path: Path, captions: Captions, mask: Path | None, *, masks: str, is_prior: bool
+    path: FileSource, captions: Captions, mask: FileSource | None, *, masks: str, is_prior: bool
 ) -> Record:
     """The record of one file, which is decoded as a check."""
-    use_alpha = masks == "alpha" or (masks == "any" and mask is None and has_alpha_mask(path))
-    size = read_image(path, mask, use_alpha=use_alpha).original_size
-    content = hashlib.blake2b(path.read_bytes(), digest_size=16)
-    content.update(b"alpha" if use_alpha else b"")
-    if mask is not None:
-        content.update(b"mask" + hashlib.blake2b(mask.read_bytes()).digest())
+    file = ImageFile(path, mask)
+    return build_record(file, captions, check_image(file, masks), is_prior=is_prior)
+
+
+def build_record(
+    file: ImageFile, captions: Captions, checked: CheckedImage, *, is_prior: bool = False
+) -> Record:
+    """The record of a file that was checked."""
+    image, mask = file
     return Record(
-        path, captions.texts, mask, use_alpha, content.hexdigest(), size, is_prior, captions.source
+        path_of(image),
+        captions.texts,
+        None if mask is None else path_of(mask),
+        *checked,
+        is_prior,
+        captions.source,
+        stored=None if isinstance(image, Path) else image,
+        stored_mask=None if mask is None or isinstance(mask, Path) else mask,
     )
 
 
@@ -157,7 +227,7 @@ def without_mask(record: Record) -> Record:
     if not record.has_mask:
         return record
     captions = Captions(record.captions, record.source)
-    return make_record(record.path, captions, None, masks="none", is_prior=record.is_prior)
+    return make_record(record.file, captions, None, masks="none", is_prior=record.is_prior)
 
 
 def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
@@ -169,19 +239,44 @@ def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
     return list(dict.fromkeys(lacking))
 
 
-def _list_again(folder: Path | str, records: Sequence[Record]) -> Listing:
+def list_again(folder: Path | str | Listing, records: Sequence[Record]) -> Listing:
     """The folder's listing, with the options that gave these records."""
+    if isinstance(folder, Listing):
+        return folder
     files = {record.source.name for record in records if isinstance(record.source, Path)}
     return list_images(Path(folder), tabled=bool(files & set(METADATA_TABLES)))
 
 
+def _without_bad_texts(
+    part: FolderContents, mode: CaptionMode, checks: ImageChecks
+) -> FolderContents:
+    """The folder without the images whose caption files cannot be read."""
+    if mode not in ("auto", "txt") or (mode == "auto" and part.table is not None):
+        return part
+    suffixes = CAPTION_SUFFIXES if mode == "auto" else (".txt",)
+    bad = set()
+    for image, files in part.texts.items():
+        for file in files:
+            if file.suffix.lower() not in suffixes:
+                continue
+            try:
+                normalize_captions(image, Captions(read_caption_file(file), file))
+            except (UserError, OSError) as error:
+                checks.leave_out(image, error)
+                bad.add(image)
+    images = tuple(image for image in part.images if image not in bad)
+    texts = {image: files for image, files in part.texts.items() if image not in bad}
+    return replace(part, images=images, texts=texts)
+
+
 def _add_tabled_images(
-    part: FolderContents, column: str | None, *, may_be_empty: bool
+    part: FolderContents, column: str | None, checks: ImageChecks, *, may_be_empty: bool
 ) -> FolderContents:
     """The folder with images below it that its metadata table names, their masks and texts."""
     if part.table is None:
         return part
-    named = set(read_metadata(part.table, column, may_be_empty=may_be_empty))
+    rows = read_metadata(part.table, column, may_be_empty=may_be_empty, missing=checks.missing)
+    named = set(rows)
     further = sorted(named - set(part.images))
     masks = dict(part.masks)
     texts = dict(part.texts)
@@ -196,7 +291,7 @@ def _add_tabled_images(
             f"{part.table} names {wrong[0]}, which by its name is a mask and not an image; "
             "take its row out or rename the file"
         )
-    return replace(part, images=(*part.images, *further), masks=masks, texts=texts)
+    return replace(part, images=(*part.images, *further), masks=masks, texts=texts, rows=rows)
 
 
 def _choose_masks(parts: Sequence[FolderContents], masks: str) -> dict[Path, Path | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,15 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.cat(rows)
 
 
-@torch.no_grad()
+class ImageBatch(NamedTuple):
+    """Images that are sampled together."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    init: Tensor | None = None  # [1 or b, 3, h, w] in [-1, 1], the image to start from
+    mask: Tensor | None = None  # [1 or b, 1, h, w], 1 where it is to be painted
+
+
 def generate_images(
     family: Family,
     prompts: Sequence[str],
@@ -60,6 +68,48 @@ def generate_images(
     without new noise). Raises UserError for sizes the model does not take, an init or mask that
     does not fit, and regions that cannot act.
     """
+    batch = ImageBatch(prompts, seeds, init, mask)
+    (pixels,) = generate_batches(
+        family, [batch], settings, refiner=refiner, regions=regions, placeholders=placeholders
+    )
+    return pixels
+
+
+@torch.no_grad()
+def generate_batches(
+    family: Family,
+    batches: Sequence[ImageBatch],
+    settings: SamplerSettings,
+    *,
+    refiner: Family | None = None,
+    regions: Sequence[PromptRegion] = (),
+    placeholders: Sequence[Placeholder] = (),
+) -> list[Tensor]:
+    """The pixels of each batch, as `generate_images` makes them, one network after the other for
+    all batches: images to start from are encoded, then prompts, then latents sampled, then decoded.
+    """
+    under_way: list[Iterator[Tensor | None]] = []
+    for batch in batches:
+        under_way.append(_generate(family, batch, settings, refiner, regions, placeholders))
+    results: list[Tensor | None] = []
+    for _ in range(PHASES):
+        results = [next(own) for own in under_way]
+    return [pixels for pixels in results if pixels is not None]
+
+
+PHASES = 4  # of `_generate`: each yields once
+
+
+def _generate(
+    family: Family,
+    batch: ImageBatch,
+    settings: SamplerSettings,
+    refiner: Family | None,
+    regions: Sequence[PromptRegion],
+    placeholders: Sequence[Placeholder],
+) -> Iterator[Tensor | None]:
+    """None after each phase, and after the last one the pixels [b, 3, h, w]."""
+    prompts, seeds, init, mask = batch
     height, width = settings.height or family.resolution, settings.width or family.resolution
     _check_inputs(family, settings, (height, width), init, mask)
     shape = (family.latent_channels, height // family.factor, width // family.factor)
@@ -76,6 +126,9 @@ def generate_images(
     start = _start_sampling(family, eps, levels, settings.strength, init, mask)
     x, kept = start.x, start.kept
     check_regions(family, regions, settings)
+    yield None
+    text = encode_guidance(family, prompts, settings, (height, width), placeholders, regions)
+    yield None
     stages = [(family, levels, start.inpaint)]
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
@@ -83,18 +136,20 @@ def generate_images(
     sampler = settings.sampler, settings.sampler_args
     noise = _step_noise(seeds, shape, family.device)
     for model, stage_levels, stage_inpaint in stages:
-        words = placeholders if model is family else ()  # a refiner has not learned them
-        text = encode_guidance(model, prompts, settings, (height, width), words, regions)
+        if model is not family:  # it has not learned the placeholders
+            text = encode_guidance(model, prompts, settings, (height, width), (), regions)
         denoise = _prompted_denoiser(model, text, settings, stage_inpaint)
         if kept is not None:
             denoise = sampling.keep_latents(denoise, kept, start=levels.t[0].item())
+        getattr(model, "bring_denoiser", bool)()  # its norms are read before it is called
         with injection.cache_dora_norms(model.modules[model.denoiser]):
             x = sampling.run_sampler(*sampler, denoise, x, stage_levels, noise)
     if kept is not None:
         x = torch.where(kept.hole, x, kept.x0)
+    yield None
     pixels = family.decode(x).float()
     _check_finite(family, x, pixels, seeds)
-    return pixels
+    yield pixels
 
 
 class _Start(NamedTuple):

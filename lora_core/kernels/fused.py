@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_core.cuda_operators import has_meta_autocast
 from lora_core.kernels import reference
 from lora_core.kernels.reference import Drop, Member, wide_dtype
 
@@ -426,8 +427,8 @@ def _autocast(t: Any) -> Any:
 
 
 def _autocasts(t: Tensor) -> bool:
-    # torch has no autocast on the meta device
-    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
+    # torch has no autocast on the meta device, but where a step of CUDA is planned on it
+    return (not t.is_meta or has_meta_autocast()) and torch.is_autocast_enabled(t.device.type)
 
 
 def _exactly(t: Tensor) -> Any:

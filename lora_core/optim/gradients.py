@@ -1,4 +1,4 @@
-"""Gradient clipping and fp16 loss scaling, without waiting for the device."""
+"""Gradient clipping, fp16 loss scaling, skipped steps, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -48,8 +48,27 @@ def clip_gradients_(params: Iterable[Tensor], max_norm: float) -> Tensor:
         norms = torch._foreach_norm(grads, 2.0, dtype)
         norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm < math.inf:
-        _scale_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # 1e-6: torch's
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: torch's
+        torch._foreach_mul_(grads, factor.to(torch.promote_types(grads[0].dtype, torch.float32)))
     return norm
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Call optimizer.step(), without effect where `skip`, a 0-dim fp32 tensor, is 1.
+
+    Our optimizers and torch's fused ones take `skip` as torch.amp's `found_inf` and never wait for
+    the device. Any other optimizer may count its steps on the host, so that its step is left out
+    as in GradScaler, by reading one value from the device.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skip:  # the one host sync
+        optimizer.step()
 
 
 class LossScaler:
@@ -64,10 +83,7 @@ class LossScaler:
         scaler.step(optimizer)
         scaler.update()
 
-    A step that overflowed changes no parameter and no optimizer state. Our optimizers and torch's
-    fused ones take `found_inf` as a tensor and never wait for the device. Any other optimizer may
-    count its steps on the host, so that its step is skipped as in GradScaler, by reading one value
-    from the device.
+    A step that overflowed changes no parameter and no optimizer state (`step_unless`).
     """
 
     def __init__(
@@ -108,36 +124,31 @@ class LossScaler:
             raise UserError(
                 "there is no gradient to unscale: no parameter of this stage took part in the loss"
             )
-        _scale_(grads, 1 / self.current.double())
+        factor = 1 / self.current.double()
+        torch._foreach_mul_(grads, factor.to(torch.promote_types(grads[0].dtype, torch.float32)))
         largest = torch.stack([norm.float() for norm in torch._foreach_norm(grads, math.inf)])
         overflow = (~largest.isfinite().all()).float()
         return self.found_inf.copy_(torch.maximum(self.found_inf, overflow))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Call optimizer.step(), without effect if unscale_ found an overflow."""
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale = None  # type: ignore[attr-defined]
-            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
-            try:
-                optimizer.step()
-            finally:
-                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        elif not self.found_inf:  # the one host sync, see the class
-            optimizer.step()
+        step_unless(optimizer, self.found_inf)
 
-    def update(self) -> None:
+    def update(self, ignored: Tensor | None = None) -> None:
         """Reduce the scale after an overflow; raise it after `interval` steps without one.
 
-        Never grows to infinity; resets found_inf.
+        Never grows to infinity; resets found_inf. `ignored`: 0-dim bool, true for a step that says
+        nothing about the scale, for its loss is not finite.
         """
-        overflow = self.found_inf != 0
-        due = (self.clean + 1 >= self.interval) & ~overflow
+        counted = torch.ones_like(self.found_inf, dtype=torch.bool) if ignored is None else ~ignored
+        overflow = (self.found_inf != 0) & counted
+        due = (self.clean + 1 >= self.interval) & ~overflow & counted
         grown = self.current * self.growth
         scale = torch.where(due & grown.isfinite(), grown, self.current)
         self.current.copy_(torch.where(overflow, self.current * self.backoff, scale))
         self.skipped.add_(overflow)
         restart = overflow | due
-        self.clean.copy_(torch.where(restart, torch.zeros_like(self.clean), self.clean + 1))
+        self.clean.copy_(torch.where(restart, torch.zeros_like(self.clean), self.clean + counted))
         self.found_inf.zero_()
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,9 +170,3 @@ class LossScaler:
         self.skipped.copy_(state.get("skipped", self.skipped))
         self.growth, self.backoff = state["growth"], state["backoff"]
         self.interval = state["interval"]
-
-
-def _scale_(tensors: list[Tensor], factor: Tensor) -> None:
-    """tensors *= factor, in place; factor: 0-dim, in fp32 for half-precision tensors."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    torch._foreach_mul_(tensors, factor.to(wide))

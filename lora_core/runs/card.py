@@ -27,7 +27,10 @@ from lora_core.placeholders import Placeholder, bind_placeholders, describe_toke
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
-IGNORED = ("checkpoints/*", "class_images/*", "*.tmp*", ".*", "wandb/*", "tensorboard/*")
+IGNORED = (
+    "checkpoints/*", "class_images/*", "*.tmp*", ".*", "wandb/*", "tensorboard/*",
+    "skipped_files.txt",
+)  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

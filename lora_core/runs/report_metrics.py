@@ -33,7 +33,7 @@ SMOOTHED = 60  # a metric with more points gets its running mean
 TITLES = {  # metric -> (title of its chart, what there is to know about it)
     "loss": ("Training loss", "It depends mostly on the timesteps that were drawn."),
     "grad_norm": ("Gradient norm", "Before clipping, logarithmic."),
-    "skipped": ("Skipped steps", "Steps whose gradients overflowed in fp16, so far."),
+    "skipped": ("Skipped steps", "Steps so far whose loss or gradient was not finite."),
 }
 FAMILIES = {  # beginning of a metric's name -> the same of the metrics of all groups
     "lr_": ("Learning rate", "Of each group of parameters; Prodigy multiplies it by d."),

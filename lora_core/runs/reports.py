@@ -5,6 +5,7 @@ Values on the device are read many steps at a time, not at every step.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -52,13 +53,20 @@ class LogBook:
         """Metrics of one step, written at the next `flush`."""
         self.waiting.append({"step": step, **values})
 
-    def flush(self) -> list[dict[str, Any]]:
-        """Writes the waiting metrics to metrics.jsonl and returns them as plain numbers."""
+    def read(self) -> list[dict[str, Any]]:
+        """The waiting metrics as plain numbers, in one transfer from the device."""
         _read_tensors(self.waiting)
-        entries = self.waiting
+        return self.waiting
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Writes the waiting metrics to metrics.jsonl and returns them as plain numbers.
+
+        NaN and infinity, which JSON has not, are written as null.
+        """
+        entries = self.read()
         self.waiting = []
         for entry in entries:
-            self.run.log(entry)
+            self.run.log({name: _finite_or_none(value) for name, value in entry.items()})
             if self.sink is not None:
                 self.sink(entry["step"], _floats(entry))
         return entries
@@ -75,6 +83,11 @@ def _read_tensors(entries: list[dict[str, Any]]) -> None:
     for (entry, name), number in zip(places, torch.stack(tensors).tolist()):
         is_count = not entry[name].is_floating_point()
         entry[name] = int(number) if is_count else number
+
+
+def _finite_or_none(value: Any) -> Any:
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value if is_finite else None
 
 
 def _floats(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -31,8 +31,8 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
     """The options of a run in `folder` (the table of its config.toml) without what only its owner
     has. Options that the table lacks stay away.
 
-    Left out are PRIVATE_OPTIONS, and a dataset or pairs that are folders. Other paths are those of
-    `shorten_path`, or have ~ for the home folder.
+    Left out are PRIVATE_OPTIONS, a dataset in files of this computer, and pairs that are a folder.
+    Other paths are those of `shorten_path`, or have ~ for the home folder.
     """
     shared: dict[str, Any] = {}
     for name, value in table.items():
@@ -49,7 +49,8 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
             own[name] = ""
     data = shared.get("data")
     if isinstance(data, dict):
-        if "dataset" in data and Path(str(data["dataset"])).exists():
+        is_local = bool(data.get("streaming")) or Path(str(data.get("dataset"))).exists()
+        if "dataset" in data and is_local:
             data["dataset"] = ""
         if "pairs" in data and not names_columns(str(data["pairs"])):
             data["pairs"] = ""

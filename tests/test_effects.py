@@ -1,0 +1,528 @@
+"""Every option has a row that says what shows its effect; with its implementation switched off the
+run ends with an error that names the option.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import models.flux
+import train
+from lora_core.adapters import adapter_module, kinds
+from lora_core.config import Config, Stage, ValidationConfig
+from lora_core.data import dataset
+from lora_core.diffusion import densities, losses, masked_losses, noise
+from lora_core.diffusion.losses import mse
+from lora_core.errors import UserError
+from lora_core.optim import building, ema, gradients, schedules
+from lora_core.runs import reports
+from tests import tiny_flux
+from tests.test_configs import put
+from training import (
+    checkpoints,
+    config_checks,
+    cuda_graph,
+    effects,
+    processes,
+    run_adapters,
+    setup,
+    step_inputs,
+)
+from training import step as step_module
+
+BOTH, TOKENS = ("denoiser", "tokens"), ("tokens",)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_every_option_has_a_row_and_every_row_names_what_there_is() -> None:
+    assert list(effects.option_names()) == list(dict.fromkeys(effects.option_names()))
+    assert set(effects.OPTION_EFFECTS) == set(effects.option_names())
+    for effect in effects.OPTION_EFFECTS.values():
+        if isinstance(effect, effects.Refused | effects.Place):
+            module, _, name = (getattr(effect, "check", "") or effect.reader).partition(":")
+            assert callable(getattr(importlib.import_module(module), name))
+        elif isinstance(effect, effects.Written):
+            assert Path(effect.test).is_file()
+
+
+# ---------------------------------------------------------------- options that are switched off
+
+
+def given(place: Any, name: str, **fixed: Any) -> tuple[Any, str, Callable[[Any], Any]]:
+    """The function `name` of a module or class, with some arguments fixed whatever is passed."""
+
+    def disable(whole: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **settings: whole(*args, **(settings | fixed))
+
+    return place, name, disable
+
+
+def instead(place: Any, name: str, other: Any) -> tuple[Any, str, Callable[[Any], Any]]:
+    """Another object in the place of one."""
+    return place, name, lambda whole: other
+
+
+def with_settings(place: Any, name: str, number: int, **fixed: Any) -> Any:
+    """A function whose positional argument `number`, a dataclass, has some fields fixed."""
+
+    def disable(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            changed = list(args)
+            own = changed[number]
+            changed[number] = (
+                own._replace(**fixed) if hasattr(own, "_replace") else replace(own, **fixed)
+            )
+            return whole(*changed, **settings)
+
+        return call
+
+    return place, name, disable
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def same(first: Any, *_: Any, **__: Any) -> Any:
+    return first
+
+
+def constant(*_: Any, **__: Any) -> float:
+    return 1.0
+
+
+def plain_call(function: Any, *args: Any, **settings: Any) -> Any:
+    for name in ("use_reentrant", "preserve_rng_state", "context_fn"):
+        settings.pop(name, None)
+    return function(*args, **settings)
+
+
+def ignore_purpose(purpose: str) -> Any:
+    """Draws of one purpose are 0."""
+
+    def disable(whole: Any) -> Any:
+        def draw(self: Any, record: Any, visit: int, own: str) -> float:
+            return 0.0 if own == purpose else whole(self, record, visit, own)
+
+        return draw
+
+    return dataset.ImageDataset, "_uniform", disable
+
+
+def never_twice(whole: Any) -> Any:
+    numbers = iter(torch.rand(1000, generator=torch.Generator().manual_seed(0)).tolist())
+    return lambda self, record, visit, purpose: next(numbers)
+
+
+def without_schedule_arguments(whole: Any) -> Any:
+    def set_rates(stage: Stage, step: int, config: Config, optimization: Any) -> None:
+        whole(stage, step, config, optimization)
+        for group in optimization.optimizer.param_groups:
+            group["rate"] = group["lr"] = 1e-3
+
+    return set_rates
+
+
+def without_warmup(whole: Any) -> Any:
+    def resolve(name: str, /, **args: Any) -> Any:
+        multiplier = whole(name, **args)
+        return lambda step, total, warmup: multiplier(step, total, 0)
+
+    return resolve
+
+
+def without_setting(option: str) -> Any:
+    def disable(whole: Any) -> Any:
+        def settings(*args: Any, **given: Any) -> Any:
+            found = whole(*args, **given)
+            for group in found.values():
+                group.pop(option, None)
+            return found
+
+        return settings
+
+    return building, "group_settings", disable
+
+
+def frozen_parameter(whole: Any) -> Any:
+    def begin(stage: Stage, config: Config, model: Any, optimization: Any) -> None:
+        whole(stage, config, model, optimization)
+        model.groups["denoiser"][1].requires_grad_(False)
+
+    return begin
+
+
+def usual_decay(whole: Any) -> Any:
+    def begin(stage: Stage, config: Config, model: Any, optimization: Any) -> None:
+        whole(stage, config, model, optimization)
+        for group in optimization.optimizer.param_groups:
+            group["weight_decay"] = 0.01
+
+    return begin
+
+
+def without_decay(whole: Any) -> Any:
+    def begin(stage: Stage, config: Config, model: Any, optimization: Any) -> None:
+        whole(replace(stage, weight_decay={}), config, model, optimization)
+
+    return begin
+
+
+def with_usual_guidance(whole: Any) -> Any:
+    return lambda model, *rest: whole(replace(model, guidance=3.5), *rest)
+
+
+def first_call_only(whole: Any) -> Any:
+    def write(self: Any, done: int, log: Any) -> None:
+        if done == log.config.steps:
+            whole(self, done, log)
+
+    return write
+
+
+def shorter_scores(count: int) -> Any:
+    return train.Scorer, "score", lambda whole: lambda self: whole(self)[:count]
+
+
+def even(mask: Tensor, temperature: float) -> Tensor:
+    return torch.ones_like(mask)
+
+
+NO_MASK = masked_losses.MaskScale(even, masked_losses.MASK_SCALES["mean"].factor)
+BLUNT = masked_losses.MaskScale(
+    lambda mask, temperature: mask, masked_losses.MASK_SCALES["mean"].factor
+)
+LEVELS, NOISE = (noise, "sample_levels"), (noise, "sample_noise")
+INJECT = (run_adapters.injection, "inject")
+SPEC = with_settings
+MASKS: dict[str, Any] = {"data.masks": "file", "stages.0.steps": 1}
+PRIOR: dict[str, Any] = {"prior.prompt": "a cat", "prior.count": 2}
+TOKEN_STAGE: dict[str, Any] = {"stages.0.groups": BOTH}
+
+# Option -> its value, what else it needs, and the function that is switched off.
+CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "threads": (3, {}, instead(setup.torch, "set_num_threads", nothing)),
+    "precision": ("fp64", {}, with_settings(setup, "load_family", 1, dtype=torch.float32)),
+    "vae_precision": ("bf16", {}, with_settings(setup, "load_family", 1, vae_dtype=None)),
+    "autocast": (True, {}, given(setup.torch, "autocast", enabled=False)),
+    "compile": (True, {}, instead(cuda_graph, "compile_blocks", nothing)),
+    "gradient_checkpointing": (True, {}, instead(setup, "checkpoint", plain_call)),
+    "batch_size": (3, {}, given(dataset, "iterate_batches", batch=2)),
+    "accumulation": (2, {}, instead(step_inputs, "micro_batches", lambda batch, parts: [batch])),
+    "loss": ("l1", {}, instead(losses.LOSSES, "l1", mse)),
+    "loss_arg": (
+        {"delta": 0.3},
+        {"loss": "huber"},
+        (losses.LOSSES, "huber", lambda whole: lambda step, delta=0.1: whole(step)),
+    ),
+    "mask_scale": (
+        "cloneofsimo",
+        MASKS,
+        instead(masked_losses.MASK_SCALES, "cloneofsimo", masked_losses.MASK_SCALES["mean"]),
+    ),
+    "weighting": (
+        "min_snr",
+        {},
+        (losses, "loss_weights", lambda _: lambda name, level, *a, **k: torch.ones_like(level.t)),
+    ),
+    "weighting_arg": (
+        {"gamma": 2.0},
+        {"weighting": "min_snr"},
+        (losses, "loss_weights", lambda f: lambda *a, space="model", **_: f(*a, space=space)),
+    ),
+    "ema": (0.9, {}, instead(ema.ParameterAverage, "update_", nothing)),
+    "data.resolution": (24, {}, instead(dataset, "cut_size", lambda *_: (16, 16))),
+    "data.crop": (
+        "random",
+        {},
+        (dataset, "_crop_corner", lambda f: lambda image, size, draw: f(image, size, None)),
+    ),
+    "data.zoom": (1.5, {}, ignore_purpose("zoom")),
+    "data.flip": (True, {}, instead(dataset, "mirror_image", same)),
+    "data.jitter": (True, {}, instead(dataset, "jitter_colors", same)),
+    "data.variants": (
+        2,
+        {"data.flip": True, "data.crop": "random"},
+        (dataset.ImageDataset, "_uniform", never_twice),
+    ),
+    "data.buckets": (
+        True,
+        {"data.bucket_step": 2},
+        instead(dataset, "cut_size", lambda *_: (16, 16)),
+    ),
+    "data.bucket_step": (
+        4,
+        {"data.buckets": True, "batch_size": 1},
+        instead(dataset, "cut_size", lambda *_: (14, 18)),
+    ),
+    "data.interpolation": (
+        "lanczos",
+        {},
+        (
+            dataset,
+            "resize_image",
+            lambda f: lambda image, size, how="bilinear": f(image, size, "bilinear"),
+        ),
+    ),
+    "data.caption_dropout": (
+        0.3,
+        {},
+        instead(
+            dataset.ImageDataset, "_choose_caption", lambda self, r, visit: (r.captions[0], False)
+        ),
+    ),
+    "data.repeats": (2, {}, given(dataset, "scan_folder", repeats=1)),
+    "data.masks": ("file", {}, instead(masked_losses.MASK_SCALES, "mean", NO_MASK)),
+    "data.cache": (
+        "CACHE",
+        {},
+        (step_inputs, "TensorCache", lambda f: lambda made_by, folder: f(made_by, None)),
+    ),
+    "prior.prompt": ("a cat", {}, instead(setup.class_images, "open_class_images", nothing)),
+    "prior.count": (
+        3,
+        {"prior.prompt": "a cat"},
+        with_settings(setup.class_images, "open_class_images", 0, count=2),
+    ),
+    "prior.images": (
+        "CLASS",
+        PRIOR,
+        with_settings(setup.class_images, "open_class_images", 0, images=""),
+    ),
+    "prior.weight": (0.3, PRIOR, given(losses, "sum_losses", prior_weight=1.0)),
+    "prior.swap": ({"TOK": "b"}, {}, instead(losses, "add_preservation", same)),
+    "prior.outside_mask": (0.5, MASKS, instead(masked_losses, "add_outside_preservation", same)),
+    "adapter.rank": (3, {}, SPEC(*INJECT, 1, rank=4)),
+    "adapter.alpha": (2.0, {}, SPEC(*INJECT, 1, alpha=0.0)),
+    "adapter.rslora": (True, {}, SPEC(*INJECT, 1, rslora=False)),
+    "adapter.norm_grad": ("full", {"adapter.kind": "dora"}, SPEC(*INJECT, 1, norm_grad="detach")),
+    "adapter.factor": (2, {"adapter.kind": "lokr"}, SPEC(*INJECT, 1, factor=-1)),
+    "adapter.init": ("kaiming", {}, SPEC(*INJECT, 1, init="gaussian")),
+    "adapter.dropout": (
+        0.1,
+        {},
+        instead(adapter_module.DroppingAdapter, "_input_dropout", nothing),
+    ),
+    "adapter.rank_dropout": (0.1, {}, instead(kinds.FactorAdapter, "rank_mask", nothing)),
+    "adapter.module_dropout": (
+        0.1,
+        {},
+        instead(adapter_module.DroppingAdapter, "_kept_examples", nothing),
+    ),
+    "tokens.words": (
+        ("TOK", "a"),
+        TOKEN_STAGE,
+        (
+            setup.learned_tokens.model_checks,
+            "token_initializers",
+            lambda f: lambda c: f(put(c, {"tokens.words": ("TOK",)})),
+        ),
+    ),
+    "tokens.vectors": (
+        3,
+        TOKEN_STAGE,
+        (
+            setup.learned_tokens,
+            "make_placeholders",
+            lambda f: lambda i, vectors, layers: f(i, [1] * len(vectors), layers=layers),
+        ),
+    ),
+    "tokens.per_layer": (
+        True,
+        TOKEN_STAGE,
+        given(setup.learned_tokens, "make_placeholders", layers=0),
+    ),
+    "tokens.init": (
+        ("zero",),
+        TOKEN_STAGE,
+        (setup.learned_tokens.tokens, "_initial_rows", lambda f: lambda *a, **k: f(*a, **k) + 0.1),
+    ),
+    "tokens.norm": ("rescale", TOKEN_STAGE, instead(step_module, "control_token_norms", nothing)),
+    "noise.offset": (0.1, {}, SPEC(*NOISE, 2, offset=0.0)),
+    "noise.multires_levels": (3, {}, SPEC(*NOISE, 2, multires_levels=0)),
+    "noise.multires_discount": (
+        0.5,
+        {"noise.multires_levels": 3},
+        SPEC(*NOISE, 2, multires_discount=0.3),
+    ),
+    "noise.perturbation": (0.1, {}, SPEC(*NOISE, 2, perturbation=0.0)),
+    "noise.low": (0.2, {}, given(*LEVELS, low=0.0)),
+    "noise.high": (0.8, {}, given(*LEVELS, high=1.0)),
+    "noise.density": ("logit_normal", {}, given(*LEVELS, density=None)),
+    "noise.density_args": (
+        {"mean": 1.0},
+        {"noise.density": "logit_normal"},
+        (densities, "bind_density", lambda f: lambda name, **_: f(name)),
+    ),
+    "noise.space": (
+        "edm",
+        {},
+        (train, "to_loss_space", lambda f: lambda p, space, *a: f(p, "model", *a)),
+    ),
+    "noise.prediction": (
+        "v_prediction",
+        {},
+        instead(setup, "scheduler_changes", lambda *a, **k: {}),
+    ),
+    "noise.zero_terminal_snr": (
+        True,
+        {"noise.prediction": "v_prediction"},
+        given(setup, "scheduler_changes", zero_terminal_snr=False),
+    ),
+    "optimizer.name": (
+        "torch.optim.Adam",
+        {},
+        (
+            building,
+            "build_optimizer",
+            lambda f: lambda name, groups, args: f("adamw", groups, args),
+        ),
+    ),
+    "optimizer.lr": (
+        {"denoiser": 2e-3},
+        {},
+        (train, "set_learning_rates", without_schedule_arguments),
+    ),
+    "optimizer.weight_decay": ({"denoiser": 0.3}, {}, (train, "begin_stage", usual_decay)),
+    "optimizer.betas": ({"denoiser": (0.5, 0.9)}, {}, without_setting("betas")),
+    "optimizer.args": (
+        {"eps": 1e-5},
+        {},
+        (building, "build_optimizer", lambda f: lambda name, groups, args: f(name, groups, {})),
+    ),
+    "optimizer.schedule": (
+        "linear",
+        {"stages.0.steps": 5},
+        instead(schedules.SCHEDULES, "linear", constant),
+    ),
+    "optimizer.schedules": (
+        {"denoiser": "linear"},
+        {"stages.0.steps": 5},
+        instead(schedules.SCHEDULES, "linear", constant),
+    ),
+    "optimizer.warmup": (2, {"stages.0.steps": 5}, (schedules, "resolve_schedule", without_warmup)),
+    "optimizer.lora_plus": (
+        4.0,
+        {},
+        (building, "split_by_ratio", lambda f: lambda groups, ratios: f(groups, {})),
+    ),
+    "optimizer.clip": (
+        1e-6,
+        {},
+        (gradients, "clip_gradients_", lambda f: lambda params, limit: f(params, 1e9)),
+    ),
+    "stages.groups": (("denoiser",), {}, (train, "begin_stage", frozen_parameter)),
+    "stages.lr": (
+        {"denoiser": 2e-3},
+        {"optimizer.lr": {}},
+        (train, "set_learning_rates", without_schedule_arguments),
+    ),
+    "stages.weight_decay": ({"denoiser": 0.3}, {}, (train, "begin_stage", without_decay)),
+    "stages.schedule": (
+        "linear",
+        {"stages.0.steps": 5},
+        instead(schedules.SCHEDULES, "linear", constant),
+    ),
+    "stages.schedules": (
+        {"denoiser": "linear"},
+        {"stages.0.steps": 5},
+        instead(schedules.SCHEDULES, "linear", constant),
+    ),
+    "stages.low": (0.2, {}, given(*LEVELS, low=0.0)),
+    "stages.high": (0.8, {}, given(*LEVELS, high=1.0)),
+    "stages.norm": ("rescale", TOKEN_STAGE, instead(step_module, "control_token_norms", nothing)),
+    "stages.mask_temperature": (2.0, MASKS, instead(masked_losses.MASK_SCALES, "mean", BLUNT)),
+    # what a run writes
+    "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
+    "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
+    "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
+    "validation.every": (1, {}, instead(train.Log, "validate", nothing)),
+    "validation.count": (2, {}, shorter_scores(1)),
+    "validation.bins": (2, {}, shorter_scores(1)),
+    "validation.draws": (2, {}, shorter_scores(1)),
+    "report": ("tensorboard", {}, instead(reports.SINKS, "tensorboard", nothing)),
+}
+
+
+FLUX: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "tokens.encoders": (
+        ("clip_l", "t5"),
+        TOKEN_STAGE,
+        (
+            setup.learned_tokens,
+            "install_run_tokens",
+            lambda f: lambda c, *rest: f(put(c, {"tokens.encoders": ()}), *rest),
+        ),
+    ),
+    "noise.shift": (3.0, {}, given(*LEVELS, shift=1.0)),
+    "noise.dynamic_shift": (
+        True,
+        {},
+        instead(models.flux.Flux, "schedule_at", lambda self, *_: self.schedule),
+    ),
+    "noise.guidance": (1.0, {}, (train, "encode_conditioning", with_usual_guidance)),
+}
+# Options that no small run shows: their probes are called in tests/test_input_probes.py.
+ELSEWHERE = {"data.dropped", "data.pairs"}
+
+
+def test_each_option_that_a_run_looks_at_is_switched_off_here() -> None:
+    shown = {
+        name
+        for name, effect in effects.OPTION_EFFECTS.items()
+        if isinstance(effect, effects.Shown) or getattr(effect, "is_there", None)
+    }
+    assert CASES.keys() | FLUX.keys() | ELSEWHERE == shown
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flux") / "model"
+    tiny_flux.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("option", FLUX)
+def test_the_same_for_options_of_flow_models(
+    option: str, config: Config, flux: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, more, (place, name, disable) = FLUX[option]
+    base = {"model": str(flux), "stages.0.steps": 1, "validation": ValidationConfig(every=-1)}
+    config = put(config, base | more | {option: value})
+    monkeypatch.setattr(place, name, disable(getattr(place, name)))
+    with pytest.raises(UserError, match=f"^--{option.replace('_', '-')} .* had no effect"):
+        train.train(config)
+
+
+@pytest.mark.parametrize("option", CASES)
+def test_an_option_whose_implementation_is_off_is_an_error(
+    option: str, config: Config, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    value, more, (place, name, disable) = CASES[option]
+    if value == "CACHE" or value == "CLASS":
+        value = str(tmp_path / "folder")
+    is_output = isinstance(effects.OPTION_EFFECTS[option], effects.Written)
+    steps = 2 if is_output else 1
+    validation = ValidationConfig(bins=1) if is_output else ValidationConfig(every=-1)
+    base = {"stages.0.steps": steps, "validation": validation, **more}
+    config = put(config, base | {option.replace("stages.", "stages.0."): value})
+    if isinstance(place, dict):
+        monkeypatch.setitem(place, name, disable(place[name]))
+    else:
+        monkeypatch.setattr(place, name, disable(getattr(place, name)))
+    monkeypatch.setattr(config_checks.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(reports, "check_login", nothing)
+    flag = option.replace("stages.", "stages.0.").replace("_", "-")
+    with pytest.raises(UserError, match=f"^--{flag} .* had no effect") as caught:
+        train.train(config)
+    print(caught.value)

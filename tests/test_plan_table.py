@@ -1,0 +1,48 @@
+"""`train.py CONFIG --plan`: one screen, command lines to type, nothing read but configs."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from lora_core.command_line import parse_command_line
+from lora_core.config import Config
+from models.published import HUB_NAMES, PUBLISHED_MODELS, config_source
+
+
+def test_the_table_of_a_model_that_has_configs_alone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "configs"
+    for file in model.rglob("*.json"):
+        if "tokenizer" not in str(file):
+            place = folder / file.relative_to(model)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(file.read_text())
+    words = ["--model", str(folder), "--data.resolution", "256", "--batch-size", "2"]
+    words += ["--adapter.rank", "4"]
+    assert train.main([*words, "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 35 and max(map(len, lines[1:-6])) <= 100
+    assert lines[1] == (
+        "lora of rank 4, 2 images of 256 x 256 pixels, adamw, fp32, checkpointing none"
+    )
+    cards = [line for line in lines if " GB  " in line and "train.py" in line]
+    assert [line.split()[0] for line in cards] == ["8", "12", "16", "24", "40", "80"]
+    for line in cards:
+        asked = shlex.split(line[line.index("python") :])[2:]
+        config = parse_command_line(Config, asked, prog="train.py", example="")
+        assert config.model == str(folder)
+
+
+def test_published_models_need_no_download() -> None:
+    assert set(HUB_NAMES.values()) == set(PUBLISHED_MODELS)
+    for name in ("sdxl", "black-forest-labs/FLUX.1-dev"):
+        assert (Path(config_source(name)) / "model_index.json").is_file()
+    assert config_source("somebody/else") == "somebody/else"
+
+
+def test_a_config_that_does_nothing_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--model", "sdxl", "--plan", "--weighting-arg", "gamma=5"]) == 2
+    assert "weighting-arg" in capsys.readouterr().err
