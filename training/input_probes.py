@@ -127,7 +127,7 @@ def drops_captions(first: FirstStep) -> bool | None:
 
 def drops_as_asked(first: FirstStep) -> bool:
     """--data.dropped: whether dropped captions are zeros or not."""
-    return first.source.zeroes_dropped == (first.config.data.dropped == "zeros")
+    return first.source.captions.zeroes_dropped == (first.config.data.dropped == "zeros")
 
 
 def enough_draws(p: float) -> int | None:

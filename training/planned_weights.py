@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core import tokens
-from lora_core.adapters.adapted_layer import Adapted, adaptable_layers, adapted_layers
+from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
 from lora_core.config import Config
 from lora_core.quantized_weights import stored_bytes
 from models.placement import LARGE_ENCODER, checkpointed_blocks, parameter_count, quantizable_paths
+from training.residency import named_frozen_tensors
 
 
 def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) -> int:
@@ -73,25 +72,9 @@ def frozen_sizes(network: nn.Module, quantize: Any = "none") -> dict[str, int]:
     """Path of a frozen tensor -> its bytes on the device in a form, each tensor once."""
     packed = quantized_weights(network, quantize)
     sizes = {}
-    for path, tensor in frozen_tensors(network):
+    for path, tensor in named_frozen_tensors(network):
         if id(tensor) in packed:
             sizes[path] = stored_bytes(tensor.shape, quantize, tensor.dtype)
         else:
             sizes[path] = tensor.numel() * tensor.element_size()
     return sizes
-
-
-def frozen_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of the parameters and buffers, each once, without adapters and token rows."""
-    ours: set[int] = set()
-    for layer in adapted_layers(network):
-        for adapter in layer.adapters.values():
-            ours.update(map(id, adapter.modules()))
-    seen: set[int] = set()
-    for path, module in network.named_modules():
-        if id(module) in ours or isinstance(module, tokens.LearnedEmbedding):
-            continue
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{path}.{name}", tensor

@@ -75,18 +75,26 @@ def place_component(network: nn.Module, device: torch.device | None, host: HostC
 
 def frozen_tensors(network: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a network, each once, without adapters and learned token rows."""
+    for _, tensor in named_frozen_tensors(network):
+        yield tensor
+
+
+def named_frozen_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of the parameters and buffers of a network, each once, without adapters and
+    learned token rows.
+    """
     ours: set[int] = set()
     for layer in adapted_layers(network):
         for adapter in layer.adapters.values():
             ours.update(map(id, adapter.modules()))
     seen: set[int] = set()
-    for module in network.modules():
+    for path, module in network.named_modules():
         if id(module) in ours or isinstance(module, tokens.LearnedEmbedding):
             continue
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield tensor
+                yield f"{path}.{name}", tensor
 
 
 class Residency:
