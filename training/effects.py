@@ -109,7 +109,7 @@ def _keeps_few(log: Log) -> bool:
 
 def _has_scores(log: Log) -> bool:
     every = log.config.validation.every
-    return not log.scores if every < 0 else log.scores.keys() >= set(_due(log, every))
+    return not log.scores if every < 0 else log.validated >= set(_due(log, every))
 
 
 def _newest_scores(log: Log) -> Sequence[Score]:
