@@ -77,7 +77,6 @@ READ_BY_HAND = {
     "sharding.py": TORCHRUN,
     "train.py": {"compare", "list", "plan", "preview-density"},
     "memory_advice.py": {"plan"},
-    "plan_options.py": {"offload"},  # where networks may leave the device
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},
     "config.py": {"data.mask"},  # the other spelling of data.masks

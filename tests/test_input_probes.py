@@ -78,9 +78,8 @@ def test_buckets_of_square_images_cannot_show_themselves(square: Path) -> None:
 @pytest.mark.parametrize("how", ["zeros", "empty"])
 def test_captions_are_dropped_in_the_way_that_was_asked_for(zeroes: bool, how: Any) -> None:
     config = Config(data=DataConfig(dropped=how))
-    step = looked_at(
-        config, source=SimpleNamespace(captions=SimpleNamespace(zeroes_dropped=zeroes))
-    )
+    source = SimpleNamespace(captions=SimpleNamespace(zeroes_dropped=zeroes))
+    step = looked_at(config, source=source)
     assert probes.drops_as_asked(step) == (zeroes == (how == "zeros"))
 
 

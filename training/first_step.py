@@ -63,10 +63,10 @@ class FirstStep:
     def can_compare(self) -> bool:
         """Whether losses may be computed again: not by a step of the user's own, not where
         processes share a network, all of which would have to do the same, and not where each block
-        would be compiled for it.
+        would be compiled or copied for it.
         """
         c = self.config
-        return self.functions.own_step is None and not (c.shard or c.compile)
+        return self.functions.own_step is None and not (c.shard or c.compile or c.stream)
 
     @cached_property
     def mse(self) -> Tensor:

@@ -32,6 +32,7 @@ from training.planned_step import (
     on_meta,
     open_planned_family,
     open_planned_run,
+    plain_placement,
     planned_inputs,
     step_memory,
 )
@@ -181,15 +182,7 @@ def _measure_images(key: _Key) -> ImageMemory:
 
 def takes_turns(config: Config) -> bool:
     """Whether networks leave the device while they do not work (--offload)."""
-    return bool(getattr(config, "offload", True))
-
-
-def plain_placement(config: Config) -> Config:
-    """The config with all weights on the device as they are."""
-    changes: dict[str, Any] = {"quantize": "none", "stream": False, "shard": False}
-    if hasattr(config, "offload"):
-        changes["offload"] = False
-    return replace(config, **changes)
+    return config.offload and not config.family
 
 
 def largest_size(config: Config) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lora_core.config import Config
 from lora_core.errors import UserError
 from training import config_checks
-from training.memory_plan import MemoryPlan, plan_memory, takes_turns
+from training.memory_plan import MemoryPlan, plan_memory
 
 
 class Saving(NamedTuple):
@@ -53,7 +53,7 @@ def _changer(changes: dict[str, Any]) -> Callable[[Config], Config]:
 def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """(words of the flag, fields and their values), from the least costly on."""
     trains_text = config.trains("text_encoder") or config.trains("tokens")
-    if not takes_turns(config):
+    if not config.offload:
         yield "--offload", {"offload": True}
     if config.precision in ("fp32", "fp64"):
         yield "--precision bf16", {"precision": "bf16"}

@@ -82,7 +82,9 @@ def open_planned_run(config: Config, kind: str, *, weights_itself: bool = False)
     inside `on_meta(kind)`. Raises UserError like `setup.open_model`.
     """
     model_path, vae = config_source(config.model), _own_vae(config)
-    planned = replace(config, model=model_path, vae=vae, device="meta", from_lora="")
+    planned = replace(
+        plain_placement(config), model=model_path, vae=vae, device="meta", from_lora=""
+    )
     planned = replace(planned, compile=False, cuda_graph=False)
     if config.trains("tokens"):  # their first values need a vocabulary
         longest = max(len(words.split()) for words in config.tokens.init)
@@ -95,6 +97,11 @@ def open_planned_run(config: Config, kind: str, *, weights_itself: bool = False)
         model.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimization = setup.open_optimizer(planned, model.groups, model.rate_ratios)
     return PlannedRun(planned, model, optimization)
+
+
+def plain_placement(config: Config) -> Config:
+    """The config with all weights on the device as they are."""
+    return replace(config, quantize="none", stream=False, shard=False, offload=False)
 
 
 def open_planned_family(config: Config) -> Family:

@@ -24,8 +24,10 @@ from training.first_step import FirstStep, Probe, forward_calls
 # ---------------------------------------------------------------- model and adapters
 
 
-def has_precision(first: FirstStep) -> bool:
-    """--precision: whether frozen weights of the denoiser have it."""
+def has_precision(first: FirstStep) -> bool | None:
+    """--precision: whether frozen weights of the denoiser have it, unless they are quantized."""
+    if first.config.quantize != "none":
+        return None
     frozen = [p for p in first.model.denoiser.parameters() if not p.requires_grad]
     return any(p.dtype == DTYPES[first.config.precision] for p in frozen)
 
