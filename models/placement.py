@@ -13,8 +13,13 @@ from lora_core.adapters.adapted_layer import Adapted, adaptable_layers, module_p
 from lora_core.adapters.adapter_module import BaseLayer
 from lora_core.errors import UserError
 from lora_core.family import Family
-from lora_core.quantized_weights import Quantize, QuantizedLinear, is_quantizable, stored_bytes
-from lora_core.streamed_blocks import move_around_blocks, stream_blocks
+from lora_core.memory.quantized_weights import (
+    Quantize,
+    QuantizedLinear,
+    is_quantizable,
+    stored_bytes,
+)
+from lora_core.memory.streamed_blocks import move_around_blocks, stream_blocks
 
 LARGE_ENCODER = 10**9  # parameters of a text encoder that is quantized too: T5, not CLIP
 RESNET_BLOCKS = ("ResnetBlock2D",)  # of UNets, which diffusers checkpoints beside the transformers'

@@ -32,8 +32,8 @@ from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.toml import read_toml, to_toml
 from tests.process_groups import ProcessGroups, process_groups
-from training.compare_options import CompareRuns
-from training.measures import find_measures
+from training.comparisons.compare_options import CompareRuns
+from training.comparisons.measures import find_measures
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

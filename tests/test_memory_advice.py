@@ -12,8 +12,9 @@ from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.toml import to_toml
 from tests.test_memory_errors import CUDA
-from training import memory_advice, nonfinite
-from training.memory_advice import fitting_options
+from training import nonfinite
+from training.memory import memory_advice
+from training.memory.memory_advice import fitting_options
 
 
 def run_main(config: Config, tmp_path: Path) -> int:

@@ -6,9 +6,9 @@ import torch
 
 import train
 from lora_core.config import Config
-from lora_core.memory_errors import format_bytes
+from lora_core.memory.memory_errors import format_bytes
 from lora_core.report import write_report
-from training.peak_memory import describe_peak, measure_peak
+from training.memory.peak_memory import describe_peak, measure_peak
 
 
 def test_the_process_has_had_what_it_filled() -> None:

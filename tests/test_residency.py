@@ -18,7 +18,7 @@ from lora_core.settings import AdapterSpec
 from tests import tiny_flux
 from tests.conftest import final, merged, rows, same, save_pipeline
 from tests.parted_memory import PartedMemory, parted_memory
-from training.residency import (
+from training.networks.residency import (
     DENOISER,
     TEXT_ENCODERS,
     VAE,

@@ -14,9 +14,9 @@ from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.family import Conditioning, Family
 from lora_core.settings import AdapterSpec
-from training import residency as places
 from training.cuda_graph import map_tensors
-from training.residency import DENOISER, TEXT_ENCODERS, VAE, Residency, to_device
+from training.networks import residency as places
+from training.networks.residency import DENOISER, TEXT_ENCODERS, VAE, Residency, to_device
 
 PROMPTS_AT_ONCE = 64  # lists of prompts whose encodings are kept on the host
 

@@ -19,7 +19,7 @@ from lora_core.data.pairs import scan_pairs
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Run
 from lora_core.text import print_escaped
-from training import mask_files
+from training.inputs import mask_files
 
 LEFT_OUT = "skipped_files.txt"  # in the run's folder: every file that is left out, with the reason
 
@@ -121,7 +121,7 @@ def _print_left_out(config: Config, checks: ImageChecks, records: Sequence[Recor
 
 def _open_stream(config: Config, checks: ImageChecks) -> list[Record]:
     """The images in the shards of a dataset."""
-    from lora_core.data import streams  # the hub's client is needed for datasets only
+    from lora_core.data.shards import streams  # the hub's client is needed for datasets only
 
     d = config.data
     options = streams.StreamOptions(

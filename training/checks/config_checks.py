@@ -28,11 +28,11 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
-from training.base_weights import check_base_weights
-from training.group_checks import check_groups, check_schedules, stage_schedules
-from training.mask_files import parse_segmenter
-from training.optimizer_check import try_optimizer
-from training.training_images import check_data_options
+from training.checks.group_checks import check_groups, check_schedules, stage_schedules
+from training.checks.optimizer_check import try_optimizer
+from training.inputs.mask_files import parse_segmenter
+from training.inputs.training_images import check_data_options
+from training.networks.base_weights import check_base_weights
 
 # Options that name input files and folders, which the run must not overwrite.
 INPUT_PATHS = (

@@ -11,15 +11,15 @@ from typing import Any
 
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.memory_errors import (
+from lora_core.memory.memory_errors import (
     MemoryShortage,
     describe_shortage,
     is_out_of_memory,
     read_shortage,
 )
-from training import plan_options
-from training.memory_plan import GB, plan_memory
-from training.plan_options import Fit, Saving
+from training.memory import plan_options
+from training.memory.memory_plan import GB, plan_memory
+from training.memory.plan_options import Fit, Saving
 
 OPTIONS = 3  # that a sentence names
 # Less than the plan of what did not fit, which may be some percent off.

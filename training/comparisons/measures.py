@@ -22,9 +22,9 @@ from lora_core.errors import UserError
 from lora_core.kernels.reference import wide_dtype
 from lora_core.plugins import check_call, explain_errors, find_plugin, function_name
 from lora_core.runs.comparison import NO_TIME, Measured, read_recorded_run, recorded_losses
+from training.comparisons.trained_runs import TrainedRun, find_trained_run, open_trained_run
+from training.inputs.step_inputs import InputSource, list_visits, make_step_inputs
 from training.step import Loss, Step
-from training.step_inputs import InputSource, list_visits, make_step_inputs
-from training.trained_runs import TrainedRun, find_trained_run, open_trained_run
 
 RECORDED, CLIP = "loss", "clip:"
 AT_ONCE = 256  # training images in memory

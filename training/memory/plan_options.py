@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from lora_core.config import Config
 from lora_core.errors import UserError
-from training import config_checks
-from training.memory_plan import MemoryPlan, plan_memory
+from training.checks import config_checks
+from training.memory.memory_plan import MemoryPlan, plan_memory
 
 
 class Saving(NamedTuple):

@@ -11,9 +11,17 @@ import torch
 
 from lora_core.config import Config
 from lora_core.text import hide_home
-from training import config_checks, starting_lora
-from training.memory_plan import ACTIVATIONS, GB, OVERHEAD, MemoryPlan, largest_size, plan_memory
-from training.plan_options import Fit, find_fit
+from training import starting_lora
+from training.checks import config_checks
+from training.memory.memory_plan import (
+    ACTIVATIONS,
+    GB,
+    OVERHEAD,
+    MemoryPlan,
+    largest_size,
+    plan_memory,
+)
+from training.memory.plan_options import Fit, find_fit
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GB of 10^9 bytes: one sold with 8 has 8.6, of which it needs some
 NAME = 30  # characters of a component's name

@@ -16,9 +16,9 @@ from lora_core.data.batches import Batch
 from lora_core.data.dataset import micro_batches
 from lora_core.diffusion.losses import mse
 from lora_core.diffusion.noise import RandomKeys
+from training.inputs.step_inputs import InputSource, StepInputs
 from training.setup import Data, Model, Optimization
 from training.step import Loss, StepFunctions
-from training.step_inputs import InputSource, StepInputs
 
 # True or False: whether an option acts; None: nothing of this step could show it.
 Probe = Callable[["FirstStep"], bool | None]

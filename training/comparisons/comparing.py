@@ -22,8 +22,8 @@ from lora_core.runs.comparison import (
 )
 from lora_core.runs.run_folder import is_run
 from lora_core.text import print_escaped
-from training import measures
-from training.compare_options import COMPARE_EXAMPLE, CompareRuns
+from training.comparisons import measures
+from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns
 from training.step import Step
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_core.diffusion.step_output import CaptionTokens
 from lora_core.errors import UserError
 from lora_core.placeholders import has_placeholder, token_positions, word_positions
-from training import model_checks
+from training.checks import model_checks
 from training.setup import Data, Model
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_core.memory_errors import format_bytes
+from lora_core.memory.memory_errors import format_bytes
 
 TENSORS, PROCESS = "tensors on the GPU", "the process"
 

@@ -18,8 +18,9 @@ from lora_core.optim import building, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.tokens import LearnedEmbedding, is_random_init
 from models import DTYPES
-from training import input_probes, step
-from training.first_step import FirstStep, Probe, forward_calls
+from training import step
+from training.probes import input_probes
+from training.probes.first_step import FirstStep, Probe, forward_calls
 
 # ---------------------------------------------------------------- model and adapters
 

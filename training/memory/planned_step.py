@@ -17,21 +17,22 @@ from torch import Tensor
 
 from lora_core import kernels
 from lora_core.config import Config, Stage
-from lora_core.cuda_operators import WORKSPACES, as_cuda
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.step_output import CaptionTokens
 from lora_core.family import Conditioning, Family, LoadOptions, Sizes
 from lora_core.kernels.device import HAS_TRITON
-from lora_core.live_tensors import LiveTensors, tensor_bytes
-from lora_core.saved_tensors import saved_activations
+from lora_core.memory.cuda_operators import WORKSPACES, as_cuda
+from lora_core.memory.live_tensors import LiveTensors, tensor_bytes
+from lora_core.memory.saved_tensors import saved_activations
 from models import DTYPES, load_family
 from models.published import config_source
-from training import model_checks, setup
+from training import setup
+from training.checks import model_checks
 from training.cuda_graph import tree_tensors
+from training.inputs.step_inputs import StepInputs, TokenIds
 from training.setup import Model, Optimization
 from training.stages import begin_stage
 from training.step import Loss, StepFunctions, optimizer_step
-from training.step_inputs import StepInputs, TokenIds
 
 META = torch.device("meta")
 

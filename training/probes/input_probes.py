@@ -21,7 +21,7 @@ from lora_core.diffusion import densities, losses, noise
 from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.settings import ImageSettings
-from training.first_step import FirstStep, Probe
+from training.probes.first_step import FirstStep, Probe
 
 RARE = 1e-9  # probability at which chance explains nothing
 MOST_DRAWS = 4096  # of a probe

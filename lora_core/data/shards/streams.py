@@ -27,9 +27,9 @@ from lora_core.data.captions import (
 )
 from lora_core.data.image_checks import ImageChecks, ImageFile
 from lora_core.data.records import Record, build_record, describe_all_bad
-from lora_core.data.stored_files import path_of
-from lora_core.data.table_shards import list_table_rows, table_columns
-from lora_core.data.tar_shards import TAR, TarExample, expand_ranges, list_tar_examples
+from lora_core.data.shards.stored_files import path_of
+from lora_core.data.shards.table_shards import list_table_rows, table_columns
+from lora_core.data.shards.tar_shards import TAR, TarExample, expand_ranges, list_tar_examples
 from lora_core.errors import UserError, first_line
 from lora_core.shared_paths import lies_within
 

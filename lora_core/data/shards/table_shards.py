@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_core.data.stored_files import StoredCell, StoredFile, binary_column
+from lora_core.data.shards.stored_files import StoredCell, StoredFile, binary_column
 from lora_core.errors import UserError, first_line
 
 

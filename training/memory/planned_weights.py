@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
 from lora_core.config import Config
-from lora_core.quantized_weights import stored_bytes
+from lora_core.memory.quantized_weights import stored_bytes
 from models.placement import LARGE_ENCODER, checkpointed_blocks, parameter_count, quantizable_paths
-from training.residency import named_frozen_tensors
+from training.networks.residency import named_frozen_tensors
 
 
 def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from lora_core.data.images import IMAGE_SUFFIXES, MASK_SUFFIX
 from lora_core.data.listing import CAPTION_SUFFIXES
-from lora_core.data.stored_files import StoredFile
+from lora_core.data.shards.stored_files import StoredFile
 from lora_core.errors import UserError
 
 TAR = ".tar"

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from lora_core.config import Config, Stage
 from lora_core.data.buckets import bucket_sizes
 from lora_core.family import Family
-from lora_core.live_tensors import tensor_bytes
-from training.planned_step import (
+from lora_core.memory.live_tensors import tensor_bytes
+from training.memory.planned_step import (
     Forward,
     PlannedRun,
     StepMemory,
@@ -36,7 +36,7 @@ from training.planned_step import (
     planned_inputs,
     step_memory,
 )
-from training.planned_weights import component_bytes, unpacked_bytes
+from training.memory.planned_weights import component_bytes, unpacked_bytes
 
 GB = 1e9
 # CUDA's context and the kernels that torch loads into it: nvidia-smi shows 0.4 to 0.6 GB for a

@@ -17,13 +17,13 @@ from lora_core.data.batches import Batch
 from lora_core.diffusion.validation import Score
 from lora_core.errors import UserError
 from lora_core.text import shorten_value
-from training import input_probes as inputs
-from training import step_probes as steps
-from training.first_step import FirstStep, Probe
+from training.inputs.step_inputs import InputSource, StepInputs
 from training.log import Log
+from training.probes import input_probes as inputs
+from training.probes import step_probes as steps
+from training.probes.first_step import FirstStep, Probe
 from training.setup import Optimization
 from training.step import StepFunctions
-from training.step_inputs import InputSource, StepInputs
 
 
 class Shown(NamedTuple):
@@ -55,9 +55,9 @@ class Place(NamedTuple):
 
 Effect = Shown | Refused | Written | Place
 
-CHECKS = "training.config_checks:check_config"
-MODEL_CHECKS = "training.model_checks:check_model"
-ADAPTERS = "training.model_checks:plan_adapters"
+CHECKS = "training.checks.config_checks:check_config"
+MODEL_CHECKS = "training.checks.model_checks:check_model"
+ADAPTERS = "training.checks.model_checks:plan_adapters"
 OPEN_DATA = "training.setup:open_data"
 OPEN_MODEL = "training.setup:open_model"
 SAMPLES = "tests/test_samples.py"
@@ -154,10 +154,10 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "precision": Shown(steps.has_precision, "the denoiser has another"),
     "autocast": Shown(steps.multiplies_in_bf16, "the denoiser runs without it"),
     "compile": Shown(steps.is_compiled, "no block is compiled"),
-    "cuda_graph": Refused("training.config_checks:check_device"),
+    "cuda_graph": Refused("training.checks.config_checks:check_device"),
     "gradient_checkpointing": Shown(steps.recomputes, "no block is computed again"),
     # the run
-    "out": Place("training.config_checks:check_run_folder"),
+    "out": Place("training.checks.config_checks:check_run_folder"),
     "seed": Written("tests/test_train.py"),
     "batch_size": Shown(steps.has_batch_size, "the step had another number of images"),
     "accumulation": Shown(steps.accumulates, "the step had another number of forward passes"),
@@ -264,7 +264,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "optimizer.betas": Shown(steps.has_setting("betas"), "the groups have others"),
     "optimizer.args": Shown(steps.has_arguments, "the optimizer has other settings"),
     "optimizer.schedule": Shown(steps.moves_rate, "the learning rate stays the same"),
-    "optimizer.schedule_args": Refused("training.group_checks:check_schedules"),
+    "optimizer.schedule_args": Refused("training.checks.group_checks:check_schedules"),
     "optimizer.schedules": Shown(steps.moves_rate, "the learning rate stays the same"),
     "optimizer.warmup": Shown(steps.warms_up, "the first rate is not lower"),
     "optimizer.lora_plus": Shown(steps.has_two_rates, "all parameters have one learning rate"),

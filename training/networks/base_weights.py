@@ -21,7 +21,7 @@ from lora_core.adapters.weight_updates import LayerUpdate, LowRank
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.family import Family, LoadOptions
-from lora_core.quantized_weights import QuantizedLinear, check_installed
+from lora_core.memory.quantized_weights import QuantizedLinear, check_installed
 from models import DTYPES, load_family
 from models.placement import place_networks
 from training.run_adapters import group_of

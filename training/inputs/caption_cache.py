@@ -27,9 +27,9 @@ from lora_core.layer_prompts import encode_layer_prompts, split_prompts
 from lora_core.placeholders import Placeholder, Prompt, bind_layers
 from lora_core.runs.run_folder import nonfinite_names
 from lora_core.tokens import ordinary_words
-from training import model_checks
+from training.checks import model_checks
 from training.cuda_graph import map_tensors
-from training.residency import to_device
+from training.networks.residency import to_device
 from training.setup import Model
 
 EXTRA = "extra."  # before the names of further members in a row of the cache
