@@ -16,7 +16,7 @@ def test_cudas_numbers() -> None:
     shortage = read_shortage(torch.OutOfMemoryError(CUDA))
     assert shortage == ("the GPU", 2 << 30, int(22.44 * 2**30), int(23.64 * 2**30))
     assert describe_shortage(shortage) == (
-        "2.1 GB more were asked for, this process has 24.1 GB, the GPU has 25.4 GB"
+        "2.15 GB more were asked for, this process has 24.1 GB, the GPU has 25.4 GB"
     )
 
 

@@ -18,7 +18,7 @@ RUNS: list[dict[str, Any]] = [
     {
         "precision": "fp64",
         "vae_precision": "bf16",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "blocks",
         "accumulation": 2,
         "loss": "huber",
         "loss_arg": {"delta": 0.3},

@@ -4,12 +4,13 @@ imported: a program that has not loaded it gets no such error from it.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from typing import NamedTuple
 
-GB = 1e9
+from lora_core.byte_sizes import format_bytes
+from lora_core.memory.host_memory import installed_memory, resident_memory
+
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -34,7 +35,7 @@ def read_shortage(error: BaseException) -> MemoryShortage:
     text = str(error)
     asked = _find_bytes(r"[Tt]ried to allocate ([\d.]+) (\w+)", text)
     if "CUDA" not in text and type(error).__name__ != "OutOfMemoryError":
-        return MemoryShortage("the computer", asked, _resident_bytes(), _installed_bytes())
+        return MemoryShortage("the computer", asked, resident_memory(), installed_memory())
     total = _find_bytes(r"total capacity of ([\d.]+) (\w+)", text)
     in_use = _find_bytes(r"this process has ([\d.]+) (\w+) memory in use", text)
     torch = sys.modules.get("torch")
@@ -56,29 +57,8 @@ def describe_shortage(shortage: MemoryShortage) -> str:
     return ", ".join(parts) or f"{shortage.device} has no more"
 
 
-def format_bytes(size: int) -> str:
-    """Bytes in GB, or in MB below a tenth of one."""
-    return f"{size / GB:,.1f} GB" if size >= GB / 10 else f"{size / 1e6:,.1f} MB"
-
-
 def _find_bytes(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None or found[2] not in UNITS:
         return 0
     return int(float(found[1].rstrip(".")) * UNITS[found[2]])
-
-
-def _resident_bytes() -> int:
-    """Bytes of memory that this process holds now; 0 where the system does not tell (not Linux)."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
-
-
-def _installed_bytes() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0

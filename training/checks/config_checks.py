@@ -63,7 +63,7 @@ CODE = (
 
 
 def _trains_adapters(c: Config) -> bool:
-    return c.trains("denoiser") or c.trains("text_encoder")
+    return c.trains("denoiser", "text_encoder")
 
 
 def _some_stage(test: Callable[[Config, Stage], bool]) -> Callable[[Config], bool]:

@@ -92,7 +92,7 @@ class CaptionCache:
         text encoder or tokens train in this stage.
         """
         kept = self._kept(rows) if self.zeroes_dropped else None
-        if "text_encoder" not in stage.groups and "tokens" not in stage.groups:
+        if not trains_text(stage):
             cond = self._encode(rows.captions, self.encoded, self.model.placeholders)
             return cond if kept is None else cond.zeroed(self.model.family.zeros, kept)
         prompts: list[Prompt] = []

@@ -216,7 +216,7 @@ def _state_bytes(run: PlannedRun) -> int:
 
 def _phases(config: Config, m: MeasuredRun, images: ImageMemory, kind: str) -> Iterator[Phase]:
     """The phases of a run, in order."""
-    trains_text = config.trains("text_encoder") or config.trains("tokens")
+    trains_text = config.trains("text_encoder", "tokens")
     vae = [name for name in m.networks if name != m.denoiser and name not in m.encoders]
     opened = [*(m.encoders if trains_text else ()), m.denoiser]
     late = {STATE: m.state, AVERAGE: m.average}

@@ -52,7 +52,7 @@ def _changer(changes: dict[str, Any]) -> Callable[[Config], Config]:
 
 def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """(words of the flag, fields and their values), from the least costly on."""
-    trains_text = config.trains("text_encoder") or config.trains("tokens")
+    trains_text = config.trains("text_encoder", "tokens")
     if not config.offload:
         yield "--offload", {"offload": True}
     if config.precision in ("fp32", "fp64"):

@@ -29,7 +29,8 @@ from models.published import config_source
 from training import setup
 from training.checks import model_checks
 from training.cuda_graph import tree_tensors
-from training.inputs.step_inputs import StepInputs, TokenIds
+from training.inputs.caption_cache import TokenIds, trains_text
+from training.inputs.step_inputs import StepInputs
 from training.setup import Model, Optimization
 from training.stages import begin_stage
 from training.step import Loss, StepFunctions, optimizer_step
@@ -186,7 +187,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _planned_text(run: PlannedRun, stage: Stage, b: int) -> Conditioning | TokenIds:
     """The captions of b images: token ids where the stage trains a text encoder or tokens."""
     family, layers = run.model.family, _text_layers(run)
-    if "text_encoder" not in stage.groups and "tokens" not in stage.groups:
+    if not trains_text(stage):
         return _encoded(run, b)
     kept = _empty(b) if model_checks.drops_to_zeros(run.config, family) else None
     ids = family.tokenize(["a"] * (b * max(1, layers)))

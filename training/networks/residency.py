@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_core import tokens
 from lora_core.adapters.adapted_layer import adapted_layers
+from lora_core.byte_sizes import format_bytes
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.family import Family
@@ -158,7 +159,7 @@ class Residency:
             self.present.remove(part)
             if done or (part, "left") not in self.said:
                 self.said.add((part, "left"))
-                print(f"{part}: {done}{', ' * bool(done)}left the GPU ({format_gb(size)} freed)")
+                print(f"{part}: {done}{', ' * bool(done)}left the GPU ({format_bytes(size)} freed)")
 
     def end_steps(self) -> None:
         """A stage is over, or has not begun: parts take turns, and none is held."""
@@ -200,7 +201,7 @@ class Residency:
             self.copies[part] = [HostCopy() for _ in self.parts[part]]  # of no use any more
         if (part, "came") not in self.said:
             self.said.add((part, "came"))
-            print(f"{part}: on the GPU ({format_gb(size)})")
+            print(f"{part}: on the GPU ({format_bytes(size)})")
 
     def _place(self, part: str, device: torch.device | None) -> int:
         pairs = zip(self.parts[part], self.copies[part], strict=True)
@@ -259,11 +260,6 @@ def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def format_gb(size: int) -> str:
-    """Bytes in GB, with one digit."""
-    return f"{size / 1e9:.1f} GB"
 
 
 def _do_nothing() -> None:

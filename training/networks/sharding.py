@@ -11,8 +11,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lora_core import distributed
+from lora_core.byte_sizes import format_bytes
 from lora_core.config import Config
 from lora_core.errors import UserError
+from models.placement import named_blocks
 
 
 def check_sharding(config: Config) -> None:
@@ -55,13 +57,12 @@ def shard_denoiser(
     trained = {p for p in denoiser.parameters() if p.requires_grad}
     for params in groups.values():
         trained.update(params)
-    names = getattr(denoiser, "_repeated_blocks", None) or ()
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+    blocks = list(named_blocks(denoiser).values())
     whole = held_bytes(denoiser)
     for module in (*blocks, denoiser):
         fully_shard(module, mesh=mesh, ignored_params=trained & set(module.parameters()))
     print(
-        f"denoiser: {held_bytes(denoiser) / 1e9:.3g} of {whole / 1e9:.3g} GB in each of "
+        f"denoiser: {format_bytes(held_bytes(denoiser))} of {format_bytes(whole)} in each of "
         f"{distributed.process_count()} processes, and {len(blocks)} blocks gathered as they work"
     )
 

@@ -18,6 +18,7 @@ from lora_core.optim import building, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.tokens import LearnedEmbedding, is_random_init
 from models import DTYPES
+from models.placement import named_blocks
 from training import step
 from training.probes import input_probes
 from training.probes.first_step import FirstStep, Probe, forward_calls
@@ -52,8 +53,7 @@ def multiplies_in_bf16(first: FirstStep) -> bool | None:
 
 def recomputes(first: FirstStep) -> bool | None:
     """--gradient-checkpointing: whether a block's forward runs again in the backward pass."""
-    names = getattr(first.model.denoiser, "_repeated_blocks", None) or ()
-    blocks = [m for m in first.model.denoiser.modules() if type(m).__name__ in names]
+    blocks = list(named_blocks(first.model.denoiser).values())
     if not blocks or not first.can_compare:
         return None
     found: list[bool] = []
