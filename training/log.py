@@ -24,12 +24,12 @@ from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
 from training import nonfinite
+from training.inputs.step_inputs import StepInputs
 from training.scores import Scorer, on_common_images, relative_change
 from training.setup import Data, Model, Optimization
 from training.shared_config import shared_config
 from training.skipped_steps import StepExamples
 from training.step import StepResult
-from training.step_inputs import StepInputs
 
 
 class Log:
