@@ -440,7 +440,6 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
     "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
     "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
-    "validation.every": (1, {}, instead(train.Log, "validate", nothing)),
     "validation.count": (2, {}, shorter_scores(1)),
     "validation.bins": (2, {}, shorter_scores(1)),
     "validation.draws": (2, {}, shorter_scores(1)),

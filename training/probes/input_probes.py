@@ -137,9 +137,9 @@ def enough_draws(p: float) -> int | None:
 
 
 def fills_cache(first: FirstStep) -> bool:
-    """--data.cache: whether there are files in the folder."""
+    """--data.cache: whether there are latents in the folder."""
     folder = Path(first.config.data.cache)
-    return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
+    return folder.is_dir() and any(folder.rglob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- masks and class images
