@@ -21,7 +21,7 @@ from models.placement import place_networks
 from tests.conftest import merged
 from tests.parted_memory import PartedMemory
 from tests.test_residency import assert_same_run, both_runs
-from training import planned_weights
+from training.memory import planned_weights
 from training.memory.memory_plan import plan_memory
 from training.networks.residency import DENOISER, TEXT_ENCODERS, VAE, HostCopy, place_component
 
