@@ -11,15 +11,20 @@ from torch import nn
 
 from lora_core.adapters.adapted_layer import Adapted, adaptable_layers, module_parents
 from lora_core.adapters.adapter_module import BaseLayer
+from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError
 from lora_core.family import Family
-from lora_core.quantized_weights import Quantize, QuantizedLinear, is_quantizable, stored_bytes
-from lora_core.streamed_blocks import move_around_blocks, stream_blocks
+from lora_core.memory.quantized_weights import (
+    Quantize,
+    QuantizedLinear,
+    is_quantizable,
+    stored_bytes,
+)
+from lora_core.memory.streamed_blocks import mark_streamed, move_around_blocks, stream_blocks
 
 LARGE_ENCODER = 10**9  # parameters of a text encoder that is quantized too: T5, not CLIP
 RESNET_BLOCKS = ("ResnetBlock2D",)  # of UNets, which diffusers checkpoints beside the transformers'
 HOST = torch.device("cpu")
-MIB = 2**20
 
 
 def loading_device(
@@ -36,9 +41,11 @@ def place_networks(
     *,
     stream: bool = False,
     trained: Collection[str] = (),
+    resident: Collection[str] | None = None,
 ) -> list[str]:
     """Bring a model's networks from the host to a device, adapters included; returns what was done,
-    in a line for each network.
+    in a line for each network. With `resident` the networks of other names, without adapters, end
+    on the host; they come first, so that a layer is packed next to no other network.
 
     With `quantize`, the linear layers in the denoiser's blocks become QuantizedLinear, one at a
     time, and so do those of a text encoder as large as T5 that is not among `trained`. What is
@@ -49,7 +56,10 @@ def place_networks(
     or no blocks are found.
     """
     lines = []
-    for name, network in family.modules.items():
+    remain = set(family.modules if resident is None else resident)
+    for name in sorted(family.modules, key=remain.__contains__):
+        network = family.modules[name]
+        storage = device if name in remain else HOST
         chosen: list[str] = []
         is_denoiser = name == family.denoiser
         is_large = name in family.tokenizers and parameter_count(network) >= LARGE_ENCODER
@@ -62,17 +72,24 @@ def place_networks(
                 )
             lines.append(describe_quantization(name, network, chosen, quantize))
         if is_denoiser and stream:
-            lines.append(_stream_network(name, network, device, quantize, chosen))
+            lines.append(_stream_network(name, network, device, storage, quantize, chosen))
             continue
-        _place_layers(network, device, device, quantize, chosen, chosen)
-        network.to(device)
+        _place_layers(network, device, storage, quantize, chosen, chosen)
+        network.to(storage)
     return lines
 
 
 def _stream_network(
-    name: str, network: nn.Module, device: torch.device, quantize: Quantize, packed: list[str]
+    name: str,
+    network: nn.Module,
+    device: torch.device,
+    storage: torch.device,
+    quantize: Quantize,
+    packed: list[str],
 ) -> str:
-    """Quantize the layers `packed`, move what is not in a block, stream the blocks, and say so."""
+    """Quantize the layers `packed`, move what is not in a block to `storage`, stream the blocks,
+    and say so.
+    """
     blocks = checkpointed_blocks(network)
     if not blocks:
         raise UserError(
@@ -84,14 +101,15 @@ def _stream_network(
         if path in packed or (isinstance(layer, Adapted) and path.startswith(inside)):
             moved.append(path)
     _place_layers(network, device, HOST, quantize, packed, moved)
-    move_around_blocks(network, list(blocks.values()), device)
+    move_around_blocks(network, list(blocks.values()), storage)
     if device.type == "cuda":  # before their memory is pinned, which another layout would replace
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     streamed = stream_blocks(blocks, device)
-    size, largest = streamed.host_bytes / MIB, streamed.largest_block / MIB
+    mark_streamed(network, streamed)
+    size, largest = format_bytes(streamed.host_bytes), format_bytes(streamed.largest_block)
     return (
-        f"streamed: {len(blocks)} blocks of {name}, {size:,.1f} MiB, stay in host memory; at most "
-        f"two are on the device, each of up to {largest:,.1f} MiB"
+        f"streamed: {len(blocks)} blocks of {name}, {size}, stay in host memory; at most "
+        f"two are on the device, each of up to {largest}"
     )
 
 
@@ -128,12 +146,16 @@ def _keep(base: BaseLayer) -> BaseLayer:
 # ---------------------------------------------------------------- which layers, which blocks
 
 
+def named_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """Path -> block of the classes that a diffusers network names as those it repeats."""
+    return _blocks_of_classes(network, tuple(getattr(network, "_repeated_blocks", None) or ()))
+
+
 def repeated_blocks(network: nn.Module) -> dict[str, nn.Module]:
     """Path -> block that a network repeats: of the classes that a diffusers network names, else the
     members of its outermost lists, as in a text encoder.
     """
-    names = getattr(network, "_repeated_blocks", None) or ()
-    return _blocks_of_classes(network, tuple(names)) if names else _list_members(network)
+    return named_blocks(network) or _list_members(network)
 
 
 def checkpointed_blocks(network: nn.Module) -> dict[str, nn.Module]:
@@ -172,8 +194,8 @@ def describe_quantization(
             after += stored_bytes(shape, quantize, dtype)
     form = "4 bits (NF4)" if quantize == "int4" else quantize
     return (
-        f"quantized: {len(paths)} linear layers of {name} in {form}, {after / MIB:,.1f} MiB "
-        f"instead of {before / MIB:,.1f}"
+        f"quantized: {len(paths)} linear layers of {name} in {form}, {format_bytes(after)} "
+        f"instead of {format_bytes(before)}"
     )
 
 

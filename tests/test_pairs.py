@@ -26,11 +26,11 @@ from tests.conftest import distance, final, learned, merged, rows, same
 from tests.image_examples import WILD, noise_image, save_image
 from tests.opened_run import latent_files, open_parts
 from tests.test_losses import make
-from training.config_checks import check_config, check_reads_pairs
+from training.checks.config_checks import check_config, check_reads_pairs
+from training.inputs.step_inputs import make_step_inputs
 from training.run_identity import run_identity
 from training.run_summary import RunLength, describe_run
 from training.shared_config import shared_config
-from training.step_inputs import make_step_inputs
 
 DPO = "examples/diffusion_dpo.py:diffusion_dpo"
 SIZES = [(24, 16), (16, 16), (17, 29), (30, 20)]  # w, h
@@ -206,7 +206,9 @@ def test_winner_and_loser_are_cut_mirrored_zoomed_and_colored_alike(tmp_path: Pa
     images = ImageDataset(records, WILD, caption_dropout=0.3)
     seen = set()
     for visit in range(12):
-        winner, loser = images.visit_examples(visit % 4, visit)
+        winner, loser = (
+            images.example(visit % 4, visit, is_loser=is_loser) for is_loser in (False, True)
+        )
         assert torch.equal(winner.pixels, loser.pixels) and winner.crop == loser.crop
         assert (winner.key, winner.visit, winner.caption) == (loser.key, visit, loser.caption)
         assert winner.dropped == loser.dropped and loser.is_loser and not winner.is_loser
@@ -223,7 +225,7 @@ def test_images_of_different_sizes_are_cut_at_the_same_share(tmp_path: Path) -> 
     images = ImageDataset(records, ImageSettings(8, crop="random"))
     places = set()
     for visit in range(20):
-        winner, loser = images.visit_examples(0, visit)
+        winner, loser = (images.example(0, visit, is_loser=is_loser) for is_loser in (False, True))
         left, right = (round((e.pixels[0, 0, 0].item() + 1) * 127.5) for e in (winner, loser))
         assert (left, right) == (winner.crop[1], loser.crop[1])
         assert abs(left / 16 - right / 32) < 1 / 16  # one draw in [0, 1), floored to pixels

@@ -18,13 +18,15 @@ from lora_core.settings import AdapterSpec
 from tests import tiny_flux
 from tests.conftest import final, merged, rows, same, save_pipeline
 from tests.parted_memory import PartedMemory, parted_memory
-from training.residency import (
+from training.networks.residency import (
     DENOISER,
     TEXT_ENCODERS,
     VAE,
     HostCopy,
     Residency,
+    choose_loading_device,
     frozen_tensors,
+    leaves_device,
     place_component,
 )
 
@@ -100,11 +102,11 @@ def test_parts_take_turns_and_each_comes_once_for_a_frozen_text(
     # step, then for the samples' prompts and those of the base model
     assert order.count("text encoders comes") <= 5
     said = capsys.readouterr().out
-    line = r"text encoders: 2 captions encoded in \d+ s, left the GPU \(8\.0 GB freed\)"
+    line = r"text encoders: 2 captions encoded in \d+ s, left the GPU \(8 GB freed\)"
     assert len(re.findall(line, said)) == 1  # the empty caption of dropped ones, too
-    assert re.search(r"VAE: 4 images encoded in \d+ s, left the GPU \(4\.0 GB freed\)", said)
-    assert said.count("denoiser: on the GPU (4.0 GB)") == 1
-    assert said.count("denoiser: left the GPU (4.0 GB freed)") == 1
+    assert re.search(r"VAE: 4 images encoded in \d+ s, left the GPU \(4 GB freed\)", said)
+    assert said.count("denoiser: on the GPU (4 GB)") == 1
+    assert said.count("denoiser: left the GPU (4 GB freed)") == 1
 
 
 def test_what_trains_stays_together_and_leaves_with_its_stage(
@@ -166,6 +168,20 @@ def test_a_run_goes_on_with_other_places_and_ends_with_the_same_bits(
 def test_nothing_leaves_on_a_cpu_and_asking_for_it_is_refused(config: Config) -> None:
     with pytest.raises(UserError, match="--no-offload has no effect on the CPU"):
         train.train(replace(config, offload=False))
+
+
+def test_where_weights_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    """To the host, if networks leave the device or are packed or divided on their way there."""
+    gpu, host = torch.device("cuda"), torch.device("cpu")
+    packed = Config(quantize="fp8", offload=False)
+    for config in (Config(), packed, Config(stream=True), Config(shard=True, offload=False)):
+        assert choose_loading_device(config, gpu) == host
+        assert leaves_device(config, gpu) == config.offload
+    assert not capsys.readouterr().out
+    assert choose_loading_device(Config(offload=False), gpu) == gpu
+    assert choose_loading_device(Config(family="own.py:FAMILY"), gpu) == gpu
+    said = "--family own.py:FAMILY: text encoders and VAE stay on the GPU, too\n"
+    assert capsys.readouterr().out == said
 
 
 # ---------------------------------------------------------------- the mechanism alone

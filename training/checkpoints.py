@@ -26,8 +26,10 @@ from lora_core.optim.wrapped_tensors import load_state
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-from training import base_weights, config_checks, learned_tokens, nonfinite, processes
+from training import learned_tokens, nonfinite, processes
+from training.checks import config_checks
 from training.log import Log
+from training.networks import base_weights
 from training.run_identity import (
     EMPTY_IDENTITY,
     check_identity,
@@ -174,7 +176,10 @@ class Checkpoints:
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
         adapted = model.adapted if model.has_factors else {}
-        reads_base = self.config.adapter.kind not in KINDS  # a kind of the user's may
+        # a kind of the user's may
+        reads_base = self.config.adapter.kind not in KINDS or base_weights.files_read_weights(
+            adapted
+        )
         with model.residency.trained_together() if reads_base else nullcontext():
             for name, found in base_weights.updates_for_files(self.config, adapted).items():
                 updates[name] = {layout.published(name, path): own for path, own in found.items()}
