@@ -31,6 +31,7 @@ from training import (
     config_checks,
     cuda_graph,
     effects,
+    latent_cache,
     processes,
     run_adapters,
     setup,
@@ -216,7 +217,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "vae_precision": ("bf16", {}, with_settings(setup, "load_family", 1, vae_dtype=None)),
     "autocast": (True, {}, given(setup.torch, "autocast", enabled=False)),
     "compile": (True, {}, instead(cuda_graph, "compile_blocks", nothing)),
-    "gradient_checkpointing": (True, {}, instead(setup, "checkpoint", plain_call)),
+    "gradient_checkpointing": ("blocks", {}, instead(setup, "checkpoint", plain_call)),
     "batch_size": (3, {}, given(dataset, "iterate_batches", batch=2)),
     "accumulation": (2, {}, instead(step_inputs, "micro_batches", lambda batch, parts: [batch])),
     "loss": ("l1", {}, instead(losses.LOSSES, "l1", mse)),
@@ -286,7 +287,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "data.cache": (
         "CACHE",
         {},
-        (step_inputs, "TensorCache", lambda f: lambda made_by, folder: f(made_by, None)),
+        (latent_cache, "TensorCache", lambda f: lambda made_by, folder: f(made_by, None)),
     ),
     "prior.prompt": ("a cat", {}, instead(setup.class_images, "open_class_images", nothing)),
     "prior.count": (
