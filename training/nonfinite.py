@@ -132,7 +132,7 @@ def last_checkpoint_note(run: Run) -> str:
     saved = run.newest_step()
     if saved is None:
         return "there is no checkpoint"
-    return f"the last checkpoint, of step {saved}, is from before"
+    return f"the last good checkpoint is that of step {saved}"
 
 
 @torch.no_grad()
