@@ -110,6 +110,13 @@ def test_images_that_cannot_show_an_option_do_not_hide_one_that_does(square: Pat
     assert probes.changes_pixels("flip")(looked_at(data=SimpleNamespace(training=training))) is None
 
 
+def test_an_image_of_one_color_shows_no_interpolation(square: Path) -> None:
+    Image.new("RGB", (40, 40), "red").save(square / "a.png")
+    training = ImageDataset(scan_folder(square), DataConfig(resolution=16, interpolation="lanczos"))
+    step = looked_at(data=SimpleNamespace(training=training))
+    assert probes.changes_pixels("interpolation")(step) is None
+
+
 def test_a_zoom_of_less_than_a_pixel_may_do_nothing(square: Path) -> None:
     for zoom, found in ((1.01, None), (1.2, True)):
         training = ImageDataset(scan_folder(square), DataConfig(resolution=16, zoom=zoom))

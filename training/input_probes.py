@@ -84,7 +84,7 @@ def _can_show_pixels(option: str, pixels: Tensor) -> bool:
         return not torch.equal(pixels, pixels.flip(2))
     if option in ("crop", "zoom"):  # along both sides: its margin may be at any
         return all(bool((pixels != pixels.roll(1, axis)).any()) for axis in (1, 2))
-    return bool(pixels.std() > 0)
+    return bool((pixels.flatten(1).std(1) > 0).any())
 
 
 def has_resolution(first: FirstStep) -> bool:
