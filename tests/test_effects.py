@@ -26,18 +26,11 @@ from lora_core.optim import building, ema, gradients, schedules
 from lora_core.runs import reports
 from tests import tiny_flux
 from tests.test_configs import put
-from training import (
-    checkpoints,
-    config_checks,
-    cuda_graph,
-    effects,
-    latent_cache,
-    processes,
-    run_adapters,
-    setup,
-    step_inputs,
-)
+from training import checkpoints, cuda_graph, processes, run_adapters, setup
 from training import step as step_module
+from training.checks import config_checks
+from training.inputs import latent_cache, step_inputs
+from training.probes import effects
 
 BOTH, TOKENS = ("denoiser", "tokens"), ("tokens",)
 

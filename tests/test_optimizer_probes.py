@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_core.config import Config, OptimizerConfig, Stage
-from training import optimizer_probes as probes
+from training.probes import optimizer_probes as probes
 
 
 @pytest.mark.parametrize("lr", [1e-4, torch.tensor(1e-4), torch.tensor(1e-4, dtype=torch.float64)])

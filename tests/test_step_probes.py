@@ -11,8 +11,8 @@ import train
 from lora_core.config import Config, Stage, ValidationConfig
 from tests.conftest import learned, same
 from tests.test_configs import put
-from training import effects
-from training.first_step import FirstStep
+from training.probes import effects
+from training.probes.first_step import FirstStep
 
 RUNS: list[dict[str, Any]] = [
     {
