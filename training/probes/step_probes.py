@@ -377,8 +377,3 @@ def has_batch_size(first: FirstStep) -> bool:
 def has_threads(first: FirstStep) -> bool:
     """--threads: whether torch computes with so many."""
     return torch.get_num_threads() == first.config.threads
-
-
-def is_on_device(first: FirstStep) -> bool:
-    """--device: whether the model is there."""
-    return first.config.device.partition(":")[0] == first.model.device.type
