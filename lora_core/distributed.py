@@ -137,10 +137,25 @@ def lost_peers() -> Iterator[None]:
     except UserError:
         raise
     except RuntimeError as error:  # DistError, DistNetworkError, and gloo's own
-        reason = first_line(error).rpartition("] ")[2].partition(". ")[0]  # gloo names its source
-        raise PeerEndedError(
-            f"process {os.environ['RANK']} ends, for it lost another one ({reason})"
-        ) from error
+        raise _peer_ended(error) from error
+
+
+@contextmanager
+def lost_peers_of_torch() -> Iterator[None]:
+    """A block in which such errors of what torch sends by itself, as for --shard, are a
+    PeerEndedError too; other errors stay as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/transport/" in str(error):
+            raise _peer_ended(error) from error
+        raise
+
+
+def _peer_ended(error: RuntimeError) -> PeerEndedError:
+    reason = first_line(error).rpartition("] ")[2].partition(". ")[0]  # gloo names its source
+    return PeerEndedError(f"process {os.environ['RANK']} ends, for it lost another one ({reason})")
 
 
 # ---------------------------------------------------------------- sharing work and results
