@@ -117,8 +117,8 @@ from lora_core.distributed import check_alone
 from lora_core.errors import UserError, exit_status
 from lora_core.family import Family, LoadOptions
 from lora_core.formats.model_words import model_placeholders
+from lora_core.memory.quantized_weights import check_installed
 from lora_core.prompt_tags import TAG as LORA_TAG
-from lora_core.quantized_weights import check_installed
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, draw_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from lora_core.command_line import answer_help, parse_command_line
 from lora_core.config import Config
 from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
-from training.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comparison
+from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comparison
 
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
@@ -54,19 +54,14 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import (
-    comparing,
-    effects,
-    memory_advice,
-    plan_table,
-    processes,
-    results,
-    setup,
-    starting_lora,
-)
+from training import processes, results, setup, starting_lora
 from training.checkpoints import Checkpoints
+from training.comparisons import comparing
 from training.cuda_graph import GraphReplay, call_eagerly
+from training.inputs.step_inputs import InputSource, StepInputs, make_step_inputs
 from training.log import Log
+from training.memory import memory_advice, plan_table
+from training.probes import effects
 from training.samples import SampleImages, save_sample_grid
 from training.scores import Scorer
 from training.setup import Model
@@ -81,7 +76,6 @@ from training.step import (
     lazy_members,
     optimizer_step,
 )
-from training.step_inputs import InputSource, StepInputs, make_step_inputs
 
 
 def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_core.quantized_weights import Quantize, QuantizedLinear, stored_bytes
+from lora_core.memory.quantized_weights import Quantize, QuantizedLinear, stored_bytes
 from models import load_family
 from models.placement import quantizable_paths
 

@@ -35,7 +35,7 @@ from lora_core.runs.run_folder import is_run
 from lora_core.toml import flatten_table, parse_toml, to_table, to_toml
 from toy.concepts import draw_concepts
 from toy.demo import draw_held_out
-from training import comparing, measures
+from training.comparisons import comparing, measures
 
 USAGE = "python -m benchmarks.loss_lab CONFIG.toml --loss A --loss B --seeds 4"
 LAST_LINES = 5  # of a failed run's log

@@ -22,7 +22,7 @@ from benchmarks.cases import Case, Setting, copy_arguments, has_plain_arguments,
 from benchmarks.counting import Counter, touched_bytes
 from lora_core import kernels
 from lora_core.kernels import OPS
-from lora_core.saved_tensors import saved_activations
+from lora_core.memory.saved_tensors import saved_activations
 
 NO_INPUT = ("keyed_dropout",)  # whose backward needs none of its arguments
 Call = tuple[Callable[[], Any], list[Tensor]]  # and the tensors that it trains

@@ -34,11 +34,11 @@ from benchmarks.counting import Counter, Tally
 from lora_core import kernels
 from lora_core.adapters import injection
 from lora_core.adapters.injection import AdapterSpec
-from lora_core.cuda_operators import as_cuda
 from lora_core.errors import UserError, quiet_status
+from lora_core.memory.cuda_operators import as_cuda
+from lora_core.memory.saved_tensors import saved_activations
 from lora_core.optim.adamw import AdamW
 from lora_core.prodigy import Prodigy
-from lora_core.saved_tensors import saved_activations
 
 GB = 1e9
 VARIANTS = (

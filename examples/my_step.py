@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_core.config import Config
 from train import training_step
+from training.inputs.step_inputs import StepInputs
 from training.setup import Model
 from training.step import Loss
-from training.step_inputs import StepInputs
 
 
 def antithetic_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:

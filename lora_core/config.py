@@ -116,9 +116,8 @@ class DataConfig(ImageSettings):
     white (at least half) instead of random rectangles, and the whole image counts; both: the hole
     is painted and counts alone."""
     skip_bad: bool = False
-    """Leave out images that cannot be read (damaged, empty, no image, a mask or caption file that
-    cannot be read, a name in metadata.jsonl without a file) and print them; otherwise the first one
-    is an error."""
+    """Leave out images that cannot be read, or whose mask or caption cannot, and print them;
+    otherwise the first one is an error."""
     cache: str = ""
     """Folder that keeps encoded latents, captions where no text trains, and which image files were
     checked; many runs and processes may share it. Empty: memory only."""
@@ -355,12 +354,11 @@ class ModelConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
     quantize: Literal["none", "fp8", "int8", "int4"] = "none"
-    """Form in which the linear layers of the denoiser's blocks (and of T5) are stored: fp8 and int8
-    take half of bf16, int4 (NF4, as in QLoRA) about a quarter; they are unpacked as they are used.
-    Files that are written fit the model as it is (extra: torchao)."""
+    """Form in which frozen linear layers of the denoiser and of T5 are stored: fp8 and int8 take
+    half the memory of bf16, int4 (NF4, as in QLoRA) about a quarter (extra: torchao)."""
     stream: bool = False
-    """Keep the denoiser's blocks in host memory and copy each to the device for its turn: at most
-    two are there. Slower; training needs --gradient-checkpointing."""
+    """Keep the denoiser's blocks in host memory and copy each to the GPU for its turn, at most two
+    at once: slower; training needs --gradient-checkpointing."""
     threads: Annotated[int, AtLeast(0)] = 0
     """CPU threads; 0: torch's choice."""
 
@@ -382,11 +380,11 @@ class Config(ModelConfig):
     accumulation: Annotated[int, AtLeast(1)] = 1
     """Forward passes for one step; batch 2 x 2 gives the numbers of batch 4."""
     processes: Annotated[int, AtLeast(0)] = 0
-    """Processes that a step has images for: batch_size x accumulation for each of them, however
-    many compute them. 0: as many as torchrun started, in a resumed run as it began."""
+    """Processes that a step has images for, batch_size x accumulation each, however many compute
+    them; 0: as many as torchrun started, or as the resumed run began with."""
     shard: bool = False
-    """Divide the frozen denoiser among the processes (FSDP): each holds its share of the weights,
-    and gathers a block's before the block works. For a base too large for one GPU; slower."""
+    """Divide the frozen denoiser among the processes (FSDP2), for a base too large for one GPU:
+    slower."""
     autocast: bool = False
     """Matrix products in bf16 while the weights keep their precision (torch.autocast)."""
     compile: bool = False
@@ -397,13 +395,11 @@ class Config(ModelConfig):
     once for each stage and image size: no launch costs. With adamw or prodigy, and losses that do
     the same in each step."""
     offload: bool = True
-    """On a GPU keep each network there only while it works: text encoders and VAE leave once their
-    results are cached, and all take turns for samples and validation. Costs host memory for the
-    frozen weights, and the seconds that copying them takes; with --no-offload all stay."""
+    """Keep a network on the GPU only while it works, else in host memory, which costs the time of a
+    copy when it comes back."""
     gradient_checkpointing: Checkpointing = "none"
-    """Recompute activations in the backward pass: less memory, about a third more time. blocks:
-    those of the denoiser's blocks; all: those of the text encoders' layers, too, which are kept
-    only where a text encoder or tokens train."""
+    """Recompute activations in the backward pass, for about a third more time: those of the
+    denoiser's blocks, or all, where a text encoder or tokens train."""
     from_lora: str = ""
     """LoRA file or run folder that training starts from, in any format that is read here: its
     update, its ranks and alphas, and the learned tokens of words that both have."""
@@ -486,6 +482,6 @@ class Config(ModelConfig):
         """Whether masks weight the loss."""
         return self.data.masks != "none" and self.data.mask_use != "hole"
 
-    def trains(self, group: str) -> bool:
-        """Whether some stage trains this group."""
-        return any(group in stage.groups for stage in self.stages)
+    def trains(self, *groups: str) -> bool:
+        """Whether some stage trains one of these groups."""
+        return any(not set(groups).isdisjoint(stage.groups) for stage in self.stages)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lora_core.escaped_output import escape_surrogates, escaped_output, one_line
-from lora_core.memory_errors import is_out_of_memory
+from lora_core.memory.memory_errors import is_out_of_memory
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen

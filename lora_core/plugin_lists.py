@@ -87,7 +87,7 @@ LISTED_TABLES = {
         "--samples.sampler-args, --sampler-args",
     ),
     "metrics": ListedTable(
-        "training.measures",
+        "training.comparisons.measures",
         "MEASURES",
         "train.py --compare --metric; also loss (recorded), clip:MODEL",
         "my_metric.py:fn, with fn(step) -> [b] or fn(images, prompts) -> [n]",

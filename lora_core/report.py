@@ -23,8 +23,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from lora_core.atomic_files import atomic_write
+from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError, exit_status, printable
-from lora_core.memory_errors import format_bytes
 from lora_core.runs import report_charts
 from lora_core.runs.comparison import Comparison
 from lora_core.runs.report_charts import change_color

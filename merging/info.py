@@ -12,6 +12,7 @@ import torch
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState
+from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
 from lora_core.formats import embeddings
@@ -87,7 +88,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _file_size(path: str) -> str:
     place = Path(path)
     files = [place] if place.is_file() else list(place.glob("*.safetensors"))
-    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+    return format_bytes(sum(file.stat().st_size for file in files))
 
 
 def _component_table(spectra: Sequence[LayerSpectrum]) -> list[tuple[str, ...]]:

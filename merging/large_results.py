@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank
 from lora_core.atomic_files import disk_errors, temporary_name
+from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError
 from merging.adapter_sums import MergedLayer, Term, weighted_layers
 
@@ -44,16 +45,16 @@ def describe_size(terms: Sequence[Term], dtype: torch.dtype | None, path: str) -
     size, rank, smaller = exact_size(terms, dtype)
     needed = 2 * size if size >= LARGE else size
     free = shutil.disk_usage(_existing_parent(path)).free
-    advice = f"; --rank {SMALLER_RANK} makes it {show_bytes(smaller)}" if smaller < size else ""
+    advice = f"; --rank {SMALLER_RANK} makes it {format_bytes(smaller)}" if smaller < size else ""
     if needed > free:
         raise UserError(
-            f"the sum of {len(terms):,} files would take {show_bytes(size)} and "
-            f"{show_bytes(needed)} while it is written, and {_existing_parent(path)} has "
-            f"{show_bytes(free)}{advice}"
+            f"the sum of {len(terms):,} files would take {format_bytes(size)} and "
+            f"{format_bytes(needed)} while it is written, and {_existing_parent(path)} has "
+            f"{format_bytes(free)}{advice}"
         )
     return (
         f"{path} holds the whole of {len(terms):,} files: rank {rank:,} in its largest layer, "
-        f"about {show_bytes(size)}{advice}"
+        f"about {format_bytes(size)}{advice}"
     )
 
 
@@ -69,14 +70,6 @@ def keep_on_disk(layers: Iterable[MergedLayer], path: str) -> Iterator[MergedLay
             down, up = (_move_to_disk(tensor, place) for tensor in (lr.down, lr.up))
             layer = layer._replace(adapter=lr._replace(down=down, up=up))
         yield layer
-
-
-def show_bytes(size: int) -> str:
-    """A size as text, in kB, MB or GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
 
 
 def _move_to_disk(tensor: Tensor, place: Path) -> Tensor:

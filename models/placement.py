@@ -11,15 +11,20 @@ from torch import nn
 
 from lora_core.adapters.adapted_layer import Adapted, adaptable_layers, module_parents
 from lora_core.adapters.adapter_module import BaseLayer
+from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError
 from lora_core.family import Family
-from lora_core.quantized_weights import Quantize, QuantizedLinear, is_quantizable, stored_bytes
-from lora_core.streamed_blocks import move_around_blocks, stream_blocks
+from lora_core.memory.quantized_weights import (
+    Quantize,
+    QuantizedLinear,
+    is_quantizable,
+    stored_bytes,
+)
+from lora_core.memory.streamed_blocks import move_around_blocks, stream_blocks
 
 LARGE_ENCODER = 10**9  # parameters of a text encoder that is quantized too: T5, not CLIP
 RESNET_BLOCKS = ("ResnetBlock2D",)  # of UNets, which diffusers checkpoints beside the transformers'
 HOST = torch.device("cpu")
-MIB = 2**20
 
 
 def loading_device(
@@ -88,10 +93,10 @@ def _stream_network(
     if device.type == "cuda":  # before their memory is pinned, which another layout would replace
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     streamed = stream_blocks(blocks, device)
-    size, largest = streamed.host_bytes / MIB, streamed.largest_block / MIB
+    size, largest = format_bytes(streamed.host_bytes), format_bytes(streamed.largest_block)
     return (
-        f"streamed: {len(blocks)} blocks of {name}, {size:,.1f} MiB, stay in host memory; at most "
-        f"two are on the device, each of up to {largest:,.1f} MiB"
+        f"streamed: {len(blocks)} blocks of {name}, {size}, stay in host memory; at most "
+        f"two are on the device, each of up to {largest}"
     )
 
 
@@ -128,12 +133,16 @@ def _keep(base: BaseLayer) -> BaseLayer:
 # ---------------------------------------------------------------- which layers, which blocks
 
 
+def named_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """Path -> block of the classes that a diffusers network names as those it repeats."""
+    return _blocks_of_classes(network, tuple(getattr(network, "_repeated_blocks", None) or ()))
+
+
 def repeated_blocks(network: nn.Module) -> dict[str, nn.Module]:
     """Path -> block that a network repeats: of the classes that a diffusers network names, else the
     members of its outermost lists, as in a text encoder.
     """
-    names = getattr(network, "_repeated_blocks", None) or ()
-    return _blocks_of_classes(network, tuple(names)) if names else _list_members(network)
+    return named_blocks(network) or _list_members(network)
 
 
 def checkpointed_blocks(network: nn.Module) -> dict[str, nn.Module]:
@@ -172,8 +181,8 @@ def describe_quantization(
             after += stored_bytes(shape, quantize, dtype)
     form = "4 bits (NF4)" if quantize == "int4" else quantize
     return (
-        f"quantized: {len(paths)} linear layers of {name} in {form}, {after / MIB:,.1f} MiB "
-        f"instead of {before / MIB:,.1f}"
+        f"quantized: {len(paths)} linear layers of {name} in {form}, {format_bytes(after)} "
+        f"instead of {format_bytes(before)}"
     )
 
 

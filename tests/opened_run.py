@@ -11,13 +11,13 @@ from lora_core.config import Config
 from lora_core.runs.run_folder import Run
 from training import processes, setup, starting_lora
 from training.checkpoints import Checkpoints
+from training.inputs.step_inputs import InputSource, make_step_inputs
 from training.log import Log
 from training.samples import SampleImages
 from training.scores import Scorer
 from training.setup import Data, Model, Optimization
 from training.stages import begin_stage, set_learning_rates
 from training.step import StepFunctions, optimizer_step
-from training.step_inputs import InputSource, make_step_inputs
 
 
 @dataclass

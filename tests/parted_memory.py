@@ -9,8 +9,8 @@ from torch import nn
 
 from lora_core.config import Config
 from lora_core.family import Family
-from training import placed_family, residency
-from training.residency import HostCopy, Residency, frozen_tensors
+from training.networks import placed_family, residency
+from training.networks.residency import HostCopy, Residency, frozen_tensors
 
 
 class PartedMemory:

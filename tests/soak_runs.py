@@ -142,8 +142,8 @@ def sum_up(readings: Sequence[Reading], beside: Sequence[Reading], steps: int) -
 def differences(run: Path, other: Path) -> list[str]:
     """Names of the files that only one of two finished runs has, or that differ in a byte.
 
-    The seconds that a run took are left out of state.json and summary.json, and its folders of
-    config.toml; checksums of state.json, and report.html, are not compared.
+    The seconds and the memory that a run took are left out, and its folders in config.toml;
+    checksums of state.json, and report.html, are not compared.
     """
     found = []
     names = {file.relative_to(run) for file in run.rglob("*") if file.is_file()}
@@ -159,16 +159,16 @@ def differences(run: Path, other: Path) -> list[str]:
 
 
 def _content(file: Path) -> object:
-    """The bytes of a file, or its JSON without the seconds that the run took, or its lines without
-    the folders of the run and its cache.
-    """
-    if file.name == "config.toml":
+    """The bytes of a file; of those with measurements or folders what is left without them."""
+    left_out = {"config.toml": ("out = ", "cache = "), "README.md": ("| peak memory",)}
+    if file.name in left_out:
         lines = file.read_text().splitlines()
-        return [line for line in lines if not line.startswith(("out = ", "cache = "))]
+        return [line for line in lines if not line.startswith(left_out[file.name])]
     if file.name not in ("state.json", "summary.json"):
         return file.read_bytes()
     table = json.loads(file.read_text())
     (table["meta"] if file.name == "state.json" else table).pop("seconds")
+    table.pop("peak_memory", None)
     return table
 
 

@@ -15,7 +15,7 @@ from infer import Infer
 from lora_core.config import Config, Stage
 from merging.commands import COMMANDS, flatten
 from tests.test_house import PRODUCT, ROOT
-from training.compare_options import CompareRuns
+from training.comparisons.compare_options import CompareRuns
 
 UNKNOWN = "\0"  # stands for what a message fills in
 FLAG = re.compile(r"--([a-z\0][\w.\-\0]*)(?: (\w+))?")

@@ -32,7 +32,8 @@ from lora_core.tokens import install_tokens
 from lora_core.toml import read_toml, to_toml
 from models import load_family
 from tests.conftest import final, learned, merged, same, save_photos
-from training import config_checks, setup, signals
+from training import setup, signals
+from training.checks import config_checks
 
 TOKENS = (Stage(2, ("tokens",)),)
 ONLY: dict[str, Any] = {"stages": TOKENS, "optimizer": {"lr": {}}, "adapter": {"rank": 16}}

@@ -17,8 +17,9 @@ from lora_core.toml import parse_toml
 from models import load_family
 from tests.conftest import final, learned, merged, rows, same
 from tests.opened_run import open_parts
-from training import config_checks, nonfinite
-from training.step_inputs import make_step_inputs
+from training import nonfinite
+from training.checks import config_checks
+from training.inputs.step_inputs import make_step_inputs
 
 STREAMED = {"stream": True, "gradient_checkpointing": "blocks"}
 

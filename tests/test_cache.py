@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_said_before_it_is_made(tmp_path, monkeypatch):
     row = {"x": torch.zeros(250)}
     TensorCache({}).check_room(row, 10**3, "captions")
     monkeypatch.setattr(module, "available_memory", lambda: 10**6)
-    said = r"2,000 captions take 0\.0 GB .* in memory; .*--data\.cache FOLDER"
+    said = r"2,000 captions take 2 MB .* and 1 MB are free in memory; .*--data\.cache FOLDER"
     with pytest.raises(UserError, match=said):
         TensorCache({}).check_room(row, 2000, "captions")
     TensorCache({}, tmp_path).check_room(row, 2000, "captions")

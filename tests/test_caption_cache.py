@@ -14,7 +14,7 @@ from lora_core.family import Conditioning
 from tests import tiny_flux
 from tests.conftest import merged
 from tests.opened_run import OpenedRun, latent_files, open_parts
-from training.caption_cache import (
+from training.inputs.caption_cache import (
     CaptionRows,
     TokenIds,
     hash_networks,

@@ -17,7 +17,7 @@ from lora_core.placeholders import make_placeholders, word_positions
 from tests.conftest import merged, rows
 from tests.opened_run import open_parts
 from tests.test_losses import make
-from training.step_inputs import make_step_inputs
+from training.inputs.step_inputs import make_step_inputs
 
 STAGES = (Stage(1, ("denoiser", "tokens")),)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.compare_options import asks_for_comparison
+from training.comparisons.compare_options import asks_for_comparison
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,5 +28,5 @@ def test_a_command_line_that_names_a_side_asks_for_a_comparison(
 
 
 def test_the_options_need_no_torch() -> None:
-    probe = "import sys, training.compare_options; sys.exit('torch' in sys.modules)"
+    probe = "import sys, training.comparisons.compare_options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT).returncode == 0

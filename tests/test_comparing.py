@@ -11,7 +11,7 @@ import train
 from lora_core.errors import UserError
 from lora_core.runs.comparison import NO_TIME, Measured, Score, compare_runs
 from tests.test_comparison import write  # noqa: F401 (a fixture)
-from training import comparing
+from training.comparisons import comparing
 
 
 def test_runs_are_named_by_folder_holder_or_pattern(tmp_path: Path) -> None:

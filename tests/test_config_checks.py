@@ -19,7 +19,8 @@ from lora_core.config import AdapterConfig, Config, DataConfig, Stage
 from lora_core.diffusion.losses import StepOutput, mse
 from lora_core.errors import UserError
 from tests.conftest import merged, rows
-from training import config_checks, cuda_graph
+from training import cuda_graph
+from training.checks import config_checks
 
 
 def test_what_a_machine_cannot_do_is_refused_and_what_it_does_is_said(

@@ -25,7 +25,8 @@ from lora_core.toml import read_toml
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline
 from tests.opened_run import open_parts
-from training import config_checks, results
+from training import results
+from training.checks import config_checks
 from training.log import Log
 
 FOLDER = Path(__file__).parent.parent / "configs"

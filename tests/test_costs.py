@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.counting import Counter, touched_bytes, traffic_bytes
 from lora_core import kernels
-from lora_core.cuda_operators import as_cuda
 from lora_core.kernels import OPS, norms, reference
 from lora_core.kernels.reference import Drop
+from lora_core.memory.cuda_operators import as_cuda
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.counting import Counter
 from lora_core import kernels
-from lora_core.cuda_operators import as_cuda
+from lora_core.memory.cuda_operators import as_cuda
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:

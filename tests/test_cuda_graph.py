@@ -32,7 +32,8 @@ from lora_core.config import (
 )
 from lora_core.kernels import dispatch
 from tests.conftest import distance, final, learned, merged, rows
-from training import config_checks, cuda_graph
+from training import cuda_graph
+from training.checks import config_checks
 from training.cuda_graph import GraphReplay
 
 READ_BACK = (

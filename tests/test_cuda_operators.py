@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_core.cuda_operators import WORKSPACES, as_cuda, has_meta_autocast
-from lora_core.saved_tensors import saved_activations
+from lora_core.memory.cuda_operators import WORKSPACES, as_cuda, has_meta_autocast
+from lora_core.memory.saved_tensors import saved_activations
 
 
 def test_rms_norm_is_torchs() -> None:

@@ -13,7 +13,7 @@ from lora_core.errors import UserError
 from lora_core.formats import run_file_names
 from lora_core.runs import destination
 from lora_core.runs.run_folder import Run
-from training import config_checks
+from training.checks import config_checks
 
 OPTIONS = {
     "--data.images": lambda path: {"data": DataConfig(images=path)},

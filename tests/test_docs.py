@@ -32,8 +32,9 @@ from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.toml import read_toml, to_toml
 from tests.process_groups import ProcessGroups, process_groups
-from training.compare_options import CompareRuns
-from training.measures import find_measures
+from training.checks import config_checks
+from training.comparisons.compare_options import CompareRuns
+from training.comparisons.measures import find_measures
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -243,6 +244,20 @@ def test_the_example_patches_a_model(folder: Path, monkeypatch: pytest.MonkeyPat
     )
     with Image.open("patched.png") as image:
         assert image.size == (64, 64)
+
+
+def test_the_options_in_the_first_table_of_scaling_go_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    table = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").split("\n\n")[1]
+    found = [shlex.split(text) for text in re.findall(r"`(-[^`]+|[^`]+train.py[^`]+)`", table)]
+    assert len(found) > 8
+    for words in found:
+        given = words[words.index("train.py") + 2 :] if "train.py" in words else words
+        given = ["configs/toy_pti.toml", *(word for word in given if word != "--plan")]
+        config = parse_command_line(Config, given, prog="train.py", example="")
+        config_checks.check_config(replace(config, resume=False), needs_images=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

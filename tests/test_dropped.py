@@ -20,7 +20,7 @@ from models import load_family
 from tests import tiny_sdxl
 from tests.conftest import learned, same
 from tests.opened_run import OpenedRun, open_parts
-from training.caption_cache import CaptionCache, CaptionRows, TokenIds
+from training.inputs.caption_cache import CaptionCache, CaptionRows, TokenIds
 from training.step import encode_conditioning
 
 SIDE = 16

@@ -26,17 +26,11 @@ from lora_core.optim import building, ema, gradients, schedules
 from lora_core.runs import reports
 from tests import tiny_flux
 from tests.test_configs import put
-from training import (
-    checkpoints,
-    config_checks,
-    cuda_graph,
-    effects,
-    processes,
-    run_adapters,
-    setup,
-    step_inputs,
-)
+from training import checkpoints, cuda_graph, processes, run_adapters, setup
 from training import step as step_module
+from training.checks import config_checks
+from training.inputs import step_inputs
+from training.probes import effects
 
 BOTH, TOKENS = ("denoiser", "tokens"), ("tokens",)
 
@@ -446,7 +440,6 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
     "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
     "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
-    "validation.every": (1, {}, instead(train.Log, "validate", nothing)),
     "validation.count": (2, {}, shorter_scores(1)),
     "validation.bins": (2, {}, shorter_scores(1)),
     "validation.draws": (2, {}, shorter_scores(1)),

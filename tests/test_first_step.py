@@ -7,10 +7,10 @@ import torch
 from lora_core.config import Config, Stage
 from lora_core.diffusion.losses import mse
 from tests.opened_run import open_parts
-from training.first_step import FirstStep, forward_calls
+from training.inputs.step_inputs import make_step_inputs
+from training.probes.first_step import FirstStep, forward_calls
 from training.stages import begin_stage, set_learning_rates
 from training.step import optimizer_step
-from training.step_inputs import make_step_inputs
 
 
 def take_first_step(config: Config) -> FirstStep:

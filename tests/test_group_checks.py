@@ -10,7 +10,7 @@ from lora_core.command_line import parse_command_line
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
 from lora_core.toml import read_toml, to_toml
-from training import config_checks
+from training.checks import config_checks
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lora_core.config import Config, DataConfig
 from lora_core.data.dataset import ImageDataset, scan_folder
-from training import input_probes as probes
+from training.probes import input_probes as probes
 
 
 def looked_at(config: Config | None = None, **parts: Any) -> Any:

@@ -26,8 +26,10 @@ OPTIONAL = {
     "datasets",
     "pillow-heif",
     "tensorboard",
+    "torchao",
     "wandb",
 }  # extras, imported where they are asked for
+BROUGHT = {"pyarrow": "datasets"}  # package -> the extra of ours that requires it
 
 # Trains two steps, draws, merges and folds, in the environment that it is started in.
 SESSION = """
@@ -180,13 +182,17 @@ def test_every_import_is_declared_and_every_dependency_is_imported() -> None:
     sources = packages_distributions()
     used = set()
     for name in names:
-        used |= {canonicalize_name(source) for source in sources.get(name, [name])}
+        found = map(canonicalize_name, sources.get(name, [name]))
+        used |= {BROUGHT.get(source, source) for source in found}
     needed = {canonicalize_name(requirement.name) for requirement in declared(extras=False)}
     assert used - OPTIONAL == needed
     extras = set()
     for name in EXTRAS.keys() - {"test"}:
         extras |= {canonicalize_name(Requirement(line).name) for line in EXTRAS[name]}
     assert used & OPTIONAL <= extras
+    for name, extra in BROUGHT.items():
+        required = map(Requirement, distribution(extra).requires or ())
+        assert name in {canonicalize_name(requirement.name) for requirement in required}
 
 
 @pytest.mark.parametrize("requirement", list(declared()), ids=str)

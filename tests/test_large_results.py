@@ -13,7 +13,7 @@ import torch
 from lora_core.adapters.weight_updates import LowRank
 from merging import large_results
 from merging.adapter_sums import MergedLayer
-from merging.large_results import keep_on_disk, show_bytes
+from merging.large_results import keep_on_disk
 from merging.truncation import ApproximationReport
 from tests.merge_commands import call
 
@@ -79,12 +79,6 @@ def test_many_files_are_not_open_at_once(here):
         call("mix", "mean(loras/*.safetensors)", "--out", "m.safetensors", "--model", "base")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_sizes_are_short():
-    assert [show_bytes(size) for size in (8_640_000_000, 138e6, 950)] == [
-        "8.64 GB", "138 MB", "0.95 kB"
-    ]  # fmt: skip
 
 
 def test_many_inputs_of_which_little_is_left_are_a_few_lines(copies, capsys):

@@ -23,9 +23,9 @@ from lora_core.data.image_checks import ImageChecks
 from lora_core.runs.run_folder import flatten_state
 from tests.opened_run import open_parts
 from tests.shard_examples import encoded
-from training import step_inputs
+from training.inputs import step_inputs
+from training.inputs.step_inputs import InputSource
 from training.run_identity import run_identity
-from training.step_inputs import InputSource
 
 BUCKETS = ImageSettings(16, buckets=True, bucket_step=4)
 

@@ -9,8 +9,8 @@ import torch
 from lora_core.config import Config, PriorConfig
 from tests.conftest import merged, save_pipeline
 from tests.opened_run import OpenedRun, latent_files, open_parts
-from training.latent_cache import pixels_repeat_after
-from training.step_inputs import list_captions, list_visits, make_step_inputs
+from training.inputs.latent_cache import pixels_repeat_after
+from training.inputs.step_inputs import list_captions, list_visits, make_step_inputs
 
 
 def read_steps(s: OpenedRun, count: int) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from lora_core.data.dataset import scan_folder
 from lora_core.data.listing import folder_for_new_images
 from lora_core.errors import UserError
 from tests.image_examples import save_gray_square, save_kohya_folders
-from training import class_images
+from training.inputs import class_images
 
 NFC, NFD = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_core.live_tensors import LiveTensors, ResultShapes, tensor_bytes
+from lora_core.memory.live_tensors import LiveTensors, ResultShapes, tensor_bytes
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

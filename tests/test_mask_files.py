@@ -13,8 +13,9 @@ from lora_core.errors import UserError
 from lora_core.runs.shared_options import shorten_mask_source
 from tests.conftest import merged, save_photos
 from tests.tiny_clipseg import save_clipseg
-from training import mask_files, setup
-from training.mask_files import PUBLISHED_WEIGHTS, parse_segmenter
+from training import setup
+from training.inputs import mask_files
+from training.inputs.mask_files import PUBLISHED_WEIGHTS, parse_segmenter
 from training.shared_config import shared_config
 
 

@@ -25,7 +25,7 @@ from lora_core.plugins import function_name
 from tests.conftest import merged
 from tests.opened_run import OpenedRun, open_parts
 from tests.tiny_pipeline import SCALED
-from training.step_inputs import make_step_inputs
+from training.inputs.step_inputs import make_step_inputs
 
 SHAPE = (3, 4, 5, 7)
 

@@ -25,8 +25,9 @@ from lora_core.errors import UserError
 from lora_core.runs.comparison import NO_TIME, read_recorded_run, recorded_losses
 from models.image_similarity import ImageSimilarity
 from tests.tiny_clip import save_clip
-from training import measures, results
-from training.trained_runs import TrainedRun, open_trained_run
+from training import results
+from training.comparisons import measures
+from training.comparisons.trained_runs import TrainedRun, open_trained_run
 
 OWN = """
 def absolute(step, *, factor=1.0):

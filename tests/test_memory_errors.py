@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_core.memory_errors import describe_shortage, is_out_of_memory, read_shortage
+from lora_core.memory.memory_errors import describe_shortage, is_out_of_memory, read_shortage
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of "
@@ -16,7 +16,7 @@ def test_cudas_numbers() -> None:
     shortage = read_shortage(torch.OutOfMemoryError(CUDA))
     assert shortage == ("the GPU", 2 << 30, int(22.44 * 2**30), int(23.64 * 2**30))
     assert describe_shortage(shortage) == (
-        "2.1 GB more were asked for, this process has 24.1 GB, the GPU has 25.4 GB"
+        "2.15 GB more were asked for, this process has 24.1 GB, the GPU has 25.4 GB"
     )
 
 

@@ -13,11 +13,11 @@ from torch import nn
 import train
 from lora_core.adapters import injection
 from lora_core.config import AdapterConfig, Config, DataConfig, Stage
-from lora_core.live_tensors import tensor_bytes
+from lora_core.memory.live_tensors import tensor_bytes
 from lora_core.settings import ImageSettings
 from training import run_adapters, setup
 from training.cuda_graph import map_tensors
-from training.memory_plan import (
+from training.memory.memory_plan import (
     ACTIVATIONS,
     AVERAGE,
     CONTEXT,
@@ -31,8 +31,8 @@ from training.memory_plan import (
     plan_memory,
     takes_turns,
 )
-from training.plan_options import Fit, find_fit
-from training.planned_step import (
+from training.memory.plan_options import Fit, find_fit
+from training.memory.planned_step import (
     make_optimizer_state,
     on_meta,
     open_planned_run,

@@ -24,7 +24,7 @@ from lora_core.settings import AdapterSpec
 from lora_core.tokens import install_tokens
 from models import load_family, read_layout
 from tests.conftest import merged
-from training import model_checks
+from training.checks import model_checks
 
 BOTH = (Stage(groups=("denoiser", "text_encoder")),)
 

@@ -19,10 +19,10 @@ from lora_core.errors import UserError
 from lora_core.runs.run_folder import Run, nonfinite_names
 from tests.conftest import learned, rows
 from training import nonfinite
+from training.inputs.step_inputs import StepInputs
 from training.log import Log
 from training.setup import Model, Optimization
 from training.step import Loss
-from training.step_inputs import StepInputs
 
 NAN = float("nan")
 

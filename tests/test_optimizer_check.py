@@ -18,7 +18,7 @@ from lora_core.prodigy import read_distance
 from tests.conftest import final, learned, rows, same
 from tests.opened_run import open_parts
 from training import setup
-from training.optimizer_check import try_optimizer
+from training.checks.optimizer_check import try_optimizer
 
 SETTINGS = {"denoiser": {"name": "denoiser", "lr": 1e-2}, "tokens": {"name": "tokens", "lr": 1e-3}}
 CPU = torch.device("cpu")

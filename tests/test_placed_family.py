@@ -11,8 +11,8 @@ from lora_core.family import Family, LoadOptions, Sizes
 from models import load_family
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import save_pipeline
-from training.placed_family import PROMPTS_AT_ONCE, PlacedFamily
-from training.residency import DENOISER, TEXT_ENCODERS, VAE, Residency
+from training.networks.placed_family import PROMPTS_AT_ONCE, PlacedFamily
+from training.networks.residency import DENOISER, TEXT_ENCODERS, VAE, Residency
 
 CPU = torch.device("cpu")
 

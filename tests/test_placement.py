@@ -11,7 +11,7 @@ from lora_core.adapters.adapted_layer import adaptable_layers
 from lora_core.adapters.folded_weights import fold_adapter
 from lora_core.errors import UserError
 from lora_core.family import LoadOptions
-from lora_core.quantized_weights import QuantizedLinear
+from lora_core.memory.quantized_weights import QuantizedLinear
 from lora_core.settings import AdapterSpec
 from models import load_family, placement
 from models.placement import checkpointed_blocks, place_networks, repeated_blocks

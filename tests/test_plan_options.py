@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from lora_core.config import Config, DataConfig
-from training import plan_options
-from training.memory_plan import MemoryPlan, Phase
-from training.plan_options import Fit, find_fit, possible_savings
+from training.memory import plan_options
+from training.memory.memory_plan import MemoryPlan, Phase
+from training.memory.plan_options import Fit, find_fit, possible_savings
 
 SIZES = {"precision": 0.5, "gradient_checkpointing": 0.5, "quantize": 0.5, "stream": 0.25}
 

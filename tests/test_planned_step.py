@@ -18,12 +18,13 @@ from lora_core.config import (
     TokensConfig,
     ValidationConfig,
 )
-from lora_core.live_tensors import tensor_bytes
+from lora_core.memory.live_tensors import tensor_bytes
 from tests import tiny_flux, tiny_sdxl
 from tests.opened_run import open_parts
 from tests.test_live_tensors import allocator_peak
-from training.memory_plan import _state_bytes
-from training.planned_step import (
+from training.inputs.step_inputs import make_step_inputs
+from training.memory.memory_plan import _state_bytes
+from training.memory.planned_step import (
     PlannedRun,
     StepMemory,
     make_optimizer_state,
@@ -32,9 +33,8 @@ from training.planned_step import (
     planned_inputs,
     step_memory,
 )
-from training.planned_weights import frozen_sizes
+from training.memory.planned_weights import frozen_sizes
 from training.step import optimizer_step
-from training.step_inputs import make_step_inputs
 
 SIDE = 64  # pixels
 GROUPS = {"sd": ("denoiser", "text_encoder"), "sdxl": ("denoiser", "tokens"), "flux": ("denoiser",)}

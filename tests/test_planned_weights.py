@@ -10,7 +10,7 @@ from lora_core.config import Config
 from lora_core.settings import AdapterSpec
 from models.placement import checkpointed_blocks
 from tests import tiny_flux
-from training.planned_weights import component_bytes, frozen_sizes, unpacked_bytes
+from training.memory.planned_weights import component_bytes, frozen_sizes, unpacked_bytes
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from lora_core.diffusion.noise import flow_schedule
 from lora_core.errors import UserError
 from lora_core.toml import from_table, read_toml, to_toml
 from tests.conftest import learned, merged, same
-from training import config_checks
+from training.checks import config_checks
 
 
 def cubed(step: StepOutput, *, power: int = 3) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_core.quantized_weights import (
+from lora_core.memory.quantized_weights import (
     NF4_BLOCK,
     QuantizedLinear,
     is_quantizable,

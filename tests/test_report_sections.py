@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
 from lora_core.runs.report_data import NO_DEFAULT, ChangedOption, RunRecord
 from lora_core.runs.report_images import RunImages, Sheet, SheetImage, read_images
 from lora_core.runs.report_sections import (
     common_settings,
     differing_settings,
-    format_size,
     last_samples,
     list_files,
     make_viewer,
@@ -67,10 +64,3 @@ def test_files_have_their_sizes(tmp_path: Path) -> None:
     assert next(iter(files)) == "a.safetensors" and files["a.safetensors"] == 2000
     inside = sum(file.stat().st_size for file in (run / "samples").iterdir())
     assert files["samples/"] == inside and not files.keys() & {".hidden", "report.html"}
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 bytes"), (999, "999 bytes"), (2_015_000, "2.02 MB"), (3e9, "3 GB")]
-)
-def test_sizes_are_in_thousands(size: float, text: str) -> None:
-    assert format_size(size) == text

@@ -18,7 +18,7 @@ from lora_core.settings import AdapterSpec
 from tests import tiny_flux
 from tests.conftest import final, merged, rows, same, save_pipeline
 from tests.parted_memory import PartedMemory, parted_memory
-from training.residency import (
+from training.networks.residency import (
     DENOISER,
     TEXT_ENCODERS,
     VAE,
@@ -100,11 +100,11 @@ def test_parts_take_turns_and_each_comes_once_for_a_frozen_text(
     # step, then for the samples' prompts and those of the base model
     assert order.count("text encoders comes") <= 5
     said = capsys.readouterr().out
-    line = r"text encoders: 2 captions encoded in \d+ s, left the GPU \(8\.0 GB freed\)"
+    line = r"text encoders: 2 captions encoded in \d+ s, left the GPU \(8 GB freed\)"
     assert len(re.findall(line, said)) == 1  # the empty caption of dropped ones, too
-    assert re.search(r"VAE: 4 images encoded in \d+ s, left the GPU \(4\.0 GB freed\)", said)
-    assert said.count("denoiser: on the GPU (4.0 GB)") == 1
-    assert said.count("denoiser: left the GPU (4.0 GB freed)") == 1
+    assert re.search(r"VAE: 4 images encoded in \d+ s, left the GPU \(4 GB freed\)", said)
+    assert said.count("denoiser: on the GPU (4 GB)") == 1
+    assert said.count("denoiser: left the GPU (4 GB freed)") == 1
 
 
 def test_what_trains_stays_together_and_leaves_with_its_stage(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.saved_tensors import saved_activations
+from lora_core.memory.saved_tensors import saved_activations
 
 
 def meta(*shape: int, grad: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from lora_core.toml import to_toml
 from tests.conftest import rows
 from tests.process_groups import process_groups
 from tests.run_difference import largest_difference
-from training import sharding
+from training.networks import sharding
 
 
 class Network(nn.Module):

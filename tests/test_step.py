@@ -32,9 +32,9 @@ from lora_core.toml import read_toml
 from tests.conftest import distance, learned, rows
 from tests.opened_run import open_parts
 from training import step as step_module
+from training.inputs.step_inputs import StepInputs, make_step_inputs
 from training.setup import Model
 from training.step import Loss, optimizer_step
-from training.step_inputs import StepInputs, make_step_inputs
 
 ALL = ("denoiser", "text_encoder", "tokens")
 ROOT = Path(__file__).parent.parent

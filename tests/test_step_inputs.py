@@ -18,8 +18,8 @@ from lora_core.errors import UserError
 from tests.conftest import final, merged, same, save_pipeline
 from tests.opened_run import OpenedRun, latent_files, open_parts
 from training import cuda_graph
+from training.inputs.step_inputs import InputSource, StepInputs, TokenIds, make_step_inputs
 from training.stages import begin_stage
-from training.step_inputs import InputSource, StepInputs, TokenIds, make_step_inputs
 
 
 def test_another_vae_and_another_cache_change_what_they_should(

@@ -11,14 +11,14 @@ import train
 from lora_core.config import Config, ValidationConfig
 from tests.conftest import learned, same
 from tests.test_configs import put
-from training import effects
-from training.first_step import FirstStep
+from training.probes import effects
+from training.probes.first_step import FirstStep
 
 RUNS: list[dict[str, Any]] = [
     {
         "precision": "fp64",
         "vae_precision": "bf16",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "blocks",
         "accumulation": 2,
         "loss": "huber",
         "loss_arg": {"delta": 0.3},

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.data.images import read_image
-from lora_core.data.stored_files import StoredCell, StoredFile, path_of
+from lora_core.data.shards.stored_files import StoredCell, StoredFile, path_of
 from lora_core.errors import UserError
 from lora_core.text import read_lines
 from tests.shard_examples import encoded, write_parquet

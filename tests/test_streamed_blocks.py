@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import injection
-from lora_core.settings import AdapterSpec
-from lora_core.streamed_blocks import (
+from lora_core.memory.streamed_blocks import (
     Slabs,
     StartedCopy,
     StreamedBlocks,
@@ -21,6 +20,7 @@ from lora_core.streamed_blocks import (
     move_around_blocks,
     stream_blocks,
 )
+from lora_core.settings import AdapterSpec
 
 WIDTH, BLOCKS = 8, 5
 

@@ -15,7 +15,7 @@ from lora_core.data.captions import CaptionMode
 from lora_core.data.dataset import ImageDataset, ImageSettings, iterate_batches, scan_folder
 from lora_core.data.image_checks import ImageChecks
 from lora_core.data.records import Record
-from lora_core.data.streams import StreamOptions, find_shards, scan_stream
+from lora_core.data.shards.streams import StreamOptions, find_shards, scan_stream
 from lora_core.errors import UserError
 from lora_core.toml import read_toml
 from tests.conftest import learned, merged, rows, same

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.data.stored_files import StoredFile
-from lora_core.data.table_shards import list_table_rows, table_columns
+from lora_core.data.shards.stored_files import StoredFile
+from lora_core.data.shards.table_shards import list_table_rows, table_columns
 from lora_core.errors import UserError
 from tests.shard_examples import table, write_parquet
 

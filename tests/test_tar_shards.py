@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.data.tar_shards import expand_ranges, list_tar_examples
+from lora_core.data.shards.tar_shards import expand_ranges, list_tar_examples
 from lora_core.errors import UserError
 from tests.shard_examples import encoded, image_members, write_shards, write_tar
 

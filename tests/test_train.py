@@ -14,9 +14,9 @@ import train
 from lora_core.config import AdapterConfig, Config, OptimizerConfig, Stage, ValidationConfig
 from lora_core.diffusion.losses import StepOutput, mse
 from tests.conftest import distance, final, learned, merged, rows, same
+from training.inputs.step_inputs import StepInputs
 from training.setup import Model
 from training.step import Loss
-from training.step_inputs import StepInputs
 
 TOKENS = ("tokens",)
 ALL = ("denoiser", "text_encoder", "tokens")

@@ -11,7 +11,7 @@ from lora_core.config import Config, Stage
 from lora_core.errors import UserError
 from lora_core.toml import to_toml
 from tests.conftest import save_photos
-from training.trained_runs import open_trained_run
+from training.comparisons.trained_runs import open_trained_run
 
 
 def test_a_run_opens_with_what_it_was_trained_with_alone(

@@ -9,7 +9,11 @@ import pytest
 from lora_core.config import Config
 from lora_core.runs.run_folder import Run
 from tests.conftest import merged, save_photos
-from training.training_images import open_held_out_images, open_training_images, write_left_out
+from training.inputs.training_images import (
+    open_held_out_images,
+    open_training_images,
+    write_left_out,
+)
 
 
 def test_held_out_images_that_cannot_be_read_are_left_out_too(

@@ -19,10 +19,10 @@ import train
 from lora_core.config import Config, OptimizerConfig, Stage
 from models import load_family
 from tests.conftest import rows, same
+from training.inputs.step_inputs import StepInputs
 from training.setup import Model
 from training.stages import stage_spans
 from training.step import Loss
-from training.step_inputs import StepInputs
 
 PIVOT = (Stage(4, ("denoiser", "tokens"), schedule="cosine"), Stage(4, ("denoiser",)))
 

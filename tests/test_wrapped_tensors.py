@@ -15,7 +15,7 @@ from lora_core.config import AdapterConfig, Config, OptimizerConfig, Stage
 from lora_core.optim.wrapped_tensors import TensorParts, load_state, plain_tensors, split_tensor
 from lora_core.runs.run_folder import Run, flatten_state, nonfinite_names, unflatten_state
 from tests.conftest import final, rows, same
-from training.optimizer_check import try_optimizer
+from training.checks.optimizer_check import try_optimizer
 
 LOW = ["torchao.optim.AdamW8bit", "torchao.optim.AdamW4bit", "torchao.optim.AdamWFp8"]
 BNB = ["bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.Lion8bit"]

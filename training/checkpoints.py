@@ -26,8 +26,10 @@ from lora_core.optim.wrapped_tensors import load_state
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
-from training import base_weights, config_checks, learned_tokens, nonfinite, processes
+from training import learned_tokens, nonfinite, processes
+from training.checks import config_checks
 from training.log import Log
+from training.networks import base_weights
 from training.run_identity import (
     EMPTY_IDENTITY,
     check_identity,

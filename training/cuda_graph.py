@@ -17,6 +17,7 @@ from lora_core import kernels
 from lora_core.adapters import groups
 from lora_core.errors import UserError
 from lora_core.kernels import choice
+from models.placement import named_blocks
 
 # Eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialize
 # themselves, kernels are compiled.
@@ -148,8 +149,7 @@ def compile_blocks(network: nn.Module) -> None:
     an H200: 50.7 against 8.1 s, sglang#28193). Raises UserError where the network names no such
     blocks.
     """
-    names = getattr(network, "_repeated_blocks", None) or ()
-    blocks = [m for m in network.modules() if type(m).__name__ in names]
+    blocks = list(named_blocks(network).values())
     if not blocks:
         raise UserError(
             f"--compile finds no repeated blocks in {type(network).__name__}; leave it out"

@@ -14,7 +14,7 @@ from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.placeholders import Placeholder, make_placeholders
-from training import model_checks
+from training.checks import model_checks
 
 CLIP_ENCODERS = ("clip_l", "clip_g")  # learn tokens where the config names no text encoder
 MOST_WORDS = 5  # that are nearest to a token in some layer

@@ -24,12 +24,12 @@ from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
 from training import nonfinite
+from training.inputs.step_inputs import StepInputs
 from training.scores import Scorer, on_common_images, relative_change
 from training.setup import Data, Model, Optimization
 from training.shared_config import shared_config
 from training.skipped_steps import StepExamples
 from training.step import StepResult
-from training.step_inputs import StepInputs
 
 
 class Log:
@@ -44,6 +44,7 @@ class Log:
         self.book = LogBook(run, report, to_table(shared_config(config, run.folder)))
         # steps done -> the first and the newest validation, or all from before a resumption
         self.scores = distributed.read_once(partial(_known_scores, run.folder))
+        self.validated = set(self.scores)  # steps done at every validation
         self.skipped = optimization.skipped
         if self.scaler is not None:
             self.skipped.overflows = int(self.scaler.skipped)
@@ -97,9 +98,10 @@ class Log:
         """Score the validation images after `done` steps: rows of val.jsonl, and their mean loss,
         absolute and relative to the first validation, in metrics.jsonl.
         """
-        if self.config.validation.every < 0 or done in self.scores:
+        if self.config.validation.every < 0 or done in self.validated:
             return
         scores = scorer.score()
+        self.validated.add(done)
         first = min(self.scores, default=done)
         # The first and the newest one: a long run would keep thousands.
         self.scores = {first: self.scores.get(first, scores), done: scores}

@@ -19,9 +19,9 @@ from lora_core.errors import UserError
 from lora_core.plugins import function_name
 from lora_core.runs.run_folder import Run, nonfinite_names
 from training import cuda_graph
+from training.inputs.step_inputs import StepInputs, TokenIds
 from training.setup import Data, Model, Optimization
 from training.skipped_steps import MAX_NONFINITE_IN_A_ROW, SkippedSteps
-from training.step_inputs import StepInputs, TokenIds
 
 # Skipped steps in a row that end a run: each halves the loss scale, from 65536 to 0.002, and if
 # gradients still overflow then, the activations do.

@@ -21,7 +21,7 @@ from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Run, hold_run
 from lora_core.toml import read_toml
-from training.sharding import check_sharding
+from training.networks.sharding import check_sharding
 
 SECONDS_FOR_MAIN = 3  # in which the first process reports the error that another one has, too
 LAUNCHES = "lora_core/launch"  # beginning of the keys in the launcher's store

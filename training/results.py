@@ -36,11 +36,14 @@ from lora_core.settings import scheduler_changes
 from lora_core.text import hide_home
 from lora_core.toml import to_toml
 from models import read_schedule, save_family
-from training import base_weights, config_checks, effects, nonfinite
+from training import nonfinite
 from training.checkpoints import Checkpoints
+from training.checks import config_checks
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
-from training.peak_memory import describe_peak, measure_peak
+from training.memory.peak_memory import describe_peak, measure_peak
+from training.networks import base_weights
+from training.probes import effects
 from training.samples import SampleImages, before_after_grid, save_sample_grid
 from training.scores import Scorer, comparable_scores, loss_table, losses_by_timestep
 from training.setup import Model

@@ -12,7 +12,7 @@ from lora_core.adapters import injection, noise_levels, training_requests
 from lora_core.config import Config
 from lora_core.family import Family
 from lora_core.settings import AdapterSpec
-from training import model_checks
+from training.checks import model_checks
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
-from lora_core.data.stored_files import FileSource
+from lora_core.data.shards.stored_files import FileSource
 from lora_core.diffusion import generation
 from lora_core.diffusion.generation import ImageBatch
 from lora_core.placeholders import Placeholder, bind_placeholders

@@ -37,20 +37,12 @@ from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout
 from models.placement import loading_device
-from training import (
-    base_weights,
-    class_images,
-    config_checks,
-    cuda_graph,
-    learned_tokens,
-    model_checks,
-    run_adapters,
-    sharding,
-    starting_lora,
-    training_images,
-)
-from training.placed_family import place_family
-from training.residency import Residency, choose_loading_device
+from training import cuda_graph, learned_tokens, run_adapters, starting_lora
+from training.checks import config_checks, model_checks
+from training.inputs import class_images, training_images
+from training.networks import base_weights, sharding
+from training.networks.placed_family import place_family
+from training.networks.residency import Residency, choose_loading_device
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 from training.skipped_steps import SkippedSteps

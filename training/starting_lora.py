@@ -34,7 +34,7 @@ from lora_core.runs.destination import check_apart_from_inputs
 from lora_core.settings import AdapterSpec
 from lora_core.toml import read_toml
 from models import read_layout
-from training import model_checks
+from training.checks import model_checks
 
 HASHED = re.compile(r"(.+)#([0-9a-f]{16})")  # as a config records the file
 LayerKey = tuple[str, str]  # component, path in its network

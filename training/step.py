@@ -29,8 +29,8 @@ from lora_core.optim import gradients
 from lora_core.plugins import explain_errors
 from lora_core.prodigy import read_distance
 from training import nonfinite
+from training.inputs.step_inputs import StepInputs, TokenIds
 from training.setup import Model, Optimization
-from training.step_inputs import StepInputs, TokenIds
 
 Loss = Callable[[StepOutput], Tensor]  # -> [b]
 Step = Callable[[Model, StepInputs, Config, Loss], Tensor]  # -> [b]

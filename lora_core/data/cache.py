@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 import sys
 import time
@@ -18,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_core.atomic_files import TEMPORARY, atomic_write
+from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError
+from lora_core.memory.host_memory import available_memory
 from lora_core.runs.run_folder import nonfinite_names
 
 Row = dict[str, Tensor]
@@ -104,8 +105,8 @@ class TensorCache:
             advice = "free some space, or give --data.cache a folder on a larger disk"
         if room is not None and need > room:
             raise UserError(
-                f"{count:,} {noun} take {need / 1e9:.1f} GB when they are encoded, and "
-                f"{room / 1e9:.1f} GB are free {where}; {advice}"
+                f"{count:,} {noun} take {format_bytes(need)} when they are encoded, and "
+                f"{format_bytes(room)} are free {where}; {advice}"
             )
 
     def clear(self) -> None:
@@ -164,16 +165,6 @@ class TensorCache:
                     file.unlink()
             except FileNotFoundError:  # its writer renamed it, or another process removed it
                 continue
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that processes can still get; None where the system does not tell."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
-    return 1024 * int(found[1]) if found else None
 
 
 def checksum(row: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from lora_core.data.listing import CAPTION_SUFFIXES, METADATA_TABLES, NO_IMAGE, FolderContents
 from lora_core.data.metadata_tables import CAPTION_COLUMNS, read_metadata
-from lora_core.data.stored_files import StoredFile
+from lora_core.data.shards.stored_files import StoredFile
 from lora_core.errors import UserError, printable
 from lora_core.text import check_prompt_length, normalize_unicode, parse_json, read_lines, read_text
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lora_core import distributed
 from lora_core.atomic_files import atomic_write
 from lora_core.data.images import READER_VERSION, has_alpha_mask, read_image
-from lora_core.data.stored_files import FileSource, StoredFile, path_of
+from lora_core.data.shards.stored_files import FileSource, StoredFile, path_of
 from lora_core.errors import UserError, first_line, printable
 from lora_core.escaped_output import hides_progress
 from lora_core.json_files import read_object

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageChops, ImageCms, ImageEnhance, ImageOps, features
 from torch import Tensor
 
-from lora_core.data.stored_files import FileSource, path_of
+from lora_core.data.shards.stored_files import FileSource, path_of
 from lora_core.errors import UserError
 
 try:

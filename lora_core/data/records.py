@@ -29,7 +29,7 @@ from lora_core.data.listing import (
     list_one_folder,
 )
 from lora_core.data.metadata_tables import read_metadata
-from lora_core.data.stored_files import FileSource, path_of
+from lora_core.data.shards.stored_files import FileSource, path_of
 from lora_core.errors import UserError
 from lora_core.placeholders import has_placeholder
 

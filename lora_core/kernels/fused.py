@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_core.cuda_operators import has_meta_autocast
 from lora_core.kernels import reference
 from lora_core.kernels.reference import Drop, Member, wide_dtype
+from lora_core.memory.cuda_operators import has_meta_autocast
 
 # Up to 128 x 128 the weight W + scale up down is cheaper to form than its two products with x are
 # to launch: forward + backward at rank 8 takes 0.54-0.86 of the reference's time (64 to 4096 rows,

@@ -8,6 +8,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_core.byte_sizes import format_bytes
 from lora_core.runs.report_card import FILES, Block, Words, card_sections, describe_files
 from lora_core.runs.report_charts import format_number, shorten_text
 from lora_core.runs.report_data import NO_DEFAULT, PAGE, ChangedOption, RunRecord
@@ -21,7 +22,6 @@ STRIPS = {  # role of images of before_after.png -> title
     "sheet": "before_after.png",  # of an older version
 }
 LONGEST_VALUE = 300  # characters of a setting
-UNITS = ("bytes", "kB", "MB", "GB")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def describe_run_part(record: RunRecord, images: RunImages, style: RunStyle) -> 
         before="none" if before is None else f"{before:.5f}",
         after="none" if after is None else f"{after:.5f}",
         change="none" if not before or after is None else f"{after / before - 1:+.1%}",
-        size=format_size(sum(size for _, size in files)),
+        size=format_bytes(sum(size for _, size in files)),
         viewer=make_viewer(images),
         strips=[(title, own) for role, title in STRIPS.items() if (own := images.with_role(role))],
         training=images.with_role("training"),
@@ -295,20 +295,12 @@ def list_files(folder: Path) -> list[tuple[str, int]]:
     return sorted(found, key=lambda file: (not file[0].endswith(".safetensors"), file[0]))
 
 
-def format_size(size: float) -> str:
-    """A number of bytes in bytes, kB, MB or GB."""
-    unit = 0
-    while size >= 999.5 and unit < len(UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.3g} {UNITS[unit]}"
-
-
 def _file_rows(files: Sequence[tuple[str, int]], card: str) -> list[FileRow]:
     known = describe_files(card)
     rows = []
     for name, size in files:
         words = known.get(name.rstrip("/"), ())
-        rows.append(FileRow(name, format_size(size), words))
+        rows.append(FileRow(name, format_bytes(size), words))
     return rows
 
 

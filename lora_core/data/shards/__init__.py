@@ -1,0 +1,1 @@
+"""Training sets in tar, parquet and Arrow files, read where they are."""

@@ -1,0 +1,1 @@
+"""Checks of a config before training: its values, its groups, its optimizer, its data and model."""

@@ -1,0 +1,1 @@
+"""Inputs of the training steps: images, class images, masks, captions, latents, noise."""

@@ -1,0 +1,1 @@
+"""Frozen networks of a run: quantized, streamed, off the device, divided among processes."""

@@ -1,0 +1,373 @@
+"""What shows that an option has an effect: a table of every option of a run, and the check of the
+options that are not at their defaults, in the first step of each stage and at the end of the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_core.adapters import custom_files
+from lora_core.config import Config, Stage
+from lora_core.data.batches import Batch
+from lora_core.diffusion.validation import Score
+from lora_core.errors import UserError
+from lora_core.text import shorten_value
+from training.inputs.step_inputs import InputSource, StepInputs
+from training.log import Log
+from training.probes import input_probes as inputs
+from training.probes import step_probes as steps
+from training.probes.first_step import FirstStep, Probe
+from training.setup import Optimization
+from training.step import StepFunctions
+
+
+class Shown(NamedTuple):
+    """An option whose effect a probe sees in the first step of a stage."""
+
+    probe: Probe
+    without: str  # what is found where it has none
+    always: bool = False  # at its default, too
+
+
+class Refused(NamedTuple):
+    """An option that a check refuses where it can have no effect, before the first step."""
+
+    check: str  # module:function
+
+
+class Written(NamedTuple):
+    """An option whose effect is in files or lines of the run."""
+
+    test: str  # file of the tests that hold it
+    is_there: Callable[[Log], bool] | None = None  # at the end of the run
+
+
+class Place(NamedTuple):
+    """The name of a file, folder, model or device, which the run reads or fails."""
+
+    reader: str  # module:function
+
+
+Effect = Shown | Refused | Written | Place
+
+CHECKS = "training.checks.config_checks:check_config"
+MODEL_CHECKS = "training.checks.model_checks:check_model"
+ADAPTERS = "training.checks.model_checks:plan_adapters"
+OPEN_DATA = "training.setup:open_data"
+OPEN_MODEL = "training.setup:open_model"
+SAMPLES = "tests/test_samples.py"
+SAME_NOISE = "the noise is the same without it"
+SAME_LEVELS = "the noise levels are the same without it"
+SAME_LOSS = "the losses are the same without it"
+SAME_PIXELS = "images have the same pixels without it"
+LACKS = "the adapters do not have it"
+
+
+def _noise(option: str) -> Shown:
+    return Shown(inputs.changes_noise(option), SAME_NOISE)
+
+
+def _levels(option: str) -> Shown:
+    return Shown(inputs.changes_levels(option), SAME_LEVELS)
+
+
+def _pixels(option: str) -> Shown:
+    return Shown(inputs.changes_pixels(option), SAME_PIXELS)
+
+
+def _drops(option: str) -> Shown:
+    return Shown(steps.drops(option), "no adapter drops anything")
+
+
+# ---------------------------------------------------------------- files of a finished run
+
+
+def _due(log: Log, every: int) -> list[int]:
+    """The steps of this process after which something was due."""
+    return [i for i in range(log.start + 1, log.config.steps + 1) if every > 0 and i % every == 0]
+
+
+def _has_grids(log: Log) -> bool:
+    due = [i for i in _due(log, log.config.samples.every) if i < log.config.steps][-1:]
+    return all((log.run.folder / "samples" / f"step_{i:06d}.png").is_file() for i in due)
+
+
+def _has_checkpoints(log: Log) -> bool:
+    written = {*_due(log, log.config.save_every), log.config.steps}
+    found = list((log.run.folder / "checkpoints").iterdir())
+    return len(found) >= min(log.config.keep, len(written))
+
+
+def _keeps_few(log: Log) -> bool:
+    return len(list((log.run.folder / "checkpoints").iterdir())) <= log.config.keep
+
+
+def _newest_scores(log: Log) -> Sequence[Score]:
+    return log.scores[max(log.scores)] if log.scores else ()
+
+
+def _has_scored_images(log: Log) -> bool:
+    count, images = log.config.validation.count, log.data.scored.records
+    scores = _newest_scores(log)
+    wanted = min(count, len(images)) if count else len(images)
+    return not scores or len({score.key for score in scores}) == wanted
+
+
+def _has_bins(log: Log) -> bool:
+    scores = _newest_scores(log)
+    return not scores or len({score.t for score in scores}) == log.config.validation.bins
+
+
+def _has_draws(log: Log) -> bool:
+    counts = Counter((score.key, score.t) for score in _newest_scores(log))
+    return all(count == log.config.validation.draws for count in counts.values())
+
+
+def _logs_elsewhere(log: Log) -> bool:
+    return log.book.sink is not None
+
+
+# ---------------------------------------------------------------- the table
+
+# Every option: section.name, stages.name for those of a stage.
+OPTION_EFFECTS: dict[str, Effect] = {
+    # the model and the device
+    "model": Place(OPEN_MODEL),
+    "model_config": Place(OPEN_MODEL),
+    "family": Place(OPEN_MODEL),
+    "vae": Place(OPEN_MODEL),
+    "clip_skip": Refused(MODEL_CHECKS),
+    "max_sequence_length": Refused(MODEL_CHECKS),
+    "device": Place("models:choose_device"),
+    "threads": Shown(steps.has_threads, "torch computes with another number"),
+    "vae_precision": Shown(steps.has_vae_precision, "the VAE has another"),
+    "precision": Shown(steps.has_precision, "the denoiser has another"),
+    "autocast": Shown(steps.multiplies_in_bf16, "the denoiser runs without it"),
+    "compile": Shown(steps.is_compiled, "no block is compiled"),
+    "cuda_graph": Refused("training.checks.config_checks:check_device"),
+    "gradient_checkpointing": Shown(steps.recomputes, "no block is computed again"),
+    # the run
+    "out": Place("training.checks.config_checks:check_run_folder"),
+    "seed": Written("tests/test_train.py"),
+    "batch_size": Shown(steps.has_batch_size, "the step had another number of images"),
+    "accumulation": Shown(steps.accumulates, "the step had another number of forward passes"),
+    "processes": Written("tests/test_processes.py"),
+    "shard": Written("tests/test_processes.py"),
+    "quantize": Written("tests/test_quantized_weights.py"),
+    "stream": Written("tests/test_streamed_blocks.py"),
+    "from_lora": Place("training.starting_lora:load_start"),
+    "from_lora_rank": Refused(CHECKS),
+    "loss": Shown(steps.differs_from_mse, "it gives the numbers of mse"),
+    "loss_arg": Shown(steps.changes_loss, SAME_LOSS),
+    "mask_scale": Shown(inputs.scales_masked_loss, "masks weight the loss as with mean"),
+    "step": Place("train:resolve_functions"),
+    "weighting": Shown(steps.weights_levels, "every noise level has the weight 1"),
+    "weighting_arg": Shown(steps.changes_weights, "every weight is the same without it"),
+    "ema": Shown(steps.averages, "the average does not follow the parameters"),
+    "save_every": Written("tests/test_resume.py", _has_checkpoints),
+    "keep": Written("tests/test_run_folder.py", _keeps_few),
+    "log_every": Written("tests/test_log.py"),
+    "list_targets": Written("tests/test_targets.py"),
+    "report": Written("tests/test_reports.py", _logs_elsewhere),
+    "push_to_hub": Written("tests/test_card.py"),
+    "resume": Written("tests/test_resume.py"),
+    "resume_anyway": Refused(CHECKS),
+    "overwrite": Written("tests/test_run_folder.py"),
+    # data
+    "data.resolution": Shown(inputs.has_resolution, "the batch has another", True),
+    "data.crop": _pixels("crop"),
+    "data.zoom": _pixels("zoom"),
+    "data.flip": _pixels("flip"),
+    "data.jitter": _pixels("jitter"),
+    "data.variants": Shown(inputs.repeats_pixels, "pixels do not come again"),
+    "data.buckets": Shown(inputs.has_buckets, "all images are cut to squares"),
+    "data.bucket_step": Shown(inputs.has_bucket_step, "sides are no multiples of it"),
+    "data.interpolation": _pixels("interpolation"),
+    "data.images": Place(OPEN_DATA),
+    "data.dataset": Place(OPEN_DATA),
+    "data.split": Refused(CHECKS),
+    "data.streaming": Refused(CHECKS),
+    "data.skip_bad": Written("tests/test_image_checks.py"),
+    "data.image_column": Refused(CHECKS),
+    "data.caption_column": Refused(CHECKS),
+    "data.captions": Place(OPEN_DATA),
+    "data.caption": Refused(OPEN_DATA),
+    "data.caption_dropout": Shown(inputs.drops_captions, "no caption is dropped"),
+    "data.dropped": Shown(inputs.drops_as_asked, "captions are dropped in the other way"),
+    "data.pairs": Shown(inputs.has_losers, "the batch has no losers"),
+    "data.repeats": Shown(inputs.has_repeats, "an epoch has some image less often"),
+    "data.masks": Shown(inputs.weights_by_mask, "the loss weights all pixels alike"),
+    "data.mask_use": Refused(MODEL_CHECKS),
+    "data.cache": Shown(inputs.fills_cache, "there are no files in the folder"),
+    "data.workers": Written("tests/test_dataset.py"),
+    # prior preservation
+    "prior.prompt": Shown(inputs.has_class_images, "the batch has no class images"),
+    "prior.images": Shown(inputs.reads_class_folder, "the class images are elsewhere"),
+    "prior.count": Shown(inputs.has_enough_class_images, "there are fewer class images"),
+    "prior.weight": Shown(inputs.weights_class_images, "class images count as with 1"),
+    "prior.swap": Shown(steps.preserves, "the loss compares nothing with the base model"),
+    "prior.swap_weight": Refused(CHECKS),
+    "prior.outside_mask": Shown(steps.preserves, "the loss compares nothing with the base model"),
+    # adapters
+    "adapter.targets": Refused(ADAPTERS),
+    "adapter.text_targets": Refused(ADAPTERS),
+    "adapter.exclude": Refused(ADAPTERS),
+    "adapter.kind": Place("training.run_adapters:inject_run_adapters"),
+    "adapter.rank": Shown(steps.reaches_adapters("rank"), LACKS),
+    "adapter.alpha": Shown(steps.scales_adapters, "the updates have another scale"),
+    "adapter.rank_pattern": Refused(ADAPTERS),
+    "adapter.alpha_pattern": Refused(ADAPTERS),
+    "adapter.dropout": _drops("dropout"),
+    "adapter.rank_dropout": _drops("rank_dropout"),
+    "adapter.module_dropout": _drops("module_dropout"),
+    "adapter.rslora": Shown(steps.scales_adapters, "the updates have another scale"),
+    "adapter.norm_grad": Shown(steps.reaches_adapters("norm_grad"), LACKS),
+    "adapter.factor": Shown(steps.reaches_adapters("factor"), LACKS),
+    "adapter.init": Shown(steps.reaches_adapters("init"), LACKS),
+    # tokens
+    "tokens.words": Shown(steps.learns_words, "other words have tokens"),
+    "tokens.encoders": Shown(steps.learns_in_encoders, "other text encoders learn rows"),
+    "tokens.vectors": Shown(steps.has_vectors, "the words have another number of tokens"),
+    "tokens.per_layer": Shown(steps.has_layers, "all layers have the same tokens"),
+    "tokens.init": Shown(steps.starts_as_asked, "the rows start at other values"),
+    "tokens.norm": Shown(steps.controls_usual_norms, "no row changes", True),
+    "tokens.norm_target": Refused(CHECKS),
+    # noise
+    "noise.offset": _noise("offset"),
+    "noise.multires_levels": _noise("multires_levels"),
+    "noise.multires_discount": _noise("multires_discount"),
+    "noise.perturbation": _noise("perturbation"),
+    "noise.low": _levels("low"),
+    "noise.high": _levels("high"),
+    "noise.density": _levels("density"),
+    "noise.density_args": Shown(inputs.changes_density, SAME_LEVELS),
+    "noise.shift": _levels("shift"),
+    "noise.dynamic_shift": _levels("dynamic_shift"),
+    "noise.space": Shown(steps.changes_space, SAME_LOSS),
+    "noise.guidance": Shown(steps.reads_guidance, SAME_LOSS),
+    "noise.prediction": Shown(steps.has_prediction, "the targets are of another kind"),
+    "noise.zero_terminal_snr": Shown(inputs.ends_in_noise, "the last level is not noise alone"),
+    # the optimizer
+    "optimizer.name": Shown(steps.has_optimizer, "the optimizer is another"),
+    "optimizer.lr": Shown(steps.has_rates, "the learning rates are others"),
+    "optimizer.weight_decay": Shown(steps.has_setting("weight_decay"), "the groups have another"),
+    "optimizer.betas": Shown(steps.has_setting("betas"), "the groups have others"),
+    "optimizer.args": Shown(steps.has_arguments, "the optimizer has other settings"),
+    "optimizer.schedule": Shown(steps.moves_rate, "the learning rate stays the same"),
+    "optimizer.schedule_args": Refused("training.checks.group_checks:check_schedules"),
+    "optimizer.schedules": Shown(steps.moves_rate, "the learning rate stays the same"),
+    "optimizer.warmup": Shown(steps.warms_up, "the first rate is not lower"),
+    "optimizer.lora_plus": Shown(steps.has_two_rates, "all parameters have one learning rate"),
+    "optimizer.clip": Shown(steps.clips, "the gradient is longer after it", True),
+    # stages
+    "stages.steps": Written("tests/test_stages.py"),
+    "stages.groups": Shown(steps.reaches_parameters, "a parameter gets no gradient", True),
+    "stages.lr": Shown(steps.has_rates, "the learning rates are others"),
+    "stages.weight_decay": Shown(steps.has_setting("weight_decay"), "the groups have another"),
+    "stages.schedule": Shown(steps.moves_rate, "the learning rate stays the same"),
+    "stages.schedules": Shown(steps.moves_rate, "the learning rate stays the same"),
+    "stages.low": _levels("stages.low"),
+    "stages.high": _levels("stages.high"),
+    "stages.norm": Shown(steps.controls_norms, "no row changes"),
+    "stages.mask_temperature": Shown(inputs.sharpens_mask, "masks weight the loss as at 1"),
+    # samples and validation
+    "samples.sampler": Written(SAMPLES),
+    "samples.steps": Written(SAMPLES),
+    "samples.guidance": Written(SAMPLES),
+    "samples.negative": Refused(MODEL_CHECKS),
+    "samples.sampler_args": Written(SAMPLES),
+    "samples.prompts": Written(SAMPLES),
+    "samples.every": Written(SAMPLES, _has_grids),
+    "samples.strengths": Written(SAMPLES),
+    "samples.base_word": Written(SAMPLES),
+    "samples.new_prompts": Written(SAMPLES),
+    "samples.show_data": Written(SAMPLES),
+    "validation.images": Place(OPEN_DATA),
+    "validation.count": Written("tests/test_scores.py", _has_scored_images),
+    "validation.every": Written("tests/test_scores.py"),
+    "validation.bins": Written("tests/test_scores.py", _has_bins),
+    "validation.draws": Written("tests/test_scores.py", _has_draws),
+    "validation.seed": Written("tests/test_scores.py"),
+}
+
+
+# ---------------------------------------------------------------- the check
+
+
+def option_names(settings: Any = Config, path: str = "") -> Iterator[str]:
+    """The names of all options, as in the table: those of a stage without its number."""
+    for own in fields(settings):
+        if own.name == "stages":
+            yield from option_names(Stage, "stages.")
+        elif is_dataclass(own.default):
+            yield from option_names(type(own.default), f"{path}{own.name}.")
+        else:
+            yield path + own.name
+
+
+def check_step(
+    source: InputSource,
+    functions: StepFunctions,
+    optimization: Optimization,
+    stage: Stage,
+    batch: Batch,
+    inputs: Sequence[StepInputs],
+) -> None:
+    """Raises UserError for the first option that is not at its default and had no effect in this
+    step, after its update. Looks at the first step of a stage only.
+    Waits for the device; costs a forward pass of one micro-batch for each option that only the loss
+    shows. Changes nothing.
+    """
+    if not inputs[0].is_checked:
+        return
+    first = FirstStep(source, functions, optimization, stage, batch, inputs)
+    device = first.model.device
+    buffers = custom_files.adapter_buffers(first.model.adapted)
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for name, effect in OPTION_EFFECTS.items():
+            if isinstance(effect, Shown):
+                _check_option(first, name, effect)
+    custom_files.load_buffers(first.model.adapted, before)
+
+
+def _check_option(first: FirstStep, name: str, effect: Shown) -> None:
+    of_stage = name.startswith("stages.")
+    own: Any = first.stage if of_stage else first.config
+    value, usual = _value(own, name), _value(Stage() if of_stage else Config(), name)
+    if (value == usual and not effect.always) or effect.probe(first) is not False:
+        return
+    number = first.config.stages.index(first.stage)
+    flag = name.replace("stages.", f"stages.{number}.").replace("_", "-")
+    raise UserError(
+        f"--{flag} {shorten_value(value)} had no effect in step {first.inputs[0].number + 1}: "
+        f"{effect.without}; leave it out, or report this"
+    )
+
+
+def check_outputs(log: Log) -> None:
+    """Raises UserError for the first option that is not at its default and whose files the run has
+    not written.
+    """
+    if log.start == log.config.steps or not log.run.writes:  # the run had ended before
+        return
+    for name, effect in OPTION_EFFECTS.items():
+        if not isinstance(effect, Written) or effect.is_there is None:
+            continue
+        if _value(log.config, name) != _value(Config(), name) and not effect.is_there(log):
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--{flag} {shorten_value(_value(log.config, name))} had no effect: "
+                f"{log.run.folder} lacks what it writes; leave it out, or report this"
+            )
+
+
+def _value(settings: Any, name: str) -> Any:
+    for key in name.removeprefix("stages.").split("."):
+        settings = getattr(settings, key)
+    return settings
