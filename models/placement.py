@@ -20,7 +20,7 @@ from lora_core.memory.quantized_weights import (
     is_quantizable,
     stored_bytes,
 )
-from lora_core.memory.streamed_blocks import move_around_blocks, stream_blocks
+from lora_core.memory.streamed_blocks import mark_streamed, move_around_blocks, stream_blocks
 
 LARGE_ENCODER = 10**9  # parameters of a text encoder that is quantized too: T5, not CLIP
 RESNET_BLOCKS = ("ResnetBlock2D",)  # of UNets, which diffusers checkpoints beside the transformers'
@@ -41,9 +41,11 @@ def place_networks(
     *,
     stream: bool = False,
     trained: Collection[str] = (),
+    resident: Collection[str] | None = None,
 ) -> list[str]:
     """Bring a model's networks from the host to a device, adapters included; returns what was done,
-    in a line for each network.
+    in a line for each network. With `resident` the networks of other names, without adapters, end
+    on the host; they come first, so that a layer is packed next to no other network.
 
     With `quantize`, the linear layers in the denoiser's blocks become QuantizedLinear, one at a
     time, and so do those of a text encoder as large as T5 that is not among `trained`. What is
@@ -54,7 +56,10 @@ def place_networks(
     or no blocks are found.
     """
     lines = []
-    for name, network in family.modules.items():
+    remain = set(family.modules if resident is None else resident)
+    for name in sorted(family.modules, key=remain.__contains__):
+        network = family.modules[name]
+        storage = device if name in remain else HOST
         chosen: list[str] = []
         is_denoiser = name == family.denoiser
         is_large = name in family.tokenizers and parameter_count(network) >= LARGE_ENCODER
@@ -67,17 +72,24 @@ def place_networks(
                 )
             lines.append(describe_quantization(name, network, chosen, quantize))
         if is_denoiser and stream:
-            lines.append(_stream_network(name, network, device, quantize, chosen))
+            lines.append(_stream_network(name, network, device, storage, quantize, chosen))
             continue
-        _place_layers(network, device, device, quantize, chosen, chosen)
-        network.to(device)
+        _place_layers(network, device, storage, quantize, chosen, chosen)
+        network.to(storage)
     return lines
 
 
 def _stream_network(
-    name: str, network: nn.Module, device: torch.device, quantize: Quantize, packed: list[str]
+    name: str,
+    network: nn.Module,
+    device: torch.device,
+    storage: torch.device,
+    quantize: Quantize,
+    packed: list[str],
 ) -> str:
-    """Quantize the layers `packed`, move what is not in a block, stream the blocks, and say so."""
+    """Quantize the layers `packed`, move what is not in a block to `storage`, stream the blocks,
+    and say so.
+    """
     blocks = checkpointed_blocks(network)
     if not blocks:
         raise UserError(
@@ -89,10 +101,11 @@ def _stream_network(
         if path in packed or (isinstance(layer, Adapted) and path.startswith(inside)):
             moved.append(path)
     _place_layers(network, device, HOST, quantize, packed, moved)
-    move_around_blocks(network, list(blocks.values()), device)
+    move_around_blocks(network, list(blocks.values()), storage)
     if device.type == "cuda":  # before their memory is pinned, which another layout would replace
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     streamed = stream_blocks(blocks, device)
+    mark_streamed(network, streamed)
     size, largest = format_bytes(streamed.host_bytes), format_bytes(streamed.largest_block)
     return (
         f"streamed: {len(blocks)} blocks of {name}, {size}, stay in host memory; at most "

@@ -1,7 +1,9 @@
 """A stand-in for a GPU on machines without one: networks that are not on it have no numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from lora_core.config import Config
 from lora_core.family import Family
-from training.networks import placed_family, residency
+from training.networks import base_weights, placed_family, residency
 from training.networks.residency import HostCopy, Residency, frozen_tensors
 
 
@@ -23,30 +25,82 @@ class PartedMemory:
         self.names: dict[nn.Module, str] = {}
         self.there: set[nn.Module] = set()
         self.together: set[tuple[str, ...]] = set()
+        self.copies: dict[nn.Module, HostCopy] = {}  # made when a run begins
+        # method of the family, with the kind of call -> the parts that were there
+        self.calls: dict[str, set[tuple[str, ...]]] = {}
 
     def place(self, network: nn.Module, device: torch.device | None, host: HostCopy) -> int:
         """As `residency.place_component`: a network that leaves is left with empty tensors, so that
         whatever reads its weights fails.
         """
-        (self.there.add if device else self.there.discard)(network)
-        self.moves.append((self.names[network], "comes" if device else "leaves"))
-        self.together.add(tuple(sorted({self.names[own] for own in self.there})))
-        for tensor in frozen_tensors(network):
-            if device is None and tensor.numel():
-                host.keep(tensor)
-                tensor.data = tensor.data.new_empty(0)
-            elif id(tensor) in host.kept:
+        self.note_move(network, comes=device is not None)
+        if device is None:
+            self.remove(network, host)
+        for tensor in frozen_tensors(network) if device else ():
+            if id(tensor) in host.kept:
                 tensor.data = host.kept[id(tensor)][1]
         return 4_000_000_000
 
+    def remove(self, network: nn.Module, host: HostCopy) -> None:
+        for tensor in frozen_tensors(network):
+            if tensor.numel():
+                host.keep(tensor)
+                tensor.data = tensor.data.new_empty(0)
+
+    def note_move(self, network: nn.Module, *, comes: bool) -> None:
+        (self.there.add if comes else self.there.discard)(network)
+        self.moves.append((self.names[network], "comes" if comes else "leaves"))
+        self.together.add(self.parts_there())
+
+    def parts_there(self) -> tuple[str, ...]:
+        return tuple(sorted({self.names[own] for own in self.there}))
+
+    def place_packed(
+        self, family: Family, *arguments: Any, resident: Collection[str], **options: Any
+    ) -> list[str]:
+        """As `placement.place_networks`, which reads weights on the host."""
+        lines = PLACE_NETWORKS(family, *arguments, resident=resident, **options)
+        for name, network in family.modules.items() if self.copies else ():
+            if name in resident:
+                self.note_move(network, comes=True)
+            else:
+                self.remove(network, self.copies[network])
+        return lines
+
+    def opened(self) -> tuple[str, ...]:
+        """The parts that were there before the first one left."""
+        came = set[str]()
+        for part, direction in self.moves:
+            if direction == "leaves":
+                break
+            came.add(part)
+        return tuple(sorted(came))
+
+    def watch(self, family: Family) -> None:
+        """Note the parts that are there when methods of the family work: of the denoiser apart with
+        gradients and without.
+        """
+        for name in ("encode", "encode_images", "denoise", "decode"):
+            setattr(family, name, partial(self.call, name, getattr(family, name)))
+
+    def call(self, name: str, method: Callable[..., Any], *inputs: Any) -> Any:
+        kind = f"{name}, trains" if torch.is_grad_enabled() else name
+        self.calls.setdefault(kind, set()).add(self.parts_there())
+        return method(*inputs)
+
     def open(self, config: Config, family: Family, device: torch.device) -> Residency:
-        """As `residency.open_residency`, where all networks move, and none is there."""
+        """As `residency.open_residency`, where all networks move, and none is there. Those to be
+        packed keep their numbers until then.
+        """
         found = REAL(config, family, device)
         found.moves, found.place, found.present = config.offload, self.place, set()
         for part, networks in found.parts.items():
             self.names |= dict.fromkeys(networks, part)
         for part in found.parts if config.offload else ():
-            found._place(part, None)
+            if part not in residency.late_parts(config):
+                found._place(part, None)
+            self.copies |= dict(zip(found.parts[part], found.copies[part]))
+        self.watch(family)
         self.moves.clear()
         self.together.clear()
         return found
@@ -62,6 +116,7 @@ class PartedMemory:
 
 
 REAL = residency.open_residency
+PLACE_NETWORKS = base_weights.place_networks
 
 
 @contextmanager
@@ -70,4 +125,5 @@ def parted_memory() -> Iterator[PartedMemory]:
     memory = PartedMemory()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placed_family.places, "open_residency", memory.open)
+        patch.setattr(base_weights, "place_networks", memory.place_packed)
         yield memory

@@ -1,4 +1,4 @@
-"""Out of memory is one sentence with the numbers and options that would have fitted."""
+"""Out of memory is one sentence with the numbers and options that would fit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_real_refusal_of_the_cpus_allocator(
     assert run_main(replace(config, precision="fp32", batch_size=2), tmp_path) == 2
     said = capsys.readouterr().err
     assert "out of memory in a training step: 144,115,188 GB more were asked for" in said
-    assert "Traceback" not in said and "would have fitted: --" in said
+    assert "Traceback" not in said and "would fit: --" in said
 
 
 def test_three_sets_of_options_of_which_none_has_the_last_of_another(

@@ -206,7 +206,9 @@ def test_winner_and_loser_are_cut_mirrored_zoomed_and_colored_alike(tmp_path: Pa
     images = ImageDataset(records, WILD, caption_dropout=0.3)
     seen = set()
     for visit in range(12):
-        winner, loser = images.visit_examples(visit % 4, visit)
+        winner, loser = (
+            images.example(visit % 4, visit, is_loser=is_loser) for is_loser in (False, True)
+        )
         assert torch.equal(winner.pixels, loser.pixels) and winner.crop == loser.crop
         assert (winner.key, winner.visit, winner.caption) == (loser.key, visit, loser.caption)
         assert winner.dropped == loser.dropped and loser.is_loser and not winner.is_loser
@@ -223,7 +225,7 @@ def test_images_of_different_sizes_are_cut_at_the_same_share(tmp_path: Path) -> 
     images = ImageDataset(records, ImageSettings(8, crop="random"))
     places = set()
     for visit in range(20):
-        winner, loser = images.visit_examples(0, visit)
+        winner, loser = (images.example(0, visit, is_loser=is_loser) for is_loser in (False, True))
         left, right = (round((e.pixels[0, 0, 0].item() + 1) * 127.5) for e in (winner, loser))
         assert (left, right) == (winner.crop[1], loser.crop[1])
         assert abs(left / 16 - right / 32) < 1 / 16  # one draw in [0, 1), floored to pixels

@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_core.memory.live_tensors import LiveTensors
 from lora_core.memory.quantized_weights import (
     NF4_BLOCK,
     QuantizedLinear,
     is_quantizable,
     pack_weight,
+    packing_bytes,
     stored_bytes,
+    unpacking_bytes,
 )
 
 FORMS = ("fp8", "int8", "int4")
@@ -33,6 +36,21 @@ def test_stored_bytes_are_those_of_the_packed_tensors(form, dtype):
         if is_quantizable(shape, form):
             _, tensors = pack_weight(linear(shape, dtype).weight, form)
             assert sum(t.nbytes for t in tensors) == stored_bytes(shape, form, dtype), shape
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_and_unpacking_take_the_bytes_that_are_planned(form, dtype):
+    """Within 2 %, for weights below and above the numbers that torchao takes at once."""
+    for shape in ((320, 320), (1536, 1024)):
+        weight = linear(shape, dtype).weight
+        with LiveTensors() as live:
+            packing, tensors = pack_weight(weight, form)
+        planned = packing_bytes(weight.numel(), form, dtype)
+        assert planned == pytest.approx(live.peak + weight.nbytes, rel=0.02)
+        with LiveTensors() as live:
+            packing.unpack(tensors)
+        assert unpacking_bytes(weight.numel(), form, dtype) == pytest.approx(live.peak, rel=0.02)
 
 
 def test_stored_bytes_of_what_is_not_quantizable_are_the_plain_size():

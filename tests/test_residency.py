@@ -24,7 +24,9 @@ from training.networks.residency import (
     VAE,
     HostCopy,
     Residency,
+    choose_loading_device,
     frozen_tensors,
+    leaves_device,
     place_component,
 )
 
@@ -166,6 +168,20 @@ def test_a_run_goes_on_with_other_places_and_ends_with_the_same_bits(
 def test_nothing_leaves_on_a_cpu_and_asking_for_it_is_refused(config: Config) -> None:
     with pytest.raises(UserError, match="--no-offload has no effect on the CPU"):
         train.train(replace(config, offload=False))
+
+
+def test_where_weights_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    """To the host, if networks leave the device or are packed or divided on their way there."""
+    gpu, host = torch.device("cuda"), torch.device("cpu")
+    packed = Config(quantize="fp8", offload=False)
+    for config in (Config(), packed, Config(stream=True), Config(shard=True, offload=False)):
+        assert choose_loading_device(config, gpu) == host
+        assert leaves_device(config, gpu) == config.offload
+    assert not capsys.readouterr().out
+    assert choose_loading_device(Config(offload=False), gpu) == gpu
+    assert choose_loading_device(Config(family="own.py:FAMILY"), gpu) == gpu
+    said = "--family own.py:FAMILY: text encoders and VAE stay on the GPU, too\n"
+    assert capsys.readouterr().out == said
 
 
 # ---------------------------------------------------------------- the mechanism alone

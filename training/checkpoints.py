@@ -176,7 +176,10 @@ class Checkpoints:
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
         adapted = model.adapted if model.has_factors else {}
-        reads_base = self.config.adapter.kind not in KINDS  # a kind of the user's may
+        # a kind of the user's may
+        reads_base = self.config.adapter.kind not in KINDS or base_weights.files_read_weights(
+            adapted
+        )
         with model.residency.trained_together() if reads_base else nullcontext():
             for name, found in base_weights.updates_for_files(self.config, adapted).items():
                 updates[name] = {layout.published(name, path): own for path, own in found.items()}

@@ -36,13 +36,12 @@ from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout
-from models.placement import loading_device
 from training import cuda_graph, learned_tokens, run_adapters, starting_lora
 from training.checks import config_checks, model_checks
 from training.inputs import class_images, training_images
 from training.networks import base_weights, sharding
 from training.networks.placed_family import place_family
-from training.networks.residency import Residency, choose_loading_device
+from training.networks.residency import DENOISER, Residency, choose_loading_device
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 from training.skipped_steps import SkippedSteps
@@ -306,7 +305,7 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     adapted = adapters.adapted
     placeholders, embeddings = learned_tokens.install_run_tokens(config, family, encoders)
     starting_lora.load_start(config, family, adapted, placeholders, embeddings)
-    base_weights.place_model(config, family, device)
+    base_weights.place_model(config, family, residency)
     model = Model(
         family=family,
         device=device,
@@ -343,7 +342,7 @@ def _open_family(config: Config, device: torch.device) -> Family:
     n = config.noise
     options = LoadOptions(
         DTYPES[config.precision],
-        loading_device(device, config.quantize, stream=config.stream),
+        device,
         config.vae,
         None if config.vae_precision == "fp32" else DTYPES[config.vae_precision],
         scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
@@ -396,6 +395,7 @@ def _set_up_networks(config: Config, model: Model) -> None:
         cuda_graph.compile_blocks(model.denoiser)
     if config.shard:
         sharding.shard_denoiser(model.denoiser, model.groups, model.device)
+        model.residency.note_arrival([DENOISER])
 
 
 # ---------------------------------------------------------------- the optimizer

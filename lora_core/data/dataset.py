@@ -175,13 +175,6 @@ class ImageDataset:
             is_loser=is_loser,
         )
 
-    def visit_examples(self, index: int, visit: int) -> list[Example]:
-        """The examples of one visit to a record: one, or a pair's winner and loser."""
-        found = [self.example(index, visit)]
-        if self.has_pairs:
-            found.append(self.example(index, visit, is_loser=True))
-        return found
-
     def cache_key(self, record: Record, visit: int, size: Size | None = None) -> str:
         """The cache key of tensors computed from this visit's pixels, cropped to `size`.
 

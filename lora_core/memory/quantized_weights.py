@@ -27,6 +27,7 @@ from lora_core.errors import UserError
 
 Quantize = Literal["none", "fp8", "int8", "int4"]
 NF4_BLOCK = 64  # numbers that share a scale, as in QLoRA
+NF4_CHUNK = 2**20  # numbers that torchao compares with the 16 levels at once
 NF4_SCALERS = 256  # scales that share a scale, at most: a power of 2 that divides their number
 
 
@@ -57,6 +58,33 @@ def stored_bytes(shape: Sequence[int], quantize: Quantize, dtype: torch.dtype) -
     blocks = numbers // NF4_BLOCK
     scalers = blocks // _scaler_block(blocks)
     return numbers // 2 + blocks + (scalers + 1 + 16) * size  # with their mean and the 16 levels
+
+
+def packing_bytes(numbers: int, quantize: Quantize, dtype: torch.dtype) -> int:
+    """Most bytes that live while a weight of so many numbers is packed, with the weight itself; of
+    torchao 0.18.
+    """
+    if quantize == "none":
+        return 0
+    size = dtype.itemsize
+    wide = 4 if size < 4 else 0  # the weight in fp32
+    if quantize == "fp8":
+        return numbers * (size + wide + 9)
+    if quantize == "int8":
+        return numbers * (size + 8)
+    return numbers * (2 * size + 1) + 32 * size * min(numbers, NF4_CHUNK)
+
+
+def unpacking_bytes(numbers: int, quantize: Quantize, dtype: torch.dtype) -> int:
+    """Most bytes that live while a packed weight of so many numbers is unpacked, with the result
+    and without the packed form; of torchao 0.18.
+    """
+    size = dtype.itemsize
+    if quantize == "fp8":
+        return numbers * (8 + (size if size < 4 else 0))
+    if quantize == "int8":
+        return numbers * (4 + size)
+    return numbers * (8 + 3 * size) if quantize == "int4" else 0  # with indices of 8 bytes
 
 
 def _scaler_block(blocks: int) -> int:

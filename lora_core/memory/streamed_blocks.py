@@ -117,9 +117,7 @@ class StreamedBlocks:
     def enter(self, index: int) -> None:
         """Put a block's copies in its layers, and start to copy the block that comes next."""
         own = self.ahead.pop(index, None)
-        for unused in self.ahead.values():
-            unused.finish()
-        self.ahead.clear()
+        self.release()
         own = own or self.copier.start(self.host[index])
         own.finish()
         for slot, tensor in zip(self.slots[index], own.tensors, strict=True):
@@ -138,6 +136,12 @@ class StreamedBlocks:
         present, self.present = self.present, None
         if present is not None and self.followers.get(self.calls) == index:
             self.ahead[index] = present
+
+    def release(self) -> None:
+        """Free copies that are on the device for a turn to come."""
+        for unused in self.ahead.values():
+            unused.finish()
+        self.ahead.clear()
 
     def _entering(self, index: int) -> Callable[..., None]:
         def enter(module: nn.Module, inputs: Any) -> None:
@@ -240,3 +244,14 @@ def stream_blocks(blocks: Mapping[str, nn.Module], device: torch.device) -> Stre
     if device.type == "cuda":
         return StreamedBlocks(list(blocks.values()), SideStreamCopier(device), pin=True)
     return StreamedBlocks(list(blocks.values()), DirectCopier(), pin=False)
+
+
+def mark_streamed(network: nn.Module, streamed: StreamedBlocks) -> None:
+    """Note which of a network's blocks are streamed, for `find_streamed`."""
+    vars(network)["streamed_blocks"] = streamed
+
+
+def find_streamed(network: nn.Module) -> StreamedBlocks | None:
+    """The streamed blocks of a network, if it has any."""
+    found: StreamedBlocks | None = vars(network).get("streamed_blocks")
+    return found

@@ -32,6 +32,7 @@ from training.cuda_graph import map_tensors
 from training.networks.residency import to_device
 from training.setup import Model
 
+TEXT_GROUPS = frozenset({"text_encoder", "tokens"})  # that change what a caption is encoded to
 EXTRA = "extra."  # before the names of further members in a row of the cache
 HASHING_THREADS = 8  # blake2b does 1 GB/s in each, and T5 has 9.5 GB in bf16
 
@@ -92,7 +93,7 @@ class CaptionCache:
         text encoder or tokens train in this stage.
         """
         kept = self._kept(rows) if self.zeroes_dropped else None
-        if not trains_text(stage):
+        if TEXT_GROUPS.isdisjoint(stage.groups):
             cond = self._encode(rows.captions, self.encoded, self.model.placeholders)
             return cond if kept is None else cond.zeroed(self.model.family.zeros, kept)
         prompts: list[Prompt] = []
@@ -237,7 +238,7 @@ class CaptionCache:
 
 def trains_text(stage: Stage) -> bool:
     """Whether text encoders or tokens train in a stage: its steps encode their captions anew."""
-    return "text_encoder" in stage.groups or "tokens" in stage.groups
+    return not TEXT_GROUPS.isdisjoint(stage.groups)
 
 
 def pack_conditioning(cond: Conditioning) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The sentence for a run that finds no memory: the numbers, and options that would have fitted."""
+"""The sentence for a run that finds no memory: the numbers, and options that would fit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GENERAL = (
 @contextmanager
 def explained(config: Config, resolve: Callable[[], tuple[Config, Any]]) -> Iterator[None]:
     """Turns an error about memory inside the block into a UserError of one sentence: when, how
-    much was asked for and in use, and options that would have fitted by the plan. `resolve` gives
+    much was asked for and in use, and options that would fit by the plan. `resolve` gives
     the config and the StepFunctions of the run.
     """
     try:
@@ -82,7 +82,7 @@ def _forget_tensors() -> None:
 def _advice(
     config: Config, resolve: Callable[[], tuple[Config, Any]], shortage: MemoryShortage
 ) -> str:
-    """The options that would have fitted, with their planned peak; general ones without a plan."""
+    """The options that would fit, with their planned peak; general ones without a plan."""
     try:
         planned, functions = resolve()
         fits = fitting_options(planned, functions, shortage.total)
@@ -92,13 +92,13 @@ def _advice(
         return f"{GENERAL}; python train.py CONFIG --plan shows what fits"
     told = [f"{shlex.join(fit.words)} ({fit.plan.peak.total / GB:.1f} GB)" for fit in fits]
     if len(told) == 1:
-        return f"by the plan (--plan) this would have fitted: {told[0]}"
-    return f"by the plan (--plan) these would have fitted: {', '.join(told[:-1])} or {told[-1]}"
+        return f"by the plan (--plan) this would fit: {told[0]}"
+    return f"by the plan (--plan) these would fit: {', '.join(told[:-1])} or {told[-1]}"
 
 
 def fitting_options(config: Config, functions: Any, total: int) -> list[Fit]:
     """Up to three sets of options that fit into `total` bytes (0: unknown), and into less than the
-    plan of the config, which has just not fitted. Each is without the last option of those before.
+    plan of the config, which has just not fit. Each is without the last option of those before.
     """
     limit = MARGIN * plan_memory(config, functions).peak.total
     if total:

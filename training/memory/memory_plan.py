@@ -37,7 +37,8 @@ from training.memory.planned_step import (
     planned_inputs,
     step_memory,
 )
-from training.memory.planned_weights import component_bytes, unpacked_bytes
+from training.memory.planned_weights import component_bytes, packed_bytes, unpacked_bytes
+from training.networks.residency import reason_to_stay
 
 GB = 1e9
 # CUDA's context and the kernels that torch loads into it: nvidia-smi shows 0.4 to 0.6 GB for a
@@ -188,7 +189,7 @@ def _measure_images(key: _Key) -> ImageMemory:
 
 def takes_turns(config: Config) -> bool:
     """Whether networks leave the device while they do not work (--offload)."""
-    return config.offload and not config.family
+    return config.offload and not reason_to_stay(config)
 
 
 def largest_size(config: Config) -> tuple[int, int]:
@@ -224,40 +225,63 @@ def _phases(config: Config, m: MeasuredRun, images: ImageMemory, kind: str) -> I
     """The phases of a run, in order."""
     trains_text = config.trains("text_encoder", "tokens")
     vae = [name for name in m.networks if name != m.denoiser and name not in m.encoders]
-    opened = [*(m.encoders if trains_text else ()), m.denoiser]
+    adapts = config.trains("denoiser")
+    opened = [*(m.encoders if trains_text else ()), *((m.denoiser,) if adapts else ())]
     late = {STATE: m.state, AVERAGE: m.average}
     networks = {**m.networks, vae[0]: images.vae}
     build = functools.partial(_phase, config, replace(m, networks=networks), kind)
-    yield build("opening", opened, {}, Forward(0, 0))
+    yield build("opening", opened, {}, Forward(0, _largest_packing(config, m)))
     yield build("captions", m.encoders, {}, m.texts)
     yield build("images", vae, {}, images.encoding)
+    stays: list[str] = []  # at the addresses that a CUDA graph has
     for number, (groups, step) in enumerate(m.steps.items(), start=1):
         held = [m.denoiser]
         if "text_encoder" in groups or "tokens" in groups:
             held += m.encoders
         if not images.caches_latents:
             held += vae
+        stays += held if config.cuda_graph else []
         own = {**late, GRADIENTS: step.gradients}
         activations = Forward(step.peak - step.gradients, step.workspace)
         name = "step" if len(m.steps) == 1 else f"step {number}"
         yield replace(build(name, held, own, activations), groups=groups)
-    yield build("samples", [m.denoiser], late, m.denoising)
-    yield build("decoding", vae, late, images.decoding)
+    if stays:  # of samples, next to what the graph reads
+        yield build("prompts", [*m.encoders, *stays], late, m.texts)
+    yield build("samples", [m.denoiser, *stays], late, m.denoising)
+    yield build("decoding", [*vae, *stays], late, images.decoding)
+
+
+def _largest_packing(config: Config, m: MeasuredRun) -> int:
+    """Bytes that packing the largest layer takes, before its network is on the device."""
+    sizes = [0]
+    for name in (m.denoiser, *m.encoders):
+        network, is_denoiser = m.networks[name], name == m.denoiser
+        sizes.append(packed_bytes(config, network, is_denoiser=is_denoiser))
+    return max(sizes)
 
 
 def _phase(
     config: Config, m: MeasuredRun, kind: str, name: str, held: Any, own: Mapping[str, int],
     forward: Forward,
 ) -> Phase:  # fmt: skip
-    """A phase with the networks `held` on the device, with --no-offload all of them."""
+    """A phase with the networks `held` on the device, with --no-offload all of them, with --shard
+    the denoiser too.
+    """
     present = list(held) if takes_turns(config) and kind == "cuda" else list(m.networks)
+    present += [m.denoiser] if config.shard else []
+    unpacked = 0
     parts: dict[str, int] = {}
     for component, network in m.networks.items():
         parts[component] = 0
         if component in present:
             is_denoiser = component == m.denoiser
-            parts[component] = component_bytes(config, network, is_denoiser=is_denoiser)
-    unpacked = unpacked_bytes(config, m.networks[m.denoiser]) if m.denoiser in held else 0
+            works = component in held
+            parts[component] = component_bytes(
+                config, network, is_denoiser=is_denoiser, works=works
+            )
+            if works and name != "opening":
+                most = unpacked_bytes(config, network, is_denoiser=is_denoiser)
+                unpacked = max(unpacked, most)
     parts[TRAINED] = m.trained
     parts |= {STATE: 0, AVERAGE: 0, GRADIENTS: 0, **own}
     parts[ACTIVATIONS] = forward.activations

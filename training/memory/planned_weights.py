@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
 from lora_core.config import Config
-from lora_core.memory.quantized_weights import stored_bytes
+from lora_core.memory.quantized_weights import packing_bytes, stored_bytes, unpacking_bytes
 from models.placement import LARGE_ENCODER, checkpointed_blocks, parameter_count, quantizable_paths
 from training.networks.residency import named_frozen_tensors
 
 
-def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) -> int:
-    """Bytes of a network's frozen tensors on the device, while it works there.
+def component_bytes(
+    config: Config, network: nn.Module, *, is_denoiser: bool, works: bool = True
+) -> int:
+    """Bytes of a network's frozen tensors on the device, while it is there.
 
     With --quantize of the denoiser, and of a text encoder as large as T5 that does not train. Of a
-    streamed denoiser all that is in no block, and two of its largest blocks; of one that is
-    divided among processes (--shard) also a share of all blocks.
+    streamed denoiser all that is in no block, and while it works two of its largest blocks; of one
+    that is divided among processes (--shard) also a share of all blocks.
     """
     sizes = frozen_sizes(network, _form(config, network, is_denoiser=is_denoiser))
     # without checkpointing autograd keeps the blocks' copies
@@ -35,25 +39,38 @@ def component_bytes(config: Config, network: nn.Module, *, is_denoiser: bool) ->
         else:
             outside += size
     share = 0 if is_streamed else sum(blocks.values()) // config.processes
-    return outside + share + 2 * max(blocks.values(), default=0)
+    return outside + share + (2 * max(blocks.values(), default=0) if works else 0)
 
 
-def unpacked_bytes(config: Config, network: nn.Module) -> int:
-    """Bytes of the largest weight that a quantized layer unpacks for a moment, with the fp32
-    numbers that torchao forms first.
+def unpacked_bytes(config: Config, network: nn.Module, *, is_denoiser: bool = True) -> int:
+    """Bytes of the largest weight that a quantized layer unpacks for a moment, with what torchao
+    forms on the way.
     """
-    sizes = [weight.numel() * (4 + weight.element_size()) for weight in _packed(network, config)]
-    return max(sizes, default=0)
+    return _largest(unpacking_bytes, config, network, is_denoiser=is_denoiser)
 
 
-def _packed(network: nn.Module, config: Config) -> list[Tensor]:
-    return list(quantized_weights(network, config.quantize).values())
+def packed_bytes(config: Config, network: nn.Module, *, is_denoiser: bool = True) -> int:
+    """Bytes of the largest weight that is packed on the device, with what torchao forms on the way;
+    the network itself is on the host.
+    """
+    return _largest(packing_bytes, config, network, is_denoiser=is_denoiser)
+
+
+def _largest(
+    count: Callable[[int, Any, torch.dtype], int],
+    config: Config,
+    network: nn.Module,
+    *,
+    is_denoiser: bool,
+) -> int:
+    form = _form(config, network, is_denoiser=is_denoiser)
+    found = quantized_weights(network, form).values()
+    return max((count(weight.numel(), form, weight.dtype) for weight in found), default=0)
 
 
 def _form(config: Config, network: nn.Module, *, is_denoiser: bool) -> Any:
     """The form in which a network's linear layers are stored."""
-    trains = config.trains("text_encoder") or config.trains("tokens")
-    is_large = parameter_count(network) >= LARGE_ENCODER and not trains
+    is_large = parameter_count(network) >= LARGE_ENCODER and not config.trains("text_encoder")
     return config.quantize if is_denoiser or is_large else "none"
 
 

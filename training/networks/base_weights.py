@@ -24,6 +24,7 @@ from lora_core.family import Family, LoadOptions
 from lora_core.memory.quantized_weights import QuantizedLinear, check_installed
 from models import DTYPES, load_family
 from models.placement import place_networks
+from training.networks.residency import Residency
 from training.run_adapters import group_of
 
 
@@ -61,15 +62,25 @@ def check_base_weights(c: Config) -> None:
         )
 
 
-def place_model(config: Config, family: Family, device: torch.device) -> None:
+def place_model(config: Config, family: Family, residency: Residency) -> None:
     """Bring a family that was loaded to the host to the device, in the forms of the config, and
-    print what was done.
+    print what was done. Where networks take turns, those that do not train stay on the host,
+    packed. A denoiser to be divided (--shard) stays there, too, until it is.
     """
+    moves, device = residency.moves, residency.device
+    if config.shard and not moves:
+        for name in family.modules.keys() - {family.denoiser}:
+            family.modules[name].to(device)
     if config.quantize == "none" and not config.stream:
         return
     trained = [name for name in family.tokenizers if config.trains(group_of(family, name))]
-    lines = place_networks(family, device, config.quantize, stream=config.stream, trained=trained)
+    there = residency.networks_of(residency.trained)
+    resident = [name for name, network in family.modules.items() if not moves or network in there]
+    lines = place_networks(
+        family, device, config.quantize, stream=config.stream, trained=trained, resident=resident
+    )
     print("\n".join(lines))
+    residency.note_arrival(residency.trained)
 
 
 def networks_with_dora(
@@ -114,9 +125,25 @@ def updates_for_files(
                 updates[path] = injection.stored_update(adapter, layer.base)
                 continue
             device = next(adapter.parameters()).device
-            updates[path] = _update_for(adapter, layer.base, layers[path].to(device))
+            base = _layer_on(device, layer.base)  # a streamed one is on the host
+            updates[path] = _update_for(adapter, base, _layer_on(device, layers[path]))
         found[name] = updates
     return found
+
+
+def _layer_on(device: torch.device, layer: nn.Module) -> Any:
+    """A layer with a frozen layer's tensors on a device; it stays where it is itself."""
+    moved = copy.copy(layer)
+    moved._parameters = {}
+    for name, p in layer._parameters.items():
+        moved._parameters[name] = None if p is None else nn.Parameter(p.detach().to(device), False)
+    moved._buffers = {name: t if t is None else t.to(device) for name, t in layer._buffers.items()}
+    return moved
+
+
+def files_read_weights(adapted: Mapping[str, nn.Module]) -> bool:
+    """Whether `updates_for_files` reads the weights of quantized layers."""
+    return any(map(_layers_that_read_weights, adapted.values()))
 
 
 def _layers_that_read_weights(network: nn.Module) -> set[str]:

@@ -95,7 +95,8 @@ def place_family(
 ) -> tuple[Family, Residency]:
     """The family with networks that come and go, and its residency; the family itself where they
     stay. The networks that train, for `plan` or for learned tokens, are on the device: adapters and
-    token rows are made there, and stay.
+    token rows are made there, and stay. With --quantize, --stream and --shard they are made on the
+    host, and `base_weights.place_model` and `sharding.shard_denoiser` bring them.
     """
     residency = places.open_residency(config, family, device)
     if not residency.moves:
@@ -107,6 +108,6 @@ def place_family(
     if config.shard:
         residency.fixed.add(DENOISER)  # its weights are divided there
     residency.trained = tuple(training)
-    residency.bring_together(training)
+    residency.bring_together([part for part in training if part not in places.late_parts(config)])
     placed = PlacedFamily(family, residency, keeps_texts=not texts_change)
     return cast(Family, placed), residency

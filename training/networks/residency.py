@@ -20,6 +20,7 @@ from lora_core.byte_sizes import format_bytes
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.family import Family
+from lora_core.memory.streamed_blocks import find_streamed
 
 TEXT_ENCODERS, DENOISER, VAE = "text encoders", "denoiser", "VAE"
 HOST = torch.device("cpu")
@@ -53,14 +54,17 @@ Place = Callable[[nn.Module, torch.device | None, HostCopy], int]
 
 def place_component(network: nn.Module, device: torch.device | None, host: HostCopy) -> int:
     """Puts the frozen tensors of a network on a device, or with None back on the host, in place:
-    parameters and buffers stay the same objects. Returns the bytes of them.
+    parameters and buffers stay the same objects. Returns the bytes of them. Streamed blocks stay on
+    the host; a copy of one that is on the device for its next turn is freed with the others.
 
     Work on the device that reads them is done before they leave, and they are whole when this
     returns, for any stream.
     """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else _do_nothing
     synchronize()
-    size = 0
+    size, streamed = 0, find_streamed(network)
+    if streamed is not None and device is None:
+        streamed.release()
     for tensor in frozen_tensors(network):
         size += tensor.numel() * tensor.element_size()
         if device is None:
@@ -75,20 +79,23 @@ def place_component(network: nn.Module, device: torch.device | None, host: HostC
 
 
 def frozen_tensors(network: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of a network, each once, without adapters and learned token rows."""
+    """Parameters and buffers of a network, each once, without adapters, learned token rows and
+    streamed blocks.
+    """
     for _, tensor in named_frozen_tensors(network):
         yield tensor
 
 
 def named_frozen_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of the parameters and buffers of a network, each once, without adapters and
-    learned token rows.
+    """(path, tensor) of the parameters and buffers of a network, each once, without adapters,
+    learned token rows and streamed blocks.
     """
     ours: set[int] = set()
     for layer in adapted_layers(network):
         for adapter in layer.adapters.values():
             ours.update(map(id, adapter.modules()))
-    seen: set[int] = set()
+    streamed = find_streamed(network)
+    seen = set(map(id, chain.from_iterable(streamed.host))) if streamed is not None else set()
     for path, module in network.named_modules():
         if id(module) in ours or isinstance(module, tokens.LearnedEmbedding):
             continue
@@ -147,9 +154,21 @@ class Residency:
             if part not in self.present:
                 self._bring(part)
 
+    def note_arrival(self, parts: Collection[str]) -> None:
+        """Parts were put on the device by what packed, streamed or divided their weights."""
+        for part in parts if self.moves else ():
+            self.present.add(part)
+            tensors = chain.from_iterable(map(frozen_tensors, self.parts[part]))
+            if part not in self.fixed:  # whose shares have a line of their own
+                self._say_came(part, sum(tensor.nbytes for tensor in tensors))
+
+    def networks_of(self, parts: Collection[str]) -> set[nn.Module]:
+        """The networks of several parts."""
+        return set(chain.from_iterable(self.parts[part] for part in parts))
+
     def networks_there(self, networks: Collection[nn.Module]) -> list[nn.Module]:
         """Those of the networks that are on the device."""
-        there = set(chain.from_iterable(self.parts[part] for part in self.present))
+        there = self.networks_of(self.present)
         return [network for network in networks if network in there]
 
     def send_away(self, parts: Collection[str], done: str = "") -> None:
@@ -199,6 +218,9 @@ class Residency:
         self.present.add(part)
         if part in self.fixed:
             self.copies[part] = [HostCopy() for _ in self.parts[part]]  # of no use any more
+        self._say_came(part, size)
+
+    def _say_came(self, part: str, size: int) -> None:
         if (part, "came") not in self.said:
             self.said.add((part, "came"))
             print(f"{part}: on the GPU ({format_bytes(size)})")
@@ -229,14 +251,18 @@ def leaves_device(config: Config, device: torch.device) -> bool:
 def reason_to_stay(config: Config) -> str:
     """The option with which networks stay on the device; "" for none.
 
-    A family of the user's own may read any network in any method; packed and streamed weights have
-    places of their own.
+    A family of the user's own may read any network in any method.
     """
-    if config.quantize != "none":
-        return f"--quantize {config.quantize}"
-    if config.stream:
-        return "--stream"
     return f"--family {config.family}" if config.family else ""
+
+
+def late_parts(config: Config) -> set[str]:
+    """The parts that come to the device after adapters and token rows are made in them on the host:
+    what is to be packed, streamed or divided may be too large for it before.
+    """
+    if config.quantize != "none" or config.stream:
+        return {TEXT_ENCODERS, DENOISER}
+    return {DENOISER} if config.shard else set()
 
 
 def choose_loading_device(config: Config, device: torch.device) -> torch.device:
@@ -251,7 +277,7 @@ def choose_loading_device(config: Config, device: torch.device) -> torch.device:
         )
     if reason_to_stay(config) and config.offload and device.type != "cpu":
         print(f"{reason_to_stay(config)}: text encoders and VAE stay on the GPU, too")
-    return HOST if leaves_device(config, device) else device
+    return HOST if leaves_device(config, device) or late_parts(config) else device
 
 
 def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -49,7 +49,8 @@ def shard_denoiser(
     denoiser: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]], device: torch.device
 ) -> None:
     """Divide the frozen weights of each repeated block, and of the rest, among the processes, in
-    place: a block's weights are gathered for its forward and again for its backward pass.
+    place: a block's weights are gathered for its forward and again for its backward pass. The
+    network may be on the host: a block comes to the device when it is divided.
 
     Trained parameters stay whole in each process: their gradients are summed with all others.
     """
@@ -60,6 +61,8 @@ def shard_denoiser(
     blocks = list(named_blocks(denoiser).values())
     whole = held_bytes(denoiser)
     for module in (*blocks, denoiser):
+        for p in trained & set(module.parameters()):  # which fully_shard does not move
+            p.data = p.data.to(device)
         fully_shard(module, mesh=mesh, ignored_params=trained & set(module.parameters()))
     print(
         f"denoiser: {format_bytes(held_bytes(denoiser))} of {format_bytes(whole)} in each of "

@@ -494,8 +494,3 @@ def averages(first: FirstStep) -> bool | None:
 def has_threads(first: FirstStep) -> bool:
     """--threads: whether torch computes with so many."""
     return torch.get_num_threads() == first.config.threads
-
-
-def is_on_device(first: FirstStep) -> bool:
-    """--device: whether the model is there."""
-    return first.config.device.partition(":")[0] == first.model.device.type
