@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lora_core.escaped_output import escape_surrogates, escaped_output, one_line
-from lora_core.memory.memory_errors import is_out_of_memory
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
@@ -77,6 +76,13 @@ def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved"
     except KeyboardInterrupt as stop:
         print_error(f"interrupted: {str(stop) or undone}")
         return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on a GPU or the CPU, found no memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
 def quiet_status(main: Callable[[], int | None]) -> int:

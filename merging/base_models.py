@@ -16,6 +16,7 @@ from lora_core.formats.layout import Layout
 from lora_core.formats.model_files import NetworkLocation
 from lora_core.formats.model_folders import Model, open_model_folder, weight_key
 from lora_core.formats.weights import TensorInfo, Weights
+from merging.allocator import return_large_blocks
 from merging.byte_progress import ByteBar
 from merging.commands import FileReadOptions
 from merging.opening import describe_path, is_whole_model, open_layout
@@ -50,6 +51,7 @@ def open_base_model(path: str, reading: FileReadOptions) -> BaseModel:
             f"{path} is not a whole model, it is {describe_path(path)}; give a folder in the "
             "diffusers layout, a single-file checkpoint or a hub id"
         )
+    return_large_blocks()
     if Path(path).is_file():
         model, locations = single_file.open_parts(path, reading.model_config)
         return BaseModel(path, open_layout(path, reading), model, None, locations)

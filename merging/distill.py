@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_core.adapters.weight_updates import AdapterState
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
+from lora_core.formats.container import is_finite
 from lora_core.formats.model_folders import weight_key
 from merging.adapter_sums import DenseOptions, layers_by_key, sketch_generator
 from merging.base_models import BaseModel, base_weight_reader, layer_keys, open_base_model
@@ -108,8 +109,10 @@ class ModelPair:
                 "model; give two models of one kind"
             )
         exact = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
-        delta = after.to(exact, copy=True).sub_(before.to(exact))
-        if not torch.isfinite(delta).all():
+        delta = after.to(exact, copy=True)
+        for difference, start in zip(_parts(delta), _parts(before)):
+            difference.sub_(start)
+        if not is_finite(delta):
             raise UserError(f"{name} holds NaN or Inf in one of the models; fix it first")
         return delta
 
@@ -140,13 +143,25 @@ def _distill_layers(
     with one_thread():
         sized = [(key, pair.count_bytes(parts)) for key, parts in layers.items()]
         for key in count_items(sized, sum(size for _, size in sized), "distil"):
-            delta = pair.stack_differences(key, layers[key])
-            if delta is None:
+            distilled = _distill_layer(pair, key, layers[key], keep, dense)
+            if distilled is None:
                 continue
-            found, report = distill_update(delta, keep, generator=sketch_generator(key, dense))
-            adapter, reports[key] = round_adapter(found, report, dtype)
+            adapter, reports[key] = round_adapter(*distilled, dtype)
             state.components.setdefault(key[0], {})[key[1]] = adapter
     return state, reports
+
+
+def _distill_layer(
+    pair: ModelPair, key: LayerKey, parts: Collection[LayerKey], keep: Keep, dense: DenseOptions
+) -> tuple[LowRank, ApproximationReport] | None:
+    """The adapter of a stored layer and its report; None where it does not differ.
+
+    A function of its own, so that its difference is freed before the next is read.
+    """
+    delta = pair.stack_differences(key, parts)
+    if delta is None:
+        return None
+    return distill_update(delta, keep, generator=sketch_generator(key, dense))
 
 
 def _print_uncovered(base: BaseModel, tuned: BaseModel, covered: set[LayerKey]) -> None:
@@ -184,5 +199,10 @@ def _uncovered_differences(
 
 def _square_distance(first: Tensor, other: Tensor) -> float:
     """The squared norm of the difference, in fp64 a part at a time: tables of tokens are large."""
-    parts = zip(*(tensor.reshape(-1).split(MOST_DOUBLES) for tensor in (first, other)))
+    parts = zip(_parts(first), _parts(other))
     return math.fsum(float((b.double() - a.double()).square().sum()) for a, b in parts)
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """A tensor's numbers, MOST_DOUBLES at a time."""
+    return tensor.reshape(-1).split(MOST_DOUBLES)

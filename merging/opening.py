@@ -142,6 +142,10 @@ def open_each(
     try:
         shown = paths if hides_progress() else _show_progress(paths)
         mapped = merging and len(paths) > MOST_IN_MEMORY
+        if mapped:
+            from merging.allocator import return_large_blocks
+
+            return_large_blocks()
         return [
             open_adapter(path, layout, reading, merging=merging, mapped=mapped) for path in shown
         ]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank, factor_blocks
-from merging.factor_sums import WeightedAdapters, double_blocks, square_of_product
+from merging.factor_sums import WeightedAdapters, double_blocks, frobenius_norm, square_of_product
 from merging.truncation import ApproximationReport
 
 FAITHFUL = 0.9  # share of an input below which a warning is printed
@@ -70,14 +70,15 @@ def energies_of_core(
 ) -> InputEnergies:
     """The energies of the inputs of a sum that is cut after `steps` triples of each group.
 
-    factors: left and right [g, k, r], the triangular factors of the sum's up and down^T;
+    factors: left and right [g, k, r], the sum's up and down^T in bases of their columns or, where
+    these are more than a side is wide, of the sum's;
     triples: u [g, k, m], sigma [g, m] and vh [g, m, k] of the core left right^T. All in fp64.
     The work is linear in the number of inputs.
     """
     (left, right), (u, sigma, vh) = factors, triples
     rows, columns = u.mT @ left, vh @ right  # U^T D_i V is the product of these over its columns
     inputs = _columns_of(weighted)
-    whole = [square_of_product(left[..., own], right[..., own].mT) for own in inputs]
+    whole = [(weight * frobenius_norm(lr)) ** 2 for weight, lr in weighted]
     noise = ROUNDING * max(whole) ** 0.5
     is_real = sigma[:, steps:, None] > noise
     cut_rows, cut_columns = rows[:, steps:] * is_real, columns[:, steps:] * is_real

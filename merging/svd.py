@@ -2,9 +2,10 @@
 
 An update scale * up @ down is decomposed without forming it: up = Q1 R1, down^T = Q2 R2
 (Householder QR of thin matrices), and the SVD of the small core scale * R1 R2^T gives that of the
-update. Cutting it off is optimal in Frobenius norm (Eckart and Young 1936). Kernels of convolutions
-are flattened over (in, kh, kw); the groups of a grouped convolution are decomposed one by one, and
-a rank counts the rows of `down` over all groups.
+update. An update with more columns of factors than its layer is wide is formed instead, so that the
+work grows linearly with them. Cutting it off is optimal in Frobenius norm (Eckart and Young 1936).
+Kernels of convolutions are flattened over (in, kh, kw); the groups of a grouped convolution are
+decomposed one by one, and a rank counts the rows of `down` over all groups.
 
 Factors in fp32 are decomposed in fp32, the core in fp64: sigma is within 1e-6 of the largest one.
 Layers are decomposed one at a time: batching equal shapes gains nothing on a CPU, where LAPACK runs
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import LowRank, factor_blocks, from_blocks, refuse_dora
 from merging.factor_sums import WeightedAdapters, concat_factors, one_thread
+from merging.rounding import MOST_DOUBLES
 from merging.survival import InputEnergies, energies_of_core
 from merging.truncation import ApproximationReport, Keep
 
@@ -42,27 +44,45 @@ def factor_svd(lr: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Core(NamedTuple):
-    """up = q1 r1, down^T = q2 r2 of each group, and the SVD of scale r1 r2^T, in fp64."""
+    """The factors in bases of each group, r1 = q1^T up and r2 = q2^T down^T, and the SVD of
+    scale r1 r2^T, in fp64; a basis that is None is the identity.
+    """
 
-    q1: Tensor
+    q1: Tensor | None
     r1: Tensor
-    q2: Tensor
+    q2: Tensor | None
     r2: Tensor
     u: Tensor
     sigma: Tensor
     vh: Tensor
 
     def singular_triples(self) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = self.q1.dtype
-        return self.q1 @ self.u.to(dtype), self.sigma, self.vh.to(dtype) @ self.q2.mT
+        u, vh = self.u.to(self.r1.dtype), self.vh.to(self.r2.dtype)
+        u = u if self.q1 is None else self.q1 @ u
+        return u, self.sigma, vh if self.q2 is None else vh @ self.q2.mT
 
 
 def _decompose_core(lr: LowRank) -> _Core:
     up, down = factor_blocks(lr)
+    if up.shape[2] > min(up.shape[1], down.shape[2]):
+        return _decompose_product(up, down.mT, lr.scale)
     q1, r1 = torch.linalg.qr(up)
     q2, r2 = torch.linalg.qr(down.mT)
     core = lr.scale * (r1.double() @ r2.double().mT)
     return _Core(q1, r1, q2, r2, *torch.linalg.svd(core, full_matrices=False))
+
+
+def _decompose_product(left: Tensor, right: Tensor, scale: float) -> _Core:
+    """`_decompose_core` of scale left right^T, for more columns than the narrower side has rows.
+
+    The narrower side keeps its own coordinates; the other gets a basis of the product.
+    """
+    if left.shape[1] > right.shape[1]:
+        q1, r1, q2, r2, u, sigma, vh = _decompose_product(right, left, scale)
+        return _Core(q2, r2, q1, r1, vh.mT, sigma, u.mT)
+    basis, core = torch.linalg.qr(right @ left.mT)
+    triples = torch.linalg.svd(scale * core.mT.double(), full_matrices=False)
+    return _Core(None, left, basis, basis.mT @ right, *triples)
 
 
 def singular_values(lr: LowRank) -> Tensor:
@@ -73,6 +93,10 @@ def singular_values(lr: LowRank) -> Tensor:
     refuse_dora(lr)
     up, down = factor_blocks(lr)
     with one_thread():
+        if up.shape[2] > min(up.shape[1], down.shape[2]):
+            product = up @ down if up.shape[1] >= down.shape[2] else down.mT @ up.mT
+            core = torch.linalg.qr(product, mode="r").R
+            return torch.linalg.svdvals(lr.scale * core.double())
         r1 = torch.linalg.qr(up, mode="r").R
         r2 = torch.linalg.qr(down.mT, mode="r").R
         return torch.linalg.svdvals(lr.scale * (r1.double() @ r2.double().mT))
@@ -123,10 +147,13 @@ def distill_update(
     dense = delta.reshape(groups, delta.shape[0] // groups, -1)
     dense = dense.to(torch.promote_types(delta.dtype, torch.float32))
     full = groups * min(dense.shape[1:])
-    found = None
+    found, square = None, 0.0
     if generator is not None:
         steps = keep.steps(torch.ones(full // groups), groups)
-        found = _randomized_svd(dense.double(), steps, generator)
+        doubles = dense.double()
+        square = _square_norm(doubles)
+        found = _randomized_svd(doubles, steps, square, generator)
+        del doubles
     is_fine = keep.rank is None and keep.allowance < FINE**2
     exact = dense.double() if is_fine else dense
     u, sigma, vh, excess = found or (*torch.linalg.svd(exact, full_matrices=False), 0.0)
@@ -135,7 +162,6 @@ def distill_update(
     adapter, report = _truncate(u, sigma, vh, delta.shape[2:], steps, full)
     if found is None:
         return adapter, report
-    square = float(dense.double().square().sum())
     lost = math.sqrt(max(0.0, square - float(sigma[:, :steps].square().sum())))
     return adapter, report._replace(norm=math.sqrt(square), lost=lost, excess=excess)
 
@@ -153,18 +179,22 @@ def _truncate(
     return adapter, ApproximationReport(adapter.rank, full, norm, lost)
 
 
+def _square_norm(a: Tensor) -> float:
+    """The squared norm, a part at a time."""
+    return math.fsum(float(part.square().sum()) for part in a.reshape(-1).split(MOST_DOUBLES))
+
+
 def _randomized_svd(
-    a: Tensor, steps: int, generator: torch.Generator
+    a: Tensor, steps: int, square: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """(u, sigma, vh, estimated excess of cutting after `steps`) of the leading triples of a.
 
-    `a` is [g, m, n]. None when the excess stays above EXCESS.
+    `a` is [g, m, n], `square` its squared norm. None when the excess stays above EXCESS.
     """
     width = min(steps + max(8, steps // 2), *a.shape[1:])
     shape, device = (a.shape[0], a.shape[2], width), generator.device
     start = torch.randn(shape, generator=generator, dtype=a.dtype, device=device).to(a.device)
     q = torch.linalg.qr(a @ start).Q
-    square = float(a.square().sum())
     kept = []
     for _ in range(ITERATIONS):
         y = a.mT @ q  # [g, n, width]

@@ -88,7 +88,7 @@ class AliveTensors(TorchDispatchMode):
 
 
 def run_limited(words, limit):
-    """(status, largest anonymous resident memory, seconds) of merge.py in a process of its own.
+    """(status, largest anonymous resident memory, seconds of a core) of a process with merge.py.
 
     It may have `limit` bytes of private memory, mapped files apart.
     """
@@ -97,11 +97,13 @@ def run_limited(words, limit):
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     command = [sys.executable, "merge.py", *map(str, words)]
-    start, most = time.monotonic(), 0
+    most, before = 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, preexec_fn=set_limit, env=environment)
     while process.poll() is None:
         found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
         most = max(most, 1024 * int(found[1])) if found else most
         time.sleep(0.02)
-    return process.returncode, most, time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return process.returncode, most, seconds

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lora_core.memory.memory_errors import describe_shortage, is_out_of_memory, read_shortage
+from lora_core.errors import is_out_of_memory
+from lora_core.memory.memory_errors import describe_shortage, read_shortage
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of "

@@ -67,6 +67,25 @@ def test_svd_rebuilds_the_update_with_orthonormal_factors():
     )
 
 
+@pytest.mark.parametrize("shape, groups", [*SHAPES, ((40, 6), 1), ((6, 40), 1)])
+def test_more_columns_than_the_layer_is_wide_are_decomposed_in_its_width(
+    shape, groups, monkeypatch
+):
+    seen = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(
+        torch.linalg, "qr", lambda a, mode="reduced": seen.append(a.shape) or qr(a, mode)
+    )
+    for rank in (60 * groups, 120 * groups):
+        lr = adapter(shape, rank, groups)
+        dense = scaled_product(lr).reshape(groups, shape[0] // groups, -1)
+        u, sigma, vh = svd.factor_svd(lr)
+        torch.testing.assert_close(u @ (sigma[..., None] * vh), dense, rtol=0, atol=1e-11)
+        torch.testing.assert_close(sigma, torch.linalg.svdvals(dense), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(singular_values(lr), sigma, rtol=1e-11, atol=1e-12)
+    assert len(seen) == 4 and len(set(seen)) == 1  # one of each call, whatever the rank
+
+
 def test_single_precision_stays_at_the_optimum_and_half_factors_are_read_as_they_are():
     lr = adapter((96, 80), 32, dtype=torch.float16)
     small, report = compress_adapter(lr, Keep(rank=8))

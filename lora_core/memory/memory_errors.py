@@ -23,13 +23,6 @@ class MemoryShortage(NamedTuple):
     total: int  # of the device
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or torch on a GPU or the CPU, found no memory."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return "DefaultCPUAllocator" in str(error)
-
-
 def read_shortage(error: BaseException) -> MemoryShortage:
     """The numbers of an error about memory, of its text and of the device."""
     text = str(error)

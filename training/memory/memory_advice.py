@@ -10,13 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from lora_core.config import Config
-from lora_core.errors import UserError
-from lora_core.memory.memory_errors import (
-    MemoryShortage,
-    describe_shortage,
-    is_out_of_memory,
-    read_shortage,
-)
+from lora_core.errors import UserError, is_out_of_memory
+from lora_core.memory.memory_errors import MemoryShortage, describe_shortage, read_shortage
 from training.memory import plan_options
 from training.memory.memory_plan import GB, plan_memory
 from training.memory.plan_options import Fit, Saving
