@@ -24,6 +24,7 @@ T = TypeVar("T")
 # One process may draw, encode or upload for long while the others wait; a process that died ends
 # the others at once, without this.
 TIMEOUT = timedelta(hours=12)
+MEETING_TIME = timedelta(minutes=10)  # for which the first process waits for the others to start
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 OTHER_LAUNCHERS = {  # variable with the number of processes -> the launchers that set it
@@ -121,12 +122,27 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> Iterator[None
                 f"{wanted} processes were started on a machine with {gpus} GPU"
                 f"{'s' * (gpus > 1)}; give torchrun --nproc-per-node {gpus}"
             )
-    with lost_peers():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    _meet(backend)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Start torch.distributed with all processes. Raises UserError where some do not come."""
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIME))
+    except dist.DistError as error:
+        minutes = MEETING_TIME.total_seconds() / 60
+        raise UserError(
+            f"the {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) did not meet in {minutes:g} "
+            f"minutes ({first_line(error)}); start as many, with torchrun --nproc-per-node N "
+            "train.py ..."
+        ) from error
+    store.set_timeout(TIMEOUT)
+    with lost_peers():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
 
 
 @contextmanager
@@ -137,10 +153,25 @@ def lost_peers() -> Iterator[None]:
     except UserError:
         raise
     except RuntimeError as error:  # DistError, DistNetworkError, and gloo's own
-        reason = first_line(error).rpartition("] ")[2].partition(". ")[0]  # gloo names its source
-        raise PeerEndedError(
-            f"process {os.environ['RANK']} ends, for it lost another one ({reason})"
-        ) from error
+        raise _peer_ended(error) from error
+
+
+@contextmanager
+def lost_peers_of_torch() -> Iterator[None]:
+    """A block in which such errors of what torch sends by itself, as for --shard, are a
+    PeerEndedError too; other errors stay as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/transport/" in str(error):
+            raise _peer_ended(error) from error
+        raise
+
+
+def _peer_ended(error: RuntimeError) -> PeerEndedError:
+    reason = first_line(error).rpartition("] ")[2].partition(". ")[0]  # gloo names its source
+    return PeerEndedError(f"process {os.environ['RANK']} ends, for it lost another one ({reason})")
 
 
 # ---------------------------------------------------------------- sharing work and results

@@ -1,5 +1,7 @@
 """Launches that are joined or refused, and what processes share."""
 
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -103,9 +105,22 @@ def lose_a_peer() -> None:
             distributed.wait_for_all()
 
 
+def wait_in_vain() -> None:
+    """The only process that was started of two does not wait for half a day."""
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    distributed.MEETING_TIME = timedelta(seconds=1)
+    with (
+        pytest.raises(UserError, match=r"the 2 processes \(WORLD_SIZE\) did not meet in"),
+        distributed.join_processes(),
+    ):
+        pass
+
+
 def test_processes_share(tmp_path: Path) -> None:
     with process_groups(tmp_path) as groups:
         ended = groups.call(3, "tests.test_distributed:check_sharing")
         assert ended.status == [0, 0, 0], "\n".join(ended.output)
         ended = groups.call(2, "tests.test_distributed:lose_a_peer")
         assert ended.status == [0, 0], "\n".join(ended.output)
+        ended = groups.call(1, "tests.test_distributed:wait_in_vain")
+        assert ended.status == [0], "\n".join(ended.output)

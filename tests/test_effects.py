@@ -29,7 +29,7 @@ from tests.test_configs import put
 from training import checkpoints, cuda_graph, processes, run_adapters, setup
 from training import step as step_module
 from training.checks import config_checks
-from training.inputs import step_inputs
+from training.inputs import latent_cache, step_inputs
 from training.probes import effects
 
 BOTH, TOKENS = ("denoiser", "tokens"), ("tokens",)
@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "vae_precision": ("bf16", {}, with_settings(setup, "load_family", 1, vae_dtype=None)),
     "autocast": (True, {}, given(setup.torch, "autocast", enabled=False)),
     "compile": (True, {}, instead(cuda_graph, "compile_blocks", nothing)),
-    "gradient_checkpointing": (True, {}, instead(setup, "checkpoint", plain_call)),
+    "gradient_checkpointing": ("blocks", {}, instead(setup, "checkpoint", plain_call)),
     "batch_size": (3, {}, given(dataset, "iterate_batches", batch=2)),
     "accumulation": (2, {}, instead(step_inputs, "micro_batches", lambda batch, parts: [batch])),
     "loss": ("l1", {}, instead(losses.LOSSES, "l1", mse)),
@@ -280,7 +280,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "data.cache": (
         "CACHE",
         {},
-        (step_inputs, "TensorCache", lambda f: lambda made_by, folder: f(made_by, None)),
+        (latent_cache, "TensorCache", lambda f: lambda made_by, folder: f(made_by, None)),
     ),
     "prior.prompt": ("a cat", {}, instead(setup.class_images, "open_class_images", nothing)),
     "prior.count": (
@@ -440,6 +440,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
     "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
     "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
+    "validation.every": (1, {}, instead(train.Log, "validate", nothing)),
     "validation.count": (2, {}, shorter_scores(1)),
     "validation.bins": (2, {}, shorter_scores(1)),
     "validation.draws": (2, {}, shorter_scores(1)),

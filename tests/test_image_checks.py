@@ -15,7 +15,7 @@ import train
 from lora_core.config import Config
 from lora_core.data import image_checks
 from lora_core.data.captions import CaptionMode
-from lora_core.data.image_checks import ImageChecks, describe_left_out
+from lora_core.data.image_checks import ImageChecks, describe_left_out, error_reason
 from lora_core.data.records import scan_folder
 from lora_core.errors import UserError
 from tests.conftest import merged, save_photos
@@ -180,3 +180,14 @@ def test_a_run_prints_and_writes_what_it_leaves_out(
     assert json.loads((run / "summary.json").read_text())["images"] == 5
     with pytest.raises(UserError, match=r"--data.skip-bad leaves out single images"):
         train.train(merged(config, {"data": {"skip_bad": True, "pairs": "x"}}))
+
+
+def test_a_reason_names_the_file_that_is_at_fault(tmp_path: Path) -> None:
+    own, other = tmp_path / "a.png", tmp_path / "a.mask.png"
+    own.write_bytes(b"x")
+    assert error_reason(own, UserError(f"cannot read {own} (cut off); replace it")).startswith(
+        "can"
+    )
+    error = UserError(f"{other} is not UTF-8 text; save it as UTF-8")
+    error.__cause__ = ValueError("byte 3")
+    assert str(other) in error_reason(own, error)

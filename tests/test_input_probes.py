@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_core.config import Config, DataConfig
+from lora_core.config import Config, DataConfig, Stage
 from lora_core.data.dataset import ImageDataset, scan_folder
 from training.probes import input_probes as probes
 
@@ -96,3 +96,38 @@ def test_arguments_at_their_defaults_change_nothing() -> None:
         return x * gamma * k
 
     assert probes.differing_arguments(function, {"gamma": 5.0, "k": 2}) == {"k": 2}
+
+
+def test_images_that_cannot_show_an_option_do_not_hide_one_that_does(square: Path) -> None:
+    Image.linear_gradient("L").convert("RGB").save(square / "0.png")  # its own mirror image
+    (square / "0.txt").write_text("a")
+    for changes in ({"flip": True}, {"flip": True, "variants": 40}):
+        training = ImageDataset(scan_folder(square), replace(DataConfig(resolution=16), **changes))
+        step = looked_at(data=SimpleNamespace(training=training))
+        assert training.records[0].path.name == "0.png"
+        assert probes.changes_pixels("flip")(step) is True
+    training = ImageDataset(scan_folder(square)[:1], DataConfig(resolution=16, flip=True))
+    assert probes.changes_pixels("flip")(looked_at(data=SimpleNamespace(training=training))) is None
+
+
+def test_an_image_of_one_color_shows_no_interpolation(square: Path) -> None:
+    Image.new("RGB", (40, 40), "red").save(square / "a.png")
+    training = ImageDataset(scan_folder(square), DataConfig(resolution=16, interpolation="lanczos"))
+    step = looked_at(data=SimpleNamespace(training=training))
+    assert probes.changes_pixels("interpolation")(step) is None
+
+
+def test_a_zoom_of_less_than_a_pixel_may_do_nothing(square: Path) -> None:
+    for zoom, found in ((1.01, None), (1.2, True)):
+        training = ImageDataset(scan_folder(square), DataConfig(resolution=16, zoom=zoom))
+        step = looked_at(data=SimpleNamespace(training=training))
+        assert probes.changes_pixels("zoom")(step) is found
+
+
+@pytest.mark.parametrize("value, found", [(1.0, None), (0.5, True)])
+def test_a_black_and_white_mask_has_no_temperature(value: float, found: Any) -> None:
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = value
+    stage = Stage(mask_temperature=2.0)
+    x = SimpleNamespace(mask=mask**2, unweighted_mask=mask)
+    assert probes.sharpens_mask(looked_at(inputs=[x], stage=stage)) is found

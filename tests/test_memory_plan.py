@@ -203,3 +203,16 @@ def test_a_planned_peak_is_the_gpus(kind: str, batch: int, mode: Any) -> None:
 def map_to(device: torch.device, x: Any) -> Any:
     """Inputs of a step with random numbers on the device."""
     return map_tensors(x, lambda tensor: torch.rand(tensor.shape, device=device).to(tensor.dtype))
+
+
+def test_text_adapters_that_drop_and_losses_that_read_attention_have_a_plan(tiny: Config) -> None:
+    dropping = replace(tiny, adapter=AdapterConfig(rank=2, dropout=0.5), batch_size=3)
+    bare = plan(replace(tiny, batch_size=3))
+    assert plan(dropping).peak.total >= bare.peak.total
+    attentive = replace(
+        tiny,
+        loss="attention",
+        data=replace(tiny.data, masks="file"),
+        stages=(Stage(1, ("denoiser", "text_encoder", "tokens")),),
+    )
+    assert plan(attentive).peak.total > 0

@@ -287,7 +287,7 @@ def test_a_loss_that_breaks_down_later_leaves_no_broken_checkpoint(
 
     with pytest.raises(
         UserError,
-        match=r"the loss is nan.* up to step 7 .*the last checkpoint, of step 6, is from before",
+        match=r"the loss is nan.* up to step 7 .*the last good checkpoint is that of step 6",
     ):
         train.train(replace(config, stages=(Stage(7),), save_every=2, log_every=100), loss=late)
     assert all(bool(p.isfinite().all()) for p in learned(Path(config.out)).values())

@@ -46,3 +46,13 @@ def test_published_models_need_no_download() -> None:
 def test_a_config_that_does_nothing_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--model", "sdxl", "--plan", "--weighting-arg", "gamma=5"]) == 2
     assert "weighting-arg" in capsys.readouterr().err
+
+
+def test_one_process_plans(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["--model", "toy/model", "--plan"]) == 2
+    assert "start it with python train.py CONFIG --plan" in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -210,6 +212,106 @@ def test_a_process_that_fails_shows_its_traceback(
     assert "ZeroDivisionError: of our own making" in ended.output[1]
 
 
+# A loss by which something happens in the last process alone, in step 3: NaN, or Ctrl-C.
+BAD_STEP = """
+import os, signal
+from lora_core.diffusion.losses import mse
+
+def loss(step, at=2, how="none"):
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    if step.step == at and is_last:
+        if how == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        return mse(step) * float("nan")
+    return mse(step)
+"""
+
+
+@pytest.fixture
+def bad_step(base: Config, tmp_path: Path) -> Config:
+    """Six steps, the third of which is bad in the last process."""
+    (tmp_path / "bad_step.py").write_text(BAD_STEP)
+    return replace(
+        base,
+        precision="fp64",
+        log_every=1,
+        prior=PriorConfig(),
+        loss=f"{tmp_path / 'bad_step.py'}:loss",
+        stages=(Stage(6, ("denoiser",)),),
+    )
+
+
+def test_a_step_that_is_nan_in_one_process_is_skipped_in_all(bad_step: Config, run_on) -> None:
+    one, two = run_on(bad_step, 1, "one"), run_on(replace(bad_step, batch_size=2), 2, "two")
+    assert largest_difference(one, two) < 1e-10
+    ours, theirs = ([row for row in rows(run) if "loss" in row] for run in (one, two))
+    assert ours[2]["loss"] is theirs[2]["loss"] is None
+    assert [row.get("skipped") for row in theirs] == [None, None, 1, 1, 1, 1]
+    assert [row.get("skipped") for row in ours] == [row.get("skipped") for row in theirs]
+    good = run_on(replace(bad_step, loss="mse"), 1, "good")
+    assert largest_difference(one, good) > 1e-3  # a step is missing
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_first_step_of_nan_in_one_process_ends_all(
+    bad_step: Config, groups: ProcessGroups, tmp_path: Path, shard: bool
+) -> None:
+    file, out = tmp_path / "config.toml", str(tmp_path / "run")
+    bad = replace(bad_step, precision="fp32", loss_arg={"at": 0}, out=out, shard=shard)
+    file.write_text(to_toml(replace(bad, validation=ValidationConfig(every=-1))))
+    ended = groups.train(2, [str(file)])
+    assert ended.status == [2, 2], "\n".join(ended.output)
+    assert "error: process 1: loss loss returned nan for row 0" in ended.output[1]
+    assert "error: process 0 ends, for it lost another one" in ended.output[0]
+    for said in ended.output:
+        assert "Traceback" not in said and "waitForInput" not in said
+
+
+def test_an_interrupted_run_says_once_how_to_go_on(
+    bad_step: Config, groups: ProcessGroups, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.toml"
+    out = str(tmp_path / "run")
+    file.write_text(to_toml(replace(bad_step, loss_arg={"how": "interrupt"}, out=out)))
+    ended = groups.train(2, [str(file)])
+    assert ended.status == [130, 130]
+    assert "the run is saved after step 4" in ended.output[0]
+    assert ended.output[1] == ""
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_left_out_and_streamed_images_give_the_numbers_of_one_process(
+    base: Config, run_on, photos: Path, tmp_path: Path, streams: bool
+) -> None:
+    """A damaged image among those of a folder; the images in tar files."""
+    data = replace(base.data, masks="none", buckets=True, bucket_step=4)
+    if streams:
+        for number in range(2):
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as shard:
+                for file in sorted(photos.glob(f"[{'01' if number else '234'}].*")):
+                    if ".mask" not in file.name:
+                        shard.add(file, file.name)
+        shards = str(tmp_path / "{0..1}.tar")
+        changed = replace(data, images="", dataset=shards, streaming=True)
+    else:
+        folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+        (folder / "00.png").write_bytes((folder / "0.png").read_bytes()[:60])
+        (folder / "00.txt").write_text("a photo of TOK")
+        changed = replace(data, images=str(folder), skip_bad=True)
+    config = replace(base, precision="fp64", prior=PriorConfig(), data=changed, stages=(Stage(4),))
+    one = run_on(config, 1, "one")
+    for processes, batch in ((2, 2), (4, 1)):
+        other = run_on(replace(config, batch_size=batch), processes, f"on{processes}")
+        assert largest_difference(one, other) < 1e-10
+        assert losses(one) == pytest.approx(losses(other), rel=1e-9)
+        same = {path.replace("one", other.name) for path in written(one)}
+        assert written(other) == same
+    if not streams:
+        assert "00.png: " in (other / "skipped_files.txt").read_text()
+        whole = run_on(replace(config, data=data), 1, "whole")
+        assert largest_difference(one, whole) < 1e-10
+
+
 # A loss by which process 1 ends in the middle of step 5 of the first launch, once.
 DEADLY = """
 import os, signal
@@ -352,6 +454,7 @@ def test_a_signal_saves_and_ends_all_processes(
     agent.send_signal(number)
     said, _ = agent.communicate(timeout=120)
     assert agent.returncode != 0
+    assert said.count("interrupted: ") == 1, said  # by the first process alone
     assert said.count("the run is saved after step") == 1, said
     assert "torchrun --nproc-per-node 2 train.py" in said
     assert trained_parameters(tmp_path / "run")

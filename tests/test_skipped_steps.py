@@ -133,7 +133,7 @@ def test_four_in_a_row_go_on_and_five_end_the_run_with_its_images(
         UserError,
         match=r"^the loss is nan, and 5 steps in a row up to step 7 are skipped "
         r"\(step 3: \d\.png at timestep \d+, \d\.png at \d+; step 4: .*; step 7: [^)]*\);"
-        r".*--optimizer.lr.*; the last checkpoint, of step 6",
+        r".*--optimizer.lr.*; the last good checkpoint is that of step 6",
     ):
         train.train(config, loss=failing({2, 3, 4, 5, 6}))
     assert [row["loss"] for row in rows(Path(config.out)) if row["step"] == 7] == [None]
@@ -240,6 +240,11 @@ def test_counts_of_rows() -> None:
     assert again == own
     examples = StepExamples([("a", "b"), ("c",)], [torch.tensor([5.0, 0.25]), torch.tensor([7.0])])
     assert examples.describe({"a": "a.png"}) == "a.png at timestep 5, b at 0.250, c at 7"
+
+
+def test_of_many_images_the_first_are_named() -> None:
+    examples = StepExamples([tuple("abcdefghijklmnopqrst")], [torch.arange(20)])
+    assert examples.describe({}).endswith("p at 15, and 4 more")
 
 
 # ---------------------------------------------------------------- the moving average on a device

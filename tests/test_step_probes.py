@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import train
-from lora_core.config import Config, ValidationConfig
+from lora_core.config import Config, Stage, ValidationConfig
 from tests.conftest import learned, same
 from tests.test_configs import put
 from training.probes import effects
@@ -112,3 +112,50 @@ def test_options_that_act_are_seen_and_looking_changes_nothing(
     assert {name for name in given if answers[name] is not True} <= UNDECIDED
     monkeypatch.setattr(effects, "check_step", lambda *_: None)
     assert same(learned(run), learned(train.train(replace(config, out=config.out + "_blind"))))
+
+
+# What acted and was called an option without effect.
+ACTING: dict[str, dict[str, Any]] = {
+    "a stage from 0": {"stages": (Stage(1, low=0.0, high=0.5), Stage(1, low=0.5))},
+    "a bound that the first stage has of its own": {
+        "noise.low": 0.2,
+        "stages": (Stage(1, low=0.5), Stage(1)),
+    },
+    "a last validation after the last one that was due": {
+        "stages.0.steps": 3,
+        "validation.every": 2,
+        "validation.bins": 1,
+    },
+    "layers behind the last checkpointed block": {
+        "gradient_checkpointing": "blocks",
+        "adapter.targets": ("up_blocks.*attn2*",),
+    },
+    "no learned token in a batch of dropped captions": {
+        "loss": "attention",
+        "loss_arg": {"attention_weight": 0.02},
+        "data.masks": "file",
+        "data.caption_dropout": 0.9,
+        "stages.0.groups": ("denoiser", "tokens"),
+        "optimizer.lr": {},
+        "batch_size": 1,
+    },
+    "an adapter that drops itself": {
+        "adapter.module_dropout": 0.9,
+        "adapter.targets": ("mid_block.*",),
+        "batch_size": 1,
+    },
+    "an adapter of one's own that knows its batch": {
+        "adapter.kind": "examples/t_lora.py:TLoRA",
+        "adapter.dropout": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("change", ACTING.values(), ids=ACTING)
+def test_options_that_this_step_cannot_show_are_no_error(
+    config: Config, quick: None, change: dict[str, Any]
+) -> None:
+    usual = {"stages.0.steps": 1, "validation.every": -1}
+    if "validation.every" not in change:
+        usual["validation"] = ValidationConfig()
+    train.train(put(config, {**usual, **change}))

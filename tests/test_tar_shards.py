@@ -76,3 +76,29 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     assert list(list_tar_examples(tmp_path / "a.tar")) == []
+
+
+def test_members_of_a_name_may_lie_apart(tmp_path: Path) -> None:
+    """Plain tar packs a folder in the order of its disk."""
+    members = {
+        "./b.txt": b"b", "./a.jpg": encoded(0, "JPEG"), "./b.mask.png": encoded(2),
+        "./a.txt": b"a", "./b.jpg": encoded(1, "JPEG"), "sub/a.txt": b"no image",
+    }  # fmt: skip
+    found = list(list_tar_examples(write_tar(tmp_path / "a.tar", members)))
+    assert [own.image.path.name for own in found] == ["b.jpg", "a.jpg"]
+    assert [[text.read_bytes() for text in own.texts] for own in found] == [[b"b"], [b"a"]]
+    assert [own.mask and own.mask.path.name for own in found] == ["b.mask.png", None]
+
+
+def test_a_member_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    file = write_tar(tmp_path / "a.tar", {"x/a.png": encoded(0), "x/a.txt": b"a"})
+    with tarfile.open(file, "a") as archive:
+        archive.addfile(tarfile.TarInfo("x/a.txt"))
+    with pytest.raises(UserError, match=r"has the member x/a\.txt twice; write the shard again"):
+        list(list_tar_examples(file))
+
+
+def test_names_with_further_dots_are_explained(tmp_path: Path) -> None:
+    members = {"shot 10.15.png": encoded(0), "shot 10.30.png": encoded(1)}
+    with pytest.raises(UserError, match=r"name shot 10, .* a name ends at its first dot"):
+        list(list_tar_examples(write_tar(tmp_path / "a.tar", members)))

@@ -132,7 +132,7 @@ def last_checkpoint_note(run: Run) -> str:
     saved = run.newest_step()
     if saved is None:
         return "there is no checkpoint"
-    return f"the last checkpoint, of step {saved}, is from before"
+    return f"the last good checkpoint is that of step {saved}"
 
 
 @torch.no_grad()
@@ -185,6 +185,8 @@ def find_nonfinite_part(inputs: Sequence[StepInputs], model: Model, config: Conf
     family, cure = model.family, _cure(config)
     if damaged := find_damaged_weights(model, config):
         return damaged
+    if config.shard:  # a forward pass needs all processes, and this one may be the only one here
+        return ""
     for x in inputs:
         if nonfinite_names({"x0": x.x0}):
             return (

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -87,7 +89,10 @@ def _check_options(config: Config) -> None:
 
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
-    """A block in which only the main process prints, and an error that all have is printed once."""
+    """A block in which only the main process prints, and an error that all have is printed once.
+
+    A signal ends the others without a word: what is saved is known to the main process.
+    """
     rank = distributed.process_rank()
     if distributed.process_count() == 1:
         yield
@@ -98,12 +103,17 @@ def _one_voice() -> Iterator[None]:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(distributed.lost_peers_of_torch())
             yield
     except UserError as error:
         if _is_reported(error, rank):
             raise SystemExit(2) from None
         if rank and not isinstance(error, distributed.PeerEndedError):
             raise UserError(f"process {rank}: {error}") from error
+        raise
+    except KeyboardInterrupt as stop:
+        if rank:
+            raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
         raise
     except Exception as error:
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for the report of torchrun
@@ -118,19 +128,31 @@ def _is_reported(error: UserError, rank: int) -> bool:
         return rank > 0 and isinstance(error, distributed.PeerEndedError)
     key = f"{LAUNCHES}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/error"
     others = [f"{key}/{other}" for other in range(1, int(os.environ["WORLD_SIZE"]))]
-    wait = timedelta(seconds=SECONDS_FOR_MAIN)
     try:
         if rank == 0:
             store.set(key, str(error))
             if not _is_agents_store():  # the store ends with this process
-                store.wait(others, wait)
+                _wait_for_keys(store, others)
             return False
-        store.wait([key], wait)
+        if not _wait_for_keys(store, [key]):
+            return False
         reported = store.get(key).decode()
         store.set(others[rank - 1], "seen")
     except RuntimeError:  # the main process has another error, or none
         return False
     return isinstance(error, distributed.PeerEndedError) or reported == str(error)
+
+
+def _wait_for_keys(store: dist.TCPStore, keys: Sequence[str]) -> bool:
+    """Whether all keys are in the store in time. TCPStore.wait prints two lines where they are not,
+    which nobody could understand.
+    """
+    end = time.monotonic() + SECONDS_FOR_MAIN
+    while not store.check(list(keys)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _is_agents_store() -> bool:

@@ -19,6 +19,7 @@ from lora_core.diffusion.validation import format_timestep
 # Steps in a row whose loss or gradient is NaN or infinite that end a run.
 MAX_NONFINITE_IN_A_ROW = 5
 MOST_WARNINGS = 3  # of one process; the count stands in metrics.jsonl
+MOST_NAMED = 16  # images of a step
 STORED = ("overflows", "overflows_in_a_row", "nonfinite", "nonfinite_in_a_row")
 
 
@@ -35,6 +36,8 @@ class StepExamples(NamedTuple):
             for key, t in zip(keys, timesteps.tolist()):
                 unit = "" if words else "timestep "
                 words.append(f"{names.get(key, key)} at {unit}{format_timestep(t)}")
+        if len(words) > MOST_NAMED:
+            words = [*words[:MOST_NAMED], f"and {len(words) - MOST_NAMED} more"]
         return ", ".join(words)
 
 

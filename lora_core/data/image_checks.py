@@ -191,7 +191,11 @@ def check_image(file: ImageFile, masks: str) -> CheckedImage:
 
 
 def error_reason(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, without its name and without advice."""
+    """Why a file cannot be read, without its name and without advice; the whole sentence where that
+    is about another file, its mask or its caption.
+    """
+    if isinstance(error, UserError) and str(path) not in str(error):
+        return first_line(error)
     cause = error.__cause__
     if path.is_file() and not path.stat().st_size:
         return "it is empty"

@@ -34,7 +34,8 @@ def plain_tensors(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     found: list[Tensor] = []
     for part in parts.values():
-        found += plain_tensors(part)
+        if isinstance(part, Tensor):  # a DTensor also has the processes that it is divided among
+            found += plain_tensors(part)
     return found
 
 

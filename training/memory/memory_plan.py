@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_core.config import Config, Stage
 from lora_core.data.buckets import bucket_sizes
+from lora_core.diffusion import losses
 from lora_core.family import Family
 from lora_core.memory.live_tensors import tensor_bytes
 from training.memory.planned_step import (
@@ -108,6 +109,8 @@ def plan_memory(config: Config, functions: Any) -> MemoryPlan:
     """
     kind = "cpu" if config.device.startswith("cpu") else "cuda"
     plain = replace(plain_placement(config), vae_precision="fp32")
+    if getattr(functions.loss, "reads_attention", False):  # no captions, so no tokens in them
+        functions = replace(functions, loss=losses.mse)
     measured = _measure_steps(_Key(plain, functions, kind))
     few = replace(plain, vae_precision=config.vae_precision, gradient_checkpointing="none")
     images = _measure_images(_Key(replace(few, accumulation=1), kind))
@@ -150,6 +153,9 @@ def _measure_steps(key: _Key) -> MeasuredRun:
             )
         guided = config.samples.guidance != 1 and not family.distilled_guidance
         drawn, side = _drawn_images(config, family), config.data.resolution
+        with model.frozen():  # no adapter drops anything
+            texts = encoding_memory(run, drawn)
+            denoising = denoising_memory(run, drawn * (1 + guided), (side, side))
         return MeasuredRun(
             networks=family.modules,
             denoiser=family.denoiser,
@@ -157,8 +163,8 @@ def _measure_steps(key: _Key) -> MeasuredRun:
             trained=trained,
             state=_state_bytes(run),
             average=0 if average is None else tensor_bytes(average.averages),
-            texts=encoding_memory(run, drawn),
-            denoising=denoising_memory(run, drawn * (1 + guided), (side, side)),
+            texts=texts,
+            denoising=denoising,
             steps=steps,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_core import distributed
 from lora_core.config import Config
 from lora_core.text import hide_home
 from training import starting_lora
@@ -30,8 +32,10 @@ NAME = 30  # characters of a component's name
 def print_plan(config: Config, functions: Any, words: Sequence[str]) -> None:
     """Print the memory of a run by phase and component, and for each size of card the options with
     which it fits, as the command line to type. `words` are those of this command line, without
-    --plan. Reads the model's configs, no weights and no images.
+    --plan. Reads the model's configs, no weights and no images. Raises UserError in one of several
+    processes: the plan of a divided run (--shard) takes their number from --processes.
     """
+    distributed.check_alone(os.environ, "train.py CONFIG --plan")
     config_checks.check_config(config, needs_images=False)
     config = starting_lora.resolve_start(config)
     plan = plan_memory(config, functions)

@@ -204,7 +204,7 @@ def _text_layers(run: PlannedRun) -> int:
 def _encoded(run: PlannedRun, b: int) -> Conditioning:
     """The encoding of b captions."""
     family, layers = run.model.family, _text_layers(run)
-    with LiveTensors():  # which remembers shapes
+    with run.model.frozen(), LiveTensors():  # which remembers shapes
         cond = family.encode_prompts(["a"] * b)
     if layers:
         embeds = cond.prompt_embeds

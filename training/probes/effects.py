@@ -4,9 +4,9 @@ options that are not at their defaults, in the first step of each stage and at t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from lora_core.text import shorten_value
 from training.inputs.step_inputs import InputSource, StepInputs
 from training.log import Log
 from training.probes import input_probes as inputs
+from training.probes import optimizer_probes as optimizer
 from training.probes import step_probes as steps
 from training.probes.first_step import FirstStep, Probe
 from training.setup import Optimization
@@ -97,14 +98,27 @@ def _has_grids(log: Log) -> bool:
     return all((log.run.folder / "samples" / f"step_{i:06d}.png").is_file() for i in due)
 
 
+def _checkpoints(log: Log) -> list[Path]:
+    """The folders of checkpoints, which are numbers: a file manager may put files beside them."""
+    found = (log.run.folder / "checkpoints").iterdir()
+    return [path for path in found if path.name.isdecimal() and path.is_dir()]
+
+
 def _has_checkpoints(log: Log) -> bool:
     written = {*_due(log, log.config.save_every), log.config.steps}
-    found = list((log.run.folder / "checkpoints").iterdir())
-    return len(found) >= min(log.config.keep, len(written))
+    return len(_checkpoints(log)) >= min(log.config.keep, len(written))
 
 
 def _keeps_few(log: Log) -> bool:
-    return len(list((log.run.folder / "checkpoints").iterdir())) <= log.config.keep
+    return len(_checkpoints(log)) <= log.config.keep
+
+
+def _has_scores(log: Log) -> bool:
+    every = log.config.validation.every
+    if every < 0:
+        return not log.scores
+    # the log keeps the first and the newest, which may be that of the end
+    return max(log.scores, default=-1) >= max(_due(log, every), default=0)
 
 
 def _newest_scores(log: Log) -> Sequence[Score]:
@@ -114,18 +128,19 @@ def _newest_scores(log: Log) -> Sequence[Score]:
 def _has_scored_images(log: Log) -> bool:
     count, images = log.config.validation.count, log.data.scored.records
     scores = _newest_scores(log)
-    wanted = min(count, len(images)) if count else len(images)
-    return not scores or len({score.key for score in scores}) == wanted
+    keys = {image.key for image in images}  # copies of an image have the same
+    are_as_many = not count or len(images) <= count
+    return not scores or (are_as_many and {score.key for score in scores} == keys)
 
 
 def _has_bins(log: Log) -> bool:
     scores = _newest_scores(log)
-    return not scores or len({score.t for score in scores}) == log.config.validation.bins
+    return not scores or len({score.bin for score in scores}) == log.config.validation.bins
 
 
 def _has_draws(log: Log) -> bool:
-    counts = Counter((score.key, score.t) for score in _newest_scores(log))
-    return all(count == log.config.validation.draws for count in counts.values())
+    scores = _newest_scores(log)
+    return not scores or len({score.draw for score in scores}) == log.config.validation.draws
 
 
 def _logs_elsewhere(log: Log) -> bool:
@@ -144,6 +159,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "clip_skip": Refused(MODEL_CHECKS),
     "max_sequence_length": Refused(MODEL_CHECKS),
     "device": Place("models:choose_device"),
+    "offload": Refused("training.networks.residency:choose_loading_device"),
     "threads": Shown(steps.has_threads, "torch computes with another number"),
     "vae_precision": Shown(steps.has_vae_precision, "the VAE has another"),
     "precision": Shown(steps.has_precision, "the denoiser has another"),
@@ -168,7 +184,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "step": Place("train:resolve_functions"),
     "weighting": Shown(steps.weights_levels, "every noise level has the weight 1"),
     "weighting_arg": Shown(steps.changes_weights, "every weight is the same without it"),
-    "ema": Shown(steps.averages, "the average does not follow the parameters"),
+    "ema": Shown(optimizer.averages, "the average does not follow the parameters"),
     "save_every": Written("tests/test_resume.py", _has_checkpoints),
     "keep": Written("tests/test_run_folder.py", _keeps_few),
     "log_every": Written("tests/test_log.py"),
@@ -253,24 +269,26 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "noise.prediction": Shown(steps.has_prediction, "the targets are of another kind"),
     "noise.zero_terminal_snr": Shown(inputs.ends_in_noise, "the last level is not noise alone"),
     # the optimizer
-    "optimizer.name": Shown(steps.has_optimizer, "the optimizer is another"),
-    "optimizer.lr": Shown(steps.has_rates, "the learning rates are others"),
-    "optimizer.weight_decay": Shown(steps.has_setting("weight_decay"), "the groups have another"),
-    "optimizer.betas": Shown(steps.has_setting("betas"), "the groups have others"),
-    "optimizer.args": Shown(steps.has_arguments, "the optimizer has other settings"),
-    "optimizer.schedule": Shown(steps.moves_rate, "the learning rate stays the same"),
+    "optimizer.name": Shown(optimizer.has_optimizer, "the optimizer is another"),
+    "optimizer.lr": Shown(optimizer.has_rates, "the learning rates are others"),
+    "optimizer.weight_decay": Shown(
+        optimizer.has_setting("weight_decay"), "the groups have another"
+    ),
+    "optimizer.betas": Shown(optimizer.has_setting("betas"), "the groups have others"),
+    "optimizer.args": Shown(optimizer.has_arguments, "the optimizer has other settings"),
+    "optimizer.schedule": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "optimizer.schedule_args": Refused("training.checks.group_checks:check_schedules"),
-    "optimizer.schedules": Shown(steps.moves_rate, "the learning rate stays the same"),
-    "optimizer.warmup": Shown(steps.warms_up, "the first rate is not lower"),
-    "optimizer.lora_plus": Shown(steps.has_two_rates, "all parameters have one learning rate"),
-    "optimizer.clip": Shown(steps.clips, "the gradient is longer after it", True),
+    "optimizer.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
+    "optimizer.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
+    "optimizer.lora_plus": Shown(optimizer.has_two_rates, "all parameters have one learning rate"),
+    "optimizer.clip": Shown(optimizer.clips, "the gradient is longer after it", True),
     # stages
     "stages.steps": Written("tests/test_stages.py"),
-    "stages.groups": Shown(steps.reaches_parameters, "a parameter gets no gradient", True),
-    "stages.lr": Shown(steps.has_rates, "the learning rates are others"),
-    "stages.weight_decay": Shown(steps.has_setting("weight_decay"), "the groups have another"),
-    "stages.schedule": Shown(steps.moves_rate, "the learning rate stays the same"),
-    "stages.schedules": Shown(steps.moves_rate, "the learning rate stays the same"),
+    "stages.groups": Shown(optimizer.reaches_parameters, "a parameter gets no gradient", True),
+    "stages.lr": Shown(optimizer.has_rates, "the learning rates are others"),
+    "stages.weight_decay": Shown(optimizer.has_setting("weight_decay"), "the groups have another"),
+    "stages.schedule": Shown(optimizer.moves_rate, "the learning rate stays the same"),
+    "stages.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "stages.low": _levels("stages.low"),
     "stages.high": _levels("stages.high"),
     "stages.norm": Shown(steps.controls_norms, "no row changes"),
@@ -289,7 +307,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "samples.show_data": Written(SAMPLES),
     "validation.images": Place(OPEN_DATA),
     "validation.count": Written("tests/test_scores.py", _has_scored_images),
-    "validation.every": Written("tests/test_scores.py"),
+    "validation.every": Written("tests/test_scores.py", _has_scores),
     "validation.bins": Written("tests/test_scores.py", _has_bins),
     "validation.draws": Written("tests/test_scores.py", _has_draws),
     "validation.seed": Written("tests/test_scores.py"),

@@ -46,12 +46,14 @@ def changes_pixels(option: str) -> Probe:
                 for settings in (training.settings, usual)
             )
             for visit in range(training.settings.variants or VISITS):
-                pixels = own.example(0, visit).pixels
-                draws += bool(pixels.std() > 0)
-                if not torch.equal(pixels, other.example(0, visit).pixels):
+                pixels, without = own.example(0, visit).pixels, other.example(0, visit).pixels
+                if not torch.equal(pixels, without):
                     return True
+                draws += _can_show_pixels(option, without)
                 if draws >= VISITS:
                     return False
+                if not draws and visit:  # an image of one color, or the mirror image of itself
+                    break
         return False if draws and option in ("interpolation", "jitter") else None
 
     return probe
@@ -71,7 +73,18 @@ def _can_show(option: str, settings: ImageSettings, record: Record, size: tuple[
     covering = covering_size(record.size, size)
     if option == "interpolation":
         return record.size != covering or settings.zoom > 1
+    if option == "zoom":  # half of all visits are larger, by a whole pixel
+        return any(round(side * (1 + settings.zoom) / 2) > side for side in size)
     return option != "crop" or settings.zoom > 1 or covering != size
+
+
+def _can_show_pixels(option: str, pixels: Tensor) -> bool:
+    """Whether an image [c, h, w] changes when it is mirrored, shifted, enlarged or recolored."""
+    if option == "flip":
+        return not torch.equal(pixels, pixels.flip(2))
+    if option in ("crop", "zoom"):  # along both sides: its margin may be at any
+        return all(bool((pixels != pixels.roll(1, axis)).any()) for axis in (1, 2))
+    return bool((pixels.flatten(1).std(1) > 0).any())
 
 
 def has_resolution(first: FirstStep) -> bool:
@@ -137,9 +150,10 @@ def enough_draws(p: float) -> int | None:
 
 
 def fills_cache(first: FirstStep) -> bool:
-    """--data.cache: whether there are latents in the folder."""
+    """--data.cache: whether latents are kept in the folder, and rows of tensors are there."""
     folder = Path(first.config.data.cache)
-    return folder.is_dir() and any(folder.rglob("*.safetensors"))
+    is_used = first.source.latents.posteriors.folder == folder
+    return is_used and any(folder.rglob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- masks and class images
@@ -185,6 +199,8 @@ def sharpens_mask(first: FirstStep) -> bool | None:
     x = first.inputs[-1]
     drawn = x.mask if x.unweighted_mask is None else x.unweighted_mask
     if drawn is None or x.mask is None or not _is_uneven(drawn):
+        return None
+    if bool(((drawn == 0) | (drawn == 1)).all()):  # no power changes it
         return None
     usual = MASK_SCALES[first.config.mask_scale].weights(drawn, 1.0)
     return not torch.equal(x.mask, usual)
@@ -244,11 +260,17 @@ def changes_noise(option: str) -> Probe:
 
 def changes_levels(option: str) -> Probe:
     """Whether the noise levels are others than with the option's default: those of the step, and,
-    where both would be the same there, those of many draws.
+    where both would be the same there, those of many draws. A stage with a bound of its own cannot
+    show that of all stages, and its own may be the same one.
     """
 
     def probe(first: FirstStep) -> bool | None:
         n, stage = first.config.noise, first.stage
+        bound = option.removeprefix("stages.")
+        if bound in ("low", "high"):
+            own_bound, common = getattr(stage, bound), getattr(n, bound)
+            if own_bound is not None and (own_bound == common or option == bound):
+                return None
         usual, usual_stage = n, stage
         if option.startswith("stages."):
             usual_stage = replace(stage, low=None if option == "stages.low" else stage.low)

@@ -1,8 +1,9 @@
-"""Probes of the options of model, adapters, tokens, losses and optimizer."""
+"""Probes of the options of model, adapters, tokens and losses."""
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 
 from lora_core import distributed, plugins
 from lora_core.adapters.adapted_layer import Adapted, adapted_layers
+from lora_core.adapters.kinds import KINDS
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise
-from lora_core.optim import building, schedules
-from lora_core.optim.ema import ParameterAverage
 from lora_core.tokens import LearnedEmbedding, is_random_init
 from models import DTYPES
 from models.placement import named_blocks
@@ -58,11 +58,19 @@ def recomputes(first: FirstStep) -> bool | None:
         return None
     found: list[bool] = []
     x = replace(first.inputs[-1], readings={})
-    with forward_calls(blocks[-1], found, lambda: torch._C._current_graph_task_id() != -1):
+    with ExitStack() as stack:
+        for block in blocks:  # some may come before the first layer that trains
+            is_backward = forward_calls(block, found, in_backward)
+            stack.enter_context(is_backward)
         rows = first.functions.step(first.model, x, first.config, losses.mse)
         trained = chain(*(first.model.groups[name] for name in first.stage.groups))
         torch.autograd.grad(rows.sum(), list(trained), allow_unused=True)
     return any(found)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_compiled(first: FirstStep) -> bool:
@@ -102,6 +110,8 @@ def drops(option: str) -> Probe:
         draws = input_probes.enough_draws(getattr(first.config.adapter, option))
         found = [layer for layer in _layers(first) if isinstance(layer.base, nn.Linear)]
         if draws is None or not found or _spec(found[0]) is None:
+            return None
+        if first.config.adapter.kind not in KINDS:  # may know the images of this batch alone
             return None
         if first.inputs[-1].dropout_keys is None:
             return False
@@ -225,7 +235,23 @@ def differs_from_mse(first: FirstStep) -> bool | None:
     """--loss: whether a built-in loss gives other numbers than mse."""
     if first.config.loss not in losses.LOSSES or not first.can_compare:
         return None
-    return not torch.equal(first.losses(first.functions.loss), first.mse)
+    if not torch.equal(first.losses(first.functions.loss), first.mse):
+        return True
+    return False if _compares_attention(first) else None
+
+
+def _compares_attention(first: FirstStep) -> bool:
+    """Whether a loss that reads attention has something to compare: an image with an uneven mask
+    whose caption has learned tokens. True of other losses.
+    """
+    x, places = first.inputs[-1], first.inputs[-1].caption_tokens.learned
+    if not getattr(first.functions.loss, "reads_attention", False):
+        return True
+    if x.mask is None or places is None:
+        return False
+    has_tokens = (places >= 0).any(1)
+    masks = x.mask.flatten(1)
+    return bool((has_tokens & (masks.amax(1) > masks.amin(1))).any())
 
 
 def changes_loss(first: FirstStep) -> bool | None:
@@ -243,9 +269,10 @@ def changes_loss(first: FirstStep) -> bool | None:
             first.losses(plugins.find_plugin(c.loss, losses.LOSSES, "loss", args))
             for args in (c.loss_arg, others)
         )
-        if torch.equal(own, other):
+        if not torch.equal(own, other):
+            shown = True
+        elif _compares_attention(first):
             return False
-        shown = True
     return shown
 
 
@@ -258,7 +285,7 @@ def weights_levels(first: FirstStep) -> bool | None:
     usual = replace(first.config, weighting=Config().weighting, weighting_arg={})
     x = first.inputs[-1]
     own, other = (_weights(first, c, x.level) for c in (first.config, usual))
-    if torch.equal(own, other):
+    if torch.allclose(own, other, rtol=1e-5):  # less than a loss in fp32 would show
         return _differs_at_some_level(first, first.config, usual)
     return not torch.equal(first.mse, first.losses(losses.mse, config=usual))
 
@@ -332,135 +359,7 @@ def preserves(first: FirstStep) -> bool | None:
     return len(calls) >= expected
 
 
-# ---------------------------------------------------------------- the optimizer
-
-
-def reaches_parameters(first: FirstStep) -> bool | None:
-    """--stages.I.groups: whether every parameter of the denoiser, and some of each other group, has
-    a gradient, and a group's are not all 0 where captions leave it one. The last layers of a text
-    encoder may be unread.
-    """
-    shown: bool | None = True
-    for name in first.stage.groups:
-        params = first.model.groups[name]
-        grads = [p.grad for p in params if p.grad is not None]
-        if not grads or (name == "denoiser" and len(grads) < len(params)):
-            return False
-        if not bool(torch.stack(torch._foreach_norm(grads)).any()):
-            if not any(first.batch.dropped) and not first.model.gradient_hooks.get(name):
-                return False
-            shown = None
-    return shown
-
-
-def has_rates(first: FirstStep) -> bool:
-    """--optimizer.lr and --stages.I.lr: whether rates are in the proportion that they say."""
-    o, found = first.optimization, []
-    for group in first.groups:
-        name = group["name"]
-        wanted = first.stage.lr.get(name, first.config.optimizer.lr.get(name))
-        if wanted is None:
-            continue
-        schedule = o.rate_schedules[first.stage.schedule_of(name, first.config.optimizer)]
-        begin = first.inputs[0].number - _stage_begin(first)
-        factor = schedule(begin, first.stage.steps, first.config.optimizer.warmup)
-        found.append(math.isclose(group["rate"], wanted * factor * group["ratio"]))
-        near = 1e-6 if isinstance(group["lr"], Tensor) else 1e-9  # torchao keeps it in fp32
-        found.append(math.isclose(float(group["lr"]), group["rate"], rel_tol=near, abs_tol=1e-300))
-    return all(found)
-
-
-def _stage_begin(first: FirstStep) -> int:
-    """Steps before the stage."""
-    stages = first.config.stages
-    number = first.inputs[0].number
-    begin = 0
-    for stage in stages:
-        if begin + stage.steps > number:
-            break
-        begin += stage.steps
-    return begin
-
-
-def has_setting(option: str) -> Probe:
-    """--optimizer.weight-decay and betas: whether the optimizer's groups have them."""
-
-    def probe(first: FirstStep) -> bool:
-        table: dict[str, Any] = getattr(first.config.optimizer, option)
-        if option == "weight_decay":
-            table = table | first.stage.weight_decay
-        groups = [group for group in first.groups if group["name"] in table]
-        return all(_is_same(group.get(option), table[group["name"]]) for group in groups)
-
-    return probe
-
-
-def _is_same(found: Any, wanted: Any) -> bool:
-    return tuple(found) == tuple(wanted) if isinstance(wanted, tuple | list) else found == wanted
-
-
-def has_optimizer(first: FirstStep) -> bool:
-    """--optimizer.name: whether it is of that class."""
-    name = first.config.optimizer.name
-    return isinstance(first.optimization.optimizer, building.resolve_optimizer(name))
-
-
-def has_arguments(first: FirstStep) -> bool:
-    """--optimizer.args: whether the optimizer's settings hold them, where it shows settings."""
-    defaults = first.optimization.optimizer.defaults
-    arguments = first.config.optimizer.args
-    return all(_is_same(defaults[name], v) for name, v in arguments.items() if name in defaults)
-
-
-def moves_rate(first: FirstStep) -> bool | None:
-    """--optimizer.schedule and its relatives: whether a rate is not constant over the stage."""
-    o, steps = first.config.optimizer, first.stage.steps
-    shown = None
-    for group in first.stage.groups:
-        name = first.stage.schedule_of(group, o)
-        if name == "constant" or steps < 3:
-            continue
-        multiplier = first.optimization.rate_schedules[name]
-        places = sorted({0, 1, steps // 3, steps // 2, 2 * steps // 3, steps - 2, steps - 1})
-        if len({multiplier(i, steps, 0) for i in places}) > 1:
-            shown = True
-        elif name in schedules.SCHEDULES and name not in ("wsd", "cosine_restarts"):
-            return False
-    return shown
-
-
-def warms_up(first: FirstStep) -> bool:
-    """--optimizer.warmup: whether the first rate is lower than the one after it."""
-    o, steps = first.config.optimizer, first.stage.steps
-    names = {first.stage.schedule_of(group, o) for group in first.stage.groups}
-    multipliers = [first.optimization.rate_schedules[name] for name in names]
-    return all(m(0, steps, o.warmup) < m(o.warmup, steps + 1, o.warmup) for m in multipliers)
-
-
-def has_two_rates(first: FirstStep) -> bool | None:
-    """--optimizer.lora-plus: whether parameters of a group have the ratio of learning rates."""
-    groups = [group for group in first.groups if group["name"] != "tokens"]
-    if not groups:
-        return None
-    rates: dict[str, set[float]] = {}
-    for group in groups:
-        rates.setdefault(group["name"], set()).add(float(group["ratio"]))
-    return all(any(ratio != 1 for ratio in own) for own in rates.values())
-
-
-def clips(first: FirstStep) -> bool | None:
-    """--optimizer.clip: whether the gradient's norm is at most that after the step."""
-    limit = first.config.optimizer.clip
-    if bool(first.optimization.skip):
-        return None
-    if not 0 < limit < math.inf or first.config.optimizer.name not in building.OPTIMIZERS:
-        return None
-    grads: list[Tensor] = []
-    for name in first.stage.groups:
-        grads += [p.grad for p in first.model.groups[name] if p.grad is not None]
-    norms = torch._foreach_norm(grads)
-    norm = torch.linalg.vector_norm(torch.stack(norms).double())
-    return bool(norm <= limit * (1 + 1e-3))
+# ---------------------------------------------------------------- the batch and the machine
 
 
 def accumulates(first: FirstStep) -> bool:
@@ -473,22 +372,6 @@ def has_batch_size(first: FirstStep) -> bool:
     images = first.config.images_per_step * (2 if first.config.data.pairs else 1)
     own = sum(int((~x.is_prior).sum()) for x in first.inputs)
     return distributed.process_count() > 1 or own == images
-
-
-def averages(first: FirstStep) -> bool | None:
-    """--ema: whether the average of this step was made, and lags behind parameters that move."""
-    average = first.optimization.average
-    if average is None:
-        return False
-    if bool(first.optimization.skip):
-        return None
-    p = nn.Parameter(torch.zeros(2))
-    own = ParameterAverage([p], first.config.ema)
-    with torch.no_grad():
-        p.fill_(1.0)
-    for _ in range(2):
-        own.update_()
-    return average.count > 0 and bool(((own.averages[0] > 0) & (own.averages[0] < 1)).all())
 
 
 def has_threads(first: FirstStep) -> bool:

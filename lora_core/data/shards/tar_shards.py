@@ -1,8 +1,9 @@
 """Tar shards as WebDataset writes them: members NAME.jpg, NAME.txt, NAME.json, NAME.mask.png.
 
-Members of one name, up to the first dot of its last part, are one example. Only the headers and the
-captions are read; images and masks stay where they are. tarfile of the standard library does this,
-so that neither webdataset nor datasets is needed.
+Members of one name, up to the first dot of its last part, are one example, wherever they lie in the
+file: WebDataset wants them side by side, and plain `tar` packs a folder in any order. Only the
+headers and the captions are read; images and masks stay where they are. tarfile of the standard
+library does this, so that neither webdataset nor datasets is needed.
 """
 
 from __future__ import annotations
@@ -53,15 +54,22 @@ def list_tar_examples(file: Path, image_ending: str = "") -> Iterator[TarExample
         masks = [own for own in members if own.path.name.endswith(MASK_SUFFIX)]
         images = [own for own in members if _is_image(own, name, image_ending) and own not in masks]
         if len(images) > 1:
-            names = " and ".join(own.path.name for own in images[:2])
-            raise UserError(
-                f"{file} has two images of the name {name}, {names}; say which is trained on with "
-                f"--data.image-column {images[0].path.suffix.removeprefix('.')}"
-            )
+            raise UserError(_describe_two(file, name, images))
         texts = [own for own in members if own.suffix.lower() in CAPTION_SUFFIXES]
         texts.sort(key=lambda own: CAPTION_SUFFIXES.index(own.suffix.lower()))
         if images:
             yield TarExample(images[0], masks[0] if masks else None, tuple(texts))
+
+
+def _describe_two(file: Path, name: str, images: list[StoredFile]) -> str:
+    """Why two images of one name are an error, and what to do."""
+    names = " and ".join(own.path.name for own in images[:2])
+    endings = [own.path.name.removeprefix(f"{name}.") for own in images]
+    if plain := [ending for ending in endings if "." not in ending]:
+        advice = f"say which is trained on with --data.image-column {plain[0]}"
+    else:
+        advice = "a name ends at its first dot, so write the shard with no other dots in its names"
+    return f"{file} has two images of the name {name}, {names}; {advice}"
 
 
 def _is_image(member: StoredFile, name: str, ending: str) -> bool:
@@ -71,19 +79,21 @@ def _is_image(member: StoredFile, name: str, ending: str) -> bool:
 
 
 def _group_members(file: Path) -> Iterator[tuple[str, list[StoredFile]]]:
-    """(name without its endings, members) of each example; members of one lie together."""
-    group: list[StoredFile] = []
-    key: tuple[str, str] | None = None
+    """(name without its endings, members) of each example, in the order of their first members.
+    Raises UserError for a member that is there twice.
+    """
+    groups: dict[tuple[Path, str], dict[str, StoredFile]] = {}
     for member in _members(file):
-        folder, last = str(member.path.parent), member.path.name
-        own = folder, last.split(".")[0]
-        if key is not None and own != key:
-            yield key[1], group
-            group = []
-        key = own
-        group.append(member)
-    if key is not None:
-        yield key[1], group
+        name = member.path.name
+        group = groups.setdefault((member.path.parent, name.split(".")[0]), {})
+        if name in group:
+            raise UserError(
+                f"{file} has the member {member.path.relative_to(file)} twice; write the shard "
+                "again with each name once"
+            )
+        group[name] = member
+    for (_, name), group in groups.items():
+        yield name, list(group.values())
 
 
 def _members(file: Path) -> Iterator[StoredFile]:
