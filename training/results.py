@@ -76,13 +76,14 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     sheet = before_after_grid(samples, drawn, title)
     path = run.folder / "before_after.png"
     pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
+    peak = measure_peak(model.device)
     words = samples.data.scored.words
     reports.plot_metrics(run.folder, words)
     scores, note = comparable_scores(log.scores, done)
     summary = {
         "seconds": round(time.perf_counter() - checkpoints.began, 2),
         "steps": done,
-        "peak_memory": measure_peak(model.device),
+        "peak_memory": peak,
         "val_loss_before": validation.mean_loss(scores[0]) if scores else None,
         "val_loss_after": validation.mean_loss(scores[1]) if scores else None,
         **_summary_notes(log, checkpoints, note),
@@ -100,7 +101,9 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     if dora_errors:
         described = dora_readers.describe_reader_errors(dora_errors)
         print(f"note: {described}; {dora_readers.HOW_TO_CONVERT}", file=sys.stderr)
-    own = replace(_make_card(log, checkpoints, samples, scores), dora_errors=dora_errors)
+    own = _make_card(log, checkpoints, samples, scores)
+    training = {**own.training, "peak memory": describe_peak(peak)}
+    own = replace(own, training=training, dora_errors=dora_errors)
     card.write_card(own, run.folder)
     write_report([run.folder])
     effects.check_outputs(log)
@@ -110,10 +113,11 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
 
 
 def _draw_share(samples: SampleImages, run: Run, done: int) -> None:
-    """The images that another process than the first draws of those that `finish_run` shows."""
+    """The share of another process than the first in `finish_run`: images, and its peak."""
     drawn = samples.draw(samples.prompts)
     save_sample_grid(samples, run, done, drawn)
     before_after_grid(samples, drawn, "")
+    measure_peak(samples.model.device)
 
 
 def _save_files(
@@ -269,7 +273,6 @@ def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -
         "learning rates": ", ".join(rates),
         "precision": c.precision,
         "seed": c.seed,
-        "peak memory": describe_peak(model.device),
     }
     if model.adapted:
         factors = f", rank {a.rank}, alpha {a.alpha or a.rank:g}" if model.has_factors else ""
