@@ -42,7 +42,9 @@ CASES = {  # name -> options, after those of BASE; the optimizer of the file is 
     "torchao": "--optimizer.name torchao.optim.AdamW8bit --adapter.targets attention "
     "--adapter.rank 32",
     "schedule-free": "--optimizer.name OWN:Averaging --autocast --adapter.rank 16",
+    "two processes": f"{ADAMW} --batch-size 1 --ema 0.9 --adapter.rank 8",
 }
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(sys.platform != "linux", reason="finds processes in Linux's /proc"),
@@ -55,6 +57,7 @@ class KilledRun:
 
     words: list[str]
     folder: Path
+    launch: list[str]
 
     def start(self, **settings: str) -> subprocess.Popen[bytes]:
         """Begin the run, or go on with it."""
@@ -62,7 +65,7 @@ class KilledRun:
         if (self.folder / "run" / "config.toml").exists():
             words.append("--resume")
         settings["SOAK_BELOW"] = str(self.folder)
-        return start_run(words, self.folder / "log.txt", launch=LAUNCH, settings=settings)
+        return start_run(words, self.folder / "log.txt", launch=self.launch, settings=settings)
 
     def finish(self) -> None:
         """Go on to the end."""
@@ -72,7 +75,7 @@ class KilledRun:
         """Start; kill it a while after its event of that number. False where it ended before."""
         process = self.start(SOAK_KILL=f"{number}:{seconds}")
         status = process.wait()
-        assert status == 0 or LAUNCH or status == -signal.SIGKILL, self.log()
+        assert status == 0 or self.launch or status == -signal.SIGKILL, self.log()
         return status != 0
 
     def kill_after_seconds(self, seconds: float) -> bool:
@@ -105,14 +108,15 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(name: str, tmp_path: Path
             pytest.importorskip(package)
     chance = random.Random(f"{SEED} {name}")
     words = words_of(name, tmp_path)
-    whole = KilledRun(words, tmp_path / "whole")
+    launch = TWO if name == "two processes" else LAUNCH
+    whole = KilledRun(words, tmp_path / "whole", launch)
     whole.folder.mkdir()
     events = tmp_path / "events.txt"
     assert whole.start(SOAK_EVENTS=str(events)).wait() == 0, whole.log()
     count = len(events.read_text().splitlines())
     length = json.loads((whole.folder / "run" / "summary.json").read_text())["seconds"]
     planned = [i for i in range(KILLS) if list(CASES)[i % len(CASES)] == name]
-    killed = KilledRun(words, tmp_path / "killed")
+    killed = KilledRun(words, tmp_path / "killed", launch)
     killed.folder.mkdir()
     moments = []
     for i in planned:
