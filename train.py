@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_train_command(words: list[str]) -> None:
-    """Train; or compare runs, preview noise levels, plan the memory, list what options choose from."""
+    """Train, compare runs, preview noise levels, plan memory, or list what options choose from."""
     if asks_for_comparison(words):
         comparing.compare_finished_runs(words, training_step)
         return
