@@ -123,7 +123,7 @@ def mix_adapters(
         from merging.dora_warning import warn_of_dora_readers
 
         warn_of_dora_readers(state, output, reading)
-    print_notes(notes)
+    print_notes(notes, files)
     state, reports = store_scales(state, merged.reports, output, layout)
     written = write_adapter(state, output, layout)  # first: a reader may end before the table
     if reports and output.format not in TOKEN_FORMATS:

@@ -395,11 +395,12 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def print_notes(notes: Sequence[str]) -> None:
-    """Notes as `print_note` prints them, the first of many."""
-    for note in notes[:MOST_NOTES]:
+def print_notes(notes: Sequence[str], files: Sequence[object]) -> None:
+    """Notes on a sum of files as `print_note` prints them; of many files' notes the first."""
+    is_long = len(files) > MOST_NOTES and len(notes) > MOST_NOTES
+    for note in notes[:MOST_NOTES] if is_long else notes:
         print_note(note)
-    if len(notes) > MOST_NOTES:
+    if is_long:
         print_note(f"... and {len(notes) - MOST_NOTES:,} more of such notes")
 
 

@@ -77,6 +77,7 @@ READ_BY_HAND = {
     "sharding.py": TORCHRUN,
     "train.py": {"compare", "list", "plan", "preview-density"},
     "memory_advice.py": {"plan"},
+    "plan_table.py": {"plan"},
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
     "command_line.py": {"help"},
     "config.py": {"data.mask"},  # the other spelling of data.masks

@@ -18,7 +18,7 @@ def take_first_step(config: Config) -> FirstStep:
     s = open_parts(config)
     stage = config.stages[0]
     begin_stage(stage, config, s.model, s.optimization)
-    s.source.begin_stage()
+    s.source.begin_stage(stage, range(1))
     batch = next(iter(s.data.batches(config, 0, 1)))
     set_learning_rates(stage, 0, config, s.optimization)
     inputs = make_step_inputs(s.source, batch, stage, 0, check=True)

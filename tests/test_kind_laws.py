@@ -13,7 +13,7 @@ from lora_core.adapters.folded_weights import merged_state_dict
 from lora_core.adapters.injection import AdapterSpec
 from lora_core.config import Config
 from lora_core.errors import UserError
-from training import setup
+from training import processes
 
 FILE = '''
 import torch
@@ -195,7 +195,7 @@ def test_a_class_that_cannot_be_made_for_a_layer(file: str) -> None:
 def test_a_run_of_such_a_class_ends_before_its_folder_exists(
     config: Config, quick: None, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "open_run", lambda *_: pytest.fail("the folder was opened"))
+    monkeypatch.setattr(processes, "open_run", lambda *_: pytest.fail("the folder was opened"))
     with pytest.raises(UserError, match="before it is trained"):
         train.train(
             replace(config, adapter=replace(config.adapter, rank=16, kind=f"{file}:Started"))

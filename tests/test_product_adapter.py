@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core import formats
+from lora_core import formats, kernels
 from lora_core.adapters import injection
 from lora_core.adapters.adapter_module import LayerSpec
 from lora_core.adapters.folded_weights import fold_adapter, unfold_adapter
@@ -182,7 +182,7 @@ def test_dropout_drops_elements_of_the_input_and_whole_examples(kind, name):
     torch.testing.assert_close(model(x[5:9]), y[5:9], rtol=0, atol=1e-11)
     model = layer_with(kind, name, dropout=0.5).train()
     set_dropout_keys(model, keys, 3)
-    kept = injection.call("keyed_dropout", x, *model[0].adapter("default")._input_dropout(x))
+    kept = kernels.call("keyed_dropout", x, *model[0].adapter("default")._input_dropout(x))
     expected = y0 + run_with(base, delta, kept) - run_with(base, 0 * delta, kept)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
     assert torch.equal(model.eval()(x), plain.eval()(x))

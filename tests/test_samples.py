@@ -155,7 +155,7 @@ def test_a_sample_sheet_has_a_row_for_each_strength(
     monkeypatch.setattr(
         pictures, "draw_grid", lambda rows, **_: (sheets.append(list(rows)), blank)[1]
     )
-    run = SimpleNamespace(folder=Path(config.out))
+    run = SimpleNamespace(folder=Path(config.out), writes=True)
     save_sample_grid(s.samples, run, 3)  # type: ignore[arg-type]
     rows = sheets[0]
     assert [row.label for row in rows] == ["strength 0", "strength 0.7", "strength 1"]

@@ -46,11 +46,10 @@ def join_run(config: Config) -> Iterator[Config]:
             print(f"processes: {distributed.process_count()}, of which this one prints")
             config = _resume_after_restart(config)
         config = replace(config, processes=_find_count(config))
-        if config.images_per_step < distributed.process_count():
+        count, images = distributed.process_count(), config.images_per_step
+        if 0 < images < count:  # batches of 0 are refused with all other ranges
             raise UserError(
-                f"a step has {config.images_per_step} image"
-                f"{'s' * (config.images_per_step > 1)} for {distributed.process_count()} "
-                "processes; start fewer with torchrun --nproc-per-node, or raise --batch-size"
+                f"a step has {images} image{'s' * (images > 1)} for {count} processes; start fewer with torchrun --nproc-per-node, or raise --batch-size"
             )
         check_sharding(config)
         yield config

@@ -31,7 +31,7 @@ from lora_core.toml import flatten_table, read_toml, to_table
 NO_EFFECT = (
     "out", "report", "push_to_hub", "resume", "resume_anyway", "overwrite", "save_every", "keep",
     "log_every", "list_targets", "samples", "validation.every", "validation.images",
-    "validation.count", "data.workers", "data.cache", "threads",
+    "validation.count", "data.workers", "data.cache", "threads", "offload",
 )  # fmt: skip
 # Options that determine what a validation measures, besides its images, timesteps and draws.
 MEASURED_BY = (

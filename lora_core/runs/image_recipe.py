@@ -35,12 +35,12 @@ C = TypeVar("C")
 IMAGE_OPTIONS = (  # what an image is: a recipe, or the flag, which wins
     "prompt", "negative", "seed", "sampler", "sampler_args", "steps", "guidance", "width",
     "height", "clip_skip", "max_sequence_length", "precision", "grid", "model", "lora",
-    "model_config", "vae", "refiner", "refiner_start", "region",
+    "model_config", "vae", "refiner", "refiner_start", "region", "quantize",
 )  # fmt: skip
 START_OPTIONS = ("init_image", "mask", "strength")  # images of this disk: recorded, set by flags
 CALL_OPTIONS = (  # what a command does: flags only, and not recorded
     "out", "overwrite", "prompts", "count", "batch", "device", "threads", "source", "adapter_kind",
-    "family",
+    "family", "stream",
 )  # fmt: skip
 # Of the options above, those that name a file, a folder, or a model of the hub.
 MODEL_OPTIONS = ("model", "model_config", "vae", "refiner")
