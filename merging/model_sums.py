@@ -209,8 +209,8 @@ def _check_weights(models: Sequence[WeightedFile]) -> None:
 def _join_tokens(files: Sequence[WeightedFile], states: Sequence[AdapterState]) -> AdapterState:
     paths, weights = [file.path for file in files], [file.weight for file in files]
     tokens, notes = join_tokens(states, paths)
-    print_notes(notes)
-    print_notes(describe_whole_rows(states, paths, weights))
+    print_notes(notes, files)
+    print_notes(describe_whole_rows(states, paths, weights), files)
     return tokens
 
 

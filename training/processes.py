@@ -49,7 +49,8 @@ def join_run(config: Config) -> Iterator[Config]:
         count, images = distributed.process_count(), config.images_per_step
         if 0 < images < count:  # batches of 0 are refused with all other ranges
             raise UserError(
-                f"a step has {images} image{'s' * (images > 1)} for {count} processes; start fewer with torchrun --nproc-per-node, or raise --batch-size"
+                f"a step has {images} image{'s' * (images > 1)} for {count} processes; start fewer "
+                "with torchrun --nproc-per-node, or raise --batch-size"
             )
         check_sharding(config)
         yield config
