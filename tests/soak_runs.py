@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -79,27 +79,14 @@ class Watcher:
         return Reading(seconds, steps, pages * os.sysconf("SC_PAGE_SIZE"), count)
 
 
-def follow_run(
-    run: Watcher, steps: int, begin_peer: Callable[[], Watcher]
-) -> tuple[list[Reading], list[Reading]]:
-    """Readings of a run of so many steps until it ends, and in its last tenth those of a second
-    run, which begins after three quarters: what other programs take of a processor's caches, they
-    take of both.
-    """
-    found, beside = [], []
-    peer: Watcher | None = None
+def follow_run(run: Watcher) -> list[Reading]:
+    """Readings of a run, two in a second, until it ends."""
+    found = []
     while run.process.poll() is None:
         time.sleep(0.5)
-        if (reading := run.read()) is None:
-            continue
-        found.append(reading)
-        if peer is None and reading.steps >= 0.75 * steps:
-            peer = begin_peer()
-        if peer and reading.steps >= 0.9 * steps and (other := peer.read()) is not None:
-            beside.append(other)
-    if peer:
-        kill_all(peer.process)
-    return found, beside
+        if (reading := run.read()) is not None:
+            found.append(reading)
+    return found
 
 
 def last_step(log: Path) -> int:
@@ -115,11 +102,10 @@ class Soaked(NamedTuple):
 
     memory: tuple[float, float]  # mean resident bytes in the second and in the last quarter
     files: tuple[int, int]  # most open files in the second and in the last quarter
-    # steps per second in the second tenth, in the last, and of the second run during the last
-    speed: tuple[float, float, float]
+    speed: tuple[float, float]  # steps per second in the second tenth and in the last
 
 
-def sum_up(readings: Sequence[Reading], beside: Sequence[Reading], steps: int) -> Soaked:
+def sum_up(readings: Sequence[Reading], steps: int) -> Soaked:
     """Memory, open files and speed early and late in a run of so many steps."""
 
     def between(first: float, last: float) -> list[Reading]:
@@ -132,7 +118,7 @@ def sum_up(readings: Sequence[Reading], beside: Sequence[Reading], steps: int) -
     return Soaked(
         (mean(r.resident for r in early), mean(r.resident for r in late)),
         (max(r.files for r in early), max(r.files for r in late)),
-        (speed(between(0.1, 0.2)), speed(between(0.9, 1.0)), speed(beside)),
+        (speed(between(0.1, 0.2)), speed(between(0.9, 1.0))),
     )
 
 
