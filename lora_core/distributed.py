@@ -104,8 +104,11 @@ def _is_several(count: str) -> bool:
 
 
 @contextmanager
-def join_processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Inside the block, the processes that torchrun or `accelerate launch` started know each other.
+def join_processes(
+    *, on_cpu: bool = False, environment: Mapping[str, str] = os.environ
+) -> Iterator[None]:
+    """Inside the block, the processes that torchrun or `accelerate launch` started know each other;
+    each has a GPU of its own where there are any, but `on_cpu`.
 
     Raises UserError for a launch that is not supported, and PeerEndedError where a process is lost.
     """
@@ -114,7 +117,7 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> Iterator[None
         yield
         return
     backend = "gloo"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         backend = "cpu:gloo,cuda:nccl"
         gpus, wanted = torch.cuda.device_count(), int(environment.get("LOCAL_WORLD_SIZE", "1"))
         if wanted > gpus:

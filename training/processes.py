@@ -40,7 +40,7 @@ def join_run(config: Config) -> Iterator[Config]:
     Inside the block the processes know each other, and the first of them alone prints. Raises
     UserError for options that do not fit the launch.
     """
-    with distributed.join_processes(), _one_voice():
+    with distributed.join_processes(on_cpu=config.device == "cpu"), _one_voice():
         if distributed.process_count() > 1:
             _check_options(config)
             print(f"processes: {distributed.process_count()}, of which this one prints")
