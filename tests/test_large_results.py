@@ -79,6 +79,7 @@ def test_many_files_are_not_open_at_once(here):
         call("mix", "mean(loras/*.safetensors)", "--out", "m.safetensors", "--model", "base")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert Path("m.safetensors").is_file()
 
 
 def test_many_inputs_of_which_little_is_left_are_a_few_lines(copies, capsys):

@@ -92,6 +92,17 @@ def export_dataset(
     return target
 
 
+def import_datasets(name: str) -> Any:
+    """The package datasets. Raises UserError, which names the dataset, if it is not installed."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"the dataset {name} needs the package datasets: pip install datasets"
+        ) from None
+    return datasets
+
+
 def _load_split(
     name: str, split: str, image_column: str, caption_column: str, *, one_for_all: bool
 ) -> tuple[Any, str]:
@@ -99,12 +110,7 @@ def _load_split(
 
     The caption column is "" when there is one caption for all.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"the dataset {name} needs the package datasets: pip install datasets"
-        ) from None
+    datasets = import_datasets(name)
     try:
         data = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:

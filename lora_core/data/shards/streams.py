@@ -133,12 +133,7 @@ def _tar_or_table(files: list[Path], name: str, split: str) -> Shards:
 
 def _find_split(name: str, split: str) -> Shards:
     """The files that the datasets library takes for a split of a folder."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"the dataset {name} needs the package datasets: pip install datasets"
-        ) from None
+    datasets = hub.import_datasets(name)
     try:
         builder = datasets.load_dataset_builder(name, **_without_code(datasets))
         by_split = builder.config.data_files or {}
@@ -279,13 +274,7 @@ def _table_images(
 ) -> Iterator[_Found]:
     """The images in parquet or Arrow shards."""
     columns = table_columns(shards.files[0])
-    column = hub.choose_caption_column(
-        name,
-        columns,
-        options.image_column,
-        options.caption_column,
-        one_for_all=_reads_one_caption(options),
-    )
+    column = _caption_column(name, columns, options)
     for row in list_table_rows(shards.files, options.image_column, column):
         if row.image is None:
             error = UserError(f"{row.where} has no image in {options.image_column!r}; remove it")
@@ -293,6 +282,17 @@ def _table_images(
             continue
         texts = _cell_captions(row.texts, column, row.where, options)
         yield _Found(ImageFile(row.image, None), texts, f"the column {column!r} of the dataset")
+
+
+def _caption_column(name: str, columns: Sequence[str], options: StreamOptions) -> str:
+    """The column with the captions; "" where there is one caption for all."""
+    return hub.choose_caption_column(
+        name,
+        columns,
+        options.image_column,
+        options.caption_column,
+        one_for_all=_reads_one_caption(options),
+    )
 
 
 def _cell_captions(cell: Any, column: str, where: str, options: StreamOptions) -> tuple[str, ...]:
@@ -314,13 +314,7 @@ def _folder_images(
 ) -> Iterator[_Found]:
     """The images of an ImageFolder, files with a table of captions."""
     columns, rows = _read_rows(name, options)
-    column = hub.choose_caption_column(
-        name,
-        columns,
-        options.image_column,
-        options.caption_column,
-        one_for_all=_reads_one_caption(options),
-    )
+    column = _caption_column(name, columns, options)
     for number, row in enumerate(rows):
         where = f"row {number} of the dataset"
         path = Path((row[options.image_column] or {}).get("path") or "")
@@ -332,8 +326,7 @@ def _folder_images(
 
 def _read_rows(name: str, options: StreamOptions) -> tuple[list[str], list[Any]]:
     """(columns, rows) of a folder of images, with the images as paths."""
-    import datasets
-
+    datasets = hub.import_datasets(name)
     try:
         data = datasets.load_dataset(
             name, split=options.split, streaming=True, trust_remote_code=False
