@@ -88,11 +88,11 @@ class SampleImages:
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
         init, mask = self._hole(seeds[0]) if self.model.family.inpainting else (None, None)
-        return ImageBatch(prompts, seeds, init, mask)
+        return ImageBatch(prompts, seeds, self.settings, init, mask)
 
     def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
         drawn = generation.generate_batches(
-            self.model.family, batches, self.settings, placeholders=self.model.placeholders
+            self.model.family, batches, placeholders=self.model.placeholders
         )
         return list(map(pictures.to_images, drawn))
 

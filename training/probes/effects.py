@@ -159,7 +159,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "clip_skip": Refused(MODEL_CHECKS),
     "max_sequence_length": Refused(MODEL_CHECKS),
     "device": Place("models:choose_device"),
-    "offload": Refused("training.networks.residency:choose_loading_device"),
+    "offload": Refused("lora_core.memory.residency:check_offload"),
     "threads": Shown(steps.has_threads, "torch computes with another number"),
     "vae_precision": Shown(steps.has_vae_precision, "the VAE has another"),
     "precision": Shown(steps.has_precision, "the denoiser has another"),
