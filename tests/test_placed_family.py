@@ -114,7 +114,7 @@ FROM_IMAGE = [*VAE_TURN, *ONCE]  # the VAE encodes first
 DRAWINGS: dict[str, tuple[str, str, list[str]]] = {
     "batches": ("sd", "--prompt TOK --lora a --count 5 --batch 2", ONCE),
     "tags": ("sd", "--prompts tags.txt --lora a --count 2", ONCE),
-    "strengths and seeds": ("sd", "--prompt TOK --lora a --grid strength=0,0.7 --grid seed=0:2", ONCE),
+    "strengths, seeds": ("sd", "--prompt TOK --lora a --grid unet=0,1 --grid seed=0:2", ONCE),
     "strengths of texts": ("sd", "--prompt TOK --lora a --lora b --grid lora1.text=0,1", ONCE),
     "guidance and steps": ("sd", "--prompt a --grid guidance=1,3 --grid steps=2,3", ONCE),
     "dora": ("sd", "--prompt a --lora dora --grid strength=0.5,1", ONCE),
@@ -129,7 +129,7 @@ DRAWINGS: dict[str, tuple[str, str, list[str]]] = {
         "--prompt a --refiner refiner --count 3 --batch 1",
         [*TEXT_TURN, *DENOISER_TURN, *REFINER_TURNS, VAE_TURN[0]],
     ),
-    "flux": ("flux", "--prompts two.txt --lora of_flux:0.8 --count 2 --max-sequence-length 16", ONCE),
+    "flux": ("flux", "--prompts two.txt --lora of_flux:0.8 --max-sequence-length 16", ONCE),
     "flux, packed": (
         "flux", "--prompt a --lora of_flux --quantize fp8 --stream --max-sequence-length 16", ONCE,
     ),
