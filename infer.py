@@ -116,6 +116,7 @@ from lora_core.diffusion.sampling import find_sampler
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.distributed import check_alone
 from lora_core.errors import UserError, exit_status
+from lora_core.escaped_output import print_note
 from lora_core.family import Family, LoadOptions
 from lora_core.formats.model_words import model_placeholders
 from lora_core.memory.placed_family import take_turns
@@ -167,15 +168,15 @@ class Drawing:
         added = chain.from_iterable(patch.placeholders for patch in self.patches)
         return [*self.words, *added]
 
-    def batch(
+    def make_batch(
         self,
         prompts: Sequence[TaggedPrompt],
         seeds: Sequence[int],
         config: Infer,
         settings: Mapping[str, float],
     ) -> ImageBatch:
-        """Images of several (prompt, seed) that are sampled together, with the LoRAs of the first
-        prompt at the strengths that `settings` of a grid's cell change.
+        """Images that are sampled together, one for each (prompt, seed). Their LoRAs are those of
+        the first prompt, at strengths that `settings` (a grid's cell) change.
         """
         loras = loras_of_prompt(self.loras, len(config.lora), prompts[0])
         return ImageBatch(
@@ -187,7 +188,7 @@ class Drawing:
             prepare=partial(set_strengths, self.patches, loras, settings),
         )
 
-    def draw(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
+    def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
         """The images of all batches, in order."""
         drawn = generate_batches(
             self.family,
@@ -302,11 +303,6 @@ def place_models(
     return take_turns(family, refiner, device, texts_change=texts_change, say=print_note)
 
 
-def print_note(sentence: str) -> None:
-    """Prints a line next to the results: standard output has the paths of the images."""
-    print(f"note: {sentence}", file=sys.stderr)
-
-
 def _latent_space(family: Family) -> tuple[int, int, str]:
     return family.latent_channels, family.factor, family.prediction
 
@@ -320,9 +316,9 @@ def write_images(drawing: Drawing, config: Infer, prompts: Sequence[TaggedPrompt
         for first in range(0, len(alike), config.batch):
             some = alike[first : first + config.batch]
             seeds = [config.seed + i for _, i in some]
-            batches.append(drawing.batch([prompt for prompt, _ in some], seeds, config, {}))
+            batches.append(drawing.make_batch([prompt for prompt, _ in some], seeds, config, {}))
     paths = image_paths(config.out, len(jobs))
-    for image, path, (prompt, i) in zip(drawing.draw(batches), paths, jobs):
+    for image, path, (prompt, i) in zip(drawing.draw_images(batches), paths, jobs):
         alone = replace(config, seed=config.seed + i, count=1)
         save_with_recipe(image, path, _without_tags(alone, prompt))
     return paths
@@ -342,8 +338,8 @@ def write_grid(
         for name in ("seed", "steps"):
             changed[name] = int(settings.get(name, getattr(config, name)))
         own = replace(config, **changed)
-        batches.append(drawing.batch([prompt], [own.seed], own, settings))
-    images = drawing.draw(batches)
+        batches.append(drawing.make_batch([prompt], [own.seed], own, settings))
+    images = drawing.draw_images(batches)
     rows: list[ImageRow] = []
     for number, prompt in enumerate(prompts):
         some = images[number * len(cells) : (number + 1) * len(cells)]

@@ -93,8 +93,8 @@ class PartedMemory:
         return method(*inputs)
 
     def open(self, config: Config, family: Family, device: torch.device) -> StageResidency:
-        """As `stage_residency.open_residency`, where all networks move, and none is there. Those to be
-        packed keep their numbers until then.
+        """As `stage_residency.open_residency`, where all networks move, and none is there. Those to
+        be packed keep their numbers until then.
         """
         found = REAL(config, family, device)
         found.moves, found.place, found.present = config.offload, self.place, set()
@@ -139,7 +139,9 @@ def matrices(network: nn.Module) -> Iterator[Tensor]:
     """What moves of a network that does not train, but for vectors: the strength of a LoRA that
     changes norms and biases is written into those, also while the network is away.
     """
-    return (tensor for tensor in whole_tensors(network) if tensor.ndim > 1)
+    for tensor in whole_tensors(network):
+        if tensor.ndim > 1 or not tensor.numel():  # a matrix that is away is empty
+            yield tensor
 
 
 REAL = stage_residency.open_residency
