@@ -13,7 +13,13 @@ import infer
 from lora_core.config import Config
 from lora_core.family import Family
 from lora_core.memory import placed_family
-from lora_core.memory.residency import HostCopy, Residency, frozen_tensors, whole_tensors
+from lora_core.memory.residency import (
+    HostCopy,
+    Residency,
+    frozen_tensors,
+    place_whole,
+    whole_tensors,
+)
 from training.networks import base_weights, stage_residency
 from training.networks.stage_residency import StageResidency
 
@@ -115,6 +121,7 @@ class PartedMemory:
         """As `placed_family.take_turns`, where all networks are on the host."""
         placed: Any = TAKE_TURNS(family, refiner, device, **options)
         residency: Residency = placed[0].residency
+        assert residency.place is place_whole
         residency.place, self.tensors = self.place, matrices
         for part, networks in residency.parts.items():
             self.names |= dict.fromkeys(networks, part)
@@ -144,6 +151,14 @@ def matrices(network: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
+def place_on_host(
+    family: Family, *arguments: Any, resident: Collection[str] | None, **options: Any
+) -> list[str]:
+    """As `placement.place_networks` in inference, whose networks end on the host."""
+    assert resident is not None and not resident
+    return PLACE_NETWORKS(family, *arguments, resident=resident, **options)
+
+
 REAL = stage_residency.open_residency
 TAKE_TURNS = placed_family.take_turns
 PLACE_NETWORKS = base_weights.place_networks
@@ -166,4 +181,5 @@ def parted_drawing() -> Iterator[PartedMemory]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(infer, "leaves_device", lambda _, *, offload, family: offload and not family)
         patch.setattr(infer, "take_turns", memory.take_turns)
+        patch.setattr(infer, "place_networks", place_on_host)
         yield memory
