@@ -78,7 +78,7 @@ def _place_tensors(
         size += tensor.numel() * tensor.element_size()
         if device is None:
             tensor.data = host.data_of(tensor)
-        elif tensor.device != device:
+        elif tensor.device.type != device.type:  # "cuda" is not equal to "cuda:0"
             host.keep(tensor)
             tensor.data = tensor.data.to(device)
     if device is not None:
