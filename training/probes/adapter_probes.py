@@ -56,8 +56,10 @@ def _adapts_as_asked(first: FirstStep, group: str, names: tuple[str, ...]) -> bo
 
 def excludes_layers(first: FirstStep) -> bool:
     """--adapter.exclude: whether no layer that it names has an adapter."""
-    globs = first.config.adapter.exclude
-    return not any(matches_pattern(path, glob) for path, _ in _layers(first) for glob in globs)
+    paths = [path for path, _ in _layers(first)]
+    return not any(
+        any(matches_pattern(path, glob) for path in paths) for glob in first.config.adapter.exclude
+    )
 
 
 def has_kind(first: FirstStep) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,8 @@ def has_losers(first: FirstStep) -> bool:
 
 def uses_caption(first: FirstStep) -> bool:
     """--data.caption: whether some image has it, by itself or in a template."""
-    text = first.config.data.caption
-    records = first.data.training.records
-    return any(text in caption for record in records for caption in record.captions)
+    captions = chain.from_iterable(record.captions for record in first.data.training.records)
+    return any(first.config.data.caption in caption for caption in captions)
 
 
 def reads_shards(first: FirstStep) -> bool:
