@@ -147,9 +147,9 @@ def preserves(first: FirstStep) -> bool | None:
 
 def weights_preservation(first: FirstStep) -> bool | None:
     """--prior.swap-weight: whether a difference that is to be preserved adds so many times its
-    square to the loss.
+    square to a built-in loss; a loss from outside may add its own.
     """
-    if not first.can_compare:
+    if first.config.loss not in losses.LOSSES or not first.can_compare:
         return None
     whole, weight = first.functions.loss, first.config.prior.swap_weight
 
