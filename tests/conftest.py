@@ -31,6 +31,7 @@ from lora_core.config import (
     ValidationConfig,
 )
 from lora_core.formats import Layout, layout_of
+from lora_core.runs.pictures import CELLS, ImageRow
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -259,14 +260,26 @@ def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def plain(without_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without pictures, plots and page at their end."""
-    from training import results
+    """Runs without pictures, plots and page at their end: their sheets say what would be there."""
+    from training import results, samples
 
     def draw(self: object, prompts: Sequence[str], **_: bool) -> list[Image.Image]:
         return [Image.new("RGB", (1, 1)) for _ in prompts]
 
-    monkeypatch.setattr(results, "before_after_grid", lambda *_: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(samples.pictures, "draw_grid", blank_grid)
     monkeypatch.setattr(results.SampleImages, "draw", draw)
+
+
+def blank_grid(rows: Sequence[ImageRow], **_: str) -> Image.Image:
+    """One pixel in the place of a sheet of images, with what it says of them."""
+    sheet = Image.new("RGB", (1, 1))
+    cells = sheet.info[CELLS] = []
+    for row in rows:
+        for i in range(len(row.images)):
+            caption = row.captions[i] if row.captions else ""
+            own = {"role": row.role, "label": row.label, "strength": row.strength}
+            cells.append({"box": (0, 0, 1, 1), "caption": caption, **own})
+    return sheet
 
 
 @pytest.fixture

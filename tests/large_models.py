@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +53,30 @@ def save_large_model(folder, widths, layers, *, seed, dtype=torch.float16):
     return largest
 
 
+def save_loras(folder, count, rank=4):
+    """Writes LoRA files with random factors in fp16, under kohya's names, for the attention of
+    Stable Diffusion 1.5: the layers that kohya trains. Returns the bytes of one.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    layers = {}
+    for path, weight in unet.named_parameters():
+        name = path.removesuffix(".weight")
+        if name != path and ".attentions." in path and weight.ndim in (2, 4):
+            layers[f"lora_unet_{name.replace('.', '_')}"] = weight.shape
+    for number in range(count):
+        noise = torch.Generator().manual_seed(number)
+        tensors = {}
+        for name, (out, inner, *kernel) in layers.items():
+            shapes = {"up": (out, rank, *kernel), "down": (rank, inner, *kernel)}
+            for role, shape in shapes.items():
+                factor = torch.empty(shape).normal_(0, 0.02, generator=noise)
+                tensors[f"{name}.lora_{role}.weight"] = factor.half()
+            tensors[f"{name}.alpha"] = torch.tensor(float(rank))
+        save_file(tensors, folder / f"{number:04}.safetensors")
+    return (folder / "0000.safetensors").stat().st_size
+
+
 def cut_into_shards(folder, count):
     """Writes the weights of the UNet of a folder anew, as `count` files and their index."""
     stem = network_stem("unet")
@@ -87,14 +113,15 @@ class AliveTensors(TorchDispatchMode):
         return result
 
 
-def run_limited(words, limit):
+def run_limited(words, limit, files=1024):
     """(status, largest anonymous resident memory, seconds of a core) of a process with merge.py.
 
-    It may have `limit` bytes of private memory, mapped files apart.
+    It may have `limit` bytes of private memory, mapped files apart, and so many open files.
     """
 
     def set_limit():
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
     command = [sys.executable, "merge.py", *map(str, words)]
     most, before = 0, resource.getrusage(resource.RUSAGE_CHILDREN)

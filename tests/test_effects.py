@@ -4,7 +4,9 @@ run ends with an error that names the option.
 
 from __future__ import annotations
 
+import copy
 import importlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +17,23 @@ import torch
 from torch import Tensor
 
 import models.flux
+import models.sd
 import train
 from lora_core.adapters import adapter_module, kinds
-from lora_core.config import Config, Stage, ValidationConfig
+from lora_core.config import Config, SamplesConfig, Stage, ValidationConfig
 from lora_core.data import dataset
-from lora_core.diffusion import densities, losses, masked_losses, noise
+from lora_core.diffusion import densities, generation, losses, masked_losses, noise
 from lora_core.diffusion.losses import mse
+from lora_core.diffusion.sampling import SAMPLERS
 from lora_core.errors import UserError
 from lora_core.optim import building, ema, gradients, schedules
 from lora_core.runs import reports
 from tests import tiny_flux
 from tests.test_configs import put
-from training import checkpoints, cuda_graph, processes, run_adapters, setup
+from training import checkpoints, cuda_graph, processes, results, run_adapters, scores, setup
 from training import step as step_module
 from training.checks import config_checks
-from training.inputs import latent_cache, step_inputs
+from training.inputs import latent_cache, step_inputs, training_images
 from training.probes import effects
 
 BOTH, TOKENS = ("denoiser", "tokens"), ("tokens",)
@@ -188,6 +192,20 @@ def shorter_scores(count: int) -> Any:
     return train.Scorer, "score", lambda whole: lambda self: whole(self)[:count]
 
 
+def with_samples(writer: str, **fixed: Any) -> Any:
+    """A function that writes a sheet, with some options of [samples] fixed."""
+
+    def disable(whole: Any) -> Any:
+        def write(samples: Any, *rest: Any) -> Any:
+            other = copy.copy(samples)
+            other.config = put(samples.config, {f"samples.{k}": v for k, v in fixed.items()})
+            return whole(other, *rest)
+
+        return write
+
+    return results, writer, disable
+
+
 def even(mask: Tensor, temperature: float) -> Tensor:
     return torch.ones_like(mask)
 
@@ -201,10 +219,28 @@ INJECT = (run_adapters.injection, "inject")
 SPEC = with_settings
 MASKS: dict[str, Any] = {"data.masks": "file", "stages.0.steps": 1}
 PRIOR: dict[str, Any] = {"prior.prompt": "a cat", "prior.count": 2}
+FOUR_STEPS = {"samples.steps": 4}
 TOKEN_STAGE: dict[str, Any] = {"stages.0.groups": BOTH}
 
 # Option -> its value, what else it needs, and the function that is switched off.
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "clip_skip": (1, {}, instead(models.sd, "check_clip_skip", lambda *_: 0)),
+    "seed": (3, {}, (step_inputs, "RandomKeys", lambda f: lambda seed, *rest: f(0, *rest))),
+    "processes": (2, {"batch_size": 1}, given(dataset, "iterate_batches", batch=1)),
+    "quantize": (
+        "int8",
+        {},
+        (
+            setup.base_weights,
+            "place_networks",
+            lambda f: lambda family, device, _, **rest: f(family, device, "none", **rest),
+        ),
+    ),
+    "stream": (
+        True,
+        {"gradient_checkpointing": "blocks"},
+        given(setup.base_weights, "place_networks", stream=False),
+    ),
     "threads": (3, {}, instead(setup.torch, "set_num_threads", nothing)),
     "precision": ("fp64", {}, with_settings(setup, "load_family", 1, dtype=torch.float32)),
     "vae_precision": ("bf16", {}, with_settings(setup, "load_family", 1, vae_dtype=None)),
@@ -268,6 +304,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
             lambda f: lambda image, size, how="bilinear": f(image, size, "bilinear"),
         ),
     ),
+    "data.caption": (
+        "a drawing of TOK",
+        {"data.captions": "one"},
+        given(training_images.dataset, "scan_folder", caption="a TOK"),
+    ),
     "data.caption_dropout": (
         0.3,
         {},
@@ -295,7 +336,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     ),
     "prior.weight": (0.3, PRIOR, given(losses, "sum_losses", prior_weight=1.0)),
     "prior.swap": ({"TOK": "b"}, {}, instead(losses, "add_preservation", same)),
+    "prior.swap_weight": (
+        0.5,
+        {"prior.swap": {"TOK": "b"}},
+        (losses, "add_preservation", lambda f: lambda loss, weight: f(loss, 1.0)),
+    ),
     "prior.outside_mask": (0.5, MASKS, instead(masked_losses, "add_outside_preservation", same)),
+    "adapter.targets": (("*.to_q",), {}, SPEC(*INJECT, 1, targets=("*.to_k",))),
+    "adapter.text_targets": (
+        ("*.q_proj",),
+        {"stages.0.groups": ("text_encoder",), "optimizer.lr": {}},
+        SPEC(*INJECT, 1, targets=("*.k_proj",)),
+    ),
+    "adapter.exclude": (("*.to_q",), {}, SPEC(*INJECT, 1, exclude=())),
+    "adapter.kind": ("dora", {}, SPEC(*INJECT, 1, kind="lora")),
+    "adapter.rank_pattern": ({"*.to_q": 2.0}, {}, SPEC(*INJECT, 1, rank_pattern={})),
+    "adapter.alpha_pattern": ({"*.to_q": 2.0}, {}, SPEC(*INJECT, 1, alpha_pattern={})),
     "adapter.rank": (3, {}, SPEC(*INJECT, 1, rank=4)),
     "adapter.alpha": (2.0, {}, SPEC(*INJECT, 1, alpha=0.0)),
     "adapter.rslora": (True, {}, SPEC(*INJECT, 1, rslora=False)),
@@ -342,6 +398,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (setup.learned_tokens.tokens, "_initial_rows", lambda f: lambda *a, **k: f(*a, **k) + 0.1),
     ),
     "tokens.norm": ("rescale", TOKEN_STAGE, instead(step_module, "control_token_norms", nothing)),
+    "tokens.norm_target": (
+        0.4,
+        TOKEN_STAGE,
+        (setup.learned_tokens, "_norm_target", lambda f: lambda rows, wanted: f(rows, 0.0)),
+    ),
     "noise.offset": (0.1, {}, SPEC(*NOISE, 2, offset=0.0)),
     "noise.multires_levels": (3, {}, SPEC(*NOISE, 2, multires_levels=0)),
     "noise.multires_discount": (
@@ -399,6 +460,15 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"stages.0.steps": 5},
         instead(schedules.SCHEDULES, "linear", constant),
     ),
+    "optimizer.schedule_args": (
+        {"power": 2.0},
+        {"optimizer.schedule": "polynomial", "stages.0.steps": 100},
+        (
+            schedules.SCHEDULES,
+            "polynomial",
+            lambda f: lambda step, steps, power=1.0, end=0.0: f(step, steps, end=end),
+        ),
+    ),
     "optimizer.schedules": (
         {"denoiser": "linear"},
         {"stages.0.steps": 5},
@@ -440,15 +510,64 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
     "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
     "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
+    "samples.sampler": ("dpmpp_2m", FOUR_STEPS, instead(SAMPLERS, "dpmpp_2m", SAMPLERS["ddim"])),
+    "samples.sampler_args": (
+        {"eta": 1.0},
+        FOUR_STEPS,
+        (
+            generation.sampling,
+            "run_sampler",
+            lambda f: lambda name, _arguments, *rest: f(name, {}, *rest),
+        ),
+    ),
+    "samples.steps": (
+        4,
+        {},
+        (
+            generation.sampling,
+            "sampler_levels",
+            lambda f: lambda name, schedule, _, **rest: f(name, schedule, 25, **rest),
+        ),
+    ),
+    "samples.guidance": (
+        2.0,
+        FOUR_STEPS,
+        instead(generation, "guidance_scale", lambda *_: SamplesConfig().guidance),
+    ),
+    "samples.negative": (
+        "bad",
+        {**FOUR_STEPS, "samples.guidance": 2.0},
+        with_settings(generation, "encode_guidance", 2, negative=""),
+    ),
+    "samples.prompts": (
+        ("a TOK", "TOK in a box"),
+        {},
+        instead(results.SampleImages, "_prompts", lambda self: {"a TOK": False}),
+    ),
+    "samples.new_prompts": (("a TOK",), {}, with_samples("before_after_grid", new_prompts=())),
+    "samples.show_data": (True, {}, with_samples("before_after_grid", show_data=False)),
+    "samples.strengths": ((0.0, 1.0), {}, with_samples("save_sample_grid", strengths=(1.0,))),
+    "samples.base_word": (
+        "thing",
+        TOKEN_STAGE,
+        instead(results.SampleImages, "ordinary_prompt", lambda self, prompt: prompt),
+    ),
     "validation.every": (1, {}, instead(train.Log, "validate", nothing)),
     "validation.count": (2, {}, shorter_scores(1)),
     "validation.bins": (2, {}, shorter_scores(1)),
     "validation.draws": (2, {}, shorter_scores(1)),
+    "validation.seed": (5, {}, given(scores.validation, "score_latents", seed=0)),
+    "data.skip_bad": (
+        True,
+        {"data.images": "DAMAGED"},
+        instead(setup.training_images, "write_left_out", nothing),
+    ),
     "report": ("tensorboard", {}, instead(reports.SINKS, "tensorboard", nothing)),
 }
 
 
 FLUX: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "max_sequence_length": (24, {}, instead(models.flux, "_prompt_length", lambda *_: 16)),
     "tokens.encoders": (
         ("clip_l", "t5"),
         TOKEN_STAGE,
@@ -466,8 +585,9 @@ FLUX: dict[str, tuple[Any, dict[str, Any], Any]] = {
     ),
     "noise.guidance": (1.0, {}, (train, "encode_conditioning", with_usual_guidance)),
 }
-# Options that no small run shows: their probes are called in tests/test_input_probes.py.
-ELSEWHERE = {"data.dropped", "data.pairs"}
+# Options that no small run shows: their probes are called in tests/test_input_probes.py and
+# tests/test_model_probes.py.
+ELSEWHERE = {"data.dropped", "data.mask_use", "data.pairs", "data.streaming", "offload", "shard"}
 
 
 def test_each_option_that_a_run_looks_at_is_switched_off_here() -> None:
@@ -505,6 +625,11 @@ def test_an_option_whose_implementation_is_off_is_an_error(
     value, more, (place, name, disable) = CASES[option]
     if value == "CACHE" or value == "CLASS":
         value = str(tmp_path / "folder")
+    if more.get("data.images") == "DAMAGED":
+        shutil.copytree(config.data.images, tmp_path / "images")
+        (tmp_path / "images" / "damaged.png").write_bytes(b"no image")
+        (tmp_path / "images" / "damaged.txt").write_text("a TOK")
+        more = {**more, "data.images": str(tmp_path / "images")}
     is_output = isinstance(effects.OPTION_EFFECTS[option], effects.Written)
     steps = 2 if is_output else 1
     validation = ValidationConfig(bins=1) if is_output else ValidationConfig(every=-1)

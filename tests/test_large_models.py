@@ -1,14 +1,22 @@
 """Merges of whole models: memory is that of a few tensors, however many there are."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lora_core.formats.model_folders import open_model_folder
 from merging import distill, rounding, svd
-from tests.large_models import AliveTensors, cut_into_shards, run_limited, save_large_model
+from tests.large_models import (
+    AliveTensors,
+    cut_into_shards,
+    run_limited,
+    save_large_model,
+    save_loras,
+)
 from tests.merge_commands import call
 
 WIDTHS = (32, 64)
@@ -95,3 +103,51 @@ def merge_limited(here, limit):
         print(f"{here.name}: {words[0]}: {most / 1e6:.0f} MB, {seconds[words[0]]:.1f} s")
         assert status == 0 and most < limit
     return seconds
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [(), ("--rank", "16")], ids=["exact", "rank 16"])
+def test_a_folder_of_lora_files_is_one_sum(rank, tmp_path):
+    """A mean of 1,000 files (or SOAK_LORAS) in a process that may have 1.5 GB and 256 open files.
+    Its time is linear in their number. The exact one is 8.6 GB.
+    """
+    count, limit, found = int(os.environ.get("SOAK_LORAS", "1000")), 1_500_000_000, []
+    for number in (count // 5, count):
+        folder, out = tmp_path / f"{number}", tmp_path / f"{number}.safetensors"
+        folder.mkdir()
+        size = save_loras(folder, number)
+        words = ("mix", f"mean({folder}/*.safetensors)", "--out", out, *rank)
+        status, most, seconds = run_limited(words, limit, files=256)
+        written = out.stat().st_size / 1e9
+        print(f"{number} files of {size / 1e6:.1f} MB {' '.join(rank)}: {seconds:.0f} s, ", end="")
+        print(f"{most / 1e9:.2f} GB, result {written:.2f} GB")
+        assert status == 0 and most < limit
+        check_mean(out, folder, number, is_exact=not rank)
+        found.append(seconds)
+        shutil.rmtree(folder)
+        out.unlink()
+    assert found[1] < 1.5 * 5 * found[0]
+
+
+def check_mean(out, folder, count, is_exact):
+    """A layer of the result against the mean of the files, each multiplied out in fp64."""
+    name, total = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", 0.0
+    for number in range(count):
+        with safe_open(folder / f"{number:04}.safetensors", "pt") as file:
+            total = total + multiplied_out(file, name)
+    total = total / count
+    with safe_open(out, "pt") as file:
+        found = multiplied_out(file, name)
+    if is_exact:
+        torch.testing.assert_close(found, total, rtol=0, atol=1e-3 * total.abs().max().item())
+        return
+    u, values, v = torch.linalg.svd(total)
+    nearest = u[:, :16] * values[:16] @ v[:16]
+    error, least = ((total - x).norm().item() for x in (found, nearest))
+    assert error <= 1.001 * least
+
+
+def multiplied_out(file, name):
+    """The update of a layer in an open LoRA file under kohya's names, in fp64."""
+    up, down = (file.get_tensor(f"{name}.lora_{role}.weight").double() for role in ("up", "down"))
+    return file.get_tensor(f"{name}.alpha").item() / len(down) * up @ down

@@ -24,8 +24,9 @@ from lora_core.data.images import image_to_pixels, read_image
 from lora_core.errors import UserError
 from lora_core.runs.comparison import NO_TIME, read_recorded_run, recorded_losses
 from models.image_similarity import ImageSimilarity
+from tests.conftest import blank_grid
 from tests.tiny_clip import save_clip
-from training import results
+from training import results, samples
 from training.comparisons import measures
 from training.comparisons.trained_runs import TrainedRun, open_trained_run
 
@@ -81,7 +82,7 @@ def runs(
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:  # the images and plots of a run are not needed
         blank = Image.new("RGB", (1, 1))
-        patch.setattr(results, "before_after_grid", lambda *_: blank)
+        patch.setattr(samples.pictures, "draw_grid", blank_grid)
         patch.setattr(
             results.SampleImages, "draw", lambda self, prompts, **_: [blank] * len(prompts)
         )

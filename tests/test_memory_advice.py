@@ -12,7 +12,7 @@ from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.toml import to_toml
 from tests.test_memory_errors import CUDA
-from training import nonfinite
+from training import nonfinite, processes
 from training.memory import memory_advice
 from training.memory.memory_advice import fitting_options
 
@@ -89,3 +89,12 @@ def test_other_errors_stay_what_they_are() -> None:
     expected = pytest.raises(RuntimeError, match="a shape")
     with expected, memory_advice.explained(Config(), raise_cuda):  # type: ignore[arg-type]
         raise RuntimeError("a shape")
+
+
+def test_the_sentence_of_another_process_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.distributed, "process_rank", lambda: 1)
+    monkeypatch.setattr(processes.distributed, "process_count", lambda: 2)
+    expected = pytest.raises(UserError, match=r"^process 1: out of memory in this run: 2\.15 GB")
+    block = memory_advice.explained(Config(), raise_cuda)  # type: ignore[arg-type]
+    with expected, block, processes._one_voice():
+        raise_cuda()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.conftest import rows
 from tests.process_groups import process_groups
 from tests.run_difference import largest_difference
 from training.networks import sharding
+from training.probes import model_probes
 
 
 class Network(nn.Module):
@@ -38,6 +40,11 @@ class Network(nn.Module):
         return self.out(x)
 
 
+def step_with(denoiser: nn.Module) -> Any:
+    """A step of which only the denoiser is there."""
+    return SimpleNamespace(model=SimpleNamespace(denoiser=denoiser))
+
+
 def compare_with_the_whole() -> None:
     """In each of two processes: half of the frozen weights, all of the trained ones, and the output
     and gradient of the whole network.
@@ -49,6 +56,8 @@ def compare_with_the_whole() -> None:
         sharding.shard_denoiser(parts, {"denoiser": trained}, torch.device("cpu"))
         frozen = before - 2 * 8 * 4
         assert sharding.held_bytes(parts) == frozen // 2 + 2 * 8 * 4
+        assert model_probes.is_sharded(step_with(parts))
+        assert not model_probes.is_sharded(step_with(whole))
         x = torch.randn(3, 8)
         for network in (whole, parts):
             network(x).square().mean().backward()

@@ -88,11 +88,39 @@ RUNS: list[dict[str, Any]] = [
         "stages.0.schedules": {"tokens": "linear"},
         "stages.0.steps": 3,
     },
+    {
+        "seed": 3,
+        "processes": 2,
+        "clip_skip": 1,
+        "data.captions": "one",
+        "data.caption": "a drawing of TOK",
+        "prior.swap": {"TOK": "b"},
+        "prior.swap_weight": 0.5,
+        "adapter.targets": ("*.to_q", "*.to_k"),
+        "adapter.exclude": ("mid_block.*.to_k",),
+        "adapter.rank_pattern": {"*.to_q": 2.0},
+        "adapter.alpha_pattern": {"up_blocks.*": 1.0},
+        "tokens.norm_target": 0.4,
+        "optimizer.schedule": "polynomial",
+        "optimizer.schedule_args": {"power": 2.0},
+        "stages.0.groups": ("denoiser", "tokens"),
+        "stages.0.steps": 3,
+    },
+    {
+        "quantize": "int8",
+        "stream": True,
+        "gradient_checkpointing": "blocks",
+        "adapter.kind": "dora",
+        "adapter.text_targets": ("*.q_proj",),
+        "stages.0.groups": ("denoiser", "text_encoder"),
+        "optimizer.lr": {},
+    },
 ]
-UNDECIDED = {"data.crop", "optimizer.schedule"}  # a run may not show them
+# A run may not show them; without its own forward passes a step cannot.
+UNDECIDED = {"data.crop", "optimizer.schedule", "gradient_checkpointing"}
 
 
-@pytest.mark.parametrize("values", RUNS, ids=["adapters", "tokens"])
+@pytest.mark.parametrize("values", RUNS, ids=["adapters", "tokens", "patterns", "packed"])
 def test_options_that_act_are_seen_and_looking_changes_nothing(
     values: dict[str, Any], config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

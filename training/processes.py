@@ -116,6 +116,8 @@ def _one_voice() -> Iterator[None]:
             raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
         raise
     except Exception as error:
+        if rank:
+            error.add_note(f"process {rank}")
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for the report of torchrun
             get_error_handler().record_exception(error)
         raise

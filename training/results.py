@@ -106,7 +106,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     own = replace(own, training=training, dora_errors=dora_errors)
     card.write_card(own, run.folder)
     write_report([run.folder])
-    effects.check_outputs(log)
+    effects.check_outputs(log, samples)
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder

@@ -76,17 +76,18 @@ class SampleImages:
             batches = []
             for i in distributed.take_share(firsts, even=self.config.shard):
                 part = prompts[i : i + size]
-                batches.append(self._batch(part, range(i, i + len(part))))
+                batches.append(self.batch_of(part, range(i, i + len(part))))
             drawn = self._generate(batches)
         return list(itertools.chain(*distributed.gather_shares(drawn)[: len(firsts)]))
 
     def draw_class_images(self, seeds: Sequence[int]) -> list[Image.Image]:
         """Class images of prior preservation, by the model before its first step."""
         with self.model.evaluating():
-            batches = [self._batch([self.config.prior.prompt], [seed]) for seed in seeds]
+            batches = [self.batch_of([self.config.prior.prompt], [seed]) for seed in seeds]
             return list(itertools.chain(*self._generate(batches)))
 
-    def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
+    def batch_of(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
+        """Images to draw; an inpainting model repaints the middle of a validation image."""
         init, mask = self._hole(seeds[0]) if self.model.family.inpainting else (None, None)
         return ImageBatch(prompts, seeds, self.settings, init, mask)
 

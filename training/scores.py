@@ -59,7 +59,7 @@ class Scorer:
                 if number % at_once == 0 and self.model.residency.moves:
                     ahead = ranges[number : number + at_once]
                     self._encode_ahead(ahead, with_texts=score_batch is None)
-                scores = (score_batch or self._score_batch)(images)
+                scores = (score_batch or self.score_images)(images)
                 start = images.start
                 kept = [score for i, score in enumerate(scores) if start + i % size >= first]
                 batches.append(kept)
@@ -68,7 +68,8 @@ class Scorer:
         found = list(itertools.chain(*every))
         return sorted(found, key=lambda score: (score.draw, score.bin))
 
-    def _score_batch(self, images: range) -> list[Score]:
+    def score_images(self, images: range) -> list[Score]:
+        """The scores of a batch of images, by index, with the weights as they are."""
         model, family = self.model, self.model.family
         batch = collate([self.encode_image(i) for i in images])
         side = self.images.settings.resolution

@@ -97,7 +97,8 @@ def generate_batches(
 ) -> Iterator[Tensor]:
     """The pixels of each batch, as `generate_images` makes them, one network after the other for
     many batches: images to start from are encoded, then prompts, then latents sampled, then (by a
-    refiner) prompts encoded and latents sampled again, then images decoded.
+    refiner) prompts encoded and latents sampled again, then images decoded. Nothing is drawn before
+    pixels are asked for.
     """
     for group in _group_batches(batches):
         under_way: list[Iterator[Tensor | None]] = []

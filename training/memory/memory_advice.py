@@ -55,8 +55,9 @@ def explained(config: Config, resolve: Callable[[], tuple[Config, Any]]) -> Iter
         error.__traceback__ = None  # its frames hold the tensors of the step
         _forget_tensors()
         advice = _advice(config, resolve, shortage)
+        notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("process ")]
         sentence = f"out of memory {when}: {describe_shortage(shortage)}; {advice}"
-        raise UserError(sentence) from None
+        raise UserError(": ".join([*notes, sentence])) from None
 
 
 def _phase_of(trace: TracebackType | None) -> str:

@@ -4,9 +4,8 @@ options that are not at their defaults, in the first step of each stage and at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +13,19 @@ import torch
 from lora_core.adapters import custom_files
 from lora_core.config import Config, Stage
 from lora_core.data.batches import Batch
-from lora_core.diffusion.validation import Score
 from lora_core.errors import UserError
 from lora_core.text import shorten_value
 from training.inputs.step_inputs import InputSource, StepInputs
 from training.log import Log
+from training.probes import adapter_probes as adapters
 from training.probes import input_probes as inputs
+from training.probes import model_probes as model
 from training.probes import optimizer_probes as optimizer
+from training.probes import outcome_probes as outcome
 from training.probes import step_probes as steps
 from training.probes.first_step import FirstStep, Probe
+from training.probes.outcome_probes import FinishedRun, Outcome
+from training.samples import SampleImages
 from training.setup import Optimization
 from training.step import StepFunctions
 
@@ -45,7 +48,7 @@ class Written(NamedTuple):
     """An option whose effect is in files or lines of the run."""
 
     test: str  # file of the tests that hold it
-    is_there: Callable[[Log], bool] | None = None  # at the end of the run
+    is_there: Outcome | None = None  # at the end of the run
 
 
 class Place(NamedTuple):
@@ -67,6 +70,8 @@ SAME_LEVELS = "the noise levels are the same without it"
 SAME_LOSS = "the losses are the same without it"
 SAME_PIXELS = "images have the same pixels without it"
 LACKS = "the adapters do not have it"
+OTHER_LAYERS = "other layers have adapters"
+OTHER_SCALE = "the updates have another scale"
 
 
 def _noise(option: str) -> Shown:
@@ -82,69 +87,7 @@ def _pixels(option: str) -> Shown:
 
 
 def _drops(option: str) -> Shown:
-    return Shown(steps.drops(option), "no adapter drops anything")
-
-
-# ---------------------------------------------------------------- files of a finished run
-
-
-def _due(log: Log, every: int) -> list[int]:
-    """The steps of this process after which something was due."""
-    return [i for i in range(log.start + 1, log.config.steps + 1) if every > 0 and i % every == 0]
-
-
-def _has_grids(log: Log) -> bool:
-    due = [i for i in _due(log, log.config.samples.every) if i < log.config.steps][-1:]
-    return all((log.run.folder / "samples" / f"step_{i:06d}.png").is_file() for i in due)
-
-
-def _checkpoints(log: Log) -> list[Path]:
-    """The folders of checkpoints, which are numbers: a file manager may put files beside them."""
-    found = (log.run.folder / "checkpoints").iterdir()
-    return [path for path in found if path.name.isdecimal() and path.is_dir()]
-
-
-def _has_checkpoints(log: Log) -> bool:
-    written = {*_due(log, log.config.save_every), log.config.steps}
-    return len(_checkpoints(log)) >= min(log.config.keep, len(written))
-
-
-def _keeps_few(log: Log) -> bool:
-    return len(_checkpoints(log)) <= log.config.keep
-
-
-def _has_scores(log: Log) -> bool:
-    every = log.config.validation.every
-    if every < 0:
-        return not log.scores
-    # the log keeps the first and the newest, which may be that of the end
-    return max(log.scores, default=-1) >= max(_due(log, every), default=0)
-
-
-def _newest_scores(log: Log) -> Sequence[Score]:
-    return log.scores[max(log.scores)] if log.scores else ()
-
-
-def _has_scored_images(log: Log) -> bool:
-    count, images = log.config.validation.count, log.data.scored.records
-    scores = _newest_scores(log)
-    keys = {image.key for image in images}  # copies of an image have the same
-    are_as_many = not count or len(images) <= count
-    return not scores or (are_as_many and {score.key for score in scores} == keys)
-
-
-def _has_bins(log: Log) -> bool:
-    scores = _newest_scores(log)
-    return not scores or len({score.bin for score in scores}) == log.config.validation.bins
-
-
-def _has_draws(log: Log) -> bool:
-    scores = _newest_scores(log)
-    return not scores or len({score.draw for score in scores}) == log.config.validation.draws
-
-
-def _logs_elsewhere(log: Log) -> bool:
-    return log.book.sink is not None
+    return Shown(adapters.drops(option), "no adapter drops anything")
 
 
 # ---------------------------------------------------------------- the table
@@ -156,26 +99,26 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "model_config": Place(OPEN_MODEL),
     "family": Place(OPEN_MODEL),
     "vae": Place(OPEN_MODEL),
-    "clip_skip": Refused(MODEL_CHECKS),
-    "max_sequence_length": Refused(MODEL_CHECKS),
+    "clip_skip": Shown(model.skips_last_layers, "captions are encoded by all layers"),
+    "max_sequence_length": Shown(model.has_sequence_length, "captions have other lengths"),
     "device": Place("models:choose_device"),
-    "offload": Refused("lora_core.memory.residency:check_offload"),
-    "threads": Shown(steps.has_threads, "torch computes with another number"),
-    "vae_precision": Shown(steps.has_vae_precision, "the VAE has another"),
-    "precision": Shown(steps.has_precision, "the denoiser has another"),
-    "autocast": Shown(steps.multiplies_in_bf16, "the denoiser runs without it"),
-    "compile": Shown(steps.is_compiled, "no block is compiled"),
+    "offload": Shown(model.stays_on_device, "networks leave the device"),
+    "threads": Shown(model.has_threads, "torch computes with another number"),
+    "vae_precision": Shown(model.has_vae_precision, "the VAE has another"),
+    "precision": Shown(model.has_precision, "the denoiser has another"),
+    "autocast": Shown(model.multiplies_in_bf16, "the denoiser runs without it"),
+    "compile": Shown(model.is_compiled, "no block is compiled"),
     "cuda_graph": Refused("training.checks.config_checks:check_device"),
-    "gradient_checkpointing": Shown(steps.recomputes, "no block is computed again"),
+    "gradient_checkpointing": Shown(model.recomputes, "no block is computed again"),
     # the run
     "out": Place("training.checks.config_checks:check_run_folder"),
-    "seed": Written("tests/test_train.py"),
+    "seed": Shown(inputs.draws_from_seed, "the noise is another seed's"),
     "batch_size": Shown(steps.has_batch_size, "the step had another number of images"),
     "accumulation": Shown(steps.accumulates, "the step had another number of forward passes"),
-    "processes": Written("tests/test_processes.py"),
-    "shard": Written("tests/test_processes.py"),
-    "quantize": Written("tests/test_quantized_weights.py"),
-    "stream": Written("tests/test_streamed_blocks.py"),
+    "processes": Shown(steps.has_batch_size, "the step had another number of images"),
+    "shard": Shown(model.is_sharded, "each process has the whole denoiser"),
+    "quantize": Shown(model.is_quantized, "the denoiser's weights have another form"),
+    "stream": Shown(model.is_streamed, "all blocks are on the device"),
     "from_lora": Place("training.starting_lora:load_start"),
     "from_lora_rank": Refused(CHECKS),
     "loss": Shown(steps.differs_from_mse, "it gives the numbers of mse"),
@@ -185,11 +128,11 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "weighting": Shown(steps.weights_levels, "every noise level has the weight 1"),
     "weighting_arg": Shown(steps.changes_weights, "every weight is the same without it"),
     "ema": Shown(optimizer.averages, "the average does not follow the parameters"),
-    "save_every": Written("tests/test_resume.py", _has_checkpoints),
-    "keep": Written("tests/test_run_folder.py", _keeps_few),
+    "save_every": Written("tests/test_resume.py", outcome.has_checkpoints),
+    "keep": Written("tests/test_run_folder.py", outcome.keeps_few),
     "log_every": Written("tests/test_log.py"),
     "list_targets": Written("tests/test_targets.py"),
-    "report": Written("tests/test_reports.py", _logs_elsewhere),
+    "report": Written("tests/test_reports.py", outcome.logs_elsewhere),
     "push_to_hub": Written("tests/test_card.py"),
     "resume": Written("tests/test_resume.py"),
     "resume_anyway": Refused(CHECKS),
@@ -207,18 +150,18 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "data.images": Place(OPEN_DATA),
     "data.dataset": Place(OPEN_DATA),
     "data.split": Refused(CHECKS),
-    "data.streaming": Refused(CHECKS),
-    "data.skip_bad": Written("tests/test_image_checks.py"),
+    "data.streaming": Shown(inputs.reads_shards, "images are read from copies"),
+    "data.skip_bad": Written("tests/test_image_checks.py", outcome.lists_left_out),
     "data.image_column": Refused(CHECKS),
     "data.caption_column": Refused(CHECKS),
     "data.captions": Place(OPEN_DATA),
-    "data.caption": Refused(OPEN_DATA),
+    "data.caption": Shown(inputs.uses_caption, "no image has it"),
     "data.caption_dropout": Shown(inputs.drops_captions, "no caption is dropped"),
     "data.dropped": Shown(inputs.drops_as_asked, "captions are dropped in the other way"),
     "data.pairs": Shown(inputs.has_losers, "the batch has no losers"),
     "data.repeats": Shown(inputs.has_repeats, "an epoch has some image less often"),
     "data.masks": Shown(inputs.weights_by_mask, "the loss weights all pixels alike"),
-    "data.mask_use": Refused(MODEL_CHECKS),
+    "data.mask_use": Shown(inputs.uses_mask_as_hole, "the masks are used in another way"),
     "data.cache": Shown(inputs.fills_cache, "there are no files in the folder"),
     "data.workers": Written("tests/test_dataset.py"),
     # prior preservation
@@ -227,32 +170,32 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "prior.count": Shown(inputs.has_enough_class_images, "there are fewer class images"),
     "prior.weight": Shown(inputs.weights_class_images, "class images count as with 1"),
     "prior.swap": Shown(steps.preserves, "the loss compares nothing with the base model"),
-    "prior.swap_weight": Refused(CHECKS),
+    "prior.swap_weight": Shown(steps.weights_preservation, "the loss has it with another weight"),
     "prior.outside_mask": Shown(steps.preserves, "the loss compares nothing with the base model"),
     # adapters
-    "adapter.targets": Refused(ADAPTERS),
-    "adapter.text_targets": Refused(ADAPTERS),
-    "adapter.exclude": Refused(ADAPTERS),
-    "adapter.kind": Place("training.run_adapters:inject_run_adapters"),
-    "adapter.rank": Shown(steps.reaches_adapters("rank"), LACKS),
-    "adapter.alpha": Shown(steps.scales_adapters, "the updates have another scale"),
-    "adapter.rank_pattern": Refused(ADAPTERS),
-    "adapter.alpha_pattern": Refused(ADAPTERS),
+    "adapter.targets": Shown(adapters.adapts_denoiser, OTHER_LAYERS, True),
+    "adapter.text_targets": Shown(adapters.adapts_text_encoders, OTHER_LAYERS, True),
+    "adapter.exclude": Shown(adapters.excludes_layers, "one of these layers has an adapter"),
+    "adapter.kind": Shown(adapters.has_kind, "the adapters are of another class"),
+    "adapter.rank": Shown(adapters.has_rank, LACKS),
+    "adapter.alpha": Shown(adapters.has_scale, OTHER_SCALE),
+    "adapter.rank_pattern": Shown(adapters.has_pattern_ranks, LACKS),
+    "adapter.alpha_pattern": Shown(adapters.has_pattern_scales, OTHER_SCALE),
     "adapter.dropout": _drops("dropout"),
     "adapter.rank_dropout": _drops("rank_dropout"),
     "adapter.module_dropout": _drops("module_dropout"),
-    "adapter.rslora": Shown(steps.scales_adapters, "the updates have another scale"),
-    "adapter.norm_grad": Shown(steps.reaches_adapters("norm_grad"), LACKS),
-    "adapter.factor": Shown(steps.reaches_adapters("factor"), LACKS),
-    "adapter.init": Shown(steps.reaches_adapters("init"), LACKS),
+    "adapter.rslora": Shown(adapters.has_scale, OTHER_SCALE),
+    "adapter.norm_grad": Shown(adapters.reaches_adapters("norm_grad"), LACKS),
+    "adapter.factor": Shown(adapters.reaches_adapters("factor"), LACKS),
+    "adapter.init": Shown(adapters.reaches_adapters("init"), LACKS),
     # tokens
-    "tokens.words": Shown(steps.learns_words, "other words have tokens"),
-    "tokens.encoders": Shown(steps.learns_in_encoders, "other text encoders learn rows"),
-    "tokens.vectors": Shown(steps.has_vectors, "the words have another number of tokens"),
-    "tokens.per_layer": Shown(steps.has_layers, "all layers have the same tokens"),
-    "tokens.init": Shown(steps.starts_as_asked, "the rows start at other values"),
-    "tokens.norm": Shown(steps.controls_usual_norms, "no row changes", True),
-    "tokens.norm_target": Refused(CHECKS),
+    "tokens.words": Shown(adapters.learns_words, "other words have tokens"),
+    "tokens.encoders": Shown(adapters.learns_in_encoders, "other text encoders learn rows"),
+    "tokens.vectors": Shown(adapters.has_vectors, "the words have another number of tokens"),
+    "tokens.per_layer": Shown(adapters.has_layers, "all layers have the same tokens"),
+    "tokens.init": Shown(adapters.starts_as_asked, "the rows start at other values"),
+    "tokens.norm": Shown(adapters.controls_usual_norms, "no row changes", True),
+    "tokens.norm_target": Shown(adapters.aims_at_norm, "the rows have another target"),
     # noise
     "noise.offset": _noise("offset"),
     "noise.multires_levels": _noise("multires_levels"),
@@ -277,7 +220,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "optimizer.betas": Shown(optimizer.has_setting("betas"), "the groups have others"),
     "optimizer.args": Shown(optimizer.has_arguments, "the optimizer has other settings"),
     "optimizer.schedule": Shown(optimizer.moves_rate, "the learning rate stays the same"),
-    "optimizer.schedule_args": Refused("training.checks.group_checks:check_schedules"),
+    "optimizer.schedule_args": Shown(optimizer.shapes_schedule, "rates are the same without them"),
     "optimizer.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "optimizer.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
     "optimizer.lora_plus": Shown(optimizer.has_two_rates, "all parameters have one learning rate"),
@@ -291,26 +234,26 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "stages.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "stages.low": _levels("stages.low"),
     "stages.high": _levels("stages.high"),
-    "stages.norm": Shown(steps.controls_norms, "no row changes"),
+    "stages.norm": Shown(adapters.controls_norms, "no row changes"),
     "stages.mask_temperature": Shown(inputs.sharpens_mask, "masks weight the loss as at 1"),
     # samples and validation
-    "samples.sampler": Written(SAMPLES),
-    "samples.steps": Written(SAMPLES),
-    "samples.guidance": Written(SAMPLES),
-    "samples.negative": Refused(MODEL_CHECKS),
-    "samples.sampler_args": Written(SAMPLES),
-    "samples.prompts": Written(SAMPLES),
-    "samples.every": Written(SAMPLES, _has_grids),
-    "samples.strengths": Written(SAMPLES),
-    "samples.base_word": Written(SAMPLES),
-    "samples.new_prompts": Written(SAMPLES),
-    "samples.show_data": Written(SAMPLES),
+    "samples.sampler": Written(SAMPLES, outcome.changes_sampling("sampler")),
+    "samples.steps": Written(SAMPLES, outcome.changes_sampling("steps")),
+    "samples.guidance": Written(SAMPLES, outcome.changes_sampling("guidance")),
+    "samples.negative": Written(SAMPLES, outcome.changes_sampling("negative")),
+    "samples.sampler_args": Written(SAMPLES, outcome.changes_sampling("sampler_args")),
+    "samples.prompts": Written(SAMPLES, outcome.draws_prompts),
+    "samples.every": Written(SAMPLES, outcome.has_grids),
+    "samples.strengths": Written(SAMPLES, outcome.draws_strengths),
+    "samples.base_word": Written(SAMPLES, outcome.draws_base_word),
+    "samples.new_prompts": Written(SAMPLES, outcome.draws_new_prompts),
+    "samples.show_data": Written(SAMPLES, outcome.shows_training_images),
     "validation.images": Place(OPEN_DATA),
-    "validation.count": Written("tests/test_scores.py", _has_scored_images),
-    "validation.every": Written("tests/test_scores.py", _has_scores),
-    "validation.bins": Written("tests/test_scores.py", _has_bins),
-    "validation.draws": Written("tests/test_scores.py", _has_draws),
-    "validation.seed": Written("tests/test_scores.py"),
+    "validation.count": Written("tests/test_scores.py", outcome.has_scored_images),
+    "validation.every": Written("tests/test_scores.py", outcome.has_scores),
+    "validation.bins": Written("tests/test_scores.py", outcome.has_bins),
+    "validation.draws": Written("tests/test_scores.py", outcome.has_draws),
+    "validation.seed": Written("tests/test_scores.py", outcome.draws_validation_noise),
 }
 
 
@@ -361,28 +304,34 @@ def _check_option(first: FirstStep, name: str, effect: Shown) -> None:
     if (value == usual and not effect.always) or effect.probe(first) is not False:
         return
     number = first.config.stages.index(first.stage)
-    flag = name.replace("stages.", f"stages.{number}.").replace("_", "-")
+    option = _describe_option(name.replace("stages.", f"stages.{number}."), value)
     raise UserError(
-        f"--{flag} {shorten_value(value)} had no effect in step {first.inputs[0].number + 1}: "
-        f"{effect.without}; leave it out, or report this"
+        f"{option} had no effect in step {first.inputs[0].number + 1}: {effect.without}; "
+        "leave it out, or report this"
     )
 
 
-def check_outputs(log: Log) -> None:
+def check_outputs(log: Log, samples: SampleImages) -> None:
     """Raises UserError for the first option that is not at its default and whose files the run has
-    not written.
+    not written, or whose images are those of the default.
     """
     if log.start == log.config.steps or not log.run.writes:  # the run had ended before
         return
+    run = FinishedRun(log, samples)
     for name, effect in OPTION_EFFECTS.items():
         if not isinstance(effect, Written) or effect.is_there is None:
             continue
-        if _value(log.config, name) != _value(Config(), name) and not effect.is_there(log):
-            flag = name.replace("_", "-")
+        if _value(log.config, name) != _value(Config(), name) and not effect.is_there(run):
             raise UserError(
-                f"--{flag} {shorten_value(_value(log.config, name))} had no effect: "
-                f"{log.run.folder} lacks what it writes; leave it out, or report this"
+                f"{_describe_option(name, _value(log.config, name))} had no effect on what is in "
+                f"{log.run.folder}; leave it out, or report this"
             )
+
+
+def _describe_option(name: str, value: Any) -> str:
+    """An option and its value, as on the command line."""
+    flag = name.replace("_", "-")
+    return f"--no-{flag}" if value is False else f"--{flag} {shorten_value(value)}"
 
 
 def _value(settings: Any, name: str) -> Any:

@@ -48,9 +48,14 @@ class FirstStep:
         return self.source.data
 
     @property
+    def micro_batch(self) -> Batch:
+        """The images of the first forward pass."""
+        return next(micro_batches(self.batch, self.source.passes))
+
+    @property
     def keys(self) -> RandomKeys:
         """Those of the first micro-batch."""
-        batch = next(micro_batches(self.batch, self.source.passes))
+        batch = self.micro_batch
         return RandomKeys(self.config.seed, batch.keys, batch.visits)
 
     @property

@@ -7,20 +7,22 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_core.config import NoiseConfig, Stage
+from lora_core.config import Config, NoiseConfig, Stage
 from lora_core.data.dataset import ImageDataset
 from lora_core.data.images import covering_size
 from lora_core.data.records import Record
-from lora_core.diffusion import densities, losses, noise
+from lora_core.diffusion import densities, generation, losses, noise
 from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.settings import ImageSettings
+from lora_core.shared_paths import lies_within
 from training.probes.first_step import FirstStep, Probe
 
 RARE = 1e-9  # probability at which chance explains nothing
@@ -127,6 +129,21 @@ def has_losers(first: FirstStep) -> bool:
     return losers is not None and 2 * int(losers.sum()) == len(losers)
 
 
+def uses_caption(first: FirstStep) -> bool:
+    """--data.caption: whether some image has it, by itself or in a template."""
+    captions = chain.from_iterable(record.captions for record in first.data.training.records)
+    return any(first.config.data.caption in caption for caption in captions)
+
+
+def reads_shards(first: FirstStep) -> bool:
+    """--data.streaming: whether the images are read where the dataset has them: in its shards, or
+    as files of its folder.
+    """
+    source = Path(first.config.data.dataset)
+    records = first.data.training.records
+    return all(r.stored is not None or lies_within(r.path, source) for r in records)
+
+
 def drops_captions(first: FirstStep) -> bool | None:
     """--data.caption-dropout: whether some visit of enough drops its caption."""
     training = first.data.training
@@ -179,6 +196,20 @@ def weights_by_mask(first: FirstStep) -> bool | None:
     whole = replace(x, mask=None, unweighted_mask=None)
     other = first.losses(losses.mse, inputs=whole)
     return True if x is not parts[-1] else not torch.equal(first.mse, other)
+
+
+def uses_mask_as_hole(first: FirstStep) -> bool | None:
+    """--data.mask-use: whether an image's mask is the hole that the model paints, and weights the
+    loss in addition only with "both".
+    """
+    x, drawn = first.inputs[0], first.micro_batch.mask
+    if drawn is None:
+        return None
+    if x.inpaint is None or (x.mask is None) == (first.config.data.mask_use == "both"):
+        return False
+    has_edge = drawn.flatten(1).amin(1) == 0  # an image without a mask has a random hole
+    holes = generation.latent_mask(drawn, x.x0).cpu()
+    return torch.equal(x.inpaint[:, :1].cpu()[has_edge], holes[has_edge])
 
 
 def scales_masked_loss(first: FirstStep) -> bool | None:
@@ -250,12 +281,23 @@ def changes_noise(option: str) -> Probe:
 
     def probe(first: FirstStep) -> bool:
         usual = replace(first.config.noise, **{option: _default(NoiseConfig, option)})
-        x = first.inputs[0]
-        other = noise.sample_noise(first.keys, tuple(x.x0.shape[1:]), usual)
-        own = x.eps.cpu(), x.eps_in.cpu()
-        return not all(torch.equal(a, b.to(a.dtype)) for a, b in zip(own, other))
+        return not _is_noise_of(first, first.keys, usual)
 
     return probe
+
+
+def draws_from_seed(first: FirstStep) -> bool:
+    """--seed: whether the step's noise is that of the seed, and not that of the default."""
+    n, usual = first.config.noise, replace(first.keys, seed=Config().seed)
+    return _is_noise_of(first, first.keys, n) and not _is_noise_of(first, usual, n)
+
+
+def _is_noise_of(first: FirstStep, keys: RandomKeys, settings: NoiseConfig) -> bool:
+    """Whether the noise of the first micro-batch is that of these keys and settings."""
+    x = first.inputs[0]
+    other = noise.sample_noise(keys, tuple(x.x0.shape[1:]), settings)
+    own = x.eps.cpu(), x.eps_in.cpu()
+    return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(own, other))
 
 
 def changes_levels(option: str) -> Probe:

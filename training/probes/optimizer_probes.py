@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lora_core.optim import building, schedules
 from lora_core.optim.ema import ParameterAverage
 from training.probes.first_step import FirstStep, Probe
+from training.probes.input_probes import differing_arguments
+
+MOST_PLACES = 100  # of a stage at which schedules are compared
 
 
 def reaches_parameters(first: FirstStep) -> bool | None:
@@ -125,6 +128,27 @@ def moves_rate(first: FirstStep) -> bool | None:
         if len({multiplier(i, steps, 0) for i in places}) > 1:
             shown = True
         elif name in schedules.SCHEDULES and name not in ("wsd", "cosine_restarts"):
+            return False
+    return shown
+
+
+def shapes_schedule(first: FirstStep) -> bool | None:
+    """--optimizer.schedule-args: whether each argument changes a rate of the stage, unless it is at
+    its default or the stage is too short to show it.
+    """
+    o, steps = first.config.optimizer, first.stage.steps
+    names = {first.stage.schedule_of(group, o) for group in first.stage.groups}
+    if o.schedule not in names & schedules.SCHEDULES.keys():
+        return None
+    shown = None
+    own = first.optimization.rate_schedules[o.schedule]
+    for argument in differing_arguments(schedules.SCHEDULES[o.schedule], o.schedule_args):
+        others = {key: value for key, value in o.schedule_args.items() if key != argument}
+        other = schedules.resolve_schedule(o.schedule, **others)
+        places = range(0, steps, -(-steps // MOST_PLACES))
+        if any(own(i, steps, o.warmup) != other(i, steps, o.warmup) for i in places):
+            shown = True
+        elif steps >= MOST_PLACES:
             return False
     return shown
 

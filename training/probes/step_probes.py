@@ -1,232 +1,18 @@
-"""Probes of the options of model, adapters, tokens and losses."""
+"""Probes of the options of the loss and of a step's passes and images."""
 
 from __future__ import annotations
 
-import math
-from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_core import distributed, plugins
-from lora_core.adapters.adapted_layer import Adapted, adapted_layers
-from lora_core.adapters.kinds import KINDS
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise
-from lora_core.tokens import LearnedEmbedding, is_random_init
-from models import DTYPES
-from models.placement import named_blocks
-from training import step
 from training.probes import input_probes
-from training.probes.first_step import FirstStep, Probe, forward_calls
-
-# ---------------------------------------------------------------- model and adapters
-
-
-def has_precision(first: FirstStep) -> bool | None:
-    """--precision: whether frozen weights of the denoiser have it, unless they are quantized."""
-    if first.config.quantize != "none":
-        return None
-    frozen = [p for p in first.model.denoiser.parameters() if not p.requires_grad]
-    return any(p.dtype == DTYPES[first.config.precision] for p in frozen)
-
-
-def has_vae_precision(first: FirstStep) -> bool:
-    """--vae-precision: whether the VAE has it."""
-    dtypes = {p.dtype for p in first.model.family.modules["vae"].parameters()}
-    return DTYPES[first.config.vae_precision] in dtypes
-
-
-def multiplies_in_bf16(first: FirstStep) -> bool | None:
-    """--autocast: whether the denoiser runs under it and its products are in bf16."""
-    if not first.can_compare:
-        return None
-    device = first.model.device.type
-    found: list[bool] = []
-    with forward_calls(first.model.denoiser, found, lambda: torch.is_autocast_enabled(device)):
-        first.losses(losses.mse)
-    return bool(found) and found[0] and torch.get_autocast_dtype(device) == torch.bfloat16
-
-
-def recomputes(first: FirstStep) -> bool | None:
-    """--gradient-checkpointing: whether a block's forward runs again in the backward pass."""
-    blocks = list(named_blocks(first.model.denoiser).values())
-    if not blocks or not first.can_compare:
-        return None
-    found: list[bool] = []
-    x = replace(first.inputs[-1], readings={})
-    with ExitStack() as stack:
-        for block in blocks:  # some may come before the first layer that trains
-            is_backward = forward_calls(block, found, in_backward)
-            stack.enter_context(is_backward)
-        rows = first.functions.step(first.model, x, first.config, losses.mse)
-        trained = chain(*(first.model.groups[name] for name in first.stage.groups))
-        torch.autograd.grad(rows.sum(), list(trained), allow_unused=True)
-    return any(found)
-
-
-def in_backward() -> bool:
-    """Whether autograd is running."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def is_compiled(first: FirstStep) -> bool:
-    """--compile: whether blocks of the denoiser are compiled."""
-    modules = first.model.denoiser.modules()
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in modules)
-
-
-def reaches_adapters(option: str) -> Probe:
-    """Whether an adapter has the option's value in its settings."""
-
-    def probe(first: FirstStep) -> bool | None:
-        wanted = getattr(first.config.adapter, option)
-        specs = [spec for layer in _layers(first) if (spec := _spec(layer)) is not None]
-        return any(getattr(spec, option) == wanted for spec in specs) if specs else None
-
-    return probe
-
-
-def scales_adapters(first: FirstStep) -> bool | None:
-    """--adapter.alpha, rslora: whether an update has the scale that they give."""
-    a = first.config.adapter
-    specs = [spec for layer in _layers(first) if (spec := _spec(layer)) is not None]
-    if not specs or a.alpha_pattern:
-        return None
-    found = []
-    for spec in specs:
-        divisor = math.sqrt(spec.rank) if a.rslora else spec.rank
-        found.append(math.isclose(spec.scale, (a.alpha or spec.rank) / divisor))
-    return any(found) or first.config.from_lora != ""
-
-
-def drops(option: str) -> Probe:
-    """Whether an adapter drops inputs, ranks or itself for some example of enough."""
-
-    def probe(first: FirstStep) -> bool | None:
-        draws = input_probes.enough_draws(getattr(first.config.adapter, option))
-        found = [layer for layer in _layers(first) if isinstance(layer.base, nn.Linear)]
-        if draws is None or not found or _spec(found[0]) is None:
-            return None
-        if first.config.adapter.kind not in KINDS:  # may know the images of this batch alone
-            return None
-        if first.inputs[-1].dropout_keys is None:
-            return False
-        return _differs_by_row(found[0], option, draws)
-
-    return probe
-
-
-@torch.no_grad()
-def _differs_by_row(layer: Adapted, option: str, rows: int) -> bool:
-    """Whether a layer gives different outputs for equal rows, with one kind of dropout alone."""
-    adapter = layer.adapter("default")
-    others = dict.fromkeys(("dropout", "rank_dropout", "module_dropout"), 0.0)
-    spec, keys = adapter.spec, adapter.row_keys
-    before = [p.detach().clone() for p in adapter.parameters()]
-    try:
-        for p in adapter.parameters():
-            p.fill_(0.1)
-        adapter.spec = replace(spec, **(others | {option: getattr(spec, option)}))
-        adapter.row_keys = torch.arange(rows, device=keys.device)
-        x = torch.ones(rows, layer.base.weight.shape[1], device=keys.device)
-        out = adapter(layer.base, x.to(layer.base.weight.dtype), 1.0)
-        return bool((out != out[:1]).any())
-    finally:
-        adapter.spec, adapter.row_keys = spec, keys
-        for p, old in zip(adapter.parameters(), before):
-            p.copy_(old)
-
-
-def _layers(first: FirstStep) -> list[Adapted]:
-    found: list[Adapted] = []
-    for module in first.model.adapted.values():
-        found += adapted_layers(module)
-    return found
-
-
-def _spec(layer: Adapted) -> Any:
-    return getattr(layer.adapter("default"), "spec", None)
-
-
-# ---------------------------------------------------------------- tokens
-
-
-def learns_words(first: FirstStep) -> bool:
-    """--tokens.words: whether each has tokens with rows in the text encoders."""
-    names = set(chain(*(embedding.names for embedding in first.model.embeddings.values())))
-    words = {p.word for p in first.model.placeholders if names.issuperset(p.names)}
-    return words == set(first.config.tokens.words)
-
-
-def learns_in_encoders(first: FirstStep) -> bool:
-    """--tokens.encoders: whether these have rows, and no others."""
-    layout = first.model.family.layout
-    return {layout.encoders[name] for name in first.model.embeddings} == set(
-        first.config.tokens.encoders
-    )
-
-
-def has_vectors(first: FirstStep) -> bool:
-    """--tokens.vectors: whether each word has so many tokens."""
-    wanted = first.config.tokens.vectors
-    found = [len(p.names_at(0)) for p in first.model.placeholders]
-    return all(count == wanted for count in found) if wanted else all(found)
-
-
-def has_layers(first: FirstStep) -> bool:
-    """--tokens.per-layer: whether each layer has its own tokens."""
-    return all(p.layers > 1 for p in first.model.placeholders)
-
-
-def starts_as_asked(first: FirstStep) -> bool | None:
-    """--tokens.init: whether the first row starts as 0, or as a row of the table for a word."""
-    first_init = first.model.placeholders[0].init
-    embeddings = first.model.embeddings.values()
-    if first_init in ("zero", "<zero>"):
-        return all(not bool(e.initial[0].any()) for e in embeddings)
-    if first.config.from_lora or "+" in first_init or is_random_init(first_init):
-        return None
-    return all(_is_row_of_table(e) for e in embeddings)
-
-
-def _is_row_of_table(embedding: LearnedEmbedding) -> bool:
-    start = embedding.initial[:1].to(embedding.weight)
-    return bool((embedding.weight.detach() == start).all(1).any())
-
-
-def controls_usual_norms(first: FirstStep) -> bool | None:
-    """--tokens.norm: the same as `controls_norms`, in a stage that has no norm of its own."""
-    return None if first.stage.norm else controls_norms(first)
-
-
-@torch.no_grad()
-def controls_norms(first: FirstStep) -> bool | None:
-    """--stages.I.norm: whether it changes rows that are twice as long as they were."""
-    how = first.stage.norm or first.config.tokens.norm
-    if bool(first.optimization.skip):
-        return None
-    is_still = any(g["name"] == "tokens" and float(g["lr"]) == 0 for g in first.groups)
-    if how == "none" or "tokens" not in first.stage.groups or (is_still and how == "pull"):
-        return None
-    model = first.model
-    rows = {name: e.rows.detach().clone() for name, e in model.embeddings.items()}
-    before = {}
-    for name, e in model.embeddings.items():
-        before[name] = 3 * rows[name] + 100 * model.norm_targets[name].max()  # beyond any target
-        e.rows.copy_(2 * rows[name] + 1)
-    try:
-        step.control_token_norms(model, first.optimization, first.stage, first.config, before)
-        return all(
-            not torch.equal(e.rows, 2 * rows[name] + 1) for name, e in model.embeddings.items()
-        )
-    finally:
-        for name, e in model.embeddings.items():
-            e.rows.copy_(rows[name])
-
+from training.probes.first_step import FirstStep, forward_calls
 
 # ---------------------------------------------------------------- the loss
 
@@ -359,7 +145,42 @@ def preserves(first: FirstStep) -> bool | None:
     return len(calls) >= expected
 
 
-# ---------------------------------------------------------------- the batch and the machine
+def weights_preservation(first: FirstStep) -> bool | None:
+    """--prior.swap-weight: whether a difference that is to be preserved adds so many times its
+    square to a built-in loss; a loss from outside may add its own.
+    """
+    if first.config.loss not in losses.LOSSES or not first.can_compare:
+        return None
+    whole, weight = first.functions.loss, first.config.prior.swap_weight
+
+    def with_difference(output: losses.StepOutput, loss: Any, size: float) -> Tensor:
+        zero = torch.zeros_like(output.out)
+        lazy = {**output.lazy, "preserved": lambda: (zero + size, zero)}
+        rows: Tensor = loss(replace(output, lazy=lazy))
+        return rows
+
+    def added(loss: Any) -> Tensor:
+        """[b] what a difference of 1 adds to a loss."""
+
+        def difference(output: losses.StepOutput) -> Tensor:
+            return with_difference(output, loss, 1.0) - with_difference(output, loss, 0.0)
+
+        return first.losses(losses.copy_declarations(difference, loss))
+
+    once = losses.add_preservation(_zero_loss(whole), 1.0)
+    return torch.allclose(added(whole), weight * added(once), rtol=1e-3)
+
+
+def _zero_loss(like: Any) -> Any:
+    """A loss that is 0, weighted by noise level as another one is."""
+
+    def zero(output: losses.StepOutput) -> Tensor:
+        return output.out.new_zeros(len(output.out), dtype=torch.float32)
+
+    return losses.copy_declarations(zero, like)
+
+
+# ---------------------------------------------------------------- passes and images
 
 
 def accumulates(first: FirstStep) -> bool:
@@ -368,12 +189,9 @@ def accumulates(first: FirstStep) -> bool:
 
 
 def has_batch_size(first: FirstStep) -> bool:
-    """--batch-size: whether the step had so many images, which processes share."""
+    """--batch-size and --processes: whether the step had so many images, of all processes
+    together.
+    """
     images = first.config.images_per_step * (2 if first.config.data.pairs else 1)
     own = sum(int((~x.is_prior).sum()) for x in first.inputs)
-    return distributed.process_count() > 1 or own == images
-
-
-def has_threads(first: FirstStep) -> bool:
-    """--threads: whether torch computes with so many."""
-    return torch.get_num_threads() == first.config.threads
+    return sum(distributed.gather_values(own)) == images
