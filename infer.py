@@ -102,6 +102,7 @@ if __name__ == "__main__":
     answer_help(Infer, sys.argv[1:], prog="infer.py", example=EXAMPLE)  # before torch is imported
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,18 +110,21 @@ from PIL import Image
 
 from lora_core.adapters.patch import Patch
 from lora_core.atomic_files import temporary_name
-from lora_core.diffusion.generation import generate_images
+from lora_core.diffusion.generation import ImageBatch, generate_batches
 from lora_core.diffusion.regions import PromptRegion, parse_region
 from lora_core.diffusion.sampling import find_sampler
 from lora_core.diffusion.start_images import StartImages, read_start_images
 from lora_core.distributed import check_alone
 from lora_core.errors import UserError, exit_status
+from lora_core.escaped_output import print_note
 from lora_core.family import Family, LoadOptions
 from lora_core.formats.model_words import model_placeholders
+from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
+from lora_core.memory.residency import check_offload, leaves_device
 from lora_core.prompt_tags import TAG as LORA_TAG
 from lora_core.runs.destination import check_free_names, check_path_lengths
-from lora_core.runs.image_grid import Axis, draw_rows, parse_axis
+from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
 from lora_core.runs.loras import (
     LoraSource,
@@ -164,22 +168,36 @@ class Drawing:
         added = chain.from_iterable(patch.placeholders for patch in self.patches)
         return [*self.words, *added]
 
-    def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], config: Infer
-    ) -> list[Image.Image]:
-        """One image for each (prompt, seed)."""
-        pixels = generate_images(
-            self.family,
-            prompts,
+    def make_batch(
+        self,
+        prompts: Sequence[TaggedPrompt],
+        seeds: Sequence[int],
+        config: Infer,
+        settings: Mapping[str, float],
+    ) -> ImageBatch:
+        """Images that are sampled together, one for each (prompt, seed). Their LoRAs are those of
+        the first prompt, at strengths that `settings` (a grid's cell) change.
+        """
+        loras = loras_of_prompt(self.loras, len(config.lora), prompts[0])
+        return ImageBatch(
+            [prompt.text for prompt in prompts],
             seeds,
             config,
-            init=self.start.pixels,
-            mask=self.start.mask,
+            self.start.pixels,
+            self.start.mask,
+            prepare=partial(set_strengths, self.patches, loras, settings),
+        )
+
+    def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
+        """The images of all batches, in order."""
+        drawn = generate_batches(
+            self.family,
+            batches,
             refiner=self.refiner,
             regions=self.regions,
             placeholders=self.placeholders,
         )
-        return to_images(pixels)
+        return list(chain.from_iterable(map(to_images, drawn)))
 
 
 def infer(config: Infer) -> list[Path]:
@@ -205,14 +223,14 @@ def infer(config: Infer) -> list[Path]:
     with ExitStack() as stack:
         words = model_placeholders(config.model)
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
-        place_models(config, family, refiner)
+        family, refiner = place_models(config, family, refiner, patches)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
         texts = [prompt.text for prompt in prompts]
         others = [config.negative]
         for region in regions:
             others += [region.prompt, region.negative]
         if sentence := prompts_without_words(texts, drawing.placeholders, others):
-            print(f"note: {sentence}", file=sys.stderr)
+            print_note(sentence)
         if axes:
             return [write_grid(drawing, config, prompts, axes)]
         return write_images(drawing, config, prompts)
@@ -226,12 +244,10 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     run = read_run_settings([lora.path for lora in loras])
     text = {name: value for name, value in run.text.items() if not getattr(config, name)}
     if run.scheduler or text:
-        print(
-            f"note: sampling with {run.scheduler | text}, as the LoRA was trained", file=sys.stderr
-        )
+        print_note(f"sampling with {run.scheduler | text}, as the LoRA was trained")
     options = LoadOptions(
         DTYPES[config.precision],
-        loading_device(choose_device(config.device), config.quantize, stream=config.stream),
+        first_device(config),
         config.vae,
         scheduler=run.scheduler,
         clip_skip=text.get("clip_skip", config.clip_skip),
@@ -256,13 +272,35 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     return family, refiner
 
 
-def place_models(config: Infer, *families: Family | None) -> None:
-    """Bring models that were loaded to the host to the device, quantized or streamed."""
-    if config.quantize != "none" or config.stream:
-        for family in filter(None, families):
-            device = choose_device(config.device)
-            lines = place_networks(family, device, config.quantize, stream=config.stream)
-            print("\n".join(f"note: {line}" for line in lines), file=sys.stderr)
+def first_device(config: Infer) -> torch.device:
+    """Where the weights are loaded. Raises UserError for --no-offload where nothing could leave."""
+    device = choose_device(config.device)
+    check_offload(device, offload=config.offload, family=config.family, say=print_note)
+    turns = leaves_device(device, offload=config.offload, family=config.family)
+    return loading_device(device, config.quantize, stream=config.stream, comes_later=turns)
+
+
+def place_models(
+    config: Infer, family: Family, refiner: Family | None, patches: Sequence[Patch]
+) -> tuple[Family, Family | None]:
+    """The base model and the refiner, with the LoRAs in them, quantized or streamed on the device;
+    or with networks that come there to work, one part of both models at a time (--offload).
+    """
+    device = choose_device(config.device)
+    turns = leaves_device(device, offload=config.offload, family=config.family)
+    for model in (family, refiner):
+        if model is not None and (config.quantize != "none" or config.stream):
+            resident = () if turns else None
+            lines = place_networks(
+                model, device, config.quantize, stream=config.stream, resident=resident
+            )
+            for line in lines:
+                print_note(line)
+    if not turns:
+        return family, refiner
+    adapted = set(chain.from_iterable(patch.adapted for patch in patches))
+    texts_change = not adapted.isdisjoint(family.tokenizers)
+    return take_turns(family, refiner, device, texts_change=texts_change, say=print_note)
 
 
 def _latent_space(family: Family) -> tuple[int, int, str]:
@@ -272,17 +310,15 @@ def _latent_space(family: Family) -> tuple[int, int, str]:
 def write_images(drawing: Drawing, config: Infer, prompts: Sequence[TaggedPrompt]) -> list[Path]:
     """Draws --count images of each prompt, --batch at a time, and writes each with its recipe."""
     jobs = list(product(prompts, range(config.count)))
-    images: list[Image.Image] = []
+    batches: list[ImageBatch] = []
     for _, group in groupby(jobs, key=lambda job: job[0].loras):
         alike = list(group)
-        own = loras_of_prompt(drawing.loras, len(config.lora), alike[0][0])
-        set_strengths(drawing.patches, own, {})
         for first in range(0, len(alike), config.batch):
             some = alike[first : first + config.batch]
-            texts = [prompt.text for prompt, _ in some]
-            images += drawing.draw(texts, [config.seed + i for _, i in some], config)
+            seeds = [config.seed + i for _, i in some]
+            batches.append(drawing.make_batch([prompt for prompt, _ in some], seeds, config, {}))
     paths = image_paths(config.out, len(jobs))
-    for image, path, (prompt, i) in zip(images, paths, jobs):
+    for image, path, (prompt, i) in zip(drawing.draw_images(batches), paths, jobs):
         alone = replace(config, seed=config.seed + i, count=1)
         save_with_recipe(image, path, _without_tags(alone, prompt))
     return paths
@@ -295,22 +331,19 @@ def write_grid(
 
     The sheet of one prompt has its recipe.
     """
+    cells = grid_cells(axes)
+    batches: list[ImageBatch] = []
+    for prompt, settings in product(prompts, cells):
+        changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
+        for name in ("seed", "steps"):
+            changed[name] = int(settings.get(name, getattr(config, name)))
+        own = replace(config, **changed)
+        batches.append(drawing.make_batch([prompt], [own.seed], own, settings))
+    images = drawing.draw_images(batches)
     rows: list[ImageRow] = []
-    for prompt in prompts:
-        loras = loras_of_prompt(drawing.loras, len(config.lora), prompt)
-
-        def draw_cell(
-            settings: Mapping[str, float],
-            loras: Sequence[LoraSource] = loras,
-            text: str = prompt.text,
-        ) -> Image.Image:
-            set_strengths(drawing.patches, loras, settings)
-            changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
-            for name in ("seed", "steps"):
-                changed[name] = int(settings.get(name, getattr(config, name)))
-            return drawing.draw([text], [changed["seed"]], replace(config, **changed))[0]
-
-        rows += draw_rows(axes, draw_cell, prompt.text if len(prompts) > 1 else "")
+    for number, prompt in enumerate(prompts):
+        some = images[number * len(cells) : (number + 1) * len(cells)]
+        rows += grid_rows(axes, some, prompt.text if len(prompts) > 1 else "")
     path = Path(config.out)
     title = prompts[0].text if len(prompts) == 1 else f"the prompts of {Path(config.prompts).name}"
     sheet = draw_grid(rows, title=title)

@@ -35,6 +35,7 @@ from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 from lora_core.kernels import use_kernels
 from lora_core.optim import building, gradients
+from lora_core.tensor_trees import map_tensors
 from models import flux, load_family, sd
 from models.components import read_json
 from models.published import PUBLISHED_MODELS
@@ -174,7 +175,7 @@ class OurLoop:
 
     def __call__(self) -> Tensor:
         """The loss of one step, as a tensor: nothing waits for the device."""
-        sampled = cuda_graph.map_tensors(self.sample_step(), self._to_device)
+        sampled = map_tensors(self.sample_step(), self._to_device)
         if self.replayed is None:
             return self.update(sampled)[0]
         return self.replayed(self.update, sampled)[0]

@@ -353,6 +353,9 @@ class ModelConfig:
     """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    offload: bool = True
+    """Keep a network on the GPU only while it works, else in host memory, which costs the time of a
+    copy when it comes back."""
     quantize: Literal["none", "fp8", "int8", "int4"] = "none"
     """Form in which frozen linear layers of the denoiser and of T5 are stored: fp8 and int8 take
     half the memory of bf16, int4 (NF4, as in QLoRA) about a quarter (extra: torchao)."""
@@ -394,9 +397,6 @@ class Config(ModelConfig):
     """On an NVIDIA GPU replay forward, backward, clipping and optimizer as one CUDA graph, captured
     once for each stage and image size: no launch costs. With adamw or prodigy, and losses that do
     the same in each step."""
-    offload: bool = True
-    """Keep a network on the GPU only while it works, else in host memory, which costs the time of a
-    copy when it comes back."""
     gradient_checkpointing: Checkpointing = "none"
     """Recompute activations in the backward pass, for about a third more time: those of the
     denoiser's blocks, or all, where a text encoder or tokens train."""

@@ -34,6 +34,11 @@ def one_line(text: str) -> str:
     return text.replace("\n", r"\n")
 
 
+def print_note(text: str) -> None:
+    """One line on stderr about something that a user would not expect."""
+    print(f"note: {one_line(text)}", file=sys.stderr)
+
+
 def escape_surrogates(text: str) -> str:
     r"""The text with only half characters written out, \xe9 for a byte that is not UTF-8."""
     return SURROGATES.sub(_escape, text)

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.escaped_output import print_note
 from lora_core.family import Family, LoadOptions
 from lora_core.formats.model_words import model_placeholders
 from lora_core.runs.loras import read_run_settings
@@ -25,14 +26,7 @@ from merging.model_sums import (
     write_model_file,
 )
 from merging.model_tokens import known_tokens
-from merging.output import (
-    align_columns,
-    check_output,
-    make_output,
-    print_note,
-    print_warning,
-    print_written,
-)
+from merging.output import align_columns, check_output, make_output, print_warning, print_written
 from merging.stored_layers import LayerKey
 from merging.token_names import TakenNames
 from models import choose_device, load_family

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
+from lora_core.escaped_output import hides_progress, print_note
 from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from lora_core.formats.training_metadata import join_metadata
@@ -55,7 +55,6 @@ from merging.output import (
     check_adapter_output,
     make_output,
     print_file_count,
-    print_note,
     print_notes,
     print_warning,
     print_written,

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from lora_core.adapters.patch import TOKENIZERS
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
+from lora_core.escaped_output import print_note
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from lora_core.formats.model_folders import Model
@@ -20,7 +21,6 @@ from lora_core.formats.weights import Weights
 from lora_core.json_files import read_object
 from lora_core.placeholders import Placeholder
 from merging.folding import with_embedding_rows
-from merging.output import print_note
 from merging.token_names import free_name
 from models.components import load_part
 

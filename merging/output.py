@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank, factor_blocks
 from lora_core.errors import UserError
-from lora_core.escaped_output import one_line
+from lora_core.escaped_output import one_line, print_note
 from lora_core.formats.container import is_finite
 from lora_core.formats.grammar import share_of_down
 from lora_core.formats.known_formats import (
@@ -408,11 +408,6 @@ def print_file_count(files: Sequence[object]) -> None:
     """A line about the number of files in a sum, where nobody would count them."""
     if len(files) > MOST_NOTES:
         print_note(f"the sum has {len(files):,} files")
-
-
-def print_note(text: str) -> None:
-    """One line on stderr about something that a user would not expect."""
-    print(f"note: {one_line(text)}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.adapters.adapted_layer import Adapted, adaptable_layers, module_parents
+from lora_core.adapters.adapted_layer import (
+    Adapted,
+    adaptable_layers,
+    adapted_layers,
+    module_parents,
+)
 from lora_core.adapters.adapter_module import BaseLayer
 from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError
@@ -28,10 +33,12 @@ HOST = torch.device("cpu")
 
 
 def loading_device(
-    device: torch.device, quantize: Quantize, *, stream: bool = False
+    device: torch.device, quantize: Quantize, *, stream: bool, comes_later: bool
 ) -> torch.device:
-    """Where a model is loaded to: the host if `place_networks` brings it to the device."""
-    return HOST if quantize != "none" or stream else device
+    """Where a model is loaded to: the host if `place_networks`, or what else `comes_later`, brings
+    it to the device.
+    """
+    return HOST if quantize != "none" or stream or comes_later else device
 
 
 def place_networks(
@@ -44,8 +51,8 @@ def place_networks(
     resident: Collection[str] | None = None,
 ) -> list[str]:
     """Bring a model's networks from the host to a device, adapters included; returns what was done,
-    in a line for each network. With `resident` the networks of other names, without adapters, end
-    on the host; they come first, so that a layer is packed next to no other network.
+    in a line for each network. With `resident` the networks of other names end on the host; they
+    come first, so that a layer is packed next to no other network.
 
     With `quantize`, the linear layers in the denoiser's blocks become QuantizedLinear, one at a
     time, and so do those of a text encoder as large as T5 that is not among `trained`. What is
@@ -102,6 +109,8 @@ def _stream_network(
             moved.append(path)
     _place_layers(network, device, HOST, quantize, packed, moved)
     move_around_blocks(network, list(blocks.values()), storage)
+    for adapted in adapted_layers(network):
+        adapted.adapters.to(storage)
     if device.type == "cuda":  # before their memory is pinned, which another layout would replace
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     streamed = stream_blocks(blocks, device)

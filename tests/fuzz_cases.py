@@ -117,10 +117,11 @@ def cache_models(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> None:
 
         monkeypatch.setattr(module, "load_family", load_once)
 
-    def draw_black(family: Any, prompts: Any, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros(len(prompts), 3, 8, 8)
+    def draw_black(family: Any, batches: Any, **_: Any) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            yield torch.zeros(len(batch.prompts), 3, 8, 8)
 
-    monkeypatch.setattr(infer, "generate_images", draw_black)
+    monkeypatch.setattr(infer, "generate_batches", draw_black)
 
 
 def command_words(command: str, target: Target, folder: Path) -> list[str]:

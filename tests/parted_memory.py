@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import infer
 from lora_core.config import Config
 from lora_core.family import Family
-from training.networks import base_weights, placed_family, residency
-from training.networks.residency import HostCopy, Residency, frozen_tensors
+from lora_core.memory import placed_family
+from lora_core.memory.residency import (
+    HostCopy,
+    Residency,
+    frozen_tensors,
+    place_whole,
+    whole_tensors,
+)
+from training.networks import base_weights, stage_residency
+from training.networks.stage_residency import StageResidency
 
 
 class PartedMemory:
@@ -26,6 +35,7 @@ class PartedMemory:
         self.there: set[nn.Module] = set()
         self.together: set[tuple[str, ...]] = set()
         self.copies: dict[nn.Module, HostCopy] = {}  # made when a run begins
+        self.tensors: Callable[[nn.Module], Iterator[Tensor]] = frozen_tensors  # that move
         # method of the family, with the kind of call -> the parts that were there
         self.calls: dict[str, set[tuple[str, ...]]] = {}
 
@@ -36,13 +46,13 @@ class PartedMemory:
         self.note_move(network, comes=device is not None)
         if device is None:
             self.remove(network, host)
-        for tensor in frozen_tensors(network) if device else ():
+        for tensor in self.tensors(network) if device else ():
             if id(tensor) in host.kept:
                 tensor.data = host.kept[id(tensor)][1]
         return 4_000_000_000
 
     def remove(self, network: nn.Module, host: HostCopy) -> None:
-        for tensor in frozen_tensors(network):
+        for tensor in self.tensors(network):
             if tensor.numel():
                 host.keep(tensor)
                 tensor.data = tensor.data.new_empty(0)
@@ -88,22 +98,39 @@ class PartedMemory:
         self.calls.setdefault(kind, set()).add(self.parts_there())
         return method(*inputs)
 
-    def open(self, config: Config, family: Family, device: torch.device) -> Residency:
-        """As `residency.open_residency`, where all networks move, and none is there. Those to be
-        packed keep their numbers until then.
+    def open(self, config: Config, family: Family, device: torch.device) -> StageResidency:
+        """As `stage_residency.open_residency`, where all networks move, and none is there. Those to
+        be packed keep their numbers until then.
         """
         found = REAL(config, family, device)
         found.moves, found.place, found.present = config.offload, self.place, set()
         for part, networks in found.parts.items():
             self.names |= dict.fromkeys(networks, part)
         for part in found.parts if config.offload else ():
-            if part not in residency.late_parts(config):
+            if part not in stage_residency.late_parts(config):
                 found._place(part, None)
             self.copies |= dict(zip(found.parts[part], found.copies[part]))
         self.watch(family)
         self.moves.clear()
         self.together.clear()
         return found
+
+    def take_turns(
+        self, family: Family, refiner: Family | None, device: torch.device, **options: Any
+    ) -> tuple[Family, Family | None]:
+        """As `placed_family.take_turns`, where all networks are on the host."""
+        placed: Any = TAKE_TURNS(family, refiner, device, **options)
+        residency: Residency = placed[0].residency
+        assert residency.place is place_whole
+        residency.place, self.tensors = self.place, matrices
+        for part, networks in residency.parts.items():
+            self.names |= dict.fromkeys(networks, part)
+            residency._place(part, None)
+        for model in filter(None, (family, refiner)):
+            self.watch(model)
+        self.moves.clear()
+        self.together.clear()
+        return placed
 
     def order(self) -> Iterator[str]:
         """Part and direction of each move; several networks of a part move together."""
@@ -115,7 +142,25 @@ class PartedMemory:
             last = move
 
 
-REAL = residency.open_residency
+def matrices(network: nn.Module) -> Iterator[Tensor]:
+    """What moves of a network that does not train, but for vectors: the strength of a LoRA that
+    changes norms and biases is written into those, also while the network is away.
+    """
+    for tensor in whole_tensors(network):
+        if tensor.ndim > 1 or not tensor.numel():  # a matrix that is away is empty
+            yield tensor
+
+
+def place_on_host(
+    family: Family, *arguments: Any, resident: Collection[str] | None, **options: Any
+) -> list[str]:
+    """As `placement.place_networks` in inference, whose networks end on the host."""
+    assert resident is not None and not resident
+    return PLACE_NETWORKS(family, *arguments, resident=resident, **options)
+
+
+REAL = stage_residency.open_residency
+TAKE_TURNS = placed_family.take_turns
 PLACE_NETWORKS = base_weights.place_networks
 
 
@@ -124,6 +169,17 @@ def parted_memory() -> Iterator[PartedMemory]:
     """Inside, networks leave the stand-in as they leave a GPU."""
     memory = PartedMemory()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placed_family.places, "open_residency", memory.open)
+        patch.setattr(stage_residency, "open_residency", memory.open)
         patch.setattr(base_weights, "place_networks", memory.place_packed)
+        yield memory
+
+
+@contextmanager
+def parted_drawing() -> Iterator[PartedMemory]:
+    """Inside, networks of infer.py leave the stand-in as they leave a GPU."""
+    memory = PartedMemory()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer, "leaves_device", lambda _, *, offload, family: offload and not family)
+        patch.setattr(infer, "take_turns", memory.take_turns)
+        patch.setattr(infer, "place_networks", place_on_host)
         yield memory

@@ -3,6 +3,8 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from diffusers import (
 
 import infer
 from lora_core.diffusion import generation
-from lora_core.diffusion.generation import random_hole_masks, start_noise
+from lora_core.diffusion.generation import ImageBatch, random_hole_masks, start_noise
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.diffusion.regions import parse_region
 from lora_core.errors import UserError
@@ -89,6 +91,60 @@ def test_holes_are_keyed_by_example() -> None:
     assert masks.shape == (3, 1, 64, 64) and set(masks.unique().tolist()) <= {0.0, 1.0}
     many = random_hole_masks(RandomKeys(0, tuple(map(str, range(200))), (0,) * 200), 32, 32)
     assert 0.15 < (many.flatten(1).min(1).values == 1).float().mean() < 0.35
+
+
+# ---------------------------------------------------------------- many batches
+
+
+def test_networks_work_one_after_the_other_for_the_images_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of other settings and sizes, with a refiner; each is prepared before each network.
+
+    A batch that is larger than the most that may wait goes alone.
+    """
+    tiny_sdxl.save(tmp_path / "base")
+    tiny_sdxl.save(tmp_path / "refiner", refiner=True)
+    family, refiner = (load_family(str(tmp_path / name)) for name in ("base", "refiner"))
+    calls: list[str] = []
+    for model, owner in ((family, "base"), (refiner, "refiner")):
+        for name in ("encode", "denoise", "decode"):
+            _note_calls(monkeypatch, model, name, f"{owner} {name}", calls)
+    settings = generation.SamplerSettings("euler", 4, 3.0, width=16, height=16, refiner_start=0.5)
+    batches = []
+    for number, count in enumerate((1, 2, 1, 4, 1)):
+        own = replace(settings, steps=4 + number % 2)
+        seeds = range(count)
+        prepare = partial(calls.append, f"batch {number}")
+        batches.append(ImageBatch(["a"] * count, seeds, own, prepare=prepare))
+    monkeypatch.setattr(generation, "MOST_WAITING", 3)
+    drawn = list(generation.generate_batches(family, batches, refiner=refiner))
+    turns = ("base encode", "base denoise", "refiner encode", "refiner denoise", "base decode")
+    expected = []
+    for group in ([0, 1], [2], [3], [4]):
+        expected += [f"batch {number}" for number in group]  # the start
+        for turn in turns:
+            for number in group:
+                expected += [f"batch {number}", turn]
+    assert [call for call, _ in groupby(calls)] == [call for call, _ in groupby(expected)]
+    for batch, pixels in zip(batches, drawn, strict=True):
+        alone = generation.generate_images(
+            family, batch.prompts, batch.seeds, batch.settings, refiner=refiner
+        )
+        assert torch.equal(pixels, alone)
+    assert not list(generation.generate_batches(family, []))
+
+
+def _note_calls(
+    monkeypatch: pytest.MonkeyPatch, model: Any, name: str, note: str, calls: list[str]
+) -> None:
+    method = getattr(model, name)
+
+    def noted(*inputs: Any) -> Any:
+        calls.append(note)
+        return method(*inputs)
+
+    monkeypatch.setattr(model, name, noted)
 
 
 # ---------------------------------------------------------------- painting in an image

@@ -1,9 +1,10 @@
 """Axes of image grids: SETTING=START:STOP:STEP and SETTING=A,B,C."""
 
 import pytest
+from PIL import Image
 
 from lora_core.errors import UserError
-from lora_core.runs.image_grid import parse_axis
+from lora_core.runs.image_grid import grid_cells, grid_rows, parse_axis
 
 
 def test_axes_are_read_as_documented() -> None:
@@ -30,3 +31,24 @@ def test_axes_are_read_as_documented() -> None:
 def test_other_axes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--grid"):
         parse_axis(text)
+
+
+def test_the_last_axis_runs_over_the_columns() -> None:
+    axes = [parse_axis("steps=2,3"), parse_axis("seed=0:3")]
+    cells = grid_cells(axes)
+    assert cells[:4] == [
+        {"steps": 2, "seed": 0},
+        {"steps": 2, "seed": 1},
+        {"steps": 2, "seed": 2},
+        {"steps": 3, "seed": 0},
+    ]
+    images = [Image.new("L", (1, 1), int(10 * cell["steps"] + cell["seed"])) for cell in cells]
+    rows = grid_rows(axes, images, "a cat")
+    assert [row.label for row in rows] == ["a cat, steps 2", "a cat, steps 3"]
+    assert [[image.getpixel((0, 0)) for image in row.images] for row in rows] == [
+        [20, 21, 22],
+        [30, 31, 32],
+    ]
+    assert rows[0].captions == ["seed 0", "seed 1", "seed 2"]
+    (row,) = grid_rows(axes[1:], images[:3])
+    assert row.label == "" and row.images == images[:3]

@@ -15,8 +15,8 @@ from lora_core.adapters import injection
 from lora_core.config import AdapterConfig, Config, DataConfig, Stage
 from lora_core.memory.live_tensors import tensor_bytes
 from lora_core.settings import ImageSettings
+from lora_core.tensor_trees import map_tensors
 from training import run_adapters, setup
-from training.cuda_graph import map_tensors
 from training.memory.memory_plan import (
     ACTIVATIONS,
     AVERAGE,

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_core.config import Config, DataConfig
 from lora_core.data.records import Record
 from lora_core.data.shards.stored_files import StoredFile
-from training.networks.residency import Residency
+from lora_core.memory.residency import Residency
 from training.probes import input_probes, model_probes
 
 

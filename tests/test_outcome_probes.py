@@ -5,6 +5,7 @@ error.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import train
 from lora_core.config import Config, SamplesConfig
+from lora_core.diffusion.generation import ImageBatch
 from lora_core.runs.pictures import CELLS
 from lora_core.settings import SamplerSettings
 from tests.conftest import learned, same
@@ -97,9 +99,9 @@ def test_too_few_calls_show_nothing(
     """Sampling that ignores its settings is seen after three calls."""
     denoiser = Denoiser()
 
-    def sample(*_: Any, **__: Any) -> None:
+    def sample(*_: Any, **__: Any) -> Iterator[torch.Tensor]:
         for _i in range(calls):
-            denoiser(torch.ones(2), scale=0.5)
+            yield denoiser(torch.ones(2), scale=0.5)
 
     monkeypatch.setattr(probes.generation, "generate_batches", sample)
     run: Any = finished_run(denoiser, SamplerSettings(steps=4))
@@ -116,7 +118,7 @@ def finished_run(denoiser: nn.Module, settings: SamplerSettings) -> Any:
         settings=settings,
         prompts=["a"],
         optimization=SimpleNamespace(averaged=nullcontext),
-        batch_of=lambda prompts, seeds: None,
+        batch_of=lambda prompts, seeds: ImageBatch(prompts, seeds, settings),
     )
     log = SimpleNamespace(model=model, config=Config(samples=SamplesConfig(steps=4)))
     return probes.FinishedRun(log, samples)  # type: ignore[arg-type]

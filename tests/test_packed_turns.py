@@ -15,15 +15,15 @@ from torch import nn
 import train
 from lora_core.config import AdapterConfig, Config, Stage
 from lora_core.memory.quantized_weights import QuantizedLinear
+from lora_core.memory.residency import DENOISER, TEXT_ENCODERS, VAE, HostCopy, place_component
 from lora_core.memory.streamed_blocks import find_streamed
 from models import load_family, placement
 from models.placement import place_networks
 from tests.conftest import merged
 from tests.parted_memory import PartedMemory
-from tests.test_residency import assert_same_run, both_runs
+from tests.test_stage_residency import assert_same_run, both_runs
 from training.memory import planned_weights
 from training.memory.memory_plan import plan_memory
-from training.networks.residency import DENOISER, TEXT_ENCODERS, VAE, HostCopy, place_component
 
 PARTS = {"unet": DENOISER, "transformer": DENOISER, "vae": VAE}
 STREAMED = {"stream": True, "gradient_checkpointing": "blocks"}

@@ -151,3 +151,14 @@ def test_what_cannot_be_done_is_refused(model):
         place_networks(family, CPU, "int8")
     with pytest.raises(UserError, match="--stream finds no repeated blocks in Linear"):
         place_networks(family, CPU, "none", stream=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stream", [False, True])
+def test_networks_that_are_not_resident_end_on_the_host_with_their_adapters(flux_folder, stream):
+    family = load_family(str(flux_folder))
+    injection.inject(family.modules["transformer"], AdapterSpec(targets=("*to_q",), rank=2))
+    place_networks(family, torch.device("cuda"), "int8", stream=stream, resident=())
+    for network in family.modules.values():
+        assert all(p.device == CPU for p in [*network.parameters(), *network.buffers()])

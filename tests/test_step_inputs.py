@@ -15,9 +15,9 @@ import train
 from lora_core.config import AdapterConfig, Config, PriorConfig, Stage
 from lora_core.data.dataset import Batch, micro_batches
 from lora_core.errors import UserError
+from lora_core.tensor_trees import tree_tensors
 from tests.conftest import final, merged, same, save_pipeline
 from tests.opened_run import OpenedRun, latent_files, open_parts
-from training import cuda_graph
 from training.inputs.step_inputs import InputSource, StepInputs, TokenIds, make_step_inputs
 from training.stages import begin_stage
 
@@ -82,16 +82,16 @@ def test_inputs_drawn_ahead_are_those_drawn_on_the_spot(config: Config, quick: N
             InputSource(replace(config, accumulation=1), s.data, s.model),
             part, stage, 0, check=True,
         )  # fmt: skip
-        given = cuda_graph.tree_tensors(ahead)
-        for a, b in zip(cuda_graph.tree_tensors(alone), given, strict=True):
+        given = tree_tensors(ahead)
+        for a, b in zip(tree_tensors(alone), given, strict=True):
             assert torch.equal(a, b)
     repeated = make_step_inputs(again, batch, stage, 0, check=True)
-    for a, b in zip(cuda_graph.tree_tensors(repeated), cuda_graph.tree_tensors(inputs)):
+    for a, b in zip(tree_tensors(repeated), tree_tensors(inputs)):
         assert torch.equal(a, b)
     x = inputs[0]
     assert isinstance(x.text, TokenIds) and x.swapped is not None
     assert x.dropout_keys is not None and x.step.item() == x.number == 0
-    assert len(cuda_graph.tree_tensors(x)) >= 12
+    assert len(tree_tensors(x)) >= 12
 
 
 @pytest.mark.parametrize("change", ["nan", "shape", "names"])

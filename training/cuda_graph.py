@@ -5,18 +5,19 @@ blocks.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_core import kernels
 from lora_core.adapters import groups
 from lora_core.errors import UserError
 from lora_core.kernels import choice
+from lora_core.tensor_trees import map_tensors, tree_tensors
 from models.placement import named_blocks
 
 # Eager calls before a capture, as torch's documentation of CUDA graphs has it: libraries initialize
@@ -111,34 +112,6 @@ class GraphReplay:
 def call_eagerly(fn: Callable[[Any], Outputs], inputs: Any, key: Hashable = None) -> Outputs:
     """fn(inputs): the replacement of a GraphReplay without --cuda-graph."""
     return fn(inputs)
-
-
-def tree_tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples, mappings and dataclasses, in order."""
-    found: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    map_tensors(tree, keep)
-    return found
-
-
-def map_tensors(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with fn(t) for every tensor t."""
-    if isinstance(tree, Tensor):
-        return fn(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, fn) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*[map_tensors(value, fn) for value in tree])
-    if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, fn) for value in tree)
-    if is_dataclass(tree) and not isinstance(tree, type):
-        values = {f.name: map_tensors(getattr(tree, f.name), fn) for f in fields(tree)}
-        return type(tree)(**values)
-    return tree
 
 
 def compile_blocks(network: nn.Module) -> None:

@@ -18,7 +18,7 @@ from lora_core.diffusion.prediction import scale_input
 from lora_core.errors import UserError
 from lora_core.plugins import function_name
 from lora_core.runs.run_folder import Run, nonfinite_names
-from training import cuda_graph
+from lora_core.tensor_trees import tree_tensors
 from training.inputs.step_inputs import StepInputs, TokenIds
 from training.setup import Data, Model, Optimization
 from training.skipped_steps import MAX_NONFINITE_IN_A_ROW, SkippedSteps
@@ -145,7 +145,7 @@ def check_finite_state(model: Model, optimization: Optimization, done: int, run:
     for group in optimizer.param_groups:
         own = [optimizer.state.get(p, {}) for p in group["params"]]
         shared = {key: value for key, value in group.items() if key != "params"}
-        state = cuda_graph.tree_tensors([own, shared])
+        state = tree_tensors([own, shared])
         parts[f"the optimizer's state of {group['name']}"] = state
     if optimization.average is not None:
         parts["the moving average"] = optimization.average.averages

@@ -89,11 +89,11 @@ class SampleImages:
     def batch_of(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
         """Images to draw; an inpainting model repaints the middle of a validation image."""
         init, mask = self._hole(seeds[0]) if self.model.family.inpainting else (None, None)
-        return ImageBatch(prompts, seeds, init, mask)
+        return ImageBatch(prompts, seeds, self.settings, init, mask)
 
     def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
         drawn = generation.generate_batches(
-            self.model.family, batches, self.settings, placeholders=self.model.placeholders
+            self.model.family, batches, placeholders=self.model.placeholders
         )
         return list(map(pictures.to_images, drawn))
 

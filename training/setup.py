@@ -28,6 +28,7 @@ from lora_core.data.listing import Listing
 from lora_core.diffusion import losses, masked_losses, sampling, validation
 from lora_core.diffusion.validation import ValidationSet
 from lora_core.family import Family, LoadOptions
+from lora_core.memory.residency import DENOISER
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.placeholders import Placeholder
@@ -40,8 +41,7 @@ from training import cuda_graph, learned_tokens, run_adapters, starting_lora
 from training.checks import config_checks, model_checks
 from training.inputs import class_images, training_images
 from training.networks import base_weights, sharding
-from training.networks.placed_family import place_family
-from training.networks.residency import DENOISER, Residency, choose_loading_device
+from training.networks.stage_residency import StageResidency, choose_loading_device, place_family
 from training.run_identity import model_identity
 from training.run_summary import RunLength, describe_run
 from training.skipped_steps import SkippedSteps
@@ -84,7 +84,7 @@ class Model:
 
     family: Family
     device: torch.device
-    residency: Residency  # the networks that are on the device
+    residency: StageResidency  # the networks that are on the device
     denoiser: nn.Module
     encoders: dict[str, nn.Module]  # component -> text encoder
     adapted: dict[str, nn.Module]  # component -> network with adapters

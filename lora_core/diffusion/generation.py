@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,10 @@ from lora_core.layer_prompts import encode_layer_prompts
 from lora_core.placeholders import Placeholder, bind_layers
 from lora_core.settings import SamplerSettings
 
+# Images that wait, with their encoded prompts, for one network to be done with all of them: with
+# Flux in bf16 about 7 MB each.
+MOST_WAITING = 32
+
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """[b, *shape] unit noise, one CPU generator per seed.
@@ -34,13 +38,20 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.cat(rows)
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class ImageBatch(NamedTuple):
     """Images that are sampled together."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
+    settings: SamplerSettings
     init: Tensor | None = None  # [1 or b, 3, h, w] in [-1, 1], the image to start from
     mask: Tensor | None = None  # [1 or b, 1, h, w], 1 where it is to be painted
+    # called before each network works for these images: it may set the strengths of LoRAs
+    prepare: Callable[[], object] = _do_nothing
 
 
 def generate_images(
@@ -68,9 +79,9 @@ def generate_images(
     without new noise). Raises UserError for sizes the model does not take, an init or mask that
     does not fit, and regions that cannot act.
     """
-    batch = ImageBatch(prompts, seeds, init, mask)
+    batch = ImageBatch(prompts, seeds, settings, init, mask)
     (pixels,) = generate_batches(
-        family, [batch], settings, refiner=refiner, regions=regions, placeholders=placeholders
+        family, [batch], refiner=refiner, regions=regions, placeholders=placeholders
     )
     return pixels
 
@@ -79,40 +90,55 @@ def generate_images(
 def generate_batches(
     family: Family,
     batches: Sequence[ImageBatch],
-    settings: SamplerSettings,
     *,
     refiner: Family | None = None,
     regions: Sequence[PromptRegion] = (),
     placeholders: Sequence[Placeholder] = (),
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """The pixels of each batch, as `generate_images` makes them, one network after the other for
-    all batches: images to start from are encoded, then prompts, then latents sampled, then decoded.
+    many batches: images to start from are encoded, then prompts, then latents sampled, then (by a
+    refiner) prompts encoded and latents sampled again, then images decoded. Nothing is drawn before
+    pixels are asked for.
     """
-    under_way: list[Iterator[Tensor | None]] = []
+    for group in _group_batches(batches):
+        under_way: list[Iterator[Tensor | None]] = []
+        for batch in group:
+            under_way.append(_generate(family, batch, refiner, regions, placeholders))
+        phases = 4 if refiner is None else 6  # of `_generate`, which yields once in each
+        for _ in range(phases):
+            for batch, own in zip(group, under_way, strict=True):
+                batch.prepare()
+                pixels = next(own)
+                if pixels is not None:
+                    yield pixels
+
+
+def _group_batches(batches: Sequence[ImageBatch]) -> Iterator[list[ImageBatch]]:
+    """Batches, in order, of at most MOST_WAITING images together, or one alone."""
+    group: list[ImageBatch] = []
+    count = 0
     for batch in batches:
-        under_way.append(_generate(family, batch, settings, refiner, regions, placeholders))
-    results: list[Tensor | None] = []
-    for _ in range(PHASES):
-        results = [next(own) for own in under_way]
-    return [pixels for pixels in results if pixels is not None]
-
-
-PHASES = 4  # of `_generate`: each yields once
+        if group and count + len(batch.prompts) > MOST_WAITING:
+            yield group
+            group, count = [], 0
+        group.append(batch)
+        count += len(batch.prompts)
+    if group:
+        yield group
 
 
 def _generate(
     family: Family,
     batch: ImageBatch,
-    settings: SamplerSettings,
     refiner: Family | None,
     regions: Sequence[PromptRegion],
     placeholders: Sequence[Placeholder],
 ) -> Iterator[Tensor | None]:
     """None after each phase, and after the last one the pixels [b, 3, h, w]."""
-    prompts, seeds, init, mask = batch
-    height, width = settings.height or family.resolution, settings.width or family.resolution
-    _check_inputs(family, settings, (height, width), init, mask)
-    shape = (family.latent_channels, height // family.factor, width // family.factor)
+    settings = batch.settings
+    size = settings.height or family.resolution, settings.width or family.resolution
+    _check_inputs(family, batch, size)
+    shape = (family.latent_channels, size[0] // family.factor, size[1] // family.factor)
     schedule = family.schedule_at(*shape[1:])
     levels = sampling.sampler_levels(
         settings.sampler,
@@ -122,57 +148,62 @@ def _generate(
         offset=family.offset,
         strength=settings.strength,
     )
-    eps = start_noise(seeds, shape).to(family.device)
-    start = _start_sampling(family, eps, levels, settings.strength, init, mask)
-    x, kept = start.x, start.kept
+    start = _start_sampling(family, batch, shape, levels)
     check_regions(family, regions, settings)
-    yield None
-    text = encode_guidance(family, prompts, settings, (height, width), placeholders, regions)
-    yield None
-    stages = [(family, levels, start.inpaint)]
+    noise = _step_noise(batch.seeds, shape, family.device)
+    stages = [_SamplingStage(family, levels, start.inpaint, placeholders)]
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
-        stages = [(family, own, start.inpaint), (refiner, rest, None)]
-    sampler = settings.sampler, settings.sampler_args
-    noise = _step_noise(seeds, shape, family.device)
-    for model, stage_levels, stage_inpaint in stages:
-        if model is not family:  # it has not learned the placeholders
-            text = encode_guidance(model, prompts, settings, (height, width), (), regions)
-        denoise = _prompted_denoiser(model, text, settings, stage_inpaint)
-        if kept is not None:
-            denoise = sampling.keep_latents(denoise, kept, start=levels.t[0].item())
-        getattr(model, "bring_denoiser", bool)()  # its norms are read before it is called
-        with injection.cache_dora_norms(model.modules[model.denoiser]):
-            x = sampling.run_sampler(*sampler, denoise, x, stage_levels, noise)
-    if kept is not None:
-        x = torch.where(kept.hole, x, kept.x0)
+        stages[0] = stages[0]._replace(levels=own)
+        stages.append(_SamplingStage(refiner, rest))
     yield None
+    x = start.x
+    for stage in stages:
+        text = encode_guidance(
+            stage.family, batch.prompts, settings, size, stage.placeholders, regions
+        )
+        yield None
+        x = _run_stage(stage, text, settings, start, x, noise)
+        del text  # it would wait on the device for the other batches
+        yield None
+    if start.kept is not None:
+        x = torch.where(start.kept.hole, x, start.kept.x0)
     pixels = family.decode(x).float()
-    _check_finite(family, x, pixels, seeds)
+    _check_finite(family, x, pixels, batch.seeds)
     yield pixels
+
+
+class _SamplingStage(NamedTuple):
+    """The steps that one model does."""
+
+    family: Family
+    levels: NoiseLevel
+    inpaint: Tensor | None = None  # [b, 1 + c, h, w] further inputs of an inpainting model
+    placeholders: Sequence[Placeholder] = ()  # that it has learned: a refiner has none
 
 
 class _Start(NamedTuple):
     """What sampling starts from."""
 
     x: Tensor  # [b, c, h, w] x_t at the first level
+    t: float  # of that level
     kept: sampling.KeptLatents | None  # of a plain model that paints in an image
     inpaint: Tensor | None  # [b, 1 + c, h, w] further inputs of an inpainting model
 
 
 def _start_sampling(
-    family: Family,
-    eps: Tensor,
-    levels: NoiseLevel,
-    strength: float,
-    init: Tensor | None,
-    mask: Tensor | None,
+    family: Family, batch: ImageBatch, shape: tuple[int, ...], levels: NoiseLevel
 ) -> _Start:
-    """Noise, or the noised image for strength below 1; and the image that a mask is painted in."""
+    """Noise, or the noised image for strength below 1; and the image that a mask is painted in.
+
+    `shape` [c, h, w] is that of one image's latents.
+    """
+    init, mask, strength = batch.init, batch.mask, batch.settings.strength
+    eps = start_noise(batch.seeds, shape).to(family.device)
+    count = len(eps)
     x0 = None
     kept = None
     inpaint = None
-    count = len(eps)
     if init is not None and mask is not None and family.inpainting:
         inpaint = encode_masked_image(family, init, mask).expand(count, -1, -1, -1)
     keeps = mask is not None and not family.inpainting
@@ -188,7 +219,26 @@ def _start_sampling(
             "paint a larger area (--mask)"
         )
     x = sampling.start_latents(eps, levels, x0 if strength < 1 else None)
-    return _Start(x, kept, inpaint)
+    return _Start(x, levels.t[0].item(), kept, inpaint)
+
+
+def _run_stage(
+    stage: _SamplingStage,
+    text: tuple[Conditioning, Conditioning | None],
+    settings: SamplerSettings,
+    start: _Start,
+    x: Tensor,
+    noise: sampling.StepNoise,
+) -> Tensor:
+    """The latents [b, c, h, w] after the steps of one model, from latents x."""
+    model = stage.family
+    denoise = _prompted_denoiser(model, text, settings, stage.inpaint)
+    if start.kept is not None:
+        denoise = sampling.keep_latents(denoise, start.kept, start=start.t)
+    getattr(model, "bring_denoiser", bool)()  # its norms are read before it is called
+    sampler = settings.sampler, settings.sampler_args
+    with injection.cache_dora_norms(model.modules[model.denoiser]):
+        return sampling.run_sampler(*sampler, denoise, x, stage.levels, noise)
 
 
 def _check_finite(family: Family, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -> None:
@@ -268,13 +318,8 @@ def _prompted_denoiser(
     return sampling.guided_denoiser(network, family.prediction, cond, uncond, scale)
 
 
-def _check_inputs(
-    family: Family,
-    settings: SamplerSettings,
-    size: tuple[int, int],
-    init: Tensor | None,
-    mask: Tensor | None,
-) -> None:
+def _check_inputs(family: Family, batch: ImageBatch, size: tuple[int, int]) -> None:
+    init, mask, settings = batch.init, batch.mask, batch.settings
     if size[0] % family.multiple or size[1] % family.multiple:
         raise UserError(
             f"{size[1]} x {size[0]} pixels: the sides of this model's images must be multiples of "

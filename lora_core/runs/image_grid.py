@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -65,19 +65,24 @@ def _parse_values(text: str, *, includes_stop: bool) -> tuple[list[float], int]:
     return [round(start + i * step, 9) for i in range(min(total, MOST_VALUES))], total
 
 
-def draw_rows(
-    axes: Sequence[Axis], draw: Callable[[Mapping[str, float]], Image.Image], label: str = ""
-) -> list[ImageRow]:
-    """The rows of a sheet: the last axis runs over the columns, the first of two over the rows.
-
-    `draw` makes the image of one cell from {setting: value}; every row begins with `label`.
+def grid_cells(axes: Sequence[Axis]) -> list[dict[str, float]]:
+    """{setting: value} of each cell of a sheet, row by row: the last axis runs over the columns,
+    the first of two over the rows.
     """
+    names = [axis.setting for axis in axes]
+    return [dict(zip(names, cell)) for cell in product(*(axis.values for axis in axes))]
+
+
+def grid_rows(
+    axes: Sequence[Axis], images: Sequence[Image.Image], label: str = ""
+) -> list[ImageRow]:
+    """The rows of a sheet, of the images of `grid_cells`; every row begins with `label`."""
     *vertical, across = axes
+    captions = [f"{across.setting} {value:g}" for value in across.values]
     rows = []
-    for down in product(*(axis.values for axis in vertical)):
-        fixed = {axis.setting: value for axis, value in zip(vertical, down)}
-        cells = [draw(fixed | {across.setting: value}) for value in across.values]
-        words = [label, *(f"{setting} {value:g}" for setting, value in fixed.items())]
-        captions = [f"{across.setting} {value:g}" for value in across.values]
-        rows.append(ImageRow(", ".join(filter(None, words)), cells, captions))
+    for number, down in enumerate(grid_cells(vertical)):
+        words = [label, *(f"{setting} {value:g}" for setting, value in down.items())]
+        first = number * len(captions)
+        own = list(images[first : first + len(captions)])
+        rows.append(ImageRow(", ".join(filter(None, words)), own, captions))
     return rows

@@ -40,7 +40,7 @@ IMAGE_OPTIONS = (  # what an image is: a recipe, or the flag, which wins
 START_OPTIONS = ("init_image", "mask", "strength")  # images of this disk: recorded, set by flags
 CALL_OPTIONS = (  # what a command does: flags only, and not recorded
     "out", "overwrite", "prompts", "count", "batch", "device", "threads", "source", "adapter_kind",
-    "family", "stream",
+    "family", "stream", "offload",
 )  # fmt: skip
 # Of the options above, those that name a file, a folder, or a model of the hub.
 MODEL_OPTIONS = ("model", "model_config", "vae", "refiner")

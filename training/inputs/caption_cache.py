@@ -24,12 +24,12 @@ from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
 from lora_core.family import Conditioning
 from lora_core.layer_prompts import encode_layer_prompts, split_prompts
+from lora_core.memory.residency import to_device
 from lora_core.placeholders import Placeholder, Prompt, bind_layers
 from lora_core.runs.run_folder import nonfinite_names
+from lora_core.tensor_trees import map_tensors
 from lora_core.tokens import ordinary_words
 from training.checks import model_checks
-from training.cuda_graph import map_tensors
-from training.networks.residency import to_device
 from training.setup import Model
 
 TEXT_GROUPS = frozenset({"text_encoder", "tokens"})  # that change what a caption is encoded to

@@ -21,7 +21,7 @@ from lora_core.diffusion import generation
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
-from training.networks.residency import to_device
+from lora_core.memory.residency import to_device
 from training.setup import Data, Model
 
 # image (Batch.image_keys), visit up to repetition, (h, w)

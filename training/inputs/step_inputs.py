@@ -23,11 +23,11 @@ from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.diffusion.step_output import CaptionTokens, Readings
 from lora_core.family import Conditioning, Sizes
-from training.cuda_graph import map_tensors, tree_tensors
+from lora_core.memory.residency import DENOISER, TEXT_ENCODERS, VAE, to_device
+from lora_core.tensor_trees import map_tensors, tree_tensors
 from training.inputs.caption_cache import CaptionCache, CaptionRows, TokenIds, trains_text
 from training.inputs.caption_tokens import CaptionReader
 from training.inputs.latent_cache import LatentCache, pixels_repeat_after
-from training.networks.residency import DENOISER, TEXT_ENCODERS, VAE, to_device
 from training.setup import Data, Model
 
 __all__ = ["InputSource", "StepInputs", "TokenIds", "make_step_inputs", "to_device"]

@@ -20,6 +20,7 @@ from lora_core.data.buckets import bucket_sizes
 from lora_core.diffusion import losses
 from lora_core.family import Family
 from lora_core.memory.live_tensors import tensor_bytes
+from lora_core.memory.residency import reason_to_stay
 from training.memory.planned_step import (
     Forward,
     PlannedRun,
@@ -38,7 +39,6 @@ from training.memory.planned_step import (
     step_memory,
 )
 from training.memory.planned_weights import component_bytes, packed_bytes, unpacked_bytes
-from training.networks.residency import reason_to_stay
 
 GB = 1e9
 # CUDA's context and the kernels that torch loads into it: nvidia-smi shows 0.4 to 0.6 GB for a
@@ -189,7 +189,7 @@ def _measure_images(key: _Key) -> ImageMemory:
 
 def takes_turns(config: Config) -> bool:
     """Whether networks leave the device while they do not work (--offload)."""
-    return config.offload and not reason_to_stay(config)
+    return config.offload and not reason_to_stay(config.family)
 
 
 def largest_size(config: Config) -> tuple[int, int]:

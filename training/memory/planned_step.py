@@ -24,11 +24,11 @@ from lora_core.kernels.device import HAS_TRITON
 from lora_core.memory.cuda_operators import WORKSPACES, as_cuda
 from lora_core.memory.live_tensors import LiveTensors, tensor_bytes
 from lora_core.memory.saved_tensors import saved_activations
+from lora_core.tensor_trees import tree_tensors
 from models import DTYPES, load_family
 from models.published import config_source
 from training import setup
 from training.checks import model_checks
-from training.cuda_graph import tree_tensors
 from training.inputs.caption_cache import TokenIds, trains_text
 from training.inputs.step_inputs import StepInputs
 from training.setup import Model, Optimization

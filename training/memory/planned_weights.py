@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lora_core.adapters.adapted_layer import Adapted, adaptable_layers
 from lora_core.config import Config
 from lora_core.memory.quantized_weights import packing_bytes, stored_bytes, unpacking_bytes
+from lora_core.memory.residency import named_frozen_tensors
 from models.placement import LARGE_ENCODER, checkpointed_blocks, parameter_count, quantizable_paths
-from training.networks.residency import named_frozen_tensors
 
 
 def component_bytes(

@@ -24,7 +24,7 @@ from lora_core.family import Family, LoadOptions
 from lora_core.memory.quantized_weights import QuantizedLinear, check_installed
 from models import DTYPES, load_family
 from models.placement import place_networks
-from training.networks.residency import Residency
+from training.networks.stage_residency import StageResidency
 from training.run_adapters import group_of
 
 
@@ -62,7 +62,7 @@ def check_base_weights(c: Config) -> None:
         )
 
 
-def place_model(config: Config, family: Family, residency: Residency) -> None:
+def place_model(config: Config, family: Family, residency: StageResidency) -> None:
     """Bring a family that was loaded to the host to the device, in the forms of the config, and
     print what was done. Where networks take turns, those that do not train stay on the host,
     packed. A denoiser to be divided (--shard) stays there, too, until it is.

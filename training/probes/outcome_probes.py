@@ -18,7 +18,7 @@ from lora_core.diffusion.validation import Score
 from lora_core.placeholders import has_placeholder
 from lora_core.runs.pictures import CELLS
 from lora_core.settings import SamplerSettings
-from training.cuda_graph import tree_tensors
+from lora_core.tensor_trees import tree_tensors
 from training.inputs.training_images import LEFT_OUT
 from training.log import Log
 from training.samples import SampleImages
@@ -227,10 +227,11 @@ def _first_calls(run: FinishedRun, settings: SamplerSettings) -> list[list[Tenso
     handle = model.denoiser.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with model.evaluating(), samples.optimization.averaged():
-            batch = samples.batch_of(samples.prompts[:1], [0])
-            generation.generate_batches(
-                model.family, [batch], settings, placeholders=model.placeholders
+            batch = samples.batch_of(samples.prompts[:1], [0])._replace(settings=settings)
+            drawn = generation.generate_batches(
+                model.family, [batch], placeholders=model.placeholders
             )
+            list(drawn)  # nothing is drawn before
     except _EnoughCalls:
         pass
     finally:

@@ -9,15 +9,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_core.config import Config
 from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.family import Conditioning, Family
-from lora_core.settings import AdapterSpec
-from training.cuda_graph import map_tensors
-from training.networks import residency as places
-from training.networks.residency import DENOISER, TEXT_ENCODERS, VAE, Residency, to_device
+from lora_core.memory.residency import (
+    DENOISER,
+    TEXT_ENCODERS,
+    VAE,
+    Residency,
+    model_parts,
+    place_whole,
+    to_device,
+)
+from lora_core.tensor_trees import map_tensors
 
+REFINER = "refiner's "  # begins the names of a refiner's parts
 PROMPTS_AT_ONCE = 64  # lists of prompts whose encodings are kept on the host
 
 
@@ -26,11 +32,14 @@ class PlacedFamily:
     the device; everything else is the other's own.
 
     With `keeps_texts`, for text encoders that do not change, the latest encodings of prompts are
-    kept on the host, so that samples and validations need the encoders once.
+    kept on the host, so that samples and validations need the encoders once. A second model that
+    shares the residency has the parts of its `owner` (residency.model_parts).
     """
 
-    def __init__(self, family: Family, residency: Residency, *, keeps_texts: bool) -> None:
-        self.family, self.residency = family, residency
+    def __init__(
+        self, family: Family, residency: Residency, *, keeps_texts: bool, owner: str = ""
+    ) -> None:
+        self.family, self.residency, self.owner = family, residency, owner
         self.keeps_texts = keeps_texts
         self.texts: dict[tuple[str, ...], Conditioning] = {}  # method and prompts -> encoding
         family.working_device = residency.device  # type: ignore[attr-defined]
@@ -43,11 +52,11 @@ class PlacedFamily:
         return self.residency.device
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        self.residency.use(VAE)
+        self._use(VAE)
         return self.family.encode_images(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        self.residency.use(VAE)
+        self._use(VAE)
         return self.family.decode(latents)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -57,12 +66,12 @@ class PlacedFamily:
         return self._encode_texts(self.family.encode_negative, "negative", prompts)
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        self.residency.use(TEXT_ENCODERS)
+        self._use(TEXT_ENCODERS)
         return self.family.encode(tokens)
 
     def bring_denoiser(self) -> None:
         """Have the denoiser on the device, before something reads its weights."""
-        self.residency.use(DENOISER)
+        self._use(DENOISER)
 
     def denoise(
         self,
@@ -72,15 +81,18 @@ class PlacedFamily:
         inpaint: Tensor | None = None,
         maps: list[AttentionMap] | None = None,
     ) -> Tensor:
-        self.residency.use(DENOISER)
+        self._use(DENOISER)
         return self.family.denoise(x_t, level, cond, inpaint, maps)
+
+    def _use(self, part: str) -> None:
+        self.residency.use(self.owner + part)
 
     def _encode_texts(
         self, encode: Callable[[Sequence[str]], Conditioning], method: str, prompts: Sequence[str]
     ) -> Conditioning:
         key = (method, *prompts)
         if key not in self.texts:
-            self.residency.use(TEXT_ENCODERS)
+            self._use(TEXT_ENCODERS)
             cond = encode(prompts)
             if not self.keeps_texts:
                 return cond
@@ -90,24 +102,26 @@ class PlacedFamily:
         return map_tensors(self.texts[key], functools.partial(to_device, device=self.device))
 
 
-def place_family(
-    config: Config, family: Family, plan: Mapping[str, AdapterSpec], device: torch.device
-) -> tuple[Family, Residency]:
-    """The family with networks that come and go, and its residency; the family itself where they
-    stay. The networks that train, for `plan` or for learned tokens, are on the device: adapters and
-    token rows are made there, and stay. With --quantize, --stream and --shard they are made on the
-    host, and `base_weights.place_model` and `sharding.shard_denoiser` bring them.
+def take_turns(
+    family: Family,
+    refiner: Family | None,
+    device: torch.device,
+    *,
+    texts_change: bool,
+    say: Callable[[str], None],
+) -> tuple[Family, Family | None]:
+    """A base model and a refiner that do not train, all on the host, as families whose networks
+    come to the device to work: one part of both models at a time.
+
+    `texts_change`: whether the base model's encodings of prompts change, with the strength of a
+    LoRA on its text encoders.
     """
-    residency = places.open_residency(config, family, device)
-    if not residency.moves:
-        return family, residency
-    texts_change = config.trains("tokens") or any(name in family.tokenizers for name in plan)
-    training = [TEXT_ENCODERS] if texts_change else []
-    if family.denoiser in plan or config.shard:
-        training.append(DENOISER)
-    if config.shard:
-        residency.fixed.add(DENOISER)  # its weights are divided there
-    residency.trained = tuple(training)
-    residency.bring_together([part for part in training if part not in places.late_parts(config)])
-    placed = PlacedFamily(family, residency, keeps_texts=not texts_change)
-    return cast(Family, placed), residency
+    parts = model_parts(family)
+    if refiner is not None:
+        parts |= model_parts(refiner, REFINER)
+    residency = Residency(parts, device, moves=True, place=place_whole, say=say)
+    base = PlacedFamily(family, residency, keeps_texts=not texts_change)
+    if refiner is None:
+        return cast(Family, base), None
+    second = PlacedFamily(refiner, residency, keeps_texts=True, owner=REFINER)
+    return cast(Family, base), cast(Family, second)
