@@ -146,7 +146,7 @@ from lora_core.runs.prompt_loras import (
 )
 from lora_core.settings import check_options
 from lora_core.text import read_lines
-from models import DTYPES, choose_device, load_family
+from models import DTYPES, choose_device, load_family, use_device
 from models.placement import loading_device, place_networks
 
 
@@ -274,7 +274,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
 
 def first_device(config: Infer) -> torch.device:
     """Where the weights are loaded. Raises UserError for --no-offload where nothing could leave."""
-    device = choose_device(config.device)
+    device = use_device(config.device)
     check_offload(device, offload=config.offload, family=config.family, say=print_note)
     turns = leaves_device(device, offload=config.offload, family=config.family)
     return loading_device(device, config.quantize, stream=config.stream, comes_later=turns)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         read_layout,
         read_schedule,
         save_family,
+        use_device,
     )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "read_layout",
     "read_schedule",
     "save_family",
+    "use_device",
 ]
 
 TYPES = ("Conditioning", "Family", "LoadOptions", "Sizes")

@@ -114,15 +114,13 @@ def save_family(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is CUDA where there is one. Of several processes each has the
-    GPU of its number on its machine.
+    """The device of that name, a GPU with its number; auto is CUDA where there is one. Of several
+    processes each has the GPU of its number on its machine.
 
     Raises UserError when it cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if distributed.process_count() == 1:
-            return torch.device(name)
     if name == "cuda" and distributed.process_count() > 1:
         name = f"cuda:{distributed.local_rank()}"
     try:
@@ -133,6 +131,17 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name} cannot be used ({why}); leave --device out to take what there is"
         ) from None
+
+
+def use_device(name: str) -> torch.device:
+    """`choose_device`, made torch's current device, on which Triton launches its kernels.
+
+    torch takes no GPU without a number there.
+    """
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _save_network(network: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:

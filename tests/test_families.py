@@ -7,15 +7,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import infer
 import train
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
-from models import FAMILIES, load_family
+from models import FAMILIES, load_family, use_device
 from models.families import save_family
 from tests.tiny_pipeline import save_sd_pipeline
 from training import results
@@ -115,3 +118,30 @@ def test_a_family_of_a_file_trains_compares_and_draws(
     assert infer.main(words) == 2 and "MyPipeline" in capsys.readouterr().err
     assert infer.main([*words, "--family", own.family]) == 0 and (tmp_path / "a.png").is_file()
     assert "family" not in Image.open(tmp_path / "a.png").text["lora_core"]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
+)
+def test_a_gpu_has_a_number_without_which_torch_cannot_use_it(
+    name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the calls of the driver are replaced: torch.cuda.set_device looks at what it gets."""
+
+    def place(size: int, device: str) -> Any:
+        return SimpleNamespace(device=torch.device(device if ":" in device else f"{device}:0"))
+
+    used: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", place)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", used.append, raising=False)
+    with pytest.raises(ValueError, match="with a specified index"):
+        torch.cuda.set_device(torch.device("cuda"))
+    assert use_device(name) == torch.device("cuda", number)
+    assert used == [number]
+
+
+def test_a_cpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "set_device", pytest.fail)
+    assert use_device("auto") == use_device("cpu") == torch.device("cpu")

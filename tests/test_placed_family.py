@@ -237,7 +237,7 @@ def test_no_offload_is_refused_on_the_cpu_and_a_family_of_a_file_stays(
     assert not list(tmp_path.iterdir())
     own = infer.Infer(device="cuda", family="own.py:FAMILY")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "choose_device", torch.device)
+        patch.setattr(infer, "use_device", torch.device)
         assert infer.first_device(own) == torch.device("cuda")
         said = "note: --family own.py:FAMILY: text encoders and VAE stay on the GPU, too\n"
         assert capsys.readouterr().err == said

@@ -36,7 +36,7 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
-from models import DTYPES, choose_device, load_family, read_layout
+from models import DTYPES, choose_device, load_family, read_layout, use_device
 from training import cuda_graph, learned_tokens, run_adapters, starting_lora
 from training.checks import config_checks, model_checks
 from training.inputs import class_images, training_images
@@ -196,9 +196,7 @@ def check_before_opening(
         config_checks.check_declared_needs(config, own_step, plugins.function_name(own_step))
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
+    device = use_device(config.device)
     config_checks.check_device(config, device)
     config_checks.check_optimizer(config, device)
     config_checks.check_reads_pairs(config, loss, own_step)

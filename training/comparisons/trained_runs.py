@@ -7,13 +7,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Run
 from lora_core.toml import read_toml
-from models import choose_device
+from models import use_device
 from training import setup
 from training.checkpoints import Checkpoints
 from training.samples import SampleImages
@@ -79,9 +77,7 @@ def find_trained_run(folder: Path) -> Config:
 
 
 def _open_run(folder: Path, config: Config) -> TrainedRun:
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
+    use_device(config.device)
     with redirect_stdout(io.StringIO()):  # what a run prints about its data and model
         data = setup.open_data(config)
         model = setup.open_model(config)
