@@ -5,20 +5,14 @@ error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 import train
-from lora_core.config import Config, SamplesConfig
-from lora_core.diffusion.generation import ImageBatch
+from lora_core.config import Config
 from lora_core.runs.pictures import CELLS
-from lora_core.settings import SamplerSettings
 from tests.conftest import learned, same
 from tests.test_configs import put
 from training import results
@@ -27,24 +21,18 @@ from training.probes import outcome_probes as probes
 
 ACTING: list[dict[str, Any]] = [
     {
-        "samples.sampler": "euler_ancestral",
-        "samples.steps": 4,
-        "samples.guidance": 2.0,
-        "samples.negative": "bad",
         "samples.prompts": ("a TOK", "TOK TOK", "a TOK"),
         "samples.every": 1,
         "samples.strengths": (0.0, 0.5, 1.0),
         "samples.new_prompts": ("a", "TOK"),
         "samples.show_data": True,
-        "samples.base_word": "thing",
+        "samples.base_word": "a  thing",
         "stages.0.groups": ("denoiser", "tokens"),
         "save_every": 1,
         "keep": 1,
         "ema": 0.9,
     },
     {
-        "samples.steps": 3,
-        "samples.sampler_args": {"eta": 1.0},
         "validation.seed": 5,
         "validation.bins": 2,
         "validation.draws": 2,
@@ -82,59 +70,8 @@ def test_options_that_act_are_seen_and_looking_changes_nothing(
         assert (run / file).read_bytes() == (blind / file).read_bytes()
 
 
-def test_one_sampling_step_shows_no_sampler(config: Config, quick: None) -> None:
-    """With one step some samplers do the same."""
-    train.train(put(config, {"samples.sampler": "euler_ancestral", "stages.0.steps": 1}))
-
-
-class Denoiser(nn.Module):
-    def forward(self, x: torch.Tensor, *, scale: float) -> torch.Tensor:
-        return x * scale
-
-
-@pytest.mark.parametrize("calls, answer", [(5, False), (2, True)])
-def test_too_few_calls_show_nothing(
-    calls: int, answer: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sampling that ignores its settings is seen after three calls."""
-    denoiser = Denoiser()
-
-    def sample(*_: Any, **__: Any) -> Iterator[torch.Tensor]:
-        for _i in range(calls):
-            yield denoiser(torch.ones(2), scale=0.5)
-
-    monkeypatch.setattr(probes.generation, "generate_batches", sample)
-    run: Any = finished_run(denoiser, SamplerSettings(steps=4))
-    assert probes.changes_sampling("steps")(run) is answer
-    assert not denoiser._forward_pre_hooks
-
-
-def finished_run(denoiser: nn.Module, settings: SamplerSettings) -> Any:
-    """A run of which only what sampling needs is there."""
-    from contextlib import nullcontext
-
-    model = SimpleNamespace(denoiser=denoiser, evaluating=nullcontext, family=None, placeholders=())
-    samples = SimpleNamespace(
-        settings=settings,
-        prompts=["a"],
-        optimization=SimpleNamespace(averaged=nullcontext),
-        batch_of=lambda prompts, seeds: ImageBatch(prompts, seeds, settings),
-    )
-    log = SimpleNamespace(model=model, config=Config(samples=SamplesConfig(steps=4)))
-    return probes.FinishedRun(log, samples)  # type: ignore[arg-type]
-
-
-def test_flow_euler_is_the_sampler_of_flow_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does the same as the default, ddim, for them."""
-    monkeypatch.setattr(probes, "_first_calls", lambda *_: [[torch.ones(1)]] * probes.CALLS)
-    run = finished_run(Denoiser(), SamplerSettings(sampler="flow_euler"))
-    assert probes.changes_sampling("sampler")(run)
-    run = finished_run(Denoiser(), SamplerSettings(sampler="euler"))
-    assert not probes.changes_sampling("sampler")(run)
-
-
 def test_prompts_without_the_word_have_no_base_word(config: Config, quick: None) -> None:
-    values = {"samples.prompts": ("a",), "samples.base_word": "thing"}
+    values = {"samples.prompts": ("a",), "samples.base_word": "a  thing"}
     train.train(put(config, values | {"stages.0.groups": ("denoiser", "tokens")}))
 
 

@@ -22,6 +22,7 @@ from training.probes import input_probes as inputs
 from training.probes import model_probes as model
 from training.probes import optimizer_probes as optimizer
 from training.probes import outcome_probes as outcome
+from training.probes import sampling_probes as sampling
 from training.probes import step_probes as steps
 from training.probes.first_step import FirstStep, Probe
 from training.probes.outcome_probes import FinishedRun, Outcome
@@ -84,6 +85,10 @@ def _levels(option: str) -> Shown:
 
 def _pixels(option: str) -> Shown:
     return Shown(inputs.changes_pixels(option), SAME_PIXELS)
+
+
+def _sampling(option: str) -> Shown:
+    return Shown(sampling.changes_sampling(option), "sampling is the same without it")
 
 
 def _drops(option: str) -> Shown:
@@ -237,11 +242,11 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "stages.norm": Shown(adapters.controls_norms, "no row changes"),
     "stages.mask_temperature": Shown(inputs.sharpens_mask, "masks weight the loss as at 1"),
     # samples and validation
-    "samples.sampler": Written(SAMPLES, outcome.changes_sampling("sampler")),
-    "samples.steps": Written(SAMPLES, outcome.changes_sampling("steps")),
-    "samples.guidance": Written(SAMPLES, outcome.changes_sampling("guidance")),
-    "samples.negative": Written(SAMPLES, outcome.changes_sampling("negative")),
-    "samples.sampler_args": Written(SAMPLES, outcome.changes_sampling("sampler_args")),
+    "samples.sampler": _sampling("sampler"),
+    "samples.steps": _sampling("steps"),
+    "samples.guidance": _sampling("guidance"),
+    "samples.negative": _sampling("negative"),
+    "samples.sampler_args": _sampling("sampler_args"),
     "samples.prompts": Written(SAMPLES, outcome.draws_prompts),
     "samples.every": Written(SAMPLES, outcome.has_grids),
     "samples.strengths": Written(SAMPLES, outcome.draws_strengths),

@@ -1,4 +1,4 @@
-"""Probes of what a run has written, and of the images that it has drawn."""
+"""Probes of what a run has written."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from lora_core.config import Config
-from lora_core.diffusion import generation
 from lora_core.diffusion.validation import Score
 from lora_core.placeholders import has_placeholder
 from lora_core.runs.pictures import CELLS
-from lora_core.settings import SamplerSettings
-from lora_core.tensor_trees import tree_tensors
 from training.inputs.training_images import LEFT_OUT
 from training.log import Log
 from training.samples import SampleImages
 from training.scores import Scorer
-
-CALLS = 3  # of a network, at the beginning of sampling, that tell two samplers apart
 
 
 class FinishedRun(NamedTuple):
@@ -174,11 +167,12 @@ def draws_base_word(run: FinishedRun) -> bool:
     a placeholder word, if there is one.
     """
     words = [placeholder.word for placeholder in run.log.model.placeholders]
+    base_word = " ".join(run.config.samples.base_word.split())
     prompts = run.samples.shown_prompts
     cells = _cells(run, "before_after.png", "base")
     for prompt, cell in zip(prompts, cells, strict=True):
         has_word = any(has_placeholder(prompt, word) for word in words)
-        if has_word and run.config.samples.base_word not in cell["caption"]:
+        if has_word and base_word not in cell["caption"]:
             return False
     return True
 
@@ -186,59 +180,3 @@ def draws_base_word(run: FinishedRun) -> bool:
 def shows_training_images(run: FinishedRun) -> bool:
     """--samples.show-data: whether before_after.png has any."""
     return bool(_cells(run, "before_after.png", "training"))
-
-
-def changes_sampling(option: str) -> Outcome:
-    """Whether sampling of the first prompt calls the denoiser with other numbers than with the
-    option's default, in one of the first calls; fewer may not show it.
-    """
-
-    def probe(run: FinishedRun) -> bool:
-        settings = run.samples.settings
-        usual = replace(settings, **{option: getattr(SamplerSettings(), option)})
-        if option == "sampler":
-            usual = replace(usual, sampler_args={})
-            if settings.sampler == "flow_euler":  # for flow models the same as the default
-                return True
-        if run.config.shard:  # all processes would have to do the same
-            return True
-        own, other = (_first_calls(run, used) for used in (settings, usual))
-        if len(own) != len(other) or len(own) < CALLS:
-            return True
-        return not all(map(_are_equal, own, other))
-
-    return probe
-
-
-class _EnoughCalls(Exception):
-    """Sampling has called the denoiser often enough."""
-
-
-def _first_calls(run: FinishedRun, settings: SamplerSettings) -> list[list[Tensor]]:
-    """The tensors that the denoiser gets in its first calls, when the first prompt is drawn."""
-    samples, model = run.samples, run.log.model
-    found: list[list[Tensor]] = []
-
-    def note(_module: nn.Module, args: Any, named: Any) -> None:
-        found.append([tensor.detach().clone() for tensor in tree_tensors([args, named])])
-        if len(found) == CALLS:
-            raise _EnoughCalls
-
-    handle = model.denoiser.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with model.evaluating(), samples.optimization.averaged():
-            batch = samples.batch_of(samples.prompts[:1], [0])._replace(settings=settings)
-            drawn = generation.generate_batches(
-                model.family, [batch], placeholders=model.placeholders
-            )
-            list(drawn)  # nothing is drawn before
-    except _EnoughCalls:
-        pass
-    finally:
-        handle.remove()
-    return found
-
-
-def _are_equal(own: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether two calls got the same tensors."""
-    return len(own) == len(other) and all(map(torch.equal, own, other))
