@@ -4,6 +4,7 @@ can show it.
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,3 +132,13 @@ def test_a_black_and_white_mask_has_no_temperature(value: float, found: Any) -> 
     stage = Stage(mask_temperature=2.0)
     x = SimpleNamespace(mask=mask**2, unweighted_mask=mask)
     assert probes.sharpens_mask(looked_at(inputs=[x], stage=stage)) is found
+
+
+def test_a_caption_is_found_in_its_other_unicode_form() -> None:
+    """Captions are in form C; what is typed on a Mac may be in form D."""
+    caption = unicodedata.normalize("NFD", "a café")
+    record = SimpleNamespace(captions=("a photo of a caf\u00e9",))
+    data = SimpleNamespace(training=SimpleNamespace(records=[record]))
+    found = looked_at(Config(data=DataConfig(caption=caption)), data=data)
+    assert probes.uses_caption(found)
+    assert not probes.uses_caption(looked_at(Config(data=DataConfig(caption="b")), data=data))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_core.config import Config, OptimizerConfig, Stage
+from lora_core.optim import schedules
 from training.probes import optimizer_probes as probes
 
 
@@ -56,3 +57,31 @@ def test_tokens_without_a_gradient(captions: Any, dropped: Any, found: Any) -> N
         model=SimpleNamespace(groups={"tokens": [p]}, gradient_hooks={}, placeholders=[word]),
     )
     assert probes.reaches_parameters(step) is found
+
+
+@pytest.mark.parametrize(
+    "steps, warmup, schedule, arguments, found",
+    [
+        (1000, 0, "wsd", {"decay": 0.01, "end": 0.1}, True),  # the last ten steps show it
+        (1000, 0, "wsd", {"decay": 0.005, "power": 2.0}, True),
+        (1000, 0, "polynomial", {"power": 1.0}, None),  # its default
+        (1000, 1000, "polynomial", {"power": 2.0}, None),  # warms up to its end
+        (2, 0, "wsd", {"decay": 0.2}, None),  # too short
+        (1000, 0, "cosine", {"cycles": 0.5, "of": 1}, False),
+    ],
+)
+def test_arguments_of_schedules(
+    steps: int, warmup: int, schedule: Any, arguments: dict[str, Any], found: Any, monkeypatch: Any
+) -> None:
+    whole = schedules.SCHEDULES["cosine"]
+    monkeypatch.setitem(  # a schedule that ignores an argument
+        schedules.SCHEDULES, "cosine", lambda step, steps, cycles=0.5, of=0: whole(step, steps)
+    )
+    optimizer = OptimizerConfig(schedule=schedule, schedule_args=arguments, warmup=warmup)
+    own = schedules.resolve_schedule(schedule, **arguments)
+    step: Any = SimpleNamespace(
+        config=Config(optimizer=optimizer),
+        stage=Stage(steps),
+        optimization=SimpleNamespace(rate_schedules={schedule: own}),
+    )
+    assert probes.shapes_schedule(step) is found

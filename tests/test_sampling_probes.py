@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import train
 from lora_core.config import Config
@@ -17,17 +17,15 @@ from tests.test_configs import put
 from training.probes import sampling_probes as probes
 
 
-class Denoiser(nn.Module):
-    def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
-        return x * scale
+class Family:
+    def denoise(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return x
 
 
 @pytest.fixture
 def run() -> Any:
     """The first step of a run of which only what sampling needs is there."""
-    model = SimpleNamespace(
-        denoiser=Denoiser(), evaluating=nullcontext, family=None, placeholders=()
-    )
+    model = SimpleNamespace(evaluating=nullcontext, family=Family(), placeholders=())
     return SimpleNamespace(
         config=Config(),
         data=None,
@@ -58,7 +56,7 @@ def test_sampling_that_ignores_its_settings_is_seen_after_three_calls(
 
     def sample(*_: Any, **__: Any) -> Any:
         for i in range(calls):
-            run.model.denoiser(torch.ones(2), scale=torch.tensor(0.5))
+            run.model.family.denoise(torch.ones(2), None)
             carried_out.append(i)
         yield None
 
@@ -66,11 +64,10 @@ def test_sampling_that_ignores_its_settings_is_seen_after_three_calls(
     monkeypatch.setattr(probes, "SampleImages", Samples)
     run.config = put(Config(), {"samples.sampler": sampler})
     if sampler == "flow_euler":  # does what the default does, for flow models
-        assert probes.changes_sampling("sampler")(run) is None
-        return
+        answer = None
     assert probes.changes_sampling("sampler")(run) is answer
     assert carried_out == 2 * [0, 1]
-    assert not run.model.denoiser._forward_pre_hooks
+    assert not vars(run.model.family)
 
 
 def test_nothing_is_carried_out_after_a_difference(
@@ -80,7 +77,7 @@ def test_nothing_is_carried_out_after_a_difference(
 
     def sample(_family: Any, batches: Any, **_: Any) -> Any:
         for i in range(9):
-            run.model.denoiser(torch.ones(batches[0].settings.steps), scale=torch.tensor(0.5))
+            run.model.family.denoise(torch.ones(batches[0].settings.steps), None)
             carried_out.append(i)
         yield None
 
@@ -91,6 +88,15 @@ def test_nothing_is_carried_out_after_a_difference(
     assert carried_out == [0, 1]
     run.inputs[0].number = 1
     assert probes.changes_sampling("steps")(run) is None  # looked at once
+
+
+SAMPLER = """
+import torch
+from lora_core.diffusion.sampling import ddim
+
+def fn(denoise, x, levels):
+    return ddim(denoise, x, levels) + 0.01  # another one at its end alone
+"""
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,25 @@ def test_nothing_is_carried_out_after_a_difference(
             "samples.negative": "bad",
         },
         {"samples.steps": 3, "samples.sampler_args": {"eta": 1.0}},
+        {"samples.steps": 3, "samples.sampler_args": {"eta": 0.0}},  # its default, in words
+        {"samples.steps": 6, "samples.sampler": "euler", "precision": "bf16"},
+        {"samples.steps": 6, "samples.sampler": "dpmpp_2m", "precision": "bf16"},
+        {"samples.steps": 6, "samples.sampler": "FILE:fn"},
     ],
 )
-def test_options_that_act_are_no_error(values: dict[str, Any], config: Config, quick: None) -> None:
+def test_options_that_act_are_no_error(
+    values: dict[str, Any], config: Config, quick: None, tmp_path: Path
+) -> None:
+    file = tmp_path / "sampler.py"
+    file.write_text(SAMPLER)
+    if "FILE" in str(values):
+        values = {**values, "samples.sampler": f"{file}:fn"}
     train.train(put(config, {**values, "stages.0.steps": 1}))
+
+
+def test_a_family_of_functions_gets_its_own_back() -> None:
+    family = SimpleNamespace(denoise=min)
+    with pytest.raises(KeyboardInterrupt), probes._replaced_denoise(family, max):
+        assert family.denoise is max
+        raise KeyboardInterrupt
+    assert family.denoise is min

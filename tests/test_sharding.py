@@ -88,6 +88,7 @@ def test_what_cannot_be_divided_is_refused(
 
 def test_a_sharded_run_is_the_run(config: Config, tmp_path: Path) -> None:
     tested = replace(config, precision="fp64", stages=(Stage(4, ("denoiser", "tokens")),))
+    tested = replace(tested, adapter=replace(config.adapter, dropout=0.2))
     with process_groups(tmp_path) as groups:
         ended = groups.call(2, "tests.test_sharding:compare_with_the_whole")
         assert ended.status == [0, 0], "\n".join(ended.output)

@@ -172,6 +172,17 @@ ACTING: dict[str, dict[str, Any]] = {
         "adapter.targets": ("mid_block.*",),
         "batch_size": 1,
     },
+    "a small weight of preservation": {"prior.swap": {"TOK": "b"}, "prior.swap_weight": 1e-6},
+    "no weight of preservation": {"prior.swap": {"TOK": "b"}, "prior.swap_weight": 0.0},
+    "dropout beside packed and streamed weights": {
+        "adapter.dropout": 0.5,
+        "adapter.rank_dropout": 0.5,
+        "adapter.kind": "dora",
+        "quantize": "int8",
+        "stream": True,
+        "gradient_checkpointing": "blocks",
+    },
+    "dropout in double precision": {"adapter.module_dropout": 0.5, "precision": "fp64"},
     "an adapter of one's own that knows its batch": {
         "adapter.kind": "examples/t_lora.py:TLoRA",
         "adapter.dropout": 0.1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def generate_batches(
     pixels are asked for.
     """
     for group in _group_batches(batches):
-        under_way: list[Iterator[Tensor | None]] = []
+        under_way: list[Generator[Tensor | None, None, None]] = []
         for batch in group:
             under_way.append(_generate(family, batch, refiner, regions, placeholders))
         phases = 4 if refiner is None else 6  # of `_generate`, which yields once in each
@@ -110,6 +110,7 @@ def generate_batches(
                 batch.prepare()
                 pixels = next(own)
                 if pixels is not None:
+                    own.close()  # its tensors would wait on the device for the other batches
                     yield pixels
 
 
@@ -133,7 +134,7 @@ def _generate(
     refiner: Family | None,
     regions: Sequence[PromptRegion],
     placeholders: Sequence[Placeholder],
-) -> Iterator[Tensor | None]:
+) -> Generator[Tensor | None, None, None]:
     """None after each phase, and after the last one the pixels [b, 3, h, w]."""
     settings = batch.settings
     size = settings.height or family.resolution, settings.width or family.resolution

@@ -146,8 +146,11 @@ def drops(option: str) -> Probe:
 
 @torch.no_grad()
 def _differs_by_row(layer: Adapted, option: str, rows: int) -> bool:
-    """Whether a layer gives different outputs for equal rows, with one kind of dropout alone."""
+    """Whether a layer's adapter gives different outputs for equal rows, with one kind of dropout
+    alone, on weights of its own: those of the layer may be divided, streamed or packed.
+    """
     adapter = layer.adapter("default")
+    linear: Any = layer.base
     others = dict.fromkeys(("dropout", "rank_dropout", "module_dropout"), 0.0)
     spec, keys = adapter.spec, adapter.row_keys
     before = [p.detach().clone() for p in adapter.parameters()]
@@ -156,8 +159,9 @@ def _differs_by_row(layer: Adapted, option: str, rows: int) -> bool:
             p.fill_(0.1)
         adapter.spec = replace(spec, **(others | {option: getattr(spec, option)}))
         adapter.row_keys = torch.arange(rows, device=keys.device)
-        x = torch.ones(rows, layer.base.weight.shape[1], device=keys.device)
-        out = adapter(layer.base, x.to(layer.base.weight.dtype), 1.0)
+        like: Any = {"device": keys.device, "dtype": before[0].dtype}
+        base = nn.Linear(linear.in_features, linear.out_features, **like)
+        out = adapter(base, torch.ones(rows, linear.in_features, **like), 1.0)
         return bool((out != out[:1]).any())
     finally:
         adapter.spec, adapter.row_keys = spec, keys

@@ -23,6 +23,7 @@ from lora_core.diffusion.masked_losses import MASK_SCALES
 from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.settings import ImageSettings
 from lora_core.shared_paths import lies_within
+from lora_core.text import normalize_unicode
 from training.probes.first_step import FirstStep, Probe
 
 RARE = 1e-9  # probability at which chance explains nothing
@@ -131,8 +132,9 @@ def has_losers(first: FirstStep) -> bool:
 
 def uses_caption(first: FirstStep) -> bool:
     """--data.caption: whether some image has it, by itself or in a template."""
+    text = normalize_unicode(first.config.data.caption)
     captions = chain.from_iterable(record.captions for record in first.data.training.records)
-    return any(first.config.data.caption in caption for caption in captions)
+    return any(text in caption for caption in captions)
 
 
 def reads_shards(first: FirstStep) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_core.diffusion import losses
-from lora_core.memory.quantized_weights import QuantizedLinear, stored_bytes
+from lora_core.memory.quantized_weights import QuantizedLinear, pack_weight
 from lora_core.memory.streamed_blocks import find_streamed
 from models import DTYPES
 from models.placement import named_blocks, repeated_blocks
@@ -51,13 +51,11 @@ def multiplies_in_bf16(first: FirstStep) -> bool | None:
 
 
 def is_quantized(first: FirstStep) -> bool:
-    """--quantize: whether there are packed layers in the denoiser, with the bytes of that form."""
-    c, packed = first.config, []
-    for module in first.model.denoiser.modules():
-        if isinstance(module, QuantizedLinear):
-            size = stored_bytes(module.packing.shape, c.quantize, DTYPES[c.precision])
-            packed.append(sum(tensor.nbytes for tensor in module.packed) == size)
-    return bool(packed) and all(packed)
+    """--quantize: whether there are packed layers in the denoiser, all in that form."""
+    wanted, _ = pack_weight(torch.eye(64), first.config.quantize)
+    modules = first.model.denoiser.modules()
+    packed = [module.packing.kind for module in modules if isinstance(module, QuantizedLinear)]
+    return set(packed) == {wanted.kind}
 
 
 def is_streamed(first: FirstStep) -> bool:

@@ -13,7 +13,7 @@ from lora_core.optim.ema import ParameterAverage
 from training.probes.first_step import FirstStep, Probe
 from training.probes.input_probes import differing_arguments
 
-MOST_PLACES = 100  # of a stage at which schedules are compared
+LONG_STAGE = 100  # steps, in which an argument of a schedule shows
 
 
 def reaches_parameters(first: FirstStep) -> bool | None:
@@ -138,17 +138,16 @@ def shapes_schedule(first: FirstStep) -> bool | None:
     """
     o, steps = first.config.optimizer, first.stage.steps
     names = {first.stage.schedule_of(group, o) for group in first.stage.groups}
-    if o.schedule not in names & schedules.SCHEDULES.keys():
+    if o.schedule not in names & schedules.SCHEDULES.keys() or o.warmup >= steps:
         return None
     shown = None
     own = first.optimization.rate_schedules[o.schedule]
     for argument in differing_arguments(schedules.SCHEDULES[o.schedule], o.schedule_args):
         others = {key: value for key, value in o.schedule_args.items() if key != argument}
         other = schedules.resolve_schedule(o.schedule, **others)
-        places = range(0, steps, -(-steps // MOST_PLACES))
-        if any(own(i, steps, o.warmup) != other(i, steps, o.warmup) for i in places):
+        if any(own(i, steps, o.warmup) != other(i, steps, o.warmup) for i in range(steps)):
             shown = True
-        elif steps >= MOST_PLACES:
+        elif steps >= LONG_STAGE:
             return False
     return shown
 

@@ -152,23 +152,25 @@ def weights_preservation(first: FirstStep) -> bool | None:
     if first.config.loss not in losses.LOSSES or not first.can_compare:
         return None
     whole, weight = first.functions.loss, first.config.prior.swap_weight
+    # a difference with which the loss grows by about 1, not lost beside what else is in it
+    size = weight**-0.5 if weight else 1.0
+    grown = first.losses(_loss_of_difference(whole, size))
+    without = first.losses(_loss_of_difference(whole, 0.0))
+    alone = losses.add_preservation(_zero_loss(whole), 1.0)
+    once = first.losses(_loss_of_difference(alone, 1.0))
+    return torch.allclose(grown - without, once if weight else torch.zeros_like(once), rtol=1e-2)
 
-    def with_difference(output: losses.StepOutput, loss: Any, size: float) -> Tensor:
-        zero = torch.zeros_like(output.out)
+
+def _loss_of_difference(loss: Any, size: float) -> Any:
+    """The loss where the outputs that are to be the same differ by `size` everywhere."""
+
+    def with_difference(output: losses.StepOutput) -> Tensor:
+        zero = torch.zeros_like(output.out, dtype=torch.float32)
         lazy = {**output.lazy, "preserved": lambda: (zero + size, zero)}
         rows: Tensor = loss(replace(output, lazy=lazy))
         return rows
 
-    def added(loss: Any) -> Tensor:
-        """[b] what a difference of 1 adds to a loss."""
-
-        def difference(output: losses.StepOutput) -> Tensor:
-            return with_difference(output, loss, 1.0) - with_difference(output, loss, 0.0)
-
-        return first.losses(losses.copy_declarations(difference, loss))
-
-    once = losses.add_preservation(_zero_loss(whole), 1.0)
-    return torch.allclose(added(whole), weight * added(once), rtol=1e-3)
+    return losses.copy_declarations(with_difference, loss)
 
 
 def _zero_loss(like: Any) -> Any:
