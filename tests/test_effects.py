@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import models.flux
-import models.sd
 import train
 from lora_core.adapters import adapter_module, kinds
 from lora_core.config import Config, SamplesConfig, Stage, ValidationConfig
@@ -224,7 +223,7 @@ TOKEN_STAGE: dict[str, Any] = {"stages.0.groups": BOTH}
 
 # Option -> its value, what else it needs, and the function that is switched off.
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
-    "clip_skip": (1, {}, instead(models.sd, "check_clip_skip", lambda *_: 0)),
+    "clip_skip": (1, {}, with_settings(setup, "load_family", 1, clip_skip=0)),
     "seed": (3, {}, (step_inputs, "RandomKeys", lambda f: lambda seed, *rest: f(0, *rest))),
     "processes": (2, {"batch_size": 1}, given(dataset, "iterate_batches", batch=1)),
     "quantize": (
@@ -567,7 +566,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 
 
 FLUX: dict[str, tuple[Any, dict[str, Any], Any]] = {
-    "max_sequence_length": (24, {}, instead(models.flux, "_prompt_length", lambda *_: 16)),
+    "max_sequence_length": (24, {}, with_settings(setup, "load_family", 1, max_sequence_length=16)),
     "tokens.encoders": (
         ("clip_l", "t5"),
         TOKEN_STAGE,

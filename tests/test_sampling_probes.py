@@ -32,6 +32,7 @@ def run() -> Any:
         model=model,
         optimization=SimpleNamespace(averaged=nullcontext),
         inputs=[SimpleNamespace(number=0)],
+        can_run_denoiser=True,
     )
 
 

@@ -65,13 +65,16 @@ class FirstStep:
         return [group for group in groups if group["name"] in self.stage.groups]
 
     @property
-    def can_compare(self) -> bool:
-        """Whether losses may be computed again: not by a step of the user's own, not where
-        processes share a network, all of which would have to do the same, and not where each block
-        would be compiled or copied for it.
+    def can_run_denoiser(self) -> bool:
+        """Whether it may be called again: not where processes share it, all of which would have to
+        do the same, and not where each block would be compiled or copied for it.
         """
-        c = self.config
-        return self.functions.own_step is None and not (c.shard or c.compile or c.stream)
+        return not (self.config.shard or self.config.compile or self.config.stream)
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether losses may be computed again: not by a step of the user's own."""
+        return self.functions.own_step is None and self.can_run_denoiser
 
     @cached_property
     def mse(self) -> Tensor:

@@ -27,7 +27,7 @@ def changes_sampling(option: str) -> Probe:
     """
 
     def probe(first: FirstStep) -> bool | None:
-        if first.inputs[0].number or first.config.shard:  # all processes would have to do the same
+        if first.inputs[0].number or not first.can_run_denoiser:
             return None
         samples = SampleImages(first.config, first.data, first.model, first.optimization)
         own, usual = samples.settings, SamplerSettings()
