@@ -110,9 +110,10 @@ def merge_limited(here, limit):
 @pytest.mark.parametrize("rank", [(), ("--rank", "16")], ids=["exact", "rank 16"])
 def test_a_folder_of_lora_files_is_one_sum(rank, tmp_path):
     """A mean of 1,000 files (or SOAK_LORAS) in a process that may have 256 open files: its own
-    memory is at most 1.5 GB, its time linear in their number.
+    memory is at most 2 GB (the factors of one layer, of rank 4,000, are 0.2), its time linear in
+    their number.
     """
-    count, limit, found = int(os.environ.get("SOAK_LORAS", "1000")), 1_500_000_000, []
+    count, limit, found = int(os.environ.get("SOAK_LORAS", "1000")), 2_000_000_000, []
     for number in (count // 5, count):
         folder, out = tmp_path / f"{number}", tmp_path / f"{number}.safetensors"
         folder.mkdir()
@@ -120,10 +121,9 @@ def test_a_folder_of_lora_files_is_one_sum(rank, tmp_path):
         words = ("mix", f"mean({folder}/*.safetensors)", "--out", out, *rank)
         # not limited: files that are mapped, the result's among them, would count as its memory
         status, most, seconds = run_limited(words, resource.RLIM_INFINITY, files=256)
-        assert status == 0 and most < limit
-        written = out.stat().st_size / 1e9
         print(f"{number} files of {size / 1e6:.1f} MB {' '.join(rank)}: {seconds:.0f} s, ", end="")
-        print(f"{most / 1e9:.2f} GB, result {written:.2f} GB")
+        print(f"{most / 1e9:.2f} GB")
+        assert status == 0 and most < limit
         check_mean(out, folder, number, is_exact=not rank)
         found.append(seconds)
         shutil.rmtree(folder)
