@@ -72,7 +72,9 @@ def test_options_that_act_are_seen_and_looking_changes_nothing(
 
 def test_prompts_without_the_word_have_no_base_word(config: Config, quick: None) -> None:
     values = {"samples.prompts": ("a",), "samples.base_word": "a  thing"}
-    train.train(put(config, values | {"stages.0.groups": ("denoiser", "tokens")}))
+    run = train.train(put(config, values | {"stages.0.groups": ("denoiser", "tokens")}))
+    with results.pictures.Image.open(run / "before_after.png") as sheet:
+        assert "thing" not in sheet.text[CELLS]
 
 
 def test_sheets_say_what_they_show(config: Config, tmp_path: Path) -> None:

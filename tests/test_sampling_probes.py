@@ -124,7 +124,8 @@ def test_options_that_act_are_no_error(
     file.write_text(SAMPLER)
     if "FILE" in str(values):
         values = {**values, "samples.sampler": f"{file}:fn"}
-    train.train(put(config, {**values, "stages.0.steps": 1}))
+    run = train.train(put(config, {**values, "stages.0.steps": 1}))
+    assert (run / "summary.json").is_file()
 
 
 def test_a_family_of_functions_gets_its_own_back() -> None:

@@ -61,8 +61,6 @@ class Place(NamedTuple):
 Effect = Shown | Refused | Written | Place
 
 CHECKS = "training.checks.config_checks:check_config"
-MODEL_CHECKS = "training.checks.model_checks:check_model"
-ADAPTERS = "training.checks.model_checks:plan_adapters"
 OPEN_DATA = "training.setup:open_data"
 OPEN_MODEL = "training.setup:open_model"
 SAMPLES = "tests/test_samples.py"

@@ -130,7 +130,7 @@ def draws_validation_noise(run: FinishedRun) -> bool:
     with log.model.evaluating(), run.samples.optimization.averaged():
         others = scorer.score_images(range(min(config.batch_size, count)))
     losses = {(score.key, score.bin): score.loss for score in scores if score.draw == 0}
-    return any(losses[score.key, score.bin] != score.loss for score in others)
+    return any(losses.get((score.key, score.bin)) != score.loss for score in others)
 
 
 # ---------------------------------------------------------------- images
