@@ -1,4 +1,4 @@
-"""The Dockerfile, the Colab notebook, the citation and the type marker: what a new machine reads."""
+"""The Dockerfile, the Colab notebook, the citation and the type markers."""
 
 import ast
 import json
@@ -68,7 +68,8 @@ def test_the_notebook_has_the_form_of_one() -> None:
 
 def test_the_notebook_is_python_and_runs_the_two_commands() -> None:
     for cell in CELLS:
-        python = [line for line in cell.splitlines() if not line.startswith(("!", "%"))]
+        lines = cell.replace("\\\n", " ").splitlines()
+        python = [line for line in lines if not line.startswith(("!", "%"))]
         ast.parse("\n".join(python))
     text = "\n".join(CELLS)
     check_targets(text)
@@ -76,7 +77,8 @@ def test_the_notebook_is_python_and_runs_the_two_commands() -> None:
 
 
 def test_the_notebook_trains_with_options_that_exist() -> None:
-    (command,) = re.findall(r"^!\.venv/bin/python train\.py (.*)$", "\n".join(CELLS), re.M)
+    text = "\n".join(CELLS).replace("\\\n", " ")  # continued lines in one
+    (command,) = re.findall(r"^!\.venv/bin/python train\.py (.*)$", text, re.M)
     words = shlex.split(command)
     assert words[:2] == ["--preset", "$PRESET"]
     config = parse_command_line(Config, words[2:], prog="train.py", example="")
