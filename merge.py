@@ -14,16 +14,28 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Union
 
 import tyro
 
 from lora_core.errors import UserError, exit_status, print_error, print_help
+from lora_core.instant_answers import Script, answer_instantly
 from lora_core.option_types import REGISTRY
+from lora_core.program_flags import MERGE_FLAGS
 from lora_core.text import check_unicode
 from merging.arguments import escape_word, place_words
 from merging.commands import COMMANDS, flatten, run_merge_command
 
+EXAMPLES = (
+    f"python merge.py mix {COMMANDS['mix'].example}",
+    f"python merge.py fold {COMMANDS['fold'].example}",
+    f"python merge.py info {COMMANDS['info'].example}",
+)
+ENDING = (
+    "  COMMAND --help                its flags with an example;  --version",
+    "  --tyro-print-completion bash  completion for the installed lora-merge (docs/training.md)",
+    "Flags of other programs are answered with those here: try --ratios, --new_rank.",
+)
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 CHOICE_ERROR = re.compile(r"invalid choice (.+) for argument '(.+)'\. Expected one of \((.+)\)\.?")
 
@@ -31,9 +43,8 @@ CHOICE_ERROR = re.compile(r"invalid choice (.+) for argument '(.+)'\. Expected o
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of merge.py; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print_help(lambda: print(overview()))
-        return 0 if words else 2
+    if (status := answer_instantly(SCRIPT, words)) is not None:
+        return status
     if words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         print_error(f"error: there is no command {words[0]}; choose {known}")
@@ -63,13 +74,39 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
     return exit_status(carry_out, undone="nothing was written")
 
 
+def show_merge_help(words: Sequence[str]) -> None:
+    """Prints the help of the command that the words name, else the page of them all."""
+    if words[0] in COMMANDS:
+        parse_options(words[0], ["--help"], f"merge.py {words[0]}")
+    print(overview())
+
+
 def overview() -> str:
-    """The help text of merge.py itself: every command in a line."""
-    lines = ["usage: merge.py COMMAND ...", "", *(__doc__ or "").splitlines()[:1], ""]
+    """The page of merge.py: the most used lines, and every command in a line."""
+    lines = ["merge.py: " + (__doc__ or "").splitlines()[0], "", *map("  {}".format, EXAMPLES), ""]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:9}{command.options.__doc__}")
-    example = f"example: merge.py mix {COMMANDS['mix'].example}"
-    return "\n".join([*lines, "", example, "more:    merge.py COMMAND --help"])
+    return "\n".join([*lines, "", *ENDING])
+
+
+def merge_flags(words: Sequence[str]) -> set[str]:
+    """The names of the flags of the command that the words name."""
+    command = COMMANDS.get(words[0])
+    return set(flatten(command.options())) if command else set()
+
+
+def command_choice() -> Any:
+    """The type of the options of some command, which a shell completes."""
+    kinds = [
+        Annotated[command.options, tyro.conf.subcommand(name)] for name, command in COMMANDS.items()
+    ]
+    return Union[tuple(kinds)]  # noqa: UP007 -- of a list
+
+
+MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+SCRIPT = Script(
+    "lora-merge", overview(), show_merge_help, MERGE_FLAGS, merge_flags, command_choice(), MARKERS
+)
 
 
 # ---------------------------------------------------------------- parsing
@@ -92,7 +129,7 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
                 args=[_read_word(word, following) for word, following in _pairs(words)],
                 prog=prog,
                 description=description,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+                config=MARKERS,
                 registry=REGISTRY,
                 return_unknown_args=True,
             )

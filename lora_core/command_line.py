@@ -8,13 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from lora_core.errors import print_help
 from lora_core.option_types import REGISTRY
 from lora_core.text import check_unicode
 from lora_core.toml import read_toml
@@ -111,14 +109,15 @@ def is_given(option: str, words: Sequence[str]) -> bool:
     return any(word.partition("=")[0].replace("_", "-") == flag for word in words)
 
 
-def answer_help(
-    cls: type, words: Sequence[str], *, prog: str, example: str, takes_file: bool = True
-) -> None:
-    """Prints the help and exits where the words ask for it; else returns.
+def top_flags(cls: type) -> set[str]:
+    """The names of a class's flags without a dot, with _ for -."""
+    names = set()
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        extras = getattr(hint, "__metadata__", ())  # of Annotated[...]
+        names |= {name, *(getattr(extra, "name", None) or name for extra in extras)}
+    return names
 
-    A script calls it before it imports torch, which takes seconds.
-    """
-    if "-h" in words or "--help" in words:
-        asked = partial(parse_command_line, cls, ["--help"], prog=prog, example=example)
-        print_help(partial(asked, takes_file=takes_file))
-        sys.exit(0)
+
+def show_help(cls: type, *, prog: str, example: str, takes_file: bool = True) -> None:
+    """Prints the help of a class's flags and ends the process."""
+    parse_command_line(cls, ["--help"], prog=prog, example=example, takes_file=takes_file)
