@@ -81,7 +81,7 @@ from training.samples import SampleImages, save_sample_grid
 from training.scores import Scorer
 from training.setup import Model
 from training.signals import Signals
-from training.stages import begin_stage, remaining_stages, set_learning_rates
+from training.stages import begin_stage, remaining_stages, resolve_group_numbers, set_learning_rates
 from training.step import (
     Loss,
     Step,
@@ -173,9 +173,11 @@ def resolve_functions(
     config: Config, loss: Loss | None, step: Step
 ) -> tuple[Config, StepFunctions]:
     """(config, functions): the loss and step of a run, and the config with their names, from which
-    they are found again if a file defines them. Arguments that are given replace the config's loss
-    and step; --loss-arg is bound to the loss. Raises UserError for a name that cannot be resolved.
+    they are found again if a file defines them, and with a learning rate for each group. Arguments
+    that are given replace the config's loss and step; --loss-arg is bound to the loss. Raises
+    UserError for a name that cannot be resolved.
     """
+    config = resolve_group_numbers(config)
     if step is not training_step:
         config = replace(config, step=plugins.name_function(step))
     elif config.step:

@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` and a wrong flag are answered at on
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,11 +14,14 @@ from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
+from lora_core.config import Stage
+from lora_core.errors import UserError
 from lora_core.option_types import REGISTRY
 from lora_core.text import check_unicode
 from lora_core.toml import read_toml
 
 C = TypeVar("C")
+STAGE_FLAG = re.compile(r"--stages\.(\d{1,6})\.")
 
 # An option that names a function or a class -> the option with its arguments.
 ARGUMENTS_OF = {
@@ -45,13 +49,33 @@ def parse_command_line(
     words = list(words)
     check_unicode(words, "the argument")
     file = words.pop(0) if takes_file and words and not words[0].startswith("-") else ""
-    default = read_toml(Path(file), cls) if file else cls()
+    default = add_stages(read_toml(Path(file), cls) if file else cls(), words)
     usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\n"
     description = f"{cls.__doc__}\n\n{usage if takes_file else ''}example: {example}"
     config = tyro.cli(
         cls, default=default, args=words, prog=prog, description=description, registry=REGISTRY
     )
     return leave_out_arguments(config, default, words, file)
+
+
+def add_stages(default: C, words: Sequence[str]) -> C:
+    """The config with a stage more for each number after its last that the flags name.
+
+    Raises UserError for a gap: --stages.3.steps where there is one stage.
+    """
+    before = getattr(default, "stages", None)
+    if before is None:
+        return default
+    stages = tuple(before)
+    for number in sorted({int(found[1]) for found in map(STAGE_FLAG.match, words) if found}):
+        if number > len(stages):
+            raise UserError(
+                f"--stages.{number} leaves a gap: the stages before it are missing; "
+                f"the next is --stages.{len(stages)}"
+            )
+        if number == len(stages):
+            stages = (*stages, Stage())
+    return default if stages == before else replace(default, stages=stages)
 
 
 def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) -> C:

@@ -53,7 +53,8 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def explain_flag(flag: str, values: Sequence[str], row: OtherFlag) -> str:
     """The sentence about one flag: whose name it is, and what to write here."""
-    whose = " and ".join(tool + ("'" if tool.endswith("s") else "'s") for tool in row.tools)
+    *others, last = [tool + ("'" if tool.endswith("s") else "'s") for tool in row.tools]
+    whose = f"{', '.join(others)} and {last}" if others else last
     start = f"{flag} is {whose} name"
     if not row.here:
         return f"{start}; {row.remark}"
