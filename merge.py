@@ -7,10 +7,6 @@ python merge.py COMMAND --help                               # every command has
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +17,7 @@ import tyro
 from lora_core.errors import UserError, exit_status, print_error, print_help
 from lora_core.instant_answers import Script, answer_instantly
 from lora_core.option_types import REGISTRY
+from lora_core.parser_errors import parse_words
 from lora_core.program_flags import MERGE_FLAGS
 from lora_core.text import check_unicode
 from merging.arguments import escape_word, place_words
@@ -36,8 +33,6 @@ ENDING = (
     "  --tyro-print-completion bash  completion for the installed lora-merge (docs/training.md)",
     "Flags of other programs are answered with those here: try --ratios, --new_rank.",
 )
-COLOR = re.compile(r"\x1b\[[0-9;]*m")
-CHOICE_ERROR = re.compile(r"invalid choice (.+) for argument '(.+)'\. Expected one of \((.+)\)\.?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,22 +116,17 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
     command, advice = COMMANDS[name], f"see {prog} --help"
     _refuse_switch_values(command.options, words, advice)
     description = f"{command.options.__doc__}\n\nexample: {prog} {command.example}"
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            parsed: tuple[Any, list[str]] = tyro.cli(
-                command.options,
-                args=[_read_word(word, following) for word, following in _pairs(words)],
-                prog=prog,
-                description=description,
-                config=MARKERS,
-                registry=REGISTRY,
-                return_unknown_args=True,
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(f"{_first_sentence(box.getvalue())}; {advice}") from None
+    parse = partial(
+        tyro.cli,
+        command.options,
+        args=[_read_word(word, following) for word, following in _pairs(words)],
+        prog=prog,
+        description=description,
+        config=MARKERS,
+        registry=REGISTRY,
+        return_unknown_args=True,
+    )
+    parsed: tuple[Any, list[str]] = parse_words(parse, advice)
     return place_words(name, *parsed, advice)
 
 
@@ -162,26 +152,6 @@ def _read_word(word: str, following: str) -> str:
         has_value = following.lower() in ("true", "false")
         return word if has_value else f"{word}=True"
     return escape_word(word)
-
-
-def _first_sentence(box: str) -> str:
-    """The message in a box that the parser has drawn, up to its first rule."""
-    lines = [COLOR.sub("", line).strip(" │") for line in box.splitlines()]
-    below_title = itertools.dropwhile(_is_rule, lines[1:])
-    sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
-    if match := CHOICE_ERROR.fullmatch(sentence):
-        value, flag, names = match.groups()
-        known = names.replace("'", "").rstrip(",")  # of one choice, Python writes ('lora',)
-        return f"argument {flag}: invalid choice: {value} (choose from {known})"
-    sentence = re.sub(r"^Error parsing (--[\w-]+)", r"argument \1", sentence.rstrip("."))
-    sentence = re.sub(
-        r"^Missing value for .*'(?:--[\w-]+/)*(--[\w-]+)'.*", r"argument \1: no value", sentence
-    )
-    return re.sub(r"^Error parsing \w+: ", "", sentence)
-
-
-def _is_rule(line: str) -> bool:
-    return not line.strip("─-╰╯")
 
 
 if __name__ == "__main__":

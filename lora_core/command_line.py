@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -17,6 +18,7 @@ import tyro
 from lora_core.config import Stage
 from lora_core.errors import UserError
 from lora_core.option_types import REGISTRY
+from lora_core.parser_errors import parse_words
 from lora_core.text import check_unicode
 from lora_core.toml import read_toml
 
@@ -42,9 +44,9 @@ def parse_command_line(
 
     Without `takes_file` there are flags only.
 
-    Prints the help, or the nearest flag for a wrong one, and exits (status 0, 2). Where a flag
-    replaces a choice of the file, such as its optimizer, the file's arguments of that choice are
-    left out, which a printed line says.
+    Prints the help and exits where the words ask for it. Raises UserError, which names the nearest
+    flag, for a wrong one. Where a flag replaces a choice of the file, such as its optimizer, the
+    file's arguments of that choice are left out, which a printed line says.
     """
     words = list(words)
     check_unicode(words, "the argument")
@@ -52,9 +54,16 @@ def parse_command_line(
     default = add_stages(read_toml(Path(file), cls) if file else cls(), words)
     usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\n"
     description = f"{cls.__doc__}\n\n{usage if takes_file else ''}example: {example}"
-    config = tyro.cli(
-        cls, default=default, args=words, prog=prog, description=description, registry=REGISTRY
+    parse = partial(
+        tyro.cli,
+        cls,
+        default=default,
+        args=words,
+        prog=prog,
+        description=description,
+        registry=REGISTRY,
     )
+    config = parse_words(parse, f"see {prog} --help")
     return leave_out_arguments(config, default, words, file)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lora_core.text import is_number
 
 DIFFUSERS, PTI, KOHYA, MIXOFSHOW = "diffusers", "lora_pti", "kohya", "Mix-of-Show"
-COMPVIS, OTHERS = "CompVis", "other trainers"
+DISTILL, COMPVIS, OTHERS = "lora_distill", "CompVis", "other tools"
 ALL = (DIFFUSERS, PTI, KOHYA)
 
 # The words of a value as the other tool reads them -> the words here; "" where they do not carry

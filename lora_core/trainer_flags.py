@@ -369,7 +369,7 @@ TRAIN_FLAGS = (
         "",
         "text is cached whenever no text group trains, with --data.cache on the disk",
     ),
-    OtherFlag("v2 sdxl", (KOHYA,), "", "what a model is, is read from --model"),
+    OtherFlag("v2", (KOHYA,), "", "what a model is, is read from --model"),
     OtherFlag(
         "shuffle_caption keep_tokens", (KOHYA,), "", "give an image several captions instead"
     ),

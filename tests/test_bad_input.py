@@ -346,7 +346,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "split": ({"data": {"split": "test"}}, "--data.split has no effect without --data.dataset"),
     "clip skip": ({"clip_skip": 9}, "--clip-skip is 9; expected 0 to 1"),
-    "sequence": ({"max_sequence_length": 9}, "--max-sequence-length has no effect"),
+    "sequence": ({"max_sequence_length": 9}, "--max-sequence-length 9 is for Flux"),
     "negative": ({"samples": {"negative": "ugly"}}, "--samples.negative has no effect"),
     "warm-up": (
         {"optimizer": {"warmup": 3}, "stages": (Stage(5), Stage(2))},
