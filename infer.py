@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_core.command_line import is_given, parse_command_line, show_help, top_flags
+from lora_core.command_line import is_given, parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import ModelConfig
 from lora_core.instant_answers import Script, answer_instantly, is_started
 from lora_core.placeholders import Placeholder
@@ -106,7 +106,12 @@ def show_infer_help(words: Sequence[str]) -> None:
 
 
 SCRIPT = Script(
-    "lora-infer", INFER_PAGE, show_infer_help, DRAW_FLAGS, lambda words: top_flags(Infer), Infer
+    "lora-infer",
+    INFER_PAGE,
+    show_infer_help,
+    DRAW_FLAGS,
+    lambda words: top_flags(Infer),
+    parser_of(Infer),
 )
 if is_started(__name__, sys.argv, SCRIPT):  # before torch is imported
     answer_list(sys.argv[1:])

@@ -8,9 +8,9 @@ python merge.py COMMAND --help                               # every command has
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Union
+from typing import Any
 
 import tyro
 
@@ -90,17 +90,28 @@ def merge_flags(words: Sequence[str]) -> set[str]:
     return set(flatten(command.options())) if command else set()
 
 
-def command_choice() -> Any:
-    """The type of the options of some command, which a shell completes."""
-    kinds = [
-        Annotated[command.options, tyro.conf.subcommand(name)] for name, command in COMMANDS.items()
-    ]
-    return Union[tuple(kinds)]  # noqa: UP007 -- of a list
+def take_options(options: type) -> Callable[..., None]:
+    """A function that takes the options of a command, as tyro wants to have it."""
+
+    def take(options: Any = options()) -> None:  # noqa: B008 -- read by tyro, called by no one
+        pass
+
+    take.__annotations__["options"] = options
+    return take
 
 
 MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 SCRIPT = Script(
-    "lora-merge", overview(), show_merge_help, MERGE_FLAGS, merge_flags, command_choice(), MARKERS
+    "lora-merge",
+    overview(),
+    show_merge_help,
+    MERGE_FLAGS,
+    merge_flags,
+    partial(
+        tyro.extras.subcommand_cli_from_dict,
+        {name: take_options(command.options) for name, command in COMMANDS.items()},
+        config=MARKERS,
+    ),
 )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lora_core.command_line import parse_command_line, show_help, top_flags
+from lora_core.command_line import parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import Config
 from lora_core.instant_answers import Script, answer_instantly, is_started
 from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
@@ -47,7 +47,9 @@ def train_flags(words: Sequence[str]) -> set[str]:
     return top_flags(CompareRuns if asks_for_comparison(words) else Config)
 
 
-SCRIPT = Script("lora-train", TRAIN_PAGE, show_train_help, TRAIN_FLAGS, train_flags, Config)
+SCRIPT = Script(
+    "lora-train", TRAIN_PAGE, show_train_help, TRAIN_FLAGS, train_flags, parser_of(Config)
+)
 if is_started(__name__, sys.argv, SCRIPT):  # before torch is imported
     answer_list(sys.argv[1:])
     if (status := answer_instantly(SCRIPT, sys.argv[1:])) is not None:

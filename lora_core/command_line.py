@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from lora_core.config import Stage
 from lora_core.errors import UserError
 from lora_core.option_types import REGISTRY
 from lora_core.parser_errors import parse_words
@@ -83,8 +82,8 @@ def add_stages(default: C, words: Sequence[str]) -> C:
                 f"the next is --stages.{len(stages)}"
             )
         if number == len(stages):
-            stages = (*stages, Stage())
-    return default if stages == before else replace(default, stages=stages)
+            stages = (*stages, get_args(get_type_hints(type(default))["stages"])[0]())
+    return default if stages == before else replace(default, stages=stages)  # type: ignore[type-var]
 
 
 def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) -> C:
@@ -140,6 +139,11 @@ def is_given(option: str, words: Sequence[str]) -> bool:
     """Whether a flag sets the option; both spellings, --loss-arg and --loss_arg, are flags."""
     flag = f"--{option}".replace("_", "-")
     return any(word.partition("=")[0].replace("_", "-") == flag for word in words)
+
+
+def parser_of(cls: type) -> Callable[..., object]:
+    """tyro's parser of a class of options."""
+    return partial(tyro.cli, cls, registry=REGISTRY)
 
 
 def top_flags(cls: type) -> set[str]:

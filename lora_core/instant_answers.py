@@ -11,13 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import tyro
+from typing import NamedTuple
 
 from lora_core.errors import UserError, exit_status, print_help
 from lora_core.flag_values import OtherFlag
-from lora_core.option_types import REGISTRY
 from lora_core.other_flags import refuse_other_flags
 
 VERSION_FLAG = "--version"
@@ -47,8 +44,7 @@ class Script(NamedTuple):
     show_help: Callable[[Sequence[str]], object]  # called with the words that ask for it
     other_flags: Sequence[OtherFlag]
     own_flags: Callable[[Sequence[str]], Collection[str]]  # names of the flags that words may have
-    options: Any  # the type that a shell completes
-    markers: tuple[Any, ...] = ()  # tyro's configuration of it
+    parse: Callable[..., object]  # tyro's parser of its options, which also writes completions
 
 
 def is_started(module: str, argv: Sequence[str], script: Script) -> bool:
@@ -97,12 +93,6 @@ def make_completion(script: Script, shells: Sequence[str]) -> str:
         )
     box = io.StringIO()
     with contextlib.redirect_stdout(box), contextlib.suppress(SystemExit):
-        tyro.cli(
-            script.options,
-            args=[COMPLETION_FLAG, shells[0]],
-            prog=script.command,
-            config=script.markers,
-            registry=REGISTRY,
-        )
+        script.parse(args=[COMPLETION_FLAG, shells[0]], prog=script.command)
     name = script.command.replace("-", "_")
     return box.getvalue() + FILES_TOO[shells[0]].format(name=name, command=script.command)

@@ -38,7 +38,8 @@ def refuse_other_flags(
 
 def split_flags(words: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(flag, its values) of a command line; a value may stand behind = or in the next words."""
-    flag, values = "", []
+    flag = ""
+    values: list[str] = []
     for word in words:
         if word.startswith("-") and len(word) > 1 and not is_number(word):
             if flag:

@@ -90,7 +90,7 @@ def _spread_numbers(value: Any, kind: Any, place: str = "") -> Any:
         return [_spread_numbers(item, get_args(kind)[0], f"{place}.{i}") for i, item in stages]
     if not is_dataclass(kind):
         return value
-    kinds = _option_types(kind, include_extras=True)
+    kinds = _option_types(kind, include_extras=True)  # type: ignore[arg-type]
     start = f"{place}." if place else ""
     return {name: _spread_numbers(v, kinds[name], start + name) for name, v in value.items()}
 

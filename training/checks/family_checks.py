@@ -79,9 +79,9 @@ def check_family(c: Config, layout: Layout) -> None:
         return
     name, configs = FAMILY_NAMES[family]
     parts = []
-    for families, words in found.items():
+    for families, listed in found.items():
         owners = " or ".join(FAMILY_NAMES[other].name for other in families)
-        parts.append(f"{', '.join(words)} {'is' if len(words) == 1 else 'are'} for {owners}")
+        parts.append(f"{', '.join(listed)} {'is' if len(listed) == 1 else 'are'} for {owners}")
     them = "it" if sum(map(len, found.values())) == 1 else "them"
     raise UserError(
         f"{c.model} is a model of the family {name}, and {'; '.join(parts)}; leave {them} out, "
