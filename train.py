@@ -19,9 +19,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lora_core.command_line import answer_help, parse_command_line
+from lora_core.command_line import parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import Config
+from lora_core.instant_answers import Script, answer_instantly, is_started
 from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from lora_core.script_pages import TRAIN_PAGE
+from lora_core.trainer_flags import TRAIN_FLAGS
 from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comparison
 
 EXAMPLE = (
@@ -32,13 +35,27 @@ EXAMPLE = (
 )
 PREVIEW_FLAG, PLAN_FLAG = "--preview-density", "--plan"
 
-if __name__ == "__main__":  # before torch is imported
+
+def show_train_help(words: Sequence[str]) -> None:
+    """Prints the help of a run's options, or of a comparison's."""
+    if asks_for_comparison(words):
+        example = COMPARE_EXAMPLE
+        show_help(CompareRuns, prog="train.py", example=example, takes_file=False)
+    show_help(Config, prog="train.py", example=EXAMPLE)
+
+
+def train_flags(words: Sequence[str]) -> set[str]:
+    """The names of the flags that a command line may have."""
+    return top_flags(CompareRuns if asks_for_comparison(words) else Config)
+
+
+SCRIPT = Script(
+    "lora-train", TRAIN_PAGE, show_train_help, TRAIN_FLAGS, train_flags, parser_of(Config)
+)
+if is_started(__name__, sys.argv, SCRIPT):  # before torch is imported
     answer_list(sys.argv[1:])
-    if asks_for_comparison(sys.argv[1:]):
-        answer_help(
-            CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE, takes_file=False
-        )
-    answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
+    if (status := answer_instantly(SCRIPT, sys.argv[1:])) is not None:
+        sys.exit(status)
 
 import time
 from contextlib import ExitStack
@@ -68,7 +85,7 @@ from training.samples import SampleImages, save_sample_grid
 from training.scores import Scorer
 from training.setup import Model
 from training.signals import Signals
-from training.stages import begin_stage, remaining_stages, set_learning_rates
+from training.stages import begin_stage, remaining_stages, resolve_group_numbers, set_learning_rates
 from training.step import (
     Loss,
     Step,
@@ -160,9 +177,11 @@ def resolve_functions(
     config: Config, loss: Loss | None, step: Step
 ) -> tuple[Config, StepFunctions]:
     """(config, functions): the loss and step of a run, and the config with their names, from which
-    they are found again if a file defines them. Arguments that are given replace the config's loss
-    and step; --loss-arg is bound to the loss. Raises UserError for a name that cannot be resolved.
+    they are found again if a file defines them, and with a learning rate for each group. Arguments
+    that are given replace the config's loss and step; --loss-arg is bound to the loss. Raises
+    UserError for a name that cannot be resolved.
     """
+    config = resolve_group_numbers(config)
     if step is not training_step:
         config = replace(config, step=plugins.name_function(step))
     elif config.step:
@@ -194,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     printed, 128 + the number of the signal that ended it (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if (status := answer_instantly(SCRIPT, words)) is not None:
+        return status
     return exit_status(partial(run_train_command, words))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
-from lora_core.option_types import name_or_file
+from lora_core.option_types import GROUP_NUMBERS, name_or_file
 from lora_core.settings import (
     Above,
     AdapterSpec,
@@ -233,11 +233,14 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """adamw, prodigy, the dotted path of any torch optimizer, or my_optimizer.py:Class."""
-    lr: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1
-    each, with other classes their own default."""
-    weight_decay: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Weight decay per group; others: 0.01 for adapters, 0 for tokens."""
+    lr: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(default_factory=dict)
+    """Learning rate: one number for all groups, or per group; others: denoiser=1e-4
+    text_encoder=1e-5 tokens=5e-4, with prodigy 1 each, with other classes their own default."""
+    weight_decay: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(
+        default_factory=dict
+    )
+    """Weight decay: one number for all groups, or per group; others: 0.01 for adapters, 0 for
+    tokens."""
     betas: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Betas per group, e.g. "tokens=0.9,0.99"."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -269,10 +272,12 @@ class Stage:
     """Steps of the optimizer in this stage."""
     groups: tuple[Group, ...] = ("denoiser",)
     """Groups that step; the others are frozen and keep their optimizer state."""
-    lr: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Learning rate per group in this stage."""
-    weight_decay: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Weight decay per group in this stage."""
+    lr: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(default_factory=dict)
+    """Learning rate in this stage: one number for all its groups, or per group."""
+    weight_decay: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(
+        default_factory=dict
+    )
+    """Weight decay in this stage: one number for all its groups, or per group."""
     schedule: Annotated[ScheduleName | None, _SCHEDULE] = None
     """Learning rate over this stage, of all its groups but those of --stages.I.schedules."""
     schedules: dict[str, str] = field(default_factory=dict)

@@ -84,6 +84,16 @@ def read_schedule(
     return _find_family(path, config, family).read_schedule(path, changes, resolution)
 
 
+def families_with_preset(preset: str) -> tuple[str, ...]:
+    """The built-in families whose denoiser has a preset of targets of that name."""
+    owners = []
+    for name in dict.fromkeys(FAMILIES.values()):
+        module = importlib.import_module(name)
+        if preset in module.DENOISER_PRESETS:
+            owners.append(name.removeprefix("models."))
+    return tuple(owners)
+
+
 def save_family(
     family: Family,
     path: str,

@@ -70,6 +70,7 @@ PRESETS = {  # component -> preset -> globs; the counts are those of 19 double a
     },
     "text_encoder": sd.PRESETS["text_encoder"],
 }
+DENOISER_PRESETS = tuple(PRESETS["transformer"])
 SHIFTS = (  # keys of scheduler_config.json that are read
     "shift",
     "use_dynamic_shifting",

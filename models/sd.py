@@ -67,6 +67,7 @@ PRESETS = {  # component -> preset -> globs; the counts are SD 1.5's
         "all-linear": ("*.self_attn.*_proj", "*.mlp.fc?"),
     },
 }
+DENOISER_PRESETS = (*PRESETS["unet"], "all-linear")  # their names
 
 
 class StableDiffusion:

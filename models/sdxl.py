@@ -59,6 +59,7 @@ PRESETS = {
     "text_encoder": sd.PRESETS["text_encoder"],
     "text_encoder_2": sd.PRESETS["text_encoder"],
 }
+DENOISER_PRESETS = (*sd.DENOISER_PRESETS, *PRESETS["unet"])  # their names
 
 
 @dataclass(frozen=True)
