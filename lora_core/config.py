@@ -256,6 +256,9 @@ class OptimizerConfig:
     """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
     clip: Annotated[float, AtLeast(0, infinite=True)] = 1.0
     """Largest norm of the gradient; 0: no clipping."""
+    max_update_norm: Annotated[float, AtLeast(0)] = 0.0
+    """Largest Frobenius norm of a LoRA layer's update, alpha / rank * up @ down, whose factors are
+    scaled down after each step (kohya's max norm, usually 1); 0: no limit."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import models.flux
 import train
-from lora_core.adapters import adapter_module, kinds
+from lora_core.adapters import adapter_module, kinds, norm_limits
 from lora_core.config import Config, SamplesConfig, Stage, ValidationConfig
 from lora_core.data import dataset
 from lora_core.diffusion import densities, generation, losses, masked_losses, noise
@@ -483,6 +483,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         1e-6,
         {},
         (gradients, "clip_gradients_", lambda f: lambda params, limit: f(params, 1e9)),
+    ),
+    "optimizer.max_update_norm": (
+        1e-6,
+        {},
+        instead(
+            step_module, "limit_update_norms_", lambda *_, **__: norm_limits.LimitedNorms(0, 0)
+        ),
     ),
     "stages.groups": (("denoiser",), {}, (train, "begin_stage", frozen_parameter)),
     "stages.lr": (

@@ -228,6 +228,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "optimizer.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
     "optimizer.lora_plus": Shown(optimizer.has_two_rates, "all parameters have one learning rate"),
     "optimizer.clip": Shown(optimizer.clips, "the gradient is longer after it", True),
+    "optimizer.max_update_norm": Shown(optimizer.limits_updates, "an update has a larger norm"),
     # stages
     "stages.steps": Written("tests/test_stages.py"),
     "stages.groups": Shown(optimizer.reaches_parameters, "a parameter gets no gradient", True),

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters import norm_limits
 from lora_core.optim import building, schedules
 from lora_core.optim.ema import ParameterAverage
+from training import step
 from training.probes.first_step import FirstStep, Probe
 from training.probes.input_probes import differing_arguments
 
@@ -188,6 +190,15 @@ def clips(first: FirstStep) -> bool | None:
     norms = torch._foreach_norm(grads)
     norm = torch.linalg.vector_norm(torch.stack(norms).double())
     return bool(norm <= limit * (1 + 1e-3))
+
+
+def limits_updates(first: FirstStep) -> bool | None:
+    """--optimizer.max-update-norm: whether no update of the stage's groups has a larger norm."""
+    networks = step.limited_networks(first.model, first.stage)
+    if not networks or bool(first.optimization.skip):
+        return None
+    limit = first.config.optimizer.max_update_norm
+    return bool(norm_limits.largest_update_norm(networks) <= limit * (1 + 1e-5))
 
 
 def averages(first: FirstStep) -> bool | None:
