@@ -288,6 +288,10 @@ class NoiseSettings:
     offset: Annotated[float, AtLeast(0)] = 0.0
     """Noise offset: strength of one extra random constant per image and channel, in the target too
     (crosslabs.org, "Diffusion with offset noise")."""
+    adaptive_offset: float = 0.0
+    """Added to the strength of the noise offset for each |mean| of 1 of a latent channel of the
+    image, where the sum is not negative (kohya; images much brighter or darker than usual); 0:
+    nothing."""
     multires_levels: Annotated[int, AtLeast(0)] = 0
     """Coarser octaves of noise that are added ("multi-resolution noise", wandb, and kohya); 0:
     off."""

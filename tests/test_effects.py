@@ -403,6 +403,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (setup.learned_tokens, "_norm_target", lambda f: lambda rows, wanted: f(rows, 0.0)),
     ),
     "noise.offset": (0.1, {}, SPEC(*NOISE, 2, offset=0.0)),
+    "noise.adaptive_offset": (2.0, {"noise.offset": 0.1}, SPEC(*NOISE, 2, adaptive_offset=0.0)),
     "noise.multires_levels": (3, {}, SPEC(*NOISE, 2, multires_levels=0)),
     "noise.multires_discount": (
         0.5,

@@ -19,6 +19,7 @@ from lora_core.errors import UserError
 from lora_core.settings import AdapterSpec
 from tests.injected_nets import TARGETS, injected, shake
 from training.checks import config_checks
+from training.checks.combination_checks import check_combinations
 
 
 def updates(model: nn.Module) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ def test_kinds_without_such_factors_and_schedule_free_optimizers_are_refused(
     for kind in ("dora", "full", "lokr"):
         changed = replace(limited, adapter=replace(config.adapter, kind=kind))
         with pytest.raises(UserError, match=f"adapter.kind {kind} does not add by itself"):
-            config_checks.check_update_norm(changed)
+            check_combinations(changed)
     file = tmp_path / "free.py"
     file.write_text(
         "import torch\nclass Free(torch.optim.SGD):\n"

@@ -28,12 +28,8 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
-from training.checks.group_checks import (
-    check_groups,
-    check_schedules,
-    check_update_norm,
-    stage_schedules,
-)
+from training.checks.combination_checks import check_combinations
+from training.checks.group_checks import check_groups, check_schedules, stage_schedules
 from training.checks.optimizer_check import try_optimizer
 from training.inputs.mask_files import parse_segmenter
 from training.inputs.training_images import check_data_options
@@ -142,6 +138,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.bucket_step": (lambda c: c.data.buckets, "--data.buckets"),
     "optimizer.lora_plus": ADAPTERS,
     "optimizer.max_update_norm": ADAPTERS,
+    "noise.adaptive_offset": (lambda c: c.noise.offset > 0, "--noise.offset above 0"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),
     "data.variants": (lambda c: c.data.is_random, RANDOM_PIXELS),
     "data.cache": (
@@ -211,7 +208,7 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)
     check_groups(c)
-    check_update_norm(c)
+    check_combinations(c)
     check_base_weights(c)
     _check_effects(c)
     c.data.check_combination()

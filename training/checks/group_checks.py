@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_core.config import GROUPS, Config, Stage
 from lora_core.errors import UserError
-from lora_core.optim import building, schedules
+from lora_core.optim import schedules
 
 
 def stage_schedules(c: Config, stage: Stage) -> dict[str, list[str]]:
@@ -41,23 +41,6 @@ def check_groups(c: Config) -> None:
                 f"that trains {group} has a schedule of its own; "
                 f"give --stages.{numbers[0]}.schedules"
             )
-
-
-def check_update_norm(c: Config) -> None:
-    """Raises UserError for a limit of the updates' norms where their factors cannot be scaled."""
-    if not c.optimizer.max_update_norm:
-        return
-    flag = f"--optimizer.max-update-norm {c.optimizer.max_update_norm:g}"
-    if c.adapter.kind != "lora":
-        raise UserError(
-            f"{flag} limits alpha / rank * up @ down, which --adapter.kind {c.adapter.kind} does "
-            "not add by itself; use --adapter.kind lora or leave it out"
-        )
-    if building.is_schedule_free(building.resolve_optimizer(c.optimizer.name)):
-        raise UserError(
-            f"{flag} scales the parameters, of which {c.optimizer.name} keeps further copies; "
-            "choose another optimizer or leave it out"
-        )
 
 
 def check_schedules(c: Config) -> None:

@@ -201,6 +201,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "tokens.norm_target": Shown(adapters.aims_at_norm, "the rows have another target"),
     # noise
     "noise.offset": _noise("offset"),
+    "noise.adaptive_offset": _noise("adaptive_offset"),
     "noise.multires_levels": _noise("multires_levels"),
     "noise.multires_discount": _noise("multires_discount"),
     "noise.perturbation": _noise("perturbation"),

@@ -297,7 +297,7 @@ def draws_from_seed(first: FirstStep) -> bool:
 def _is_noise_of(first: FirstStep, keys: RandomKeys, settings: NoiseConfig) -> bool:
     """Whether the noise of the first micro-batch is that of these keys and settings."""
     x = first.inputs[0]
-    other = noise.sample_noise(keys, tuple(x.x0.shape[1:]), settings)
+    other = noise.sample_noise(keys, tuple(x.x0.shape[1:]), settings, x.x0)
     own = x.eps.cpu(), x.eps_in.cpu()
     return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(own, other))
 
