@@ -294,6 +294,21 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"data.buckets": True, "batch_size": 1},
         instead(dataset, "cut_size", lambda *_: (14, 18)),
     ),
+    "data.bucket_min": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_min=0),
+    ),
+    "data.bucket_max": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_max=0),
+    ),
+    "data.bucket_upscale": (
+        False,
+        {"data.buckets": True, "data.bucket_step": 2, "data.resolution": 64},
+        with_settings(dataset, "cut_size", 0, bucket_upscale=True),
+    ),
     "data.interpolation": (
         "lanczos",
         {},
@@ -649,6 +664,8 @@ def test_an_option_whose_implementation_is_off_is_an_error(
     monkeypatch.setattr(config_checks.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(reports, "check_login", nothing)
     flag = option.replace("stages.", "stages.0.").replace("_", "-")
-    with pytest.raises(UserError, match=f"^--{flag} .* had no effect") as caught:
+    section, _, own = flag.rpartition(".")
+    given = f"--{section}.no-{own} had" if value is False else f"--{flag} .* had"
+    with pytest.raises(UserError, match=f"^{given} no effect") as caught:
         train.train(config)
     print(caught.value)

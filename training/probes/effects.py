@@ -149,6 +149,9 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "data.variants": Shown(inputs.repeats_pixels, "pixels do not come again"),
     "data.buckets": Shown(inputs.has_buckets, "all images are cut to squares"),
     "data.bucket_step": Shown(inputs.has_bucket_step, "sides are no multiples of it"),
+    "data.bucket_min": Shown(inputs.has_shortest_side, "a side is shorter"),
+    "data.bucket_max": Shown(inputs.has_longest_side, "a side is longer"),
+    "data.bucket_upscale": Shown(inputs.keeps_sizes, "a small image is enlarged"),
     "data.interpolation": _pixels("interpolation"),
     "data.images": Place(OPEN_DATA),
     "data.dataset": Place(OPEN_DATA),
@@ -336,7 +339,10 @@ def check_outputs(log: Log, samples: SampleImages) -> None:
 def _describe_option(name: str, value: Any) -> str:
     """An option and its value, as on the command line."""
     flag = name.replace("_", "-")
-    return f"--no-{flag}" if value is False else f"--{flag} {shorten_value(value)}"
+    section, dot, option = flag.rpartition(".")
+    if value is False:
+        return f"--{section}{dot}no-{option}"
+    return f"--{flag} {shorten_value(value)}"
 
 
 def _value(settings: Any, name: str) -> Any:
