@@ -490,6 +490,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         instead(schedules.SCHEDULES, "linear", constant),
     ),
     "optimizer.warmup": (2, {"stages.0.steps": 5}, (schedules, "resolve_schedule", without_warmup)),
+    "optimizer.lr_pattern": (
+        {"*.to_q": 0.5},
+        {},
+        instead(run_adapters, "layer_rates", lambda *_: {}),
+    ),
     "optimizer.lora_plus": (
         4.0,
         {},

@@ -50,7 +50,7 @@ def test_each_update_is_scaled_as_in_kohya(limit: float) -> None:
             name = f"{path}.adapters.default.{factor}"
             own = dict(model.named_parameters())[name]
             torch.testing.assert_close(own, factors[name] * ratios[path].sqrt())
-    assert int(result.count) == sum(float(ratio) < 1 for ratio in ratios.values())
+    assert int(result.scaled) == sum(float(ratio) < 1 for ratio in ratios.values())
     largest = max(float(update.norm()) for update in before.values())
     assert float(result.largest) == pytest.approx(largest, rel=1e-12)
     assert float(largest_update_norm([model])) <= limit * (1 + 1e-12)
@@ -69,11 +69,11 @@ def test_a_skipped_step_and_small_updates_change_nothing() -> None:
     assert float(limit_update_norms_([model], 1.0).largest) == 0  # up is 0: no NaN
     shake(model)
     before = [p.detach().clone() for p in injection.adapter_parameters(model)]
-    assert int(limit_update_norms_([model], 0.1, skip=torch.ones(())).count) == 0
-    assert int(limit_update_norms_([model], 1e6, skip=torch.zeros(())).count) == 0
+    assert int(limit_update_norms_([model], 0.1, skip=torch.ones(())).scaled) == 0
+    assert int(limit_update_norms_([model], 1e6, skip=torch.zeros(())).scaled) == 0
     for p, old in zip(injection.adapter_parameters(model), before):
         assert torch.equal(p, old)
-    assert len(TARGETS) < int(limit_update_norms_([model], 0.1, skip=torch.zeros(())).count)
+    assert len(TARGETS) < int(limit_update_norms_([model], 0.1, skip=torch.zeros(())).scaled)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "torch.optim.SGD"])

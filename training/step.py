@@ -277,15 +277,15 @@ def limit_updates(
     step that was not skipped, and log how many layers it scaled and the largest norm before that.
     """
     limit = config.optimizer.max_update_norm
-    networks = limited_networks(model, stage)
+    networks = trained_networks(model, stage)
     if not limit or not networks:
         return
     limited = limit_update_norms_(networks, limit, skip=optimization.skip)
-    add_reading(readings, "limited_layers", limited.count)
+    add_reading(readings, "limited_layers", limited.scaled)
     add_reading(readings, "largest_update", limited.largest)
 
 
-def limited_networks(model: Model, stage: Stage) -> list[nn.Module]:
+def trained_networks(model: Model, stage: Stage) -> list[nn.Module]:
     """The networks whose adapters the stage trains."""
     found = []
     for name, module in model.adapted.items():

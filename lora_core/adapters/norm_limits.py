@@ -15,7 +15,7 @@ from lora_core.adapters.adapter_module import convolution_groups
 class LimitedNorms(NamedTuple):
     """What a limit on the updates' norms did: two numbers on the adapters' device."""
 
-    count: Tensor  # [] layers that were scaled
+    scaled: Tensor  # [] layers that were scaled
     largest: Tensor  # [] float64 norm of the largest update before that
 
 

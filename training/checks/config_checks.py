@@ -145,6 +145,7 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.bucket_min": LISTED_BUCKETS,
     "data.bucket_max": LISTED_BUCKETS,
     "optimizer.lora_plus": ADAPTERS,
+    "optimizer.lr_pattern": ADAPTERS,
     "optimizer.max_update_norm": ADAPTERS,
     "noise.adaptive_offset": (lambda c: c.noise.offset > 0, "--noise.offset above 0"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),

@@ -230,6 +230,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "optimizer.schedule_args": Shown(optimizer.shapes_schedule, "rates are the same without them"),
     "optimizer.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "optimizer.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
+    "optimizer.lr_pattern": Shown(optimizer.has_layer_rates, "the layers have another rate"),
     "optimizer.lora_plus": Shown(optimizer.has_two_rates, "all parameters have one learning rate"),
     "optimizer.clip": Shown(optimizer.clips, "the gradient is longer after it", True),
     "optimizer.max_update_norm": Shown(optimizer.limits_updates, "an update has a larger norm"),
