@@ -66,6 +66,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     clip_skip: Annotated[int, AtLeast(0)] = 0
     """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
     left out, else none."""
+    max_token_length: Literal[0, 75, 150, 225] = 0
+    """Tokens of a prompt that CLIP text encoders read, 75 at a time; 0: as in the run of the LoRA,
+    else 75."""
     max_sequence_length: Annotated[int, AtLeast(0)] = 0
     """Tokens of a T5 prompt; 0: as in the run of the LoRA, else 512, or 256 for a model without
     guidance embedding."""
@@ -127,6 +130,7 @@ from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
 from lora_core.runs.loras import (
+    TEXT_SETTINGS,
     LoraSource,
     apply_loras,
     lora_text,
@@ -250,8 +254,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         first_device(config),
         config.vae,
         scheduler=run.scheduler,
-        clip_skip=text.get("clip_skip", config.clip_skip),
-        max_sequence_length=text.get("max_sequence_length", config.max_sequence_length),
+        **{name: text.get(name, getattr(config, name)) for name in TEXT_SETTINGS},
         config=config.model_config,
         family=config.family,
     )

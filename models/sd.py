@@ -35,9 +35,15 @@ from models.components import (
     open_tokenizer,
     read_encoder_config,
     read_json,
-    read_prompt_length,
     read_resolution,
     tokenize_prompts,
+)
+from models.prompt_chunks import (
+    CHUNK,
+    check_token_length,
+    join_chunks,
+    long_prompt_length,
+    split_chunks,
 )
 
 logging.disable_progress_bar()  # it would show for every text encoder, which loads in a second
@@ -100,6 +106,7 @@ class StableDiffusion:
         self.tokenizers = {"text_encoder": tokenizer}
         self.pipeline = PIPELINES[0]
         self.clip_skip = 0
+        self.max_token_length = CHUNK
         self.checked_prompts: set[str] = set()
         self.unet = unet
         self.vae = vae
@@ -137,7 +144,7 @@ class StableDiffusion:
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        length = read_prompt_length(self.tokenizer)
+        length = long_prompt_length(self.tokenizer, self.max_token_length)
         ids = tokenize_prompts(self.tokenizer, prompts, length, self.checked_prompts)
         return {"ids": ids.to(self.device)}
 
@@ -145,13 +152,15 @@ class StableDiffusion:
         """Last hidden state after the final norm, as in every SD pipeline at inference.
 
         Padded to the tokenizer's length, BOS and EOS included. clip_skip k takes the state k layers
-        earlier, through the same final norm.
+        earlier, through the same final norm. Long prompts are encoded in chunks.
         """
-        ids = tokens["ids"]
+        ids = split_chunks(tokens["ids"], self.tokenizer)
         if not self.clip_skip:
-            return Conditioning(self.text_encoder(ids).last_hidden_state)
-        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
-        return Conditioning(final_norm(self.text_encoder)(states[-(self.clip_skip + 1)]))
+            states = self.text_encoder(ids).last_hidden_state
+        else:
+            every = self.text_encoder(ids, output_hidden_states=True).hidden_states
+            states = final_norm(self.text_encoder)(every[-(self.clip_skip + 1)])
+        return Conditioning(join_chunks(states, len(tokens["ids"])))
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode_prompts(prompts)
@@ -206,6 +215,7 @@ def load(path: str, how: LoadOptions) -> StableDiffusion:
     family = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler)
     family.pipeline = read_json(path, "model_index.json")["_class_name"]
     family.clip_skip = check_clip_skip(how.clip_skip, [text_encoder])
+    family.max_token_length = check_token_length(how.max_token_length)
     return family
 
 
