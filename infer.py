@@ -126,6 +126,7 @@ from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
 from lora_core.memory.residency import check_offload, leaves_device
 from lora_core.prompt_tags import TAG as LORA_TAG
+from lora_core.prompt_weights import check_prompt_weights
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
@@ -218,6 +219,9 @@ def infer(config: Infer) -> list[Path]:
     if not config.adapter_kind:
         for lora in loras:
             warn_of_whole_model(config.model, Path(lora.path))
+    texts = [prompt.text for prompt in prompts]
+    if sentence := check_prompt_weights([*texts, config.negative, *config.region], config.emphasis):
+        print_note(sentence)
     if config.threads:
         torch.set_num_threads(config.threads)
     family, refiner = open_models(config, loras)
@@ -229,7 +233,6 @@ def infer(config: Infer) -> list[Path]:
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
         family, refiner = place_models(config, family, refiner, patches)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
-        texts = [prompt.text for prompt in prompts]
         others = [config.negative]
         for region in regions:
             others += [region.prompt, region.negative]

@@ -357,6 +357,9 @@ class SamplerSettings(SamplingMethod):
     first image."""
     refiner_start: Annotated[float, Share(zero=False)] = 0.8
     """Share of the steps after which the refiner takes over, (0, 1)."""
+    emphasis: Literal["none", "a1111"] = "none"
+    """Weights in prompts, for CLIP. a1111: (word) has 1.1, [word] 1 / 1.1, (word:1.2) its own, and
+    a backslash makes a bracket text; none: brackets are text."""
 
 
 def scheduler_changes(prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layer_numbering import NUMBERINGS
 from lora_core.formats.layout import Layout, layout_of
+from lora_core.prompt_weights import WeightedPrompt
 from models.components import (
     check_tokenizers,
     config_errors,
@@ -45,6 +46,7 @@ from models.prompt_chunks import (
     long_prompt_length,
     split_chunks,
 )
+from models.weighted_prompts import emphasize_states, split_weights, tokenize_weighted
 
 logging.disable_progress_bar()  # it would show for every text encoder, which loads in a second
 
@@ -88,6 +90,7 @@ class StableDiffusion:
     distilled_guidance = False
     embeds_sizes = False
     zeros: tuple[str, ...] = ()
+    reads_weights = True  # of WeightedPrompts
     working_device: torch.device | None = None  # of networks that come there to work
 
     def __init__(
@@ -144,9 +147,16 @@ class StableDiffusion:
         return self.encode(self.tokenize(prompts))
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        length = long_prompt_length(self.tokenizer, self.max_token_length)
-        ids = tokenize_prompts(self.tokenizer, prompts, length, self.checked_prompts)
-        return {"ids": ids.to(self.device)}
+        ids, weights = self.tokenize_for(self.tokenizer, prompts)
+        tokens = {"ids": ids} if weights is None else {"ids": ids, "weights": weights}
+        return {name: values.to(self.device) for name, values in tokens.items()}
+
+    def tokenize_for(self, tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Token ids [b, s], and the weights [b, s] of WeightedPrompts."""
+        length = long_prompt_length(tokenizer, self.max_token_length)
+        if any(isinstance(prompt, WeightedPrompt) for prompt in prompts):
+            return tokenize_weighted(tokenizer, prompts, length, self.checked_prompts)
+        return tokenize_prompts(tokenizer, prompts, length, self.checked_prompts), None
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
         """Last hidden state after the final norm, as in every SD pipeline at inference.
@@ -160,6 +170,8 @@ class StableDiffusion:
         else:
             every = self.text_encoder(ids, output_hidden_states=True).hidden_states
             states = final_norm(self.text_encoder)(every[-(self.clip_skip + 1)])
+        if "weights" in tokens:
+            states = emphasize_states(states, split_weights(tokens["weights"], self.tokenizer))
         return Conditioning(join_chunks(states, len(tokens["ids"])))
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:

@@ -36,10 +36,10 @@ from models.components import (
     read_json,
     read_prompt_length,
     read_resolution,
-    tokenize_prompts,
 )
-from models.prompt_chunks import check_token_length, join_chunks, long_prompt_length, split_chunks
+from models.prompt_chunks import check_token_length, join_chunks, split_chunks
 from models.sd import StableDiffusion
+from models.weighted_prompts import emphasize_states, split_weights
 
 PIPELINES = (
     "StableDiffusionXLPipeline",
@@ -123,8 +123,9 @@ class StableDiffusionXL(StableDiffusion):
         """
         tokens = {}
         for name, tokenizer in self.tokenizers.items():
-            length = long_prompt_length(tokenizer, self.max_token_length)
-            tokens[name] = tokenize_prompts(tokenizer, prompts, length, self.checked_prompts)
+            tokens[name], weights = self.tokenize_for(tokenizer, prompts)
+            if weights is not None:
+                tokens[f"{name}.weights"] = weights
         pooled = self.tokenizers["text_encoder_2"]
         end = first_eos(tokens["text_encoder_2"], pooled.eos_token_id)
         tokens["end"] = end.clamp(max=read_prompt_length(pooled) - 1)  # of the first chunk
@@ -145,7 +146,11 @@ class StableDiffusionXL(StableDiffusion):
             count = len(tokens[name])
             ids = split_chunks(tokens[name], self.tokenizers[name])
             out = encoder(ids, output_hidden_states=True)
-            states.append(join_chunks(out.hidden_states[-(self.clip_skip + 2)], count))
+            hidden = out.hidden_states[-(self.clip_skip + 2)]
+            if f"{name}.weights" in tokens:
+                own = split_weights(tokens[f"{name}.weights"], self.tokenizers[name])
+                hidden = emphasize_states(hidden, own)
+            states.append(join_chunks(hidden, count))
             if name == "text_encoder_2":
                 end = tokens["end"]
                 rows = torch.arange(count, device=end.device)
