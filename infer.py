@@ -69,6 +69,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     clip_skip: Annotated[int, AtLeast(0)] = 0
     """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
     left out, else none."""
+    max_token_length: Literal[0, 75, 150, 225] = 0
+    """Tokens of a prompt that CLIP text encoders read, 75 at a time; 0: as in the run of the LoRA,
+    else 75."""
     max_sequence_length: Annotated[int, AtLeast(0)] = 0
     """Tokens of a T5 prompt; 0: as in the run of the LoRA, else 512, or 256 for a model without
     guidance embedding."""
@@ -140,10 +143,12 @@ from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
 from lora_core.memory.residency import check_offload, leaves_device
 from lora_core.prompt_tags import TAG as LORA_TAG
+from lora_core.prompt_weights import check_prompt_weights
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
 from lora_core.runs.loras import (
+    TEXT_SETTINGS,
     LoraSource,
     apply_loras,
     lora_text,
@@ -231,6 +236,9 @@ def infer(config: Infer) -> list[Path]:
     if not config.adapter_kind:
         for lora in loras:
             warn_of_whole_model(config.model, Path(lora.path))
+    texts = [prompt.text for prompt in prompts]
+    if sentence := check_prompt_weights([*texts, config.negative, *config.region], config.emphasis):
+        print_note(sentence)
     if config.threads:
         torch.set_num_threads(config.threads)
     family, refiner = open_models(config, loras)
@@ -242,7 +250,6 @@ def infer(config: Infer) -> list[Path]:
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
         family, refiner = place_models(config, family, refiner, patches)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
-        texts = [prompt.text for prompt in prompts]
         others = [config.negative]
         for region in regions:
             others += [region.prompt, region.negative]
@@ -267,8 +274,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         first_device(config),
         config.vae,
         scheduler=run.scheduler,
-        clip_skip=text.get("clip_skip", config.clip_skip),
-        max_sequence_length=text.get("max_sequence_length", config.max_sequence_length),
+        **{name: text.get(name, getattr(config, name)) for name in TEXT_SETTINGS},
         config=config.model_config,
         family=config.family,
     )

@@ -18,7 +18,8 @@ from lora_core.diffusion.regions import PromptRegion, check_regions
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Family, Sizes
 from lora_core.layer_prompts import encode_layer_prompts
-from lora_core.placeholders import Placeholder, bind_layers
+from lora_core.placeholders import Placeholder, Prompt, bind_layers
+from lora_core.prompt_weights import WeightedPrompt
 from lora_core.settings import SamplerSettings
 
 # Images that wait, with their encoded prompts, for one network to be done with all of them: with
@@ -283,16 +284,42 @@ def encode_guidance(
         negatives = [settings.negative] * len(prompts)
         inside = [region.negative or settings.negative for region in regions]
         sources.append((family.encode_negative, negatives, inside))
+    bind = prompt_reader(family, placeholders, settings.emphasis)
     for encode, texts, region_texts in sources:
-        bound = [bind_layers(text, placeholders) for text in texts]
+        bound = [bind(text) for text in texts]
         cond = encode_layer_prompts(encode, bound)
         encoded = []
         for region, text in zip(regions, region_texts):
-            own = encode_layer_prompts(encode, [bind_layers(text, placeholders)]).prompt_embeds
+            own = encode_layer_prompts(encode, [bind(text)]).prompt_embeds
             encoded.append(Region(region.box, own.expand(len(prompts), *own.shape[1:])))
         cond = replace(cond, regions=tuple(encoded))
         halves.append(family.add_size_embeddings(cond, sizes, settings.guidance))
     return halves[0], halves[1] if len(halves) > 1 else None
+
+
+def prompt_reader(
+    family: Family, placeholders: Sequence[Placeholder], emphasis: str
+) -> Callable[[str], Prompt]:
+    """What a text encoder reads of a prompt: with tokens in the place of placeholder words, and,
+    with emphasis, as a WeightedPrompt.
+
+    Raises UserError for emphasis on a model that cannot weight prompts.
+    """
+    if emphasis == "none":
+        return lambda text: bind_layers(text, placeholders)
+    if not getattr(family, "reads_weights", False):
+        raise UserError(
+            f"--emphasis {emphasis} scales the hidden states of CLIP, which the denoiser of this "
+            f"model ({family.name}) does not read; leave it out, and weights like (word:1.2) too"
+        )
+
+    def read(text: str) -> Prompt:
+        bound = bind_layers(text, placeholders)
+        if isinstance(bound, str):
+            return WeightedPrompt(bound)
+        return tuple(WeightedPrompt(own) for own in bound)
+
+    return read
 
 
 def guidance_scale(family: Family, settings: SamplerSettings) -> float:

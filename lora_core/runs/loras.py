@@ -24,6 +24,7 @@ from lora_core.text import shorten_value
 from lora_core.toml import parse_toml
 
 TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
+TEXT_SETTINGS = ("clip_skip", "max_token_length", "max_sequence_length")
 LARGEST_SETTING = 100_000  # layers or tokens
 
 
@@ -177,7 +178,7 @@ class RunSettings(NamedTuple):
     """The settings of a training run that sampling has to repeat."""
 
     scheduler: dict[str, Any]  # keys of the model's scheduler_config.json that it replaces
-    text: dict[str, int]  # clip_skip and max_sequence_length, where they are not 0
+    text: dict[str, int]  # those of TEXT_SETTINGS that are not 0
 
 
 def read_run_settings(paths: Sequence[str]) -> RunSettings:
@@ -192,7 +193,7 @@ def read_run_settings(paths: Sequence[str]) -> RunSettings:
             _read_setting(noise, "prediction", "model", where),
             zero_terminal_snr=_read_setting(noise, "zero_terminal_snr", False, where),
         )
-        for name in ("clip_skip", "max_sequence_length"):
+        for name in TEXT_SETTINGS:
             if value := _read_setting(trained, name, 0, where):
                 text[name] = value
     return RunSettings(scheduler, text)
