@@ -257,10 +257,16 @@ class OptimizerConfig:
     whose arguments a group of the same schedule has, too."""
     warmup: Annotated[int, AtLeast(0)] = 0
     """Steps of linear warm-up at the beginning of each stage."""
+    lr_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
+    """Learning rate of layers with adapters relative to their group's, per glob on their paths,
+    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one."""
     lora_plus: Annotated[float, Above(0)] = 1.0
     """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
     clip: Annotated[float, AtLeast(0, infinite=True)] = 1.0
     """Largest norm of the gradient; 0: no clipping."""
+    max_update_norm: Annotated[float, AtLeast(0)] = 0.0
+    """Largest Frobenius norm of a LoRA layer's update, alpha / rank * up @ down, whose factors are
+    scaled down after each step (kohya's max norm, usually 1); 0: no limit."""
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,16 @@ class ImageSettings:
     pixels, and a batch has one size."""
     bucket_step: Annotated[int, AtLeast(1)] = 64
     """Sides of buckets are multiples of this, pixels."""
+    bucket_min: Annotated[int, AtLeast(0)] = 0
+    """Shortest side of a bucket, pixels, rounded down to a multiple of the step; 0: half of
+    --data.resolution."""
+    bucket_max: Annotated[int, AtLeast(0)] = 0
+    """Longest side of a bucket, pixels, rounded up to a multiple of the step; 0: twice
+    --data.resolution."""
+    bucket_upscale: bool = True
+    """Scale small images up to a bucket. Off: each image keeps its size, or is scaled down to
+    resolution^2 pixels, and is cut to multiples of the step, which are its bucket (kohya's
+    bucket_no_upscale)."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     """How images are resized."""
 
@@ -273,6 +283,17 @@ class ImageSettings:
             raise UserError(
                 f"--data.bucket-step is {self.bucket_step}; "
                 f"expected at most --data.resolution, {self.resolution}"
+            )
+        if self.bucket_min > self.resolution or 0 < self.bucket_max < self.resolution:
+            raise UserError(
+                f"the sides of buckets are {self.bucket_min or 'half of the resolution'} to "
+                f"{self.bucket_max or 'twice the resolution'}, without --data.resolution "
+                f"{self.resolution}; lower --data.bucket-min or raise --data.bucket-max"
+            )
+        if not self.bucket_upscale and self.zoom > 1:
+            raise UserError(
+                f"--data.zoom {self.zoom:g} enlarges images, and --data.no-bucket-upscale keeps "
+                "them as they are; leave out one of the two"
             )
 
     @property
@@ -333,6 +354,10 @@ class NoiseSettings:
     offset: Annotated[float, AtLeast(0)] = 0.0
     """Noise offset: strength of one extra random constant per image and channel, in the target too
     (crosslabs.org, "Diffusion with offset noise")."""
+    adaptive_offset: float = 0.0
+    """Added to the strength of the noise offset for each |mean| of 1 of a latent channel of the
+    image, where the sum is not negative (kohya; images much brighter or darker than usual); 0:
+    nothing."""
     multires_levels: Annotated[int, AtLeast(0)] = 0
     """Coarser octaves of noise that are added ("multi-resolution noise", wandb, and kohya); 0:
     off."""

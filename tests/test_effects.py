@@ -18,7 +18,7 @@ from torch import Tensor
 
 import models.flux
 import train
-from lora_core.adapters import adapter_module, kinds
+from lora_core.adapters import adapter_module, kinds, norm_limits
 from lora_core.config import Config, SamplesConfig, Stage, ValidationConfig
 from lora_core.data import dataset, records
 from lora_core.diffusion import densities, generation, losses, masked_losses, noise
@@ -306,6 +306,21 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"data.buckets": True, "batch_size": 1},
         instead(dataset, "cut_size", lambda *_: (14, 18)),
     ),
+    "data.bucket_min": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_min=0),
+    ),
+    "data.bucket_max": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_max=0),
+    ),
+    "data.bucket_upscale": (
+        False,
+        {"data.buckets": True, "data.bucket_step": 2, "data.resolution": 64},
+        with_settings(dataset, "cut_size", 0, bucket_upscale=True),
+    ),
     "data.interpolation": (
         "lanczos",
         {},
@@ -441,6 +456,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (setup.learned_tokens, "_norm_target", lambda f: lambda rows, wanted: f(rows, 0.0)),
     ),
     "noise.offset": (0.1, {}, SPEC(*NOISE, 2, offset=0.0)),
+    "noise.adaptive_offset": (2.0, {"noise.offset": 0.1}, SPEC(*NOISE, 2, adaptive_offset=0.0)),
     "noise.multires_levels": (3, {}, SPEC(*NOISE, 2, multires_levels=0)),
     "noise.multires_discount": (
         0.5,
@@ -512,6 +528,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         instead(schedules.SCHEDULES, "linear", constant),
     ),
     "optimizer.warmup": (2, {"stages.0.steps": 5}, (schedules, "resolve_schedule", without_warmup)),
+    "optimizer.lr_pattern": (
+        {"*.to_q": 0.5},
+        {},
+        instead(run_adapters, "layer_rates", lambda *_: {}),
+    ),
     "optimizer.lora_plus": (
         4.0,
         {},
@@ -521,6 +542,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         1e-6,
         {},
         (gradients, "clip_gradients_", lambda f: lambda params, limit: f(params, 1e9)),
+    ),
+    "optimizer.max_update_norm": (
+        1e-6,
+        {},
+        instead(
+            step_module, "limit_update_norms_", lambda *_, **__: norm_limits.LimitedNorms(0, 0)
+        ),
     ),
     "stages.groups": (("denoiser",), {}, (train, "begin_stage", frozen_parameter)),
     "stages.lr": (
@@ -680,6 +708,8 @@ def test_an_option_whose_implementation_is_off_is_an_error(
     monkeypatch.setattr(config_checks.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(reports, "check_login", nothing)
     flag = option.replace("stages.", "stages.0.").replace("_", "-")
-    with pytest.raises(UserError, match=f"^--{flag} .* had no effect") as caught:
+    section, _, own = flag.rpartition(".")
+    given = f"--{section}.no-{own} had" if value is False else f"--{flag} .* had"
+    with pytest.raises(UserError, match=f"^{given} no effect") as caught:
         train.train(config)
     print(caught.value)

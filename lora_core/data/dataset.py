@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lora_core.data.batches import Batch, Example, collate, micro_batches
-from lora_core.data.buckets import Size, cut_size
+from lora_core.data.buckets import Size, cut_size, kept_size
 from lora_core.data.caption_tags import compose_caption
 from lora_core.data.images import (
     READER_VERSION,
@@ -97,7 +97,7 @@ class ImageDataset:
         self.settings = settings
         self.seed = seed
         self.caption_dropout = caption_dropout
-        self.sizes = [cut_size(settings, r.size) for r in self.records]
+        self.sizes = [cut_size(settings, r.size, r.path) for r in self.records]
         self.hard_masks = hard_masks
         self.plain_captions = plain_captions
         self.has_masks = any(r.has_mask for r in self.records)
@@ -192,6 +192,8 @@ class ImageDataset:
             "interpolation": s.interpolation,
             "reading": READER_VERSION,
         }
+        if s.buckets and not s.bucket_upscale:
+            settings["upscale"] = False
         if self.hard_masks:  # a crop without any of the mask moves to it
             settings["masks"] = "hard"
         if s.is_random:
@@ -241,7 +243,7 @@ class ImageDataset:
         is_center = self.settings.crop == "center"
         has_effect = not is_center or self.settings.zoom > 1
         for path, (record, size) in masked.items():
-            image = resize_image(self._read(record, size), size)
+            image = resize_image(self._read(record, size), self._scaled_size(record, size))
             mask = harden_mask(image).mask if self.hard_masks else image.mask
             assert mask is not None
             if not mask.getbbox():
@@ -265,7 +267,7 @@ class ImageDataset:
 
     def _read(self, record: Record, size: Size) -> MaskedImage:
         """The decoded file, resized already unless a zoom needs the original."""
-        resized = None if self.settings.zoom > 1 else size
+        resized = None if self.settings.zoom > 1 else self._scaled_size(record, size)
 
         def read() -> MaskedImage:
             image = read_image(record.file, record.mask_file, use_alpha=record.use_alpha)
@@ -274,6 +276,16 @@ class ImageDataset:
             return resize_image(image, resized, self.settings.interpolation)
 
         return self._recent.get((record.key, resized), read)
+
+    def _scaled_size(self, record: Record, size: Size) -> Size:
+        """The (h, w) that an image is scaled to cover before `size` is cut out of it: that size, or
+        its own where images are not enlarged and have the place.
+        """
+        s = self.settings
+        if not s.buckets or s.bucket_upscale:
+            return size
+        kept = kept_size(s, record.size)
+        return kept if kept[0] >= size[0] and kept[1] >= size[1] else size
 
 
 def _crop_corner(

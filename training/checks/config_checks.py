@@ -27,9 +27,9 @@ from lora_core.runs.run_folder import Run
 from lora_core.settings import CaptionSettings, check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
+from training.checks.combination_checks import check_combinations
 from training.checks.group_checks import check_groups, check_schedules, stage_schedules
 from training.checks.optimizer_check import try_optimizer
-from training.checks.pair_checks import check_pairs
 from training.inputs.mask_files import parse_segmenter
 from training.inputs.subsets import check_subsets, has_class_subset, list_image_folders
 from training.inputs.training_images import check_data_options
@@ -88,6 +88,11 @@ RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
 ADAPTERS = (_trains_adapters, "a stage that trains denoiser or text_encoder")
 TOKENS = (lambda c: c.trains("tokens"), "a stage that trains tokens")
 VALIDATION = (lambda c: c.validation.every >= 0, "--validation.every 0 or more")
+BUCKETS = (lambda c: c.data.buckets, "--data.buckets")
+LISTED_BUCKETS = (
+    lambda c: c.data.buckets and c.data.bucket_upscale,
+    "--data.buckets with --data.bucket-upscale",
+)
 CLASS_IMAGES = (lambda c: bool(c.prior.prompt), "--prior.prompt, the class prompt")
 TAGS = (_some_folder(lambda tags: tags.orders_tags), "--data.shuffle-caption or --data.tag-dropout")
 DATASET = (lambda c: bool(c.data.dataset), "--data.dataset")
@@ -158,8 +163,14 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     ),
     "from_lora_rank": (lambda c: bool(c.from_lora), "--from-lora"),
     "resume_anyway": (lambda c: c.resume, "--resume"),
-    "data.bucket_step": (lambda c: c.data.buckets, "--data.buckets"),
+    "data.bucket_step": BUCKETS,
+    "data.bucket_upscale": BUCKETS,
+    "data.bucket_min": LISTED_BUCKETS,
+    "data.bucket_max": LISTED_BUCKETS,
     "optimizer.lora_plus": ADAPTERS,
+    "optimizer.lr_pattern": ADAPTERS,
+    "optimizer.max_update_norm": ADAPTERS,
+    "noise.adaptive_offset": (lambda c: c.noise.offset > 0, "--noise.offset above 0"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),
     "data.variants": (lambda c: c.data.is_random, RANDOM_PIXELS),
     "data.cache": (
@@ -231,13 +242,12 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)
     check_groups(c)
+    check_combinations(c)
     check_base_weights(c)
     _check_effects(c)
     c.data.check_combination()
     c.adapter.check_combination()
     _check_known_words(c)
-    _check_attention(c)
-    check_pairs(c)
     check_data_options(c)
     check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
@@ -245,22 +255,6 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     sampling.find_sampler(c.samples.sampler, c.samples.sampler_args)
     if c.report != "none" and importlib.util.find_spec(c.report) is None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
-
-
-def _check_attention(c: Config) -> None:
-    """Raises UserError for a loss on the attention of learned tokens without tokens or masks."""
-    if c.loss not in ("attention", "edlora"):
-        return
-    if not c.trains("tokens") or not c.masks_loss:
-        raise UserError(
-            f"--loss {c.loss} compares the attention on learned tokens with masks; add a stage of "
-            "tokens and --data.masks (with --data.mask-use loss or both), or choose --loss mse"
-        )
-    if c.mask_scale != "mean":
-        raise UserError(
-            f"--mask-scale {c.mask_scale} would scale the attention in --loss {c.loss} as well; "
-            "leave it out (edlora has Mix-of-Show's scale of the masked loss)"
-        )
 
 
 def _check_ranges(c: Config) -> None:

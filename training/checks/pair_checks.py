@@ -1,4 +1,4 @@
-"""Checks of options for pairs of images, one of which is preferred."""
+"""Check of a loss or a step for pairs of images, one of which is preferred."""
 
 from __future__ import annotations
 
@@ -8,28 +8,6 @@ from typing import Any
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.plugins import function_name
-
-
-def check_pairs(c: Config) -> None:
-    """Raises UserError for options that have no meaning with pairs of images."""
-    if not c.data.pairs:
-        return
-    if c.data.dataset:
-        raise UserError(
-            f"--data.pairs {c.data.pairs} pairs the images of a folder, not those of "
-            "--data.dataset; write the images and a metadata.jsonl with the two file names into a "
-            "folder, and give that with --data.images"
-        )
-    if c.prior.prompt:
-        raise UserError(
-            "--prior.prompt adds class images, of which none is preferred to another, to the "
-            "pairs of --data.pairs; leave out one of the two"
-        )
-    if c.data.masks != "none":
-        raise UserError(
-            f"--data.masks {c.data.masks} has no meaning with --data.pairs, whose images have two "
-            "masks; leave out one of the two"
-        )
 
 
 def check_reads_pairs(c: Config, loss: Callable[..., Any], step: Callable[..., Any] | None) -> None:

@@ -213,7 +213,7 @@ def _make_inputs(
     rows = CaptionRows(batch.captions, batch.dropped)
     normal = keys.normal("posterior", tuple(mean.shape[1:]))
     x0 = mean + std * to_device(normal, device, mean.dtype)
-    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), config.noise)
+    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), config.noise, x0)
     eps_on_device = to_device(eps, device, x0.dtype)
     level = _sample_levels(source, keys, stage, x0)
     height, width = batch.pixels.shape[-2:]

@@ -154,6 +154,9 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "data.variants": Shown(inputs.repeats_pixels, "pixels do not come again"),
     "data.buckets": Shown(inputs.has_buckets, "all images are cut to squares"),
     "data.bucket_step": Shown(inputs.has_bucket_step, "sides are no multiples of it"),
+    "data.bucket_min": Shown(inputs.has_shortest_side, "a side is shorter"),
+    "data.bucket_max": Shown(inputs.has_longest_side, "a side is longer"),
+    "data.bucket_upscale": Shown(inputs.keeps_sizes, "a small image is enlarged"),
     "data.interpolation": _pixels("interpolation"),
     "data.images": Place(OPEN_DATA),
     "data.dataset": Place(OPEN_DATA),
@@ -218,6 +221,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "tokens.norm_target": Shown(adapters.aims_at_norm, "the rows have another target"),
     # noise
     "noise.offset": _noise("offset"),
+    "noise.adaptive_offset": _noise("adaptive_offset"),
     "noise.multires_levels": _noise("multires_levels"),
     "noise.multires_discount": _noise("multires_discount"),
     "noise.perturbation": _noise("perturbation"),
@@ -243,8 +247,10 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "optimizer.schedule_args": Shown(optimizer.shapes_schedule, "rates are the same without them"),
     "optimizer.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "optimizer.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
+    "optimizer.lr_pattern": Shown(optimizer.has_layer_rates, "the layers have another rate"),
     "optimizer.lora_plus": Shown(optimizer.has_two_rates, "all parameters have one learning rate"),
     "optimizer.clip": Shown(optimizer.clips, "the gradient is longer after it", True),
+    "optimizer.max_update_norm": Shown(optimizer.limits_updates, "an update has a larger norm"),
     # stages
     "stages.steps": Written("tests/test_stages.py"),
     "stages.groups": Shown(optimizer.reaches_parameters, "a parameter gets no gradient", True),
@@ -351,7 +357,10 @@ def check_outputs(log: Log, samples: SampleImages) -> None:
 def _describe_option(name: str, value: Any) -> str:
     """An option and its value, as on the command line."""
     flag = name.replace("_", "-")
-    return f"--no-{flag}" if value is False else f"--{flag} {shorten_value(value)}"
+    section, dot, option = flag.rpartition(".")
+    if value is False:
+        return f"--{section}{dot}no-{option}"
+    return f"--{flag} {shorten_value(value)}"
 
 
 def _value(settings: Any, name: str) -> Any:
