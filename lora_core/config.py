@@ -73,8 +73,7 @@ class DataConfig(CaptionSettings, ImageSettings):
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
     file of such concepts."""
     subsets: tuple[Subset, ...] = ()
-    """Instead of one folder: several, each with its own repeats and captions, as [[data.subsets]]
-    tables of a TOML file (kohya's [[datasets.subsets]])."""
+    """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""

@@ -115,7 +115,7 @@ def test_class_images_among_the_others_are_weighted_as_in_kohyas_mean(
     assert not same(*runs)
     order = StepOrder(setup.open_data(config).training, None, batch=1, seed=config.seed)
     records = setup.open_data(config).training.records
-    kinds = [records[visit.record].is_prior for step in range(4) for visit in order.visits(step)]
+    kinds = [records[order.visits(step)[0].record].is_prior for step in range(4)]
     assert sorted(kinds) == [False, False, True, True]
 
 

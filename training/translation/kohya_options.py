@@ -1,5 +1,5 @@
-"""The options of kohya's train_network.py, sdxl_train_network.py and flux_train_network.py (sd-scripts)
-with their defaults, and how its config file and its command line are read.
+"""The options of kohya's train_network.py, sdxl_train_network.py and flux_train_network.py with their
+defaults (sd-scripts), and how its config file and its command line are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WRITTEN = "checkpoints always have it"
 ALWAYS_READ = "read from the model"
 LOGS = "how its program logs"
 UPLOADS = "--push-to-hub USER/NAME uploads the run when it is done"
-CACHED = "latents and captions are kept whenever nothing changes them; on the disk with --data.cache"
+CACHED = "latents and captions are kept whenever nothing changes them (on disk: --data.cache)"
 IN_THE_MODEL = "part of the model's folder here"
 HEADER = "not written into the file's header"
 UNREAD = "kohya's script reads no such key either"
@@ -280,8 +280,8 @@ KOHYA_DEFAULTS: dict[str, Any] = {
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Option -> value, of the file that --config_file takes: a TOML file, .toml added where its name
-    lacks it, whose sections are only for the eye. Empty texts are options that are not set.
+    """Option -> value, of the file that --config_file takes: a TOML file whose sections are only for
+    the eye. A name without .toml gets it. Empty texts are options that are not set.
 
     Raises UserError for no file, no TOML, and one option in two sections with other values.
     """
