@@ -17,11 +17,13 @@ from lora_core.settings import (
     Above,
     AdapterSpec,
     AtLeast,
+    CaptionSettings,
     ImageSettings,
     NoiseSettings,
     SamplingMethod,
     Share,
 )
+from lora_core.subset_options import CaptionSource, Subset
 
 # Options that are one of these names or file.py:fn; the tables are imported with torch only.
 WeightingName = NewType("WeightingName", str)
@@ -62,7 +64,7 @@ GROUPS: tuple[str, ...] = get_args(Group)
 
 
 @dataclass(frozen=True)
-class DataConfig(ImageSettings):
+class DataConfig(CaptionSettings, ImageSettings):
     """Training images and their captions."""
 
     images: str = ""
@@ -70,6 +72,8 @@ class DataConfig(ImageSettings):
     pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
     file of such concepts."""
+    subsets: tuple[Subset, ...] = ()
+    """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
@@ -84,7 +88,7 @@ class DataConfig(ImageSettings):
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or
     prompt."""
-    captions: Literal["auto", "txt", "metadata", "filename", "one", "object", "style"] = "auto"
+    captions: CaptionSource = "auto"
     """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or
     sentence templates; auto: metadata, else NAME.txt, .caption or .json, else --data.caption, else
     the name of a folder N_name, else file names where they are words."""

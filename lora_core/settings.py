@@ -303,6 +303,51 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
+class CaptionSettings:
+    """Where captions are, and what a visit to an image makes of its caption: a list of tags that
+    are shuffled or dropped, wildcards. The laws are those of kohya's sd-scripts.
+    """
+
+    caption_extension: str = ""
+    """Ending of caption files, such as .caption or .tags; empty: .txt, and with --data.captions
+    auto also .caption and .json."""
+    caption_lines: Literal["any", "first"] = "any"
+    """Which line of a caption file with several is the caption: any, drawn at each visit, or the
+    first."""
+    caption_prefix: str = ""
+    """Text before every caption, with a space between them."""
+    caption_suffix: str = ""
+    """Text after every caption, with a space between them."""
+    wildcards: bool = False
+    """Replace {red|blue} in a caption by one of its words, drawn at each visit; {{ and }} are
+    braces."""
+    shuffle_caption: bool = False
+    """Put the tags of a caption in another order at each visit."""
+    keep_tokens: Annotated[int, AtLeast(0)] = 0
+    """Tags at the beginning of a caption that are neither shuffled nor dropped."""
+    keep_tokens_separator: str = ""
+    """Text such as ||| in a caption: the tags before the first one, and those after a second one,
+    are neither shuffled nor dropped. In captions without it --data.keep-tokens counts."""
+    tag_dropout: Annotated[float, Share()] = 0.0
+    """Probability that a tag is left out of a visit's caption, [0, 1)."""
+    tag_separator: str = ","
+    """Text between the tags of a caption."""
+    secondary_separator: str = ""
+    """Text between tags that stay together when tags are shuffled or dropped; it becomes
+    --data.tag-separator."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether two visits to an image can have different tags of one caption."""
+        return self.wildcards or self.orders_tags
+
+    @property
+    def orders_tags(self) -> bool:
+        """Whether captions are taken apart into tags."""
+        return self.shuffle_caption or self.tag_dropout > 0
+
+
+@dataclass(frozen=True)
 class NoiseSettings:
     """Departures from white noise; zero is off."""
 

@@ -35,6 +35,8 @@ TESTED_BY = {
     "lora_core/kernels/linear_tables.py": "test_linear.py",
     "lora_core/kernels/linear_tiles.py": "test_linear.py",
     "lora_core/kernels/optimizer_kernels.py": "test_optimizers.py",
+    "lora_core/subset_options.py": "test_subsets.py",
+    "training/checks/pair_checks.py": "test_pairs.py",
 }
 THEMES = {  # test files that are named after what cuts across many modules
     "advice", "bad_input", "config_layers", "configs", "corrupt", "damage", "docs", "dropped",

@@ -18,6 +18,7 @@ from lora_core.text import shorten_value
 from training.inputs.step_inputs import InputSource, StepInputs
 from training.log import Log
 from training.probes import adapter_probes as adapters
+from training.probes import caption_probes as captions
 from training.probes import input_probes as inputs
 from training.probes import model_probes as model
 from training.probes import optimizer_probes as optimizer
@@ -83,6 +84,10 @@ def _levels(option: str) -> Shown:
 
 def _pixels(option: str) -> Shown:
     return Shown(inputs.changes_pixels(option), SAME_PIXELS)
+
+
+def _tags(option: str) -> Shown:
+    return Shown(captions.changes_tags(option), "captions are the same without it")
 
 
 def _sampling(option: str) -> Shown:
@@ -166,6 +171,18 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "data.caption_dropout": Shown(inputs.drops_captions, "no caption is dropped"),
     "data.dropped": Shown(inputs.drops_as_asked, "captions are dropped in the other way"),
     "data.pairs": Shown(inputs.has_losers, "the batch has no losers"),
+    "data.caption_extension": Place(OPEN_DATA),
+    "data.caption_lines": Shown(captions.reads_first_lines, "images have further captions"),
+    "data.caption_prefix": Shown(captions.has_prefix, "captions begin without it"),
+    "data.caption_suffix": Shown(captions.has_suffix, "captions end without it"),
+    "data.wildcards": _tags("wildcards"),
+    "data.shuffle_caption": _tags("shuffle_caption"),
+    "data.keep_tokens": _tags("keep_tokens"),
+    "data.keep_tokens_separator": _tags("keep_tokens_separator"),
+    "data.tag_dropout": _tags("tag_dropout"),
+    "data.tag_separator": _tags("tag_separator"),
+    "data.secondary_separator": _tags("secondary_separator"),
+    "data.subsets": Shown(captions.reads_subsets, "one of the folders has no image in it"),
     "data.repeats": Shown(inputs.has_repeats, "an epoch has some image less often"),
     "data.masks": Shown(inputs.weights_by_mask, "the loss weights all pixels alike"),
     "data.mask_use": Shown(inputs.uses_mask_as_hole, "the masks are used in another way"),

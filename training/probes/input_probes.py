@@ -25,6 +25,7 @@ from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.settings import ImageSettings
 from lora_core.shared_paths import lies_within
 from lora_core.text import normalize_unicode
+from training.inputs.subsets import has_class_subset
 from training.probes.first_step import FirstStep, Probe
 
 RARE = 1e-9  # probability at which chance explains nothing
@@ -147,8 +148,12 @@ def keeps_sizes(first: FirstStep) -> bool:
 
 
 def has_repeats(first: FirstStep) -> bool:
-    """--data.repeats: whether an epoch has each image that often."""
-    counts = Counter(record.path for record in first.data.training.records)
+    """--data.repeats: whether an epoch has each image that often; class images in a subset are as
+    many as the others, and other subsets may have repeats of their own.
+    """
+    counts = Counter(r.path for r in first.data.training.records if not r.is_prior)
+    if any(subset.repeats is not None for subset in first.config.data.subsets):
+        return max(counts.values()) >= first.config.data.repeats
     return min(counts.values()) >= first.config.data.repeats
 
 
@@ -292,9 +297,13 @@ def reads_class_folder(first: FirstStep) -> bool:
     )
 
 
-def weights_class_images(first: FirstStep) -> bool:
-    """--prior.weight: whether the sum of losses differs from that of weight 1."""
+def weights_class_images(first: FirstStep) -> bool | None:
+    """--prior.weight: whether the sum of losses differs from that of weight 1. None for a batch
+    without any of the class images of a subset.
+    """
     is_prior = first.batch.is_prior
+    if has_class_subset(first.config) and not bool(is_prior.any()):
+        return None
     ones = torch.ones(len(is_prior), dtype=torch.float64)
     weight = first.config.prior.weight
     own, usual = (
