@@ -178,6 +178,9 @@ class TokensConfig:
     the tokens' names as plain text."""
     vectors: Annotated[int, AtLeast(0)] = 2
     """Learned vectors for each word; 0: as many as its initializer has tokens."""
+    names: tuple[str, ...] = ()
+    """Names of the learned tokens in files and prompts, one for each vector of all words, such as
+    "<s1>" "<s2>"; empty: <s0> <s1> ..."""
     per_layer: bool = False
     """Learn the vectors once for each cross-attention layer of the denoiser, which then reads its
     own text (P+, arXiv 2303.09522; with a LoRA it is Mix-of-Show's ED-LoRA)."""

@@ -383,8 +383,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (
             setup.learned_tokens,
             "make_placeholders",
-            lambda f: lambda i, vectors, layers: f(i, [1] * len(vectors), layers=layers),
+            lambda f: lambda i, vectors, **k: f(i, [1] * len(vectors), **k),
         ),
+    ),
+    "tokens.names": (
+        ("<s1>", "<s2>"),
+        TOKEN_STAGE,
+        given(setup.learned_tokens, "make_placeholders", names=()),
     ),
     "tokens.per_layer": (
         True,

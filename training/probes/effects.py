@@ -195,6 +195,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "tokens.words": Shown(adapters.learns_words, "other words have tokens"),
     "tokens.encoders": Shown(adapters.learns_in_encoders, "other text encoders learn rows"),
     "tokens.vectors": Shown(adapters.has_vectors, "the words have another number of tokens"),
+    "tokens.names": Shown(adapters.has_names, "the learned tokens have other names"),
     "tokens.per_layer": Shown(adapters.has_layers, "all layers have the same tokens"),
     "tokens.init": Shown(adapters.starts_as_asked, "the rows start at other values"),
     "tokens.norm": Shown(adapters.controls_usual_norms, "no row changes", True),
