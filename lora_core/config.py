@@ -280,6 +280,8 @@ class Stage:
     """Learning rate over this stage, of all its groups but those of --stages.I.schedules."""
     schedules: dict[str, str] = field(default_factory=dict)
     """Schedule per group in this stage."""
+    warmup: Annotated[int | None, AtLeast(0)] = None
+    """Steps of linear warm-up at the beginning of this stage; unset: --optimizer.warmup."""
     low: float | None = None
     """Lowest timestep of this stage, as a fraction of the schedule."""
     high: float | None = None
@@ -293,6 +295,10 @@ class Stage:
         """The schedule of a group's learning rate in this stage."""
         own = self.schedules.get(group) or self.schedule
         return own or usual.schedules.get(group) or usual.schedule
+
+    def warmup_of(self, usual: OptimizerConfig) -> int:
+        """The steps of linear warm-up in this stage."""
+        return usual.warmup if self.warmup is None else self.warmup
 
 
 @dataclass(frozen=True)

@@ -80,3 +80,12 @@ def test_each_group_has_the_schedule_that_is_named_for_it(config: Config, quick:
     tokens = [line["lr_tokens"] / 1e-3 for line in lines if "lr_tokens" in line]
     assert denoiser == pytest.approx([0, 1, 1, 1, 0.55, 0, 1, 0.5, 0, 1])
     assert tokens == pytest.approx([0, 1, 1, 1, 1, 0, 1, 2 / 3, 0, 1])
+
+
+def test_a_stage_has_a_warm_up_of_its_own(config: Config, quick: None) -> None:
+    optimizer = OptimizerConfig(lr={"denoiser": 1e-3}, warmup=1)
+    stages = (Stage(3, warmup=2), Stage(2), Stage(2, warmup=0))
+    run = train.train(replace(config, stages=stages, optimizer=optimizer))
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = [line["lr_denoiser"] for line in lines if "lr_denoiser" in line]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])

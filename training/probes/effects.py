@@ -236,6 +236,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "stages.weight_decay": Shown(optimizer.has_setting("weight_decay"), "the groups have another"),
     "stages.schedule": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "stages.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
+    "stages.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
     "stages.low": _levels("stages.low"),
     "stages.high": _levels("stages.high"),
     "stages.norm": Shown(adapters.controls_norms, "no row changes"),
