@@ -88,4 +88,4 @@ def test_a_stage_has_a_warm_up_of_its_own(config: Config, quick: None) -> None:
     run = train.train(replace(config, stages=stages, optimizer=optimizer))
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     rates = [line["lr_denoiser"] for line in lines if "lr_denoiser" in line]
-    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 0, 1e-3, 1e-3, 1e-3])
