@@ -56,12 +56,12 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status, print_help
 from lora_core.runs import destination
-from lora_core.text import check_unicode
+from lora_core.text import check_unicode, print_escaped
 from training import processes, results, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.comparisons import comparing
 from training.cuda_graph import GraphReplay, call_eagerly
-from training.inputs.prepared_files import prepare_files, split_prepare_words
+from training.inputs.prepared_files import prepare_faces, prepare_files, split_prepare_words
 from training.inputs.step_inputs import InputSource, StepInputs, make_step_inputs
 from training.log import Log
 from training.memory import memory_advice, plan_table
@@ -81,6 +81,7 @@ from training.step import (
     optimizer_step,
 )
 from training.translation import lora_ppim as lora_ppim_command
+from training.translation import lora_pti as lora_pti_command
 
 
 def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
@@ -230,6 +231,23 @@ def run_train_command(words: list[str]) -> None:
         folder = train(config)
     if processes.is_first():
         print(f"done: {folder}")
+
+
+def lora_pti(argv: Sequence[str] | None = None) -> int:
+    """The command line of the installed lora_pti; returns its exit status."""
+    return run_cloneofsimo(run_lora_pti, lora_pti_command.describe_flags(), argv)
+
+
+def run_lora_pti(words: list[str]) -> None:
+    """Train as a command line of lora_pti says, and write its file into the run's folder."""
+    job = lora_pti_command.translate_lora_pti(words)
+    if processes.is_first():
+        print_escaped(job.table)
+    if job.face_model:
+        prepare_faces(job.config, job.face_model)
+    folder = train(job.config)
+    if processes.is_first():
+        print(f"done: {lora_pti_command.save_pivotal_file(folder, job)}, and the run's own files")
 
 
 def lora_ppim(argv: Sequence[str] | None = None) -> int:

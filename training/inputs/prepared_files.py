@@ -76,6 +76,13 @@ def prepare_files(config: Config, words: list[str]) -> None:
     print_escaped(f"{_describe_kept(wanted, count, len(texts), len(masks))}; nothing was trained")
 
 
+def prepare_faces(config: Config, weights: str) -> None:
+    """Write the missing masks of --data.images: boxes around faces. Raises UserError."""
+    parts = list_images(Path(config.data.images), tabled=False).parts
+    lacking = _images_without(parts, lambda part, image: image not in part.masks)
+    _write_masks(Annotator("face", weights), lacking, {}, config)
+
+
 def _images_without(parts: Any, lacks: Callable[[FolderContents, Path], bool]) -> list[Path]:
     """The images of all folders that lack something."""
     found: list[Path] = []
