@@ -23,6 +23,32 @@ def install_commands(folder: Path) -> Path:
     return folder
 
 
+def typed_words(
+    line: str, cwd: Path, variables: Mapping[str, object] | None = None
+) -> list[list[str]]:
+    """The words that each command of a line of bash gets, without running it: a stand-in of its
+    name writes them down. A test calls the command's function with them, in this process, where
+    torch is imported already.
+    """
+    folder = cwd / "stand-ins"
+    install_commands(folder)
+    stand_in = '#!/bin/bash\nfor word in "$@"; do printf \'%s\\0\' "$word"; done >> words\n'
+    for command in (*folder.iterdir(), folder / "accelerate", folder / "python"):
+        command.write_text(stand_in + "printf '\\n\\0' >> words\n")
+        command.chmod(0o755)
+    (cwd / "words").unlink(missing_ok=True)
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {name: str(value) for name, value in (variables or {}).items()}
+    subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, check=True)
+    found: list[list[str]] = [[]]
+    for word in (cwd / "words").read_text().split("\0")[:-1]:
+        if word == "\n":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found[:-1]
+
+
 def run_typed(
     line: str, commands: Path, cwd: Path, variables: Mapping[str, object] | None = None
 ) -> "subprocess.CompletedProcess[str]":

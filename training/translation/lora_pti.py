@@ -92,6 +92,8 @@ MOVED = {  # models that have left the hub -> where they are now
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
+EXAMPLE = """example: lora_pti --pretrained_model_name_or_path=MODEL --instance_data_dir=IMAGES
+  --output_dir=OUT --placeholder_tokens="<s1>|<s2>" --use_template=style"""
 SDPA = "attention always uses torch's own fast form"
 # Flags that change no number of the result, there or here -> why.
 WITHOUT_EFFECT = {
@@ -104,6 +106,19 @@ WITHOUT_EFFECT = {
     "wandb_project_name": "set WANDB_PROJECT",
     "wandb_entity": "set WANDB_ENTITY",
 }
+
+
+TOKEN_FLAGS = (  # that say nothing in a run without the inversion or without its continuation
+    "placeholder_token_at_data",
+    "initializer_tokens",
+    "clip_ti_decay",
+    "learning_rate_ti",
+    "weight_decay_ti",
+    "lr_warmup_steps",
+    "continue_inversion",
+    "continue_inversion_lr",
+    "max_train_steps_ti",
+)
 
 
 @dataclass(frozen=True)
@@ -127,13 +142,7 @@ def describe_flags() -> str:
     for name, default in (DEFAULTS | OWN).items():
         shown = "needed" if default is REQUIRED else default
         lines.append(f"  --{name:46}{shown}")
-    lines += [
-        "",
-        "example: lora_pti --pretrained_model_name_or_path=MODEL --instance_data_dir=IMAGES",
-    ]
-    return "\n".join(
-        [*lines, '  --output_dir=OUT --placeholder_tokens="<s1>|<s2>" --use_template=style']
-    )
+    return "\n".join([*lines, "", EXAMPLE])
 
 
 def translate_lora_pti(words: Sequence[str]) -> PivotalJob:
@@ -182,13 +191,9 @@ def _translate_places(record: TranslatedOptions) -> None:
 
 def _translate_adapter(record: TranslatedOptions) -> None:
     """Rank, scale, dropout and classes of layers."""
-    rank, scale, is_extended = (
-        record["lora_rank"],
-        record["lora_scale"],
-        record["use_extended_lora"],
-    )
+    rank = record["lora_rank"]
     record.take("lora_rank", {"adapter.rank": rank})
-    if is_extended:
+    if record["use_extended_lora"]:
         why = "as there: 0.1 with --use_extended_lora, whatever the flag says"
         record.take("use_extended_lora", {"adapter.targets": ["extended"]})
         record.take("lora_unet_target_modules", {})
@@ -199,7 +204,7 @@ def _translate_adapter(record: TranslatedOptions) -> None:
         targets = _unet_targets(record)
         record.take("lora_unet_target_modules", {"adapter.targets": targets})
         record.take("use_extended_lora", {})
-        _translate_strength(record, rank, scale)
+        _translate_strength(record, rank, record["lora_scale"])
     if set(_class_names(record["lora_clip_target_modules"])) != set(TEXT_CLASSES):
         raise record.refuse("lora_clip_target_modules", "expected {CLIPAttention}; leave it out")
     record.take("lora_clip_target_modules", {"adapter.text_targets": ["attention"]})
@@ -252,6 +257,9 @@ def _translate_rest(record: TranslatedOptions) -> None:
     for name, why in WITHOUT_EFFECT.items():
         if record.is_given(name):
             record.ignore(name, why)
+    told = {entry.name for entry in record.entries}
+    for name in [name for name in TOKEN_FLAGS if name in record.given and name not in told]:
+        record.ignore(name, "no stage of this run learns tokens by it")
 
 
 def save_pivotal_file(folder: Path, job: PivotalJob) -> Path:

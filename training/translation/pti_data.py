@@ -68,9 +68,9 @@ def _translate_tokens(record: TranslatedOptions, folder: Path) -> str:
         return ""
     if not (record["perform_inversion"] or record["continue_inversion"]):
         raise record.refuse(
-            "placeholder_tokens",
-            "without --perform_inversion and --continue_inversion they would stay random; add one "
-            "of the two or leave them out",
+            "perform_inversion",
+            "without it and without --continue_inversion they would stay random; add one of the "
+            "two or leave out --placeholder_tokens",
         )
     ours = {
         "tokens.words": [word],

@@ -64,8 +64,8 @@ def _translate_counts(record: TranslatedOptions, passes: int, *, inverts: bool) 
     stage = f"stages.{first}"
     ours = {f"{stage}.steps": record["max_train_steps_tuning"], f"{stage}.groups": groups}
     images = passes * record["train_batch_size"]
-    why = f"as many updates as there, with {images} images each; there with "
-    why += f"{record['train_batch_size']}, which --gradient_accumulation_steps=1 gives"
+    why = f"as many updates as there, each of {images} images; there of "
+    why += f"{record['train_batch_size']}, as with an accumulation of 1"
     tuning = ours | {f"{stage}.high": HIGHEST_TUNED}
     if "tokens" in groups:
         tuning[f"{stage}.norm"] = "none"
