@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from lora_core.errors import UserError
+from lora_core.fire_words import parse_fire_words
 from models.captioner import Captioner
 from models.face_detector import FaceDetector
 from models.segmenter import ClipSegmenter
@@ -14,7 +15,6 @@ from tests.conftest import save_photos
 from tests.installed_commands import install_commands, run_typed
 from tests.tiny_annotators import save_blip, save_owlvit
 from tests.tiny_clipseg import save_clipseg
-from training.translation.fire_words import parse_fire_words
 from training.translation.lora_ppim import (
     ARGUMENTS,
     crop_square,

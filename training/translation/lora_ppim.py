@@ -20,12 +20,12 @@ from tqdm import tqdm
 from lora_core.data.images import MASK_SUFFIX, image_to_tensor, read_image
 from lora_core.errors import UserError
 from lora_core.escaped_output import hides_progress
+from lora_core.fire_words import REQUIRED, parse_fire_words
 from lora_core.text import print_escaped, shorten_value
 from models import choose_device
 from training.inputs.annotators import WEIGHTS, Annotator, open_captioner, open_masker
 from training.inputs.mask_files import save_mask
 from training.inputs.prepared_files import describe_mask
-from training.translation.fire_words import REQUIRED, parse_fire_words
 
 IMAGES = (".png", ".jpg")  # the suffixes that lora_ppim looks for in a folder
 JPEG_QUALITY = 99

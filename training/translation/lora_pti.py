@@ -20,10 +20,10 @@ import torch
 from lora_core import formats
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.fire_words import REQUIRED, parse_fire_words
 from lora_core.formats.grammar import fold_scale
 from models import read_layout
 from training.inputs.annotators import WEIGHTS
-from training.translation.fire_words import REQUIRED, parse_fire_words
 from training.translation.pti_data import translate_data
 from training.translation.pti_stages import translate_stages
 from training.translation.translated_options import TranslatedOptions
