@@ -182,6 +182,9 @@ class TokensConfig:
     the tokens' names as plain text."""
     vectors: Annotated[int, AtLeast(0)] = 2
     """Learned vectors for each word; 0: as many as its initializer has tokens."""
+    names: tuple[str, ...] = ()
+    """Names of the learned tokens in files and prompts, one for each vector of all words, such as
+    "<s1>" "<s2>"; empty: <s0> <s1> ..."""
     per_layer: bool = False
     """Learn the vectors once for each cross-attention layer of the denoiser, which then reads its
     own text (P+, arXiv 2303.09522; with a LoRA it is Mix-of-Show's ED-LoRA)."""
@@ -292,6 +295,8 @@ class Stage:
     """Learning rate over this stage, of all its groups but those of --stages.I.schedules."""
     schedules: dict[str, str] = field(default_factory=dict)
     """Schedule per group in this stage."""
+    warmup: Annotated[int | None, AtLeast(0)] = None
+    """Steps of linear warm-up at the beginning of this stage; unset: --optimizer.warmup."""
     low: float | None = None
     """Lowest timestep of this stage, as a fraction of the schedule."""
     high: float | None = None
@@ -305,6 +310,10 @@ class Stage:
         """The schedule of a group's learning rate in this stage."""
         own = self.schedules.get(group) or self.schedule
         return own or usual.schedules.get(group) or usual.schedule
+
+    def warmup_of(self, usual: OptimizerConfig) -> int:
+        """The steps of linear warm-up in this stage."""
+        return usual.warmup if self.warmup is None else self.warmup
 
 
 @dataclass(frozen=True)

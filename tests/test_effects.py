@@ -437,8 +437,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (
             setup.learned_tokens,
             "make_placeholders",
-            lambda f: lambda i, vectors, layers: f(i, [1] * len(vectors), layers=layers),
+            lambda f: lambda i, vectors, **k: f(i, [1] * len(vectors), **k),
         ),
+    ),
+    "tokens.names": (
+        ("<s1>", "<s2>"),
+        TOKEN_STAGE,
+        given(setup.learned_tokens, "make_placeholders", names=()),
     ),
     "tokens.per_layer": (
         True,
@@ -568,6 +573,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"stages.0.steps": 5},
         instead(schedules.SCHEDULES, "linear", constant),
     ),
+    "stages.warmup": (2, {"stages.0.steps": 5}, (schedules, "resolve_schedule", without_warmup)),
     "stages.low": (0.2, {}, given(*LEVELS, low=0.0)),
     "stages.high": (0.8, {}, given(*LEVELS, high=1.0)),
     "stages.norm": ("rescale", TOKEN_STAGE, instead(step_module, "control_token_norms", nothing)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from lora_core.data.images import IMAGE_SUFFIXES, RAW_SUFFIXES, format_problem
+from lora_core.data.images import IMAGE_SUFFIXES, MASK_SUFFIX, RAW_SUFFIXES, format_problem
 from lora_core.errors import UserError
 from lora_core.shared_paths import lies_within
 from lora_core.text import normalize_unicode
@@ -29,6 +29,7 @@ CONDITION_END = "-condlabel"  # OneTrainer's conditioning images
 MASK_FOLDERS = ("mask", "masks")  # a mask in them has its image's name
 NO_IMAGE = "texts of no image"  # why a caption file is left out
 SOURCE_END = ".src"  # cloneofsimo's 0.src.jpg has the mask 0.mask.png
+INDEXED_CAPTIONS = "caption.txt"  # of lora_ppim: its line N is the caption of N.src.jpg
 OTHER_IMAGES = (".jxl", ".ico", ".svg", ".exr", ".hdr", ".xcf", ".ai", ".eps", ".pdf")
 # Files of the system, and the source of an exported dataset.
 JUNK = ("thumbs.db", "desktop.ini", "dataset.json")
@@ -112,10 +113,12 @@ def list_one_folder(folder: Path, extension: str = "") -> FolderContents:
     conditions = [path for path in readable if path.stem.lower().endswith(CONDITION_END)]
     images = [path for path in readable if path not in mask_bases and path not in conditions]
     masks, unclaimed, spare = _pair_masks(images, mask_bases, entries)
+    if not masks and (indexed := _masks_by_index(images, unclaimed)):
+        masks, unclaimed = indexed, []
+    table = _find_table(folder) or _find_indexed_captions(folder, images)
     suffixes = dict.fromkeys((*CAPTION_SUFFIXES, *filter(None, [extension.lower()])))
     text_files = [path for path in visible if path.suffix.lower() in suffixes]
-    texts, strays = pair_texts(images, text_files)
-    table = _find_table(folder)
+    texts, strays = pair_texts(images, [path for path in text_files if path != table])
     others = {path: "links to nothing" for path in entries if not path.exists()}
     others |= dict.fromkeys(spare, "second masks of an image")
     others |= dict.fromkeys(conditions, "conditioning images")
@@ -306,6 +309,19 @@ def _find_table(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def _find_indexed_captions(folder: Path, images: Iterable[Path]) -> Path | None:
+    """The caption.txt of a folder whose images are all called N.src.jpg."""
+    path, indices = folder / INDEXED_CAPTIONS, [image_index(image) for image in images]
+    return path if indices and None not in indices and path.is_file() else None
+
+
+def image_index(image: Path) -> int | None:
+    """N of N.src.jpg; None for another name."""
+    stem = file_stem(image)
+    number = stem.removesuffix(SOURCE_END)
+    return int(number) if number != stem and number.isdecimal() and len(number) < 10 else None
+
+
 def file_stem(path: Path) -> str:
     """A file's name without its ending, in Unicode's normal form C."""
     return normalize_unicode(path.stem)
@@ -373,6 +389,17 @@ def _pair_masks(
         else:
             spare += [path for path in paths if path not in used]
     return masks, unclaimed, spare
+
+
+def _masks_by_index(images: list[Path], masks: list[Path]) -> dict[Path, Path]:
+    """Image -> mask where the masks are 0.mask.png, 1.mask.png ..., one for each image in the order
+    of their names (lora_pti --use_face_segmentation_condition); {} for other masks.
+    """
+    numbered = {path.name: path for path in masks}
+    wanted = [f"{number}{MASK_SUFFIX}" for number in range(len(images))]
+    if not images or set(numbered) != set(wanted) or len(masks) != len(images):
+        return {}
+    return {image: numbered[name] for image, name in zip(images, wanted)}
 
 
 def _masks_in_folders(entries: Iterable[Path], names: set[str]) -> list[Path]:

@@ -64,7 +64,7 @@ def has_rates(first: FirstStep) -> bool:
             continue
         schedule = o.rate_schedules[first.stage.schedule_of(name, first.config.optimizer)]
         begin = first.inputs[0].number - _stage_begin(first)
-        factor = schedule(begin, first.stage.steps, first.config.optimizer.warmup)
+        factor = schedule(begin, first.stage.steps, first.stage.warmup_of(first.config.optimizer))
         found.append(math.isclose(group["rate"], wanted * factor * group["ratio"]))
         found.append(_is_rate(group["lr"], group["rate"]))
     return all(found)
@@ -142,14 +142,15 @@ def shapes_schedule(first: FirstStep) -> bool | None:
     """
     o, steps = first.config.optimizer, first.stage.steps
     names = {first.stage.schedule_of(group, o) for group in first.stage.groups}
-    if o.schedule not in names & schedules.SCHEDULES.keys() or o.warmup >= steps:
+    warmup = first.stage.warmup_of(o)
+    if o.schedule not in names & schedules.SCHEDULES.keys() or warmup >= steps:
         return None
     shown = None
     own = first.optimization.rate_schedules[o.schedule]
     for argument in differing_arguments(schedules.SCHEDULES[o.schedule], o.schedule_args):
         others = {key: value for key, value in o.schedule_args.items() if key != argument}
         other = schedules.resolve_schedule(o.schedule, **others)
-        if any(own(i, steps, o.warmup) != other(i, steps, o.warmup) for i in range(steps)):
+        if any(own(i, steps, warmup) != other(i, steps, warmup) for i in range(steps)):
             shown = True
         elif steps >= LONG_STAGE:
             return False
@@ -157,13 +158,16 @@ def shapes_schedule(first: FirstStep) -> bool | None:
 
 
 def warms_up(first: FirstStep) -> bool | None:
-    """--optimizer.warmup: whether the first rate is lower than the one after it, unless that of a
-    schedule of the user's own is 0.
+    """--optimizer.warmup and --stages.I.warmup: whether the first rate is lower than the one after
+    it, unless that of a schedule of the user's own is 0.
     """
     o, steps = first.config.optimizer, first.stage.steps
+    warmup = first.stage.warmup_of(o)
+    if not warmup:
+        return None
     names = {first.stage.schedule_of(group, o) for group in first.stage.groups}
     multipliers = [first.optimization.rate_schedules[name] for name in names]
-    rates = [(m(0, steps, o.warmup), m(o.warmup, steps + 1, o.warmup)) for m in multipliers]
+    rates = [(m(0, steps, warmup), m(warmup, steps + 1, warmup)) for m in multipliers]
     shown = [before < after for before, after in rates if after > 0]
     return all(shown) if shown else None
 
