@@ -543,6 +543,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {},
         instead(results.SampleImages, "_prompts", lambda self: {"a TOK": False}),
     ),
+    "samples.seeds": (3, {}, instead(results.SampleImages, "seeds", 1)),
     "samples.new_prompts": (("a TOK",), {}, with_samples("before_after_grid", new_prompts=())),
     "samples.show_data": (True, {}, with_samples("before_after_grid", show_data=False)),
     "samples.strengths": ((0.0, 1.0), {}, with_samples("save_sample_grid", strengths=(1.0,))),

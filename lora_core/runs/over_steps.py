@@ -1,4 +1,4 @@
-"""samples/over_steps.png: the same prompts and seeds before training and after more and more steps."""
+"""samples/over_steps.png: images of the same prompts and seeds, before training and over steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from PIL import Image
 
 from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.runs import pictures
-from lora_core.runs.pictures import CELLS, ImageRow
+from lora_core.runs.pictures import CELLS, OVER_STEPS, ImageRow
 from lora_core.runs.report_images import evenly_chosen
 
-FILE = "over_steps.png"
 MOST_STEPS = 7  # columns beside the one before training
 MOST_ROWS = 8
 SAMPLE = "sample"  # the role of the images of a sheet of samples
@@ -29,11 +28,7 @@ class SampledStep(NamedTuple):
 
 
 def save_over_steps(
-    folder: Path,
-    captions: Sequence[str],
-    before: Sequence[Image.Image],
-    *,
-    is_private: bool,
+    folder: Path, captions: Sequence[str], before: Sequence[Image.Image], *, is_private: bool
 ) -> Path | None:
     """Write samples/over_steps.png of a run: a row for each caption, a column for each of its
     sheets samples/step_NNNNNN.png, evenly chosen, after the images `before` training. Returns its
@@ -57,7 +52,7 @@ def save_over_steps(
     if prompt:
         title += f", \N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}"
     sheet = pictures.draw_grid(rows, title=title, headings=headings)
-    path = folder / "samples" / FILE
+    path = folder / "samples" / OVER_STEPS
     pictures.save_sheet(sheet, path, step=steps[-1].step, is_private=is_private)
     return path
 
@@ -84,6 +79,8 @@ def read_sampled_step(path: Path, captions: Sequence[str]) -> SampledStep | None
         strengths = {float(cell["strength"]) for cell in cells}
         nearest = min(strengths, key=lambda strength: abs(strength - 1))
         boxes = {cell["caption"]: cell["box"] for cell in cells if cell["strength"] == nearest}
-        return SampledStep(int(facts["step"]), [sheet.crop(boxes[each]).convert("RGB") for each in captions])
+        return SampledStep(
+            int(facts["step"]), [sheet.crop(boxes[each]).convert("RGB") for each in captions]
+        )
     except (*READ_ERRORS, KeyError, TypeError, ValueError):
         return None

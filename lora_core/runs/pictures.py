@@ -31,6 +31,7 @@ WIDEST_LABEL = 130  # pixels of a label that stands on the left, and not above
 COLORS = ("#bcd5ea", "#1b4f8a", "#d95f0e")  # of `plot_steps_and_lines`
 MOST_NAMES = 12  # timesteps that `plot_validation` names
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))  # of `plot_training`
+OVER_STEPS = "over_steps.png"  # the sheet in a run's samples/ that `over_steps` writes
 CELLS = "lora_core_cells"  # the PNG text chunk that says which image is where on a sheet
 
 
@@ -143,7 +144,9 @@ def draw_grid(
             if is_above:
                 _draw_bottom(sheet, (x, top - 4), row.label, row.width(cell), INK)
             else:
-                middle = top + (row.image_height(cell) - text_height(row.label, left, LABEL_SIZE)) // 2
+                middle = (
+                    top + (row.image_height(cell) - text_height(row.label, left, LABEL_SIZE)) // 2
+                )
                 draw_text(sheet, (MARGIN, middle), row.label, left, size=LABEL_SIZE, color=INK)
             cells += _paste_row(sheet, row, (x, top), cell)
             x += row.width(cell) + GAP
