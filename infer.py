@@ -373,7 +373,7 @@ def draw_cells(
     The LoRAs of one checkpoint at a time are on the models, which are read anew for each where
     they do not lie whole on one device.
     """
-    loras = [text for axis in axes for text in axis.loras]
+    loras = list(chain.from_iterable(axis.loras for axis in axes))
     turns = leaves_device(
         choose_device(config.device), offload=config.offload, family=config.family
     )

@@ -442,7 +442,9 @@ class Config(ModelConfig):
     list_targets: bool = False
     """Print the paths of the layers that get adapters, not only how many there are of a kind."""
     report: Literal["none", "tensorboard", "wandb"] = "none"
-    """Also log there (install the extra of that name)."""
+    """Also log there (install the extra of that name): metrics, sample images, and the config as
+    text and hyper-parameters. W&B is a server; images of an inpainting model need
+    --samples.show-data."""
     push_to_hub: str = ""
     """Hub repository USER/NAME that the finished run is uploaded to."""
     resume: bool = False

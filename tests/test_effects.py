@@ -26,7 +26,7 @@ from lora_core.diffusion.losses import mse
 from lora_core.diffusion.sampling import SAMPLERS
 from lora_core.errors import UserError
 from lora_core.optim import building, ema, gradients, schedules
-from lora_core.runs import reports
+from lora_core.runs import trackers
 from tests import tiny_flux
 from tests.test_configs import put
 from training import checkpoints, cuda_graph, processes, results, run_adapters, scores, setup
@@ -508,7 +508,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     # what a run writes
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
     "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
-    "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
+    "samples.every": (1, {}, instead(train, "save_sample_grid", lambda *_: [])),
     "samples.sampler": ("dpmpp_2m", FOUR_STEPS, instead(SAMPLERS, "dpmpp_2m", SAMPLERS["ddim"])),
     "samples.sampler_args": (
         {"eta": 1.0},
@@ -562,7 +562,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"data.images": "DAMAGED"},
         instead(setup.training_images, "write_left_out", nothing),
     ),
-    "report": ("tensorboard", {}, instead(reports.SINKS, "tensorboard", nothing)),
+    "report": ("tensorboard", {}, instead(trackers.SINKS, "tensorboard", nothing)),
 }
 
 
@@ -640,7 +640,7 @@ def test_an_option_whose_implementation_is_off_is_an_error(
     else:
         monkeypatch.setattr(place, name, disable(getattr(place, name)))
     monkeypatch.setattr(config_checks.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(reports, "check_login", nothing)
+    monkeypatch.setattr(trackers, "check_login", nothing)
     flag = option.replace("stages.", "stages.0.").replace("_", "-")
     with pytest.raises(UserError, match=f"^--{flag} .* had no effect") as caught:
         train.train(config)

@@ -232,7 +232,7 @@ def save_sample_grid(
     pictures.save_sheet(draw_groups(groups, title), path, step=done, is_private=is_private)
     captions = image_captions(shown)
     over_steps.save_over_steps(run.folder, captions, before, is_private=is_private)
-    return list(itertools.chain.from_iterable(groups))
+    return [] if is_private else list(itertools.chain.from_iterable(groups))
 
 
 def before_after_grid(
