@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ WIDEST_LABEL = 130  # pixels of a label that stands on the left, and not above
 COLORS = ("#bcd5ea", "#1b4f8a", "#d95f0e")  # of `plot_steps_and_lines`
 MOST_NAMES = 12  # timesteps that `plot_validation` names
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))  # of `plot_training`
+NAME_INCHES = 0.078  # of a character of a legend, in a font of 9 points
+FEW_VALUES = 16  # of a spectrum that is drawn with a marker at each
+SPECTRUM_MARKERS = "osD^v"
 OVER_STEPS = "over_steps.png"  # the sheet in a run's samples/ that `over_steps` writes
 CELLS = "lora_core_cells"  # the PNG text chunk that says which image is where on a sheet
 
@@ -240,6 +244,33 @@ def plot_lines(
             axis.legend(edgecolor="white")
 
 
+def plot_spectra(series: Series, path: Path, *, title: str) -> None:
+    """A plot of named singular values by their index as PNG, on a logarithmic axis. Single values
+    are points, side by side where none has more. The names stand beside the axes, whole.
+    """
+    longest = max(len(x) for x, _ in series.values())
+    name_width = max(map(len, series)) * NAME_INCHES
+    with _figure(path, width=7.5 + name_width) as axis:
+        for i, (name, (x, y)) in enumerate(series.items()):
+            has_marker = longest <= FEW_VALUES or len(x) == 1
+            look = {
+                "marker": SPECTRUM_MARKERS[i % len(SPECTRUM_MARKERS)] if has_marker else "",
+                "linestyle": "none" if len(x) == 1 else LINE_STYLES[i // 10 % len(LINE_STYLES)],
+                "color": f"C{i % 10}",
+            }
+            places = [i + 1] if longest == 1 else x
+            axis.plot(places, y, label=name, linewidth=1.6, markersize=7, **look)
+        axis.set(xlabel="index", ylabel="singular value of delta W", yscale="log")
+        axis.set_title("\n".join(textwrap.wrap(title, 70)), fontsize=11)
+        axis.set_xlim(0.5, (len(series) if longest == 1 else longest) + 0.5)
+        axis.locator_params(axis="x", integer=True)
+        if longest == 1:
+            axis.set_xticks([])
+            axis.set(xlabel="every layer has one singular value: the file has rank 1")
+        axis.grid(alpha=0.3)
+        axis.figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+
+
 def plot_seed_differences(
     by_seed: Mapping[int, float], whole: tuple[float, float], path: Path, *, label: str, title: str
 ) -> None:
@@ -414,14 +445,14 @@ def _all_values(series: Series) -> list[float]:
 
 
 @contextmanager
-def _figure(path: Path, panels: int = 1, rows: int = 1) -> Iterator[Any]:
+def _figure(path: Path, panels: int = 1, rows: int = 1, width: float = 8) -> Iterator[Any]:
     """Axes of a new figure, or of several side by side or in rows, which is written to `path` as
     PNG when the block ends without error.
     """
     import matplotlib.pyplot as plt  # one second of import that only a plot needs
 
     plt.switch_backend("Agg")
-    size = (8 if panels == 1 else 5.5 * panels, 4.5 if rows == 1 else 2.6 * rows)
+    size = (width if panels == 1 else 5.5 * panels, 4.5 if rows == 1 else 2.6 * rows)
     figure, axis = plt.subplots(rows, panels, figsize=size, layout="constrained")
     try:
         yield axis
