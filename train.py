@@ -172,7 +172,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):
-                        save_sample_grid(samples, run, done)
+                        log.add_samples(done, save_sample_grid(samples, run, done))
                     if stop.received() or is_due(done, config.save_every):
                         checkpoints.write(done, log)  # last: all before it is done
                     stop.raise_if_received()

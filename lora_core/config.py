@@ -316,6 +316,9 @@ class Stage:
         return usual.warmup if self.warmup is None else self.warmup
 
 
+NEW_PROMPTS = ("{} in the snow", "{} on a beach", "{} in a city at night", "{} in a meadow")
+
+
 @dataclass(frozen=True)
 class SamplesConfig(SamplingMethod):
     """Images that are drawn during training and at its end."""
@@ -330,8 +333,13 @@ class SamplesConfig(SamplingMethod):
     base_word: str = ""
     """Takes the place of the placeholder when the base model draws the "before" images; empty: the
     words of the initializer, or nothing."""
-    new_prompts: tuple[str, ...] = ()
-    """Prompts in new places, the last row of before_after.png."""
+    seeds: Annotated[int, AtLeast(0)] = 0
+    """Images of each prompt, of different seeds; 0: 4 of a single prompt, 2 of two prompts, else
+    1."""
+    new_prompts: tuple[str, ...] = NEW_PROMPTS
+    """Prompts in new places, the last row of before_after.png. {} is the only prompt, else "a photo
+    of" the first placeholder word; without either those with {} are left out. For a style, things
+    instead of places: "a house, {}"."""
     show_data: bool = False
     """Show training images in before_after.png, and their captions there, in samples/ and in
     README.md. People publish these files, which otherwise hold neither."""
@@ -461,7 +469,9 @@ class Config(ModelConfig):
     list_targets: bool = False
     """Print the paths of the layers that get adapters, not only how many there are of a kind."""
     report: Literal["none", "tensorboard", "wandb"] = "none"
-    """Also log there (install the extra of that name)."""
+    """Also log there (install the extra of that name): metrics, sample images, and the config as
+    text and hyper-parameters. W&B is a server; images of an inpainting model need
+    --samples.show-data."""
     push_to_hub: str = ""
     """Hub repository USER/NAME that the finished run is uploaded to."""
     resume: bool = False

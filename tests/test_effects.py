@@ -26,7 +26,7 @@ from lora_core.diffusion.losses import mse
 from lora_core.diffusion.sampling import SAMPLERS
 from lora_core.errors import UserError
 from lora_core.optim import building, ema, gradients, schedules
-from lora_core.runs import reports
+from lora_core.runs import trackers
 from tests import tiny_flux
 from tests.test_configs import put
 from training import checkpoints, cuda_graph, processes, results, run_adapters, scores, setup
@@ -581,7 +581,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     # what a run writes
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
     "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
-    "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
+    "samples.every": (1, {}, instead(train, "save_sample_grid", lambda *_: [])),
     "samples.sampler": ("dpmpp_2m", FOUR_STEPS, instead(SAMPLERS, "dpmpp_2m", SAMPLERS["ddim"])),
     "samples.sampler_args": (
         {"eta": 1.0},
@@ -616,6 +616,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {},
         instead(results.SampleImages, "_prompts", lambda self: {"a TOK": False}),
     ),
+    "samples.seeds": (3, {}, instead(results.SampleImages, "seeds", 1)),
     "samples.new_prompts": (("a TOK",), {}, with_samples("before_after_grid", new_prompts=())),
     "samples.show_data": (True, {}, with_samples("before_after_grid", show_data=False)),
     "samples.strengths": ((0.0, 1.0), {}, with_samples("save_sample_grid", strengths=(1.0,))),
@@ -634,7 +635,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"data.images": "DAMAGED"},
         instead(setup.training_images, "write_left_out", nothing),
     ),
-    "report": ("tensorboard", {}, instead(reports.SINKS, "tensorboard", nothing)),
+    "report": ("tensorboard", {}, instead(trackers.SINKS, "tensorboard", nothing)),
 }
 
 
@@ -713,7 +714,7 @@ def test_an_option_whose_implementation_is_off_is_an_error(
     else:
         monkeypatch.setattr(place, name, disable(getattr(place, name)))
     monkeypatch.setattr(config_checks.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(reports, "check_login", nothing)
+    monkeypatch.setattr(trackers, "check_login", nothing)
     flag = option.replace("stages.", "stages.0.").replace("_", "-")
     section, _, own = flag.rpartition(".")
     given = f"--{section}.no-{own} had" if value is False else f"--{flag} .* had"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
         dora_errors = _reader_errors(model, files)
-    drawn = samples.draw(samples.prompts)
-    save_sample_grid(samples, run, done, drawn)
-    title = f"{run.folder.name}: before and after {done} steps"
-    sheet = before_after_grid(samples, drawn, title)
-    path = run.folder / "before_after.png"
-    pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
+    _draw_sheets(log, samples)
     peak = measure_peak(model.device)
     words = samples.data.scored.words
     reports.plot_metrics(run.folder, words)
@@ -93,6 +88,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         "scored": words,
     }
     run.write("summary.json", json.dumps(summary, indent=1))
+    log.book.finish(plain_results(summary))
     _print_results(scores, note, words)
     for count, why in log.skipped.reasons():
         print(f"{count} of {done} steps were skipped: {why}")
@@ -110,6 +106,26 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder
+
+
+def _draw_sheets(log: Log, samples: SampleImages) -> None:
+    """The last samples, and before_after.png."""
+    run, done = log.run, log.config.steps
+    drawn = samples.draw(samples.prompts)
+    log.add_samples(done, save_sample_grid(samples, run, done, drawn))
+    title = f"{run.folder.name}: before and after {done} steps"
+    sheet = before_after_grid(samples, drawn, title)
+    path = run.folder / "before_after.png"
+    pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
+    if samples.are_public:
+        log.book.add_images(done, "before_after", [""], [sheet])
+
+
+def plain_results(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of summary.json that a run is compared by: seconds, steps and losses."""
+    wanted = ("seconds", "steps", "val_loss_before", "val_loss_after")
+    found = {name: summary.get(name) for name in wanted}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _draw_share(samples: SampleImages, run: Run, done: int) -> None:

@@ -22,7 +22,7 @@ from lora_core.diffusion import densities, losses, sampling
 from lora_core.errors import UserError
 from lora_core.optim import building
 from lora_core.placeholders import has_placeholder
-from lora_core.runs import card, destination, lock, reports
+from lora_core.runs import card, destination, lock, trackers
 from lora_core.runs.run_folder import Run
 from lora_core.settings import CaptionSettings, check_options
 from lora_core.text import check_unicode
@@ -363,7 +363,7 @@ def check_run_folder(c: Config) -> None:
 
 def check_services(c: Config) -> None:
     """Raises UserError where --report or --push-to-hub could not log in."""
-    reports.check_login(c.report)
+    trackers.check_login(c.report)
     if c.push_to_hub:
         card.check_push_target(c.push_to_hub)
 

@@ -275,6 +275,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "samples.every": Written(SAMPLES, outcome.has_grids),
     "samples.strengths": Written(SAMPLES, outcome.draws_strengths),
     "samples.base_word": Written(SAMPLES, outcome.draws_base_word),
+    "samples.seeds": Written(SAMPLES, outcome.draws_seeds),
     "samples.new_prompts": Written(SAMPLES, outcome.draws_new_prompts),
     "samples.show_data": Written(SAMPLES, outcome.shows_training_images),
     "validation.images": Place(OPEN_DATA),
