@@ -296,7 +296,9 @@ class Checkpoints:
         """
         folder, layout = self.run.folder / "checkpoints" / str(step), self.model.family.layout
         files = formats.run_file_paths(self.learned_state(step), folder, layout)
-        if not all(map(_is_whole, files)):
+        older = formats.older_file_names(folder)
+        earlier = [file.with_name(older.get(file.name, file.name)) for file in files]
+        if not all(map(_is_whole, files)) and not all(map(_is_whole, earlier)):
             with self.optimization.averaged():
                 formats.save_run(self.learned_state(step), folder, layout=layout)
             print(f"wrote the files that were missing or damaged in {folder}")
