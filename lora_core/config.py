@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
+from lora_core.file_settings import FileSettings
 from lora_core.option_types import name_or_file
 from lora_core.settings import (
     Above,
@@ -436,7 +437,8 @@ class Config(ModelConfig):
     report: Literal["none", "tensorboard", "wandb"] = "none"
     """Also log there (install the extra of that name)."""
     push_to_hub: str = ""
-    """Hub repository USER/NAME that the finished run is uploaded to."""
+    """Hub repository USER/NAME that the finished run is uploaded to; a private one, without
+    --files.public."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
     resume_anyway: bool = False
@@ -453,6 +455,7 @@ class Config(ModelConfig):
     stages: tuple[Stage, ...] = (Stage(),)
     samples: SamplesConfig = SamplesConfig()
     validation: ValidationConfig = ValidationConfig()
+    files: FileSettings = FileSettings()
 
     @property
     def steps(self) -> int:

@@ -30,6 +30,7 @@ from lora_core.diffusion.sampling import Spacing
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.layout import Layout, layout_of
+from lora_core.formats.model_spec import BLACK_FOREST
 from lora_core.tokens import first_eos
 from models import sd
 from models.components import (
@@ -413,4 +414,5 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
     network = plain.components["transformer"]
     named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
     components = {**plain.components, "transformer": named}
-    return replace(plain, components=components, network_module="networks.lora_flux")
+    own = {"network_module": "networks.lora_flux", "implementation": BLACK_FOREST}
+    return replace(plain, components=components, **own)

@@ -23,6 +23,7 @@ from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, first_line, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
 from lora_core.formats.dora_readers import describe_reader_errors
+from lora_core.formats.shared_header import published_files
 from lora_core.placeholders import Placeholder, bind_placeholders, describe_tokens
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
@@ -31,6 +32,17 @@ IGNORED = (
     "checkpoints/*", "class_images/*", "*.tmp*", ".*", "wandb/*", "tensorboard/*",
     "skipped_files.txt",
 )  # fmt: skip
+# Licenses of models that the hub knows by these ids (huggingface.co/docs/hub/repositories-licenses).
+HUB_LICENSES = frozenset(
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m openrail++ afl-3.0 "
+    "artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 "
+    "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 "
+    "cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
+    "cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 "
+    "epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 "
+    "lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa "
+    "unlicense zlib pddl unknown other".split()
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -58,6 +70,8 @@ class ModelCard:
     validation: Sequence[tuple[str, float, float]] = ()  # (timestep, loss before, loss after)
     scored: str = "loss"  # that loss in words: held-out loss, loss on the training images
     repo: str = ""  # hub repository that the card is for; empty: this disk
+    license: str = ""  # an id of the hub, another name, or an address
+    description: str = ""  # the model in a few sentences
     # Tool -> relative error of its update of a DoRA under kohya's names (formats.dora_readers)
     dora_errors: Mapping[str, float] = field(default_factory=dict)
     shows_images: bool = True  # the samples, if no private image is in them
@@ -90,21 +104,28 @@ def _read_template() -> Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def check_push_target(repo_id: str) -> None:
-    """Creates the hub repository if it is missing and checks that this login may write to it.
+def check_push_target(repo_id: str, *, public: bool = False) -> None:
+    """Creates the hub repository if it is missing, a private one unless `public`, and checks that
+    this login may write to it.
 
-    Raises UserError if not.
+    Raises UserError if not, and for a public repository that is there without `public`.
     """
     try:
         api = HfApi()
-        api.create_repo(repo_id, repo_type="model", exist_ok=True)
+        api.create_repo(repo_id, repo_type="model", private=not public, exist_ok=True)
         if hasattr(api, "auth_check"):
             api.auth_check(repo_id, write=True)
+        is_open = not public and api.model_info(repo_id).private is False
     except Exception as error:  # see `push_to_hub`
         advice = "log in (hf auth login), or leave it out and upload the folder later"
         raise UserError(
             f"--push-to-hub {repo_id} cannot be written to: {first_line(error)}; {advice}"
         ) from None
+    if is_open:
+        raise UserError(
+            f"--push-to-hub {repo_id} is a public repository; add --files.public to publish there, "
+            "or name another, which is then made a private one"
+        )
 
 
 def push_to_hub(
@@ -112,26 +133,28 @@ def push_to_hub(
     repo_id: str,
     *,
     ignore: Sequence[str] = IGNORED,
-    texts: Mapping[str, str] | None = None,
+    contents: Mapping[str, bytes] | None = None,
+    public: bool = False,
 ) -> str:
-    """Uploads a run folder to a hub repository, created if missing; returns its address.
+    """Uploads a run folder to a hub repository; returns its address. One that is missing is
+    created, private unless `public`; one that is there stays as it is.
 
-    `ignore`: globs on paths relative to the folder. `texts`: files that have another text in the
-    repository. Raises UserError when the hub refuses or cannot be reached; the folder is not
+    `ignore`: globs on paths relative to the folder. `contents`: files that have another content in
+    the repository, as those with captions of the user's files in their headers have. Raises UserError when the hub refuses or cannot be reached; the folder is not
     changed.
     """
-    texts = texts or {}
+    contents = published_files(Path(folder)) | dict(contents or {})
     try:
         api = HfApi()
-        url = api.create_repo(repo_id, repo_type="model", exist_ok=True)
+        url = api.create_repo(repo_id, repo_type="model", private=not public, exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
-            ignore_patterns=[*ignore, *texts],
+            ignore_patterns=[*ignore, *contents],
             commit_message=f"Upload the run {Path(folder).resolve().name}",
         )
-        for name, text in texts.items():
-            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=repo_id)
+        for name, content in contents.items():
+            api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id)
     except Exception as error:
         # The hub's client raises a dozen classes: no network, no token, no right to write, a bad
         # id, a card that it does not accept.
@@ -195,7 +218,9 @@ def _front_matter(
     data = ModelCardData(
         base_model=None if is_local and card.repo else card.base_model,
         library_name="diffusers",
-        tags=[*tags, *card.tags],
+        pipeline_tag="text-to-image",
+        tags=list(dict.fromkeys([*tags, *card.tags])),
+        **license_fields(card.license),
     )
     example = _example(card)
     if prompt := _bind_words(card, card.instance_prompt) or example:
@@ -203,6 +228,22 @@ def _front_matter(
     if images:
         data["widget"] = [{"text": example or "-", "output": {"url": url}} for url in images]
     return data
+
+
+def license_fields(text: str) -> dict[str, str]:
+    """The fields of a card's metadata for a license; none for "".
+
+    The hub knows some by an id; another is `other`, with a name and, where it has one, an address.
+    """
+    known = text.lower().replace(" ", "-")
+    if not text:
+        return {}
+    if known in HUB_LICENSES:
+        return {"license": known}
+    fields = {"license": "other"}
+    if text.startswith(("https://", "http://")):
+        return fields | {"license_name": "license-of-the-model", "license_link": text}
+    return fields | {"license_name": re.sub(r"[^\w.+-]+", "-", text.lower()).strip("-")}
 
 
 def _contents(folder: Path, rows: Sequence[str]) -> str:
