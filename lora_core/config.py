@@ -455,7 +455,7 @@ class Config(ModelConfig):
     stages: tuple[Stage, ...] = (Stage(),)
     samples: SamplesConfig = SamplesConfig()
     validation: ValidationConfig = ValidationConfig()
-    files: FileSettings = FileSettings()
+    files: FileSettings = FileSettings()  # noqa: RUF009 - frozen, like the sections above
 
     @property
     def steps(self) -> int:

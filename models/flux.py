@@ -30,7 +30,6 @@ from lora_core.diffusion.sampling import Spacing
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.layout import Layout, layout_of
-from lora_core.formats.model_spec import BLACK_FOREST
 from lora_core.tokens import first_eos
 from models import sd
 from models.components import (
@@ -414,5 +413,9 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
     network = plain.components["transformer"]
     named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
     components = {**plain.components, "transformer": named}
-    own = {"network_module": "networks.lora_flux", "implementation": BLACK_FOREST}
-    return replace(plain, components=components, **own)
+    return replace(
+        plain,
+        components=components,
+        network_module="networks.lora_flux",
+        implementation="https://github.com/black-forest-labs/flux",
+    )

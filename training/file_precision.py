@@ -20,15 +20,19 @@ def fitting_dtype(state: AdapterState, precision: str) -> torch.dtype | None:
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return None
-    for component, updates in (*state.components.items(), *state.dense.items()):
-        for path, update in updates.items():
-            if not _fits(update, dtype):
-                print(
-                    f"warning: {component}.{path} has numbers that overflow {precision}, so the "
-                    "files are in fp32; choose --files.precision bf16, or merge.py resize",
-                    file=sys.stderr,
-                )
-                return None
+    updates: dict[str, LowRank | DenseUpdate] = {}
+    for component, factors in state.components.items():
+        updates |= {f"{component}.{path}": update for path, update in factors.items()}
+    for component, dense in state.dense.items():
+        updates |= {f"{component}.{path}": update for path, update in dense.items()}
+    for name, update in updates.items():
+        if not _fits(update, dtype):
+            print(
+                f"warning: {name} has numbers that overflow {precision}, so the files are in "
+                "fp32; choose --files.precision bf16, or merge.py resize",
+                file=sys.stderr,
+            )
+            return None
     return dtype
 
 

@@ -12,8 +12,8 @@ from lora_core.formats.layout import Layout
 
 VERSION = "1.0.1"
 PREFIX = "modelspec."
-STABILITY = "https://github.com/Stability-AI/generative-models"  # sd-scripts: of all embeddings
-BLACK_FOREST = "https://github.com/black-forest-labs/flux"
+DIFFUSERS = "diffusers"
+STABILITY = "https://github.com/Stability-AI/generative-models"  # in sd-scripts also of embeddings
 LORA, EMBEDDING = "/lora", "/textual-inversion"  # ends of architectures
 
 
@@ -29,12 +29,13 @@ def embedding_spec(layout: Layout, title: str) -> dict[str, str]:
     """The entries that a file of token rows has to have; none for a family without a name there."""
     if not layout.architecture:
         return {}
+    implementation = STABILITY if layout.implementation == DIFFUSERS else layout.implementation
     return _prefixed(
         {
             "sai_model_spec": VERSION,
             "title": title,
             "architecture": layout.architecture.removesuffix(LORA) + EMBEDDING,
-            "implementation": STABILITY,
+            "implementation": implementation,
         }
     )
 

@@ -14,8 +14,6 @@ from typing import Any
 from lora_core.atomic_files import atomic_write
 from lora_core.formats.model_spec import PREFIX
 
-USUAL_WEIGHT = 0.0  # "preferred weight"; 0: the user's own default
-
 
 def preview_path(file: Path) -> Path:
     """The image of a LoRA file."""
@@ -28,22 +26,14 @@ def user_metadata_path(file: Path) -> Path:
 
 
 def user_metadata(header: Mapping[str, str]) -> dict[str, Any]:
-    """A1111's table for a file with this header, whose Stable Diffusion version A1111 would find
-    itself.
+    """A1111's table for a file with this header. It has no version of the model, which A1111 finds
+    in the header itself, and no weight but 0, the user's own default.
     """
-    is_v2 = header.get("ss_v2") == "True"
-    version = "SD2" if is_v2 else "SD1"
-    base = header.get("ss_base_model_version", "")
-    if base.startswith("sdxl_"):
-        version = "SDXL"
-    elif not base.startswith("sd_"):
-        version = "Unknown"
     notes = [header.get(f"{PREFIX}{name}", "") for name in ("usage_hint", "license")]
     return {
         "description": header.get(f"{PREFIX}description", ""),
-        "sd version": version,
         "activation text": header.get(f"{PREFIX}trigger_phrase", ""),
-        "preferred weight": USUAL_WEIGHT,
+        "preferred weight": 0.0,
         "negative text": "",
         "notes": "\n".join(filter(None, notes)),
     }

@@ -25,6 +25,7 @@ from lora_core.formats import EMBEDDINGS, NATIVE
 from lora_core.formats.dora_readers import describe_reader_errors
 from lora_core.formats.shared_header import published_files
 from lora_core.placeholders import Placeholder, bind_placeholders, describe_tokens
+from lora_core.runs.licenses import license_fields
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
@@ -32,17 +33,6 @@ IGNORED = (
     "checkpoints/*", "class_images/*", "*.tmp*", ".*", "wandb/*", "tensorboard/*",
     "skipped_files.txt",
 )  # fmt: skip
-# Licenses of models that the hub knows by these ids (huggingface.co/docs/hub/repositories-licenses).
-HUB_LICENSES = frozenset(
-    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m openrail++ afl-3.0 "
-    "artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 "
-    "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 "
-    "cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
-    "cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 "
-    "epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 "
-    "lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa "
-    "unlicense zlib pddl unknown other".split()
-)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -140,8 +130,8 @@ def push_to_hub(
     created, private unless `public`; one that is there stays as it is.
 
     `ignore`: globs on paths relative to the folder. `contents`: files that have another content in
-    the repository, as those with captions of the user's files in their headers have. Raises UserError when the hub refuses or cannot be reached; the folder is not
-    changed.
+    the repository, as those with captions of the user's files in their headers have. Raises
+    UserError when the hub refuses or cannot be reached; the folder is not changed.
     """
     contents = published_files(Path(folder)) | dict(contents or {})
     try:
@@ -220,30 +210,15 @@ def _front_matter(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=list(dict.fromkeys([*tags, *card.tags])),
-        **license_fields(card.license),
     )
+    for field_name, text in license_fields(card.license).items():
+        data[field_name] = text
     example = _example(card)
     if prompt := _bind_words(card, card.instance_prompt) or example:
         data["instance_prompt"] = prompt
     if images:
         data["widget"] = [{"text": example or "-", "output": {"url": url}} for url in images]
     return data
-
-
-def license_fields(text: str) -> dict[str, str]:
-    """The fields of a card's metadata for a license; none for "".
-
-    The hub knows some by an id; another is `other`, with a name and, where it has one, an address.
-    """
-    known = text.lower().replace(" ", "-")
-    if not text:
-        return {}
-    if known in HUB_LICENSES:
-        return {"license": known}
-    fields = {"license": "other"}
-    if text.startswith(("https://", "http://")):
-        return fields | {"license_name": "license-of-the-model", "license_link": text}
-    return fields | {"license_name": re.sub(r"[^\w.+-]+", "-", text.lower()).strip("-")}
 
 
 def _contents(folder: Path, rows: Sequence[str]) -> str:

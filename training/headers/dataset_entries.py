@@ -102,9 +102,10 @@ def steps_per_epoch(config: Config, training: ImageDataset) -> float:
 
 
 def dataset_entries(
-    config: Config, data: Data, placeholders: Sequence[Placeholder], name: str
+    config: Config, data: Data, placeholders: Sequence[Placeholder], name: str, trigger: str
 ) -> dict[str, Any]:
-    """kohya's entries about the images; numbers and None are not yet texts.
+    """kohya's entries about the images; numbers and None are not yet texts. A folder whose captions
+    differ has the trigger words as its class tokens, which managers show.
 
     ss_datasets is what kohya writes of a dataset file, the others what it writes without one:
     readers look for either. Without captions where --files.header says so.
@@ -123,13 +124,18 @@ def dataset_entries(
         "max_bucket_reso": max(map(max, sizes), default=None),
         "resize_interpolation": d.interpolation,
     }
-    tables = {"bucket_info": describe_buckets_entry(config, folders), "tag_frequency": tags}
+    tables: dict[str, Any] = {
+        "bucket_info": describe_buckets_entry(config, folders),
+        "tag_frequency": tags,
+    }
     augmentation = {"color_aug": d.jitter, "flip_aug": d.flip, "random_crop": d.crop == "random"}
     described = []
     dirs: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     for own in subsets:
         counts = {"img_count": len(own.images), "num_repeats": own.repeats}
-        words = _shared_caption(own, placeholders, name) if has_captions else None
+        words = None if own.is_prior else trigger or None
+        if has_captions:
+            words = _shared_caption(own, placeholders, name) or words
         described.append(
             {"image_dir": own.name, "is_reg": own.is_prior, "class_tokens": words}
             | counts

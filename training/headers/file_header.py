@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from lora_core.config import Config
+from lora_core.formats.shared_header import TRIGGER
 from training.headers.dataset_entries import dataset_entries
 from training.headers.kohya_entries import encode_entries, progress_entries, training_entries
 from training.headers.spec_entries import date_entry, spec_entries
@@ -35,6 +36,7 @@ class FileHeader:
         spec = spec_entries(self.config, self.data, self.model, stem) | date_entry(saved)
         if self.config.files.header == "short":
             return spec
-        images = dataset_entries(self.config, self.data, words, stem)
+        trigger = spec.get(TRIGGER, "")
+        images = dataset_entries(self.config, self.data, words, stem, trigger)
         progress = progress_entries(self.config, self.data, done, started=started, saved=saved)
         return self._training | encode_entries(images | progress) | spec

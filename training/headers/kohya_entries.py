@@ -101,7 +101,7 @@ def _optimizer_entries(c: Config, optimization: Optimization) -> dict[str, Any]:
             rates[group] = stage.lr.get(group, optimization.settings[group]["lr"])
     kind = type(optimization.optimizer)
     arguments = ",".join(f"{name}={value}" for name, value in o.args.items())
-    first = [rate for rate in rates.values() if rate is not None][0]
+    first = next(rate for rate in rates.values() if rate is not None)
     schedule = _schedule_name(c, c.stages[-1])
     return {
         "ss_learning_rate": first,
@@ -123,7 +123,7 @@ def _schedule_name(c: Config, stage: Stage) -> str:
 
 
 def _adapter_entries(c: Config) -> dict[str, Any]:
-    """Dropouts and LoRA+, which leave no trace in the tensors; ranks and alphas are the writer's."""
+    """Dropouts and LoRA+, which leave no trace in the tensors; the writer adds ranks and alphas."""
     a = c.adapter
     given = {
         "rank_dropout": a.rank_dropout or None,

@@ -33,10 +33,11 @@ def spec_entries(config: Config, data: Data, model: Model, name: str) -> dict[st
     entries |= {word: getattr(config.files, word) for word in OWN_WORDS}
     records: Sequence[Record] = data.training.records
     trigger = trigger_words.find_trigger(config, records, model.placeholders, name)
-    entries["trigger_phrase"] = trigger.words
+    if config.files.header == "full" or not trigger.is_caption:
+        entries["trigger_phrase"] = trigger.words
     entries["usage_hint"] = trigger_words.usage_hint(model.placeholders, name)
     spec = {f"{PREFIX}{key}": text for key, text in entries.items() if text}
-    if _has_private_captions(config, records):
+    if config.files.header == "full" and _has_private_captions(config, records):
         spec[PRIVATE] = "tags, trigger" if trigger.is_caption else "tags"
     return spec
 

@@ -260,7 +260,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "validation.draws": Written("tests/test_scores.py", outcome.has_draws),
     "validation.seed": Written("tests/test_scores.py", outcome.draws_validation_noise),
     # files
-    "files.precision": Written("tests/test_file_precision.py", written.has_precision),
+    "files.precision": Written("tests/test_file_precision.py", written.files_have_precision),
     "files.header": Written("tests/test_file_header.py", written.has_entries),
     "files.title": Written(SPEC, written.has_words("title")),
     "files.author": Written(SPEC, written.has_words("author")),

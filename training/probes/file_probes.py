@@ -35,7 +35,7 @@ def has_entries(run: FinishedRun) -> bool:
     return not any(gone in _header(file) for file in _files(run))
 
 
-def has_precision(run: FinishedRun) -> bool:
+def files_have_precision(run: FinishedRun) -> bool:
     """--files.precision: whether a LoRA file has factors of it, or says that they overflow it."""
     wanted = DTYPES[run.config.files.precision]
     for file in _lora_files(run):
@@ -56,17 +56,17 @@ def fits_half(run: FinishedRun, dtype: torch.dtype) -> bool:
 
 
 def has_thumbnail(run: FinishedRun) -> bool:
-    """--files.thumbnail: whether the header has an image of that size, or none with 0."""
-    wanted = min(run.config.files.thumbnail, run.samples.settings.width)
-    if not run.samples.are_public:
+    """--files.thumbnail: whether the header has an image of at most that size, or none with 0."""
+    largest = run.config.files.thumbnail
+    if run.log.model.family.inpainting:
         return True
     for file in _lora_files(run):
         text = _header(file).get(f"{PREFIX}thumbnail", "")
         if not text:
-            return not wanted
+            return not largest
         data = base64.b64decode(text.partition(",")[2])
         with Image.open(io.BytesIO(data)) as image:
-            return max(image.size) == wanted
+            return max(image.size) <= largest
     return True
 
 
@@ -74,7 +74,7 @@ def has_sidecars(run: FinishedRun) -> bool:
     """--files.sidecars: whether they are there."""
     files = _lora_files(run)
     made = [user_metadata_path(file) for file in files]
-    if run.samples.are_public:
+    if not run.log.model.family.inpainting:
         made += [preview_path(file) for file in files]
     return all(file.is_file() for file in made)
 
