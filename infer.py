@@ -268,6 +268,7 @@ def open_drawing(
         others = [config.negative]
         for region in regions:
             others += [region.prompt, region.negative]
+        texts = [prompt.text for prompt in prompts]
         if sentence := prompts_without_words(texts, drawing.placeholders, others):
             print_note(sentence)
         yield drawing

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
+from lora_core.file_settings import FileSettings
 from lora_core.option_types import GROUP_NUMBERS, name_or_file
 from lora_core.settings import (
     Above,
@@ -473,7 +474,8 @@ class Config(ModelConfig):
     text and hyper-parameters. W&B is a server; images of an inpainting model need
     --samples.show-data."""
     push_to_hub: str = ""
-    """Hub repository USER/NAME that the finished run is uploaded to."""
+    """Hub repository USER/NAME that the finished run is uploaded to; a private one, without
+    --files.public."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
     resume_anyway: bool = False
@@ -490,6 +492,7 @@ class Config(ModelConfig):
     stages: tuple[Stage, ...] = (Stage(),)
     samples: SamplesConfig = SamplesConfig()
     validation: ValidationConfig = ValidationConfig()
+    files: FileSettings = FileSettings()  # noqa: RUF009 - frozen, like the sections above
 
     @property
     def steps(self) -> int:

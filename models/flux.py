@@ -419,4 +419,9 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
     network = plain.components["transformer"]
     named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
     components = {**plain.components, "transformer": named}
-    return replace(plain, components=components, network_module="networks.lora_flux")
+    return replace(
+        plain,
+        components=components,
+        network_module="networks.lora_flux",
+        implementation="https://github.com/black-forest-labs/flux",
+    )

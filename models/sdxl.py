@@ -24,6 +24,7 @@ from lora_core.errors import UserError
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions, Sizes
 from lora_core.formats.compvis import unet_module_names
 from lora_core.formats.layout import Component, Layout, layout_of
+from lora_core.formats.model_spec import STABILITY
 from lora_core.tokens import first_eos
 from models import sd
 from models.components import (
@@ -334,6 +335,7 @@ def sdxl_layout(unet: UNet2DConditionModel, encoders: Mapping[str, Any]) -> Layo
     return replace(
         found,
         components={**found.components, "unet": named},
+        implementation=STABILITY,
         block_lists=(12, 20, 26),
         cross_attention=cross_attention_paths(component.modules),
     )

@@ -32,6 +32,7 @@ from tests.test_configs import put
 from training import checkpoints, cuda_graph, processes, results, run_adapters, scores, setup
 from training import step as step_module
 from training.checks import config_checks
+from training.headers import file_header
 from training.inputs import latent_cache, step_inputs, training_images
 from training.probes import effects
 
@@ -203,6 +204,18 @@ def with_samples(writer: str, **fixed: Any) -> Any:
         return write
 
     return results, writer, disable
+
+
+def with_files(**fixed: Any) -> Any:
+    """The header of files, with some options of [files] fixed."""
+
+    def disable(whole: Any) -> Any:
+        def make(header: Any, config: Config, *rest: Any) -> None:
+            whole(header, put(config, {f"files.{k}": v for k, v in fixed.items()}), *rest)
+
+        return make
+
+    return file_header.FileHeader, "__init__", disable
 
 
 def even(mask: Tensor, temperature: float) -> Tensor:
@@ -636,6 +649,16 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         instead(setup.training_images, "write_left_out", nothing),
     ),
     "report": ("tensorboard", {}, instead(trackers.SINKS, "tensorboard", nothing)),
+    "files.precision": ("fp16", {}, instead(checkpoints, "fitting_dtype", nothing)),
+    "files.header": ("short", {}, with_files(header="full")),
+    "files.title": ("A", {}, with_files(title="")),
+    "files.author": ("A", {}, with_files(author="")),
+    "files.description": ("A", {}, with_files(description="")),
+    "files.license": ("mit", {}, with_files(license="")),
+    "files.tags": ("a, b", {}, with_files(tags="")),
+    "files.trigger": ("A", {}, with_files(trigger="")),
+    "files.thumbnail": (8, {}, instead(results, "add_manager_files", lambda *_, **__: [])),
+    "files.sidecars": (True, {}, instead(results, "add_manager_files", lambda *_, **__: [])),
 }
 
 

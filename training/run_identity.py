@@ -39,6 +39,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "log_every": WHEN_LOOKED_AT,
     "list_targets": WHEN_LOOKED_AT,
     "samples": WHEN_LOOKED_AT,
+    "files": WHERE_WRITTEN,
     "validation.every": WHEN_LOOKED_AT,
     "validation.images": WHEN_LOOKED_AT,
     "validation.count": WHEN_LOOKED_AT,
@@ -77,7 +78,8 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "stages": "compared one by one, those that have begun",
 }
 # Sections of a config, each a table of options.
-SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation")
+SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation",
+            "files")  # fmt: skip
 # Component -> the option for the precision that it is loaded in; for all others `precision`.
 PRECISION_OPTIONS = {"vae": "vae_precision", "scheduler": ""}
 VAE_UNITS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of its latents

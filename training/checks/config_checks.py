@@ -96,6 +96,10 @@ LISTED_BUCKETS = (
 CLASS_IMAGES = (lambda c: bool(c.prior.prompt), "--prior.prompt, the class prompt")
 TAGS = (_some_folder(lambda tags: tags.orders_tags), "--data.shuffle-caption or --data.tag-dropout")
 DATASET = (lambda c: bool(c.data.dataset), "--data.dataset")
+LORA_FILE = (
+    lambda c: _trains_adapters(c) and c.adapter.kind != "full",
+    "a stage that trains denoiser or text_encoder, with adapters that LoRA files hold",
+)
 MASKED_LOSS = (lambda c: c.masks_loss, "masks that weight the loss (--data.masks)")
 
 # section or option -> (whether this config uses it, the setting that it needs to have an effect)
@@ -171,6 +175,10 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "optimizer.lr_pattern": ADAPTERS,
     "optimizer.max_update_norm": ADAPTERS,
     "noise.adaptive_offset": (lambda c: c.noise.offset > 0, "--noise.offset above 0"),
+    "files.precision": LORA_FILE,
+    "files.thumbnail": LORA_FILE,
+    "files.sidecars": LORA_FILE,
+    "files.public": (lambda c: bool(c.push_to_hub), "--push-to-hub"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),
     "data.variants": (lambda c: c.data.is_random, RANDOM_PIXELS),
     "data.cache": (
@@ -365,7 +373,7 @@ def check_services(c: Config) -> None:
     """Raises UserError where --report or --push-to-hub could not log in."""
     trackers.check_login(c.report)
     if c.push_to_hub:
-        card.check_push_target(c.push_to_hub)
+        card.check_push_target(c.push_to_hub, public=c.files.public)
 
 
 def check_device(c: Config, device: torch.device) -> None:

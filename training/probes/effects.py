@@ -19,6 +19,7 @@ from training.inputs.step_inputs import InputSource, StepInputs
 from training.log import Log
 from training.probes import adapter_probes as adapters
 from training.probes import caption_probes as captions
+from training.probes import file_probes as written
 from training.probes import input_probes as inputs
 from training.probes import model_probes as model
 from training.probes import optimizer_probes as optimizer
@@ -65,6 +66,7 @@ CHECKS = "training.checks.config_checks:check_config"
 OPEN_DATA = "training.setup:open_data"
 OPEN_MODEL = "training.setup:open_model"
 SAMPLES = "tests/test_samples.py"
+SPEC = "tests/test_spec_entries.py"
 SAME_NOISE = "the noise is the same without it"
 SAME_LEVELS = "the noise levels are the same without it"
 SAME_LOSS = "the losses are the same without it"
@@ -284,6 +286,18 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "validation.bins": Written("tests/test_scores.py", outcome.has_bins),
     "validation.draws": Written("tests/test_scores.py", outcome.has_draws),
     "validation.seed": Written("tests/test_scores.py", outcome.draws_validation_noise),
+    # files
+    "files.precision": Written("tests/test_file_precision.py", written.files_have_precision),
+    "files.header": Written("tests/test_file_header.py", written.has_entries),
+    "files.title": Written(SPEC, written.has_words("title")),
+    "files.author": Written(SPEC, written.has_words("author")),
+    "files.description": Written(SPEC, written.has_words("description")),
+    "files.license": Written(SPEC, written.has_words("license")),
+    "files.tags": Written(SPEC, written.has_words("tags")),
+    "files.trigger": Written("tests/test_trigger_words.py", written.has_words("trigger")),
+    "files.thumbnail": Written("tests/test_manager_files.py", written.has_thumbnail),
+    "files.sidecars": Written("tests/test_manager_files.py", written.has_sidecars),
+    "files.public": Refused(CHECKS),
 }
 
 
