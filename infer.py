@@ -139,6 +139,7 @@ from lora_core.formats.model_words import model_placeholders
 from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
 from lora_core.memory.residency import check_offload, leaves_device
+from lora_core.progress import phase
 from lora_core.prompt_tags import TAG as LORA_TAG
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
@@ -213,6 +214,7 @@ class Drawing:
             refiner=self.refiner,
             regions=self.regions,
             placeholders=self.placeholders,
+            title="drawing",
         )
         return list(chain.from_iterable(map(to_images, drawn)))
 
@@ -272,7 +274,8 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         config=config.model_config,
         family=config.family,
     )
-    family = load_family(config.model, options)
+    with phase("loading the model"):
+        family = load_family(config.model, options)
     if config.negative and family.distilled_guidance:
         raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
     if not config.refiner:
@@ -280,7 +283,8 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     length = config.max_sequence_length
     plain = replace(options, scheduler={}, clip_skip=0, max_sequence_length=length)
     plain = replace(plain, config="", family="")  # the refiner is of a built-in family
-    refiner = load_family(config.refiner, plain)
+    with phase("loading the refiner"):
+        refiner = load_family(config.refiner, plain)
     if _latent_space(refiner) != _latent_space(family):
         raise UserError(
             f"--refiner {config.refiner} works on other latents than {config.model}; "
