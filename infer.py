@@ -24,9 +24,9 @@ import tyro
 
 from lora_core.command_line import is_given, parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import ModelConfig
-from lora_core.instant_answers import Script, answer_instantly, is_started
+from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.placeholders import Placeholder
-from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from lora_core.plugin_lists import LIST_FLAG, print_list
 from lora_core.program_flags import DRAW_FLAGS
 from lora_core.script_pages import INFER_PAGE
 from lora_core.settings import AtLeast, SamplerSettings
@@ -100,23 +100,15 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     (NAME_adapter.safetensors). The code in FILE.py is run."""
 
 
-def show_infer_help(words: Sequence[str]) -> None:
-    """Prints the help of all options."""
-    show_help(Infer, prog="infer.py", example=EXAMPLE)
-
-
 SCRIPT = Script(
     "lora-infer",
     INFER_PAGE,
-    show_infer_help,
+    lambda words: show_help(Infer, prog="infer.py", example=EXAMPLE),
     DRAW_FLAGS,
     lambda words: top_flags(Infer),
     parser_of(Infer),
 )
-if is_started(__name__, sys.argv, SCRIPT):  # before torch is imported
-    answer_list(sys.argv[1:])
-    if (status := answer_instantly(SCRIPT, sys.argv[1:])) is not None:
-        sys.exit(status)
+answer_at_start(__name__, sys.argv, SCRIPT)  # before torch is imported
 
 from contextlib import ExitStack
 from functools import partial

@@ -50,7 +50,7 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-class Bar:
+class ProgressBar:
     """A task of a known number of steps, of which `done` are done at its beginning.
 
     It is shown inside its context. `unit` is one step in a word, BYTES for sizes of files.
@@ -63,7 +63,7 @@ class Bar:
         self.marks: deque[tuple[float, int]] = deque()  # (second, steps done) of the newest steps
         self.began, self.first = 0.0, done
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self.began = time.monotonic()
         self.marks.append((self.began, self.done))
         if self.total > self.done and distributed.is_main_process():
@@ -125,7 +125,7 @@ class Bar:
 
 def track(items: Iterable[Item], title: str, unit: str, total: int) -> Iterator[Item]:
     """The items, `total` of them, each counted as a step when the next one is asked for."""
-    with Bar(title, total, unit) as bar:
+    with ProgressBar(title, total, unit) as bar:
         for item in items:
             yield item
             bar.advance()
@@ -139,7 +139,7 @@ def phase(title: str) -> Iterator[None]:
     if not distributed.is_main_process():
         yield
         return
-    bar, began = Bar(title, 0, ""), time.monotonic()
+    bar, began = ProgressBar(title, 0, ""), time.monotonic()
     timer = threading.Timer(WAIT_SECONDS, print_error, [f"{bar.title} ..."])
     timer.daemon = True
     hidden = hides_progress()
@@ -175,15 +175,15 @@ def _rate_words(rate: float, unit: str) -> str:
 class _Lines:
     """A bar as a line every LINE_SECONDS."""
 
-    def open(self, bar: Bar) -> None:
+    def open(self, bar: ProgressBar) -> None:
         self.newest = time.monotonic()
 
-    def update(self, bar: Bar, now: float) -> None:
+    def update(self, bar: ProgressBar, now: float) -> None:
         if now - self.newest >= LINE_SECONDS:
             self.newest = now
             print_error(f"{bar.title}: {bar.describe(now)}")
 
-    def close(self, bar: Bar) -> None:
+    def close(self, bar: ProgressBar) -> None:
         pass
 
 
@@ -195,11 +195,11 @@ class _Terminal:
 
     def __init__(self) -> None:
         self.rich: Progress | None = None
-        self.tasks: dict[Bar, Any] = {}  # bar -> its number in rich
+        self.tasks: dict[ProgressBar, Any] = {}  # bar -> its number in rich
         self.replaced: dict[str, TextIO] = {}  # name of a stream -> the stream below ours
         self.drawn = 0.0
 
-    def open(self, bar: Bar) -> None:
+    def open(self, bar: ProgressBar) -> None:
         if self.rich is None:
             stream = bottom_stream(sys.stderr)  # ours would escape what rich draws
             self.rich = Progress(
@@ -221,13 +221,13 @@ class _Terminal:
             bar.title, total=total, completed=bar.done, words=words
         )
 
-    def update(self, bar: Bar, now: float) -> None:
+    def update(self, bar: ProgressBar, now: float) -> None:
         is_due = now - self.drawn >= REDRAW_SECONDS or bar.done >= bar.total
         if is_due and self.rich is not None and bar in self.tasks:
             self.drawn = now
             self.rich.update(self.tasks[bar], completed=bar.done, words=bar.describe(now))
 
-    def close(self, bar: Bar) -> None:
+    def close(self, bar: ProgressBar) -> None:
         if self.rich is None or bar not in self.tasks:
             return
         self.rich.remove_task(self.tasks.pop(bar))

@@ -17,7 +17,7 @@ from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
 from lora_core.prodigy import read_distance
-from lora_core.progress import Bar, phase
+from lora_core.progress import ProgressBar, phase
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
@@ -49,13 +49,13 @@ class Log:
         self.inputs: Sequence[StepInputs] = ()  # of the newest step
         self.start = 0  # steps that earlier processes have done
         self.logged: set[str] = set()  # names of the values that the loss logged
-        self.bar = Bar("training", 0, "step")
+        self.bar = ProgressBar("training", 0, "step")
 
     @contextmanager
     def progress(self, done: int) -> Iterator[None]:
         """The progress bar, from step `done` on; flushes the log when it ends."""
         self.start = done
-        with Bar("training", self.config.steps, "step", done) as self.bar:
+        with ProgressBar("training", self.config.steps, "step", done) as self.bar:
             yield
         self.flush()
 

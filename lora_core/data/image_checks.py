@@ -27,7 +27,7 @@ from lora_core.data.images import READER_VERSION, has_alpha_mask, read_image
 from lora_core.data.shards.stored_files import FileSource, StoredFile, path_of
 from lora_core.errors import UserError, first_line, printable
 from lora_core.json_files import read_object
-from lora_core.progress import Bar
+from lora_core.progress import ProgressBar
 
 MOST_THREADS = 16  # a decoded photograph takes up to 400 MB
 AT_ONCE = 512  # files that are handed to the threads together
@@ -139,7 +139,7 @@ class ImageChecks:
         check = partial(_check_or_error, masks=masks)
         with (
             ThreadPoolExecutor(self.threads, thread_name_prefix="images") as pool,
-            Bar("reading images", len(wanted), "image") as bar,
+            ProgressBar("reading images", len(wanted), "image") as bar,
         ):
             for start in range(0, len(wanted), AT_ONCE):
                 numbers = wanted[start : start + AT_ONCE]

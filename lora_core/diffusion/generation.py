@@ -19,7 +19,7 @@ from lora_core.errors import UserError
 from lora_core.family import Conditioning, Family, Sizes
 from lora_core.layer_prompts import encode_layer_prompts
 from lora_core.placeholders import Placeholder, bind_layers
-from lora_core.progress import Bar
+from lora_core.progress import ProgressBar
 from lora_core.settings import SamplerSettings
 
 # Images that wait, with their encoded prompts, for one network to be done with all of them: with
@@ -104,7 +104,7 @@ def generate_batches(
     pixels are asked for. With a `title`, a bar of that name counts the steps of all batches.
     """
     steps = sum(int(batch.settings.strength * batch.settings.steps) for batch in batches)
-    with Bar(title, steps if title else 0, "step") as bar:
+    with ProgressBar(title, steps if title else 0, "step") as bar:
         for group in _group_batches(batches):
             under_way: list[Generator[Tensor | None, None, None]] = []
             for batch in group:
