@@ -23,9 +23,9 @@ import tyro
 
 from lora_core.command_line import is_given, parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import ModelConfig
-from lora_core.instant_answers import Script, answer_instantly, is_started
+from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.placeholders import Placeholder
-from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from lora_core.plugin_lists import LIST_FLAG, print_list
 from lora_core.program_flags import DRAW_FLAGS
 from lora_core.script_pages import INFER_PAGE
 from lora_core.settings import AtLeast, SamplerSettings
@@ -104,23 +104,15 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     (NAME_adapter.safetensors). The code in FILE.py is run."""
 
 
-def show_infer_help(words: Sequence[str]) -> None:
-    """Prints the help of all options."""
-    show_help(Infer, prog="infer.py", example=EXAMPLE)
-
-
 SCRIPT = Script(
     "lora-infer",
     INFER_PAGE,
-    show_infer_help,
+    lambda words: show_help(Infer, prog="infer.py", example=EXAMPLE),
     DRAW_FLAGS,
     lambda words: top_flags(Infer),
     parser_of(Infer),
 )
-if is_started(__name__, sys.argv, SCRIPT):  # before torch is imported
-    answer_list(sys.argv[1:])
-    if (status := answer_instantly(SCRIPT, sys.argv[1:])) is not None:
-        sys.exit(status)
+answer_at_start(__name__, sys.argv, SCRIPT)  # before torch is imported
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -142,6 +134,7 @@ from lora_core.formats.model_words import model_placeholders
 from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
 from lora_core.memory.residency import check_offload, leaves_device
+from lora_core.progress import phase
 from lora_core.prompt_tags import TAG as LORA_TAG
 from lora_core.prompt_weights import check_prompt_weights
 from lora_core.runs.animations import ENDINGS, save_animation
@@ -220,6 +213,7 @@ class Drawing:
             refiner=self.refiner,
             regions=self.regions,
             placeholders=self.placeholders,
+            title="drawing",
         )
         return list(chain.from_iterable(map(to_images, drawn)))
 
@@ -292,7 +286,8 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         config=config.model_config,
         family=config.family,
     )
-    family = load_family(config.model, options)
+    with phase("loading the model"):
+        family = load_family(config.model, options)
     if config.negative and family.distilled_guidance:
         raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
     if not config.refiner:
@@ -300,7 +295,8 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     length = config.max_sequence_length
     plain = replace(options, scheduler={}, clip_skip=0, max_sequence_length=length)
     plain = replace(plain, config="", family="")  # the refiner is of a built-in family
-    refiner = load_family(config.refiner, plain)
+    with phase("loading the refiner"):
+        refiner = load_family(config.refiner, plain)
     if _latent_space(refiner) != _latent_space(family):
         raise UserError(
             f"--refiner {config.refiner} works on other latents than {config.model}; "

@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 
 from lora_core.command_line import parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import Config
-from lora_core.instant_answers import Script, answer_instantly, is_started
-from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from lora_core.instant_answers import Script, answer_at_start, answer_instantly
+from lora_core.plugin_lists import LIST_FLAG, print_list
 from lora_core.script_pages import TRAIN_PAGE
 from lora_core.trainer_flags import TRAIN_FLAGS
 from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comparison
@@ -54,10 +54,7 @@ def train_flags(words: Sequence[str]) -> set[str]:
 SCRIPT = Script(
     "lora-train", TRAIN_PAGE, show_train_help, TRAIN_FLAGS, train_flags, parser_of(Config)
 )
-if is_started(__name__, sys.argv, SCRIPT):  # before torch is imported
-    answer_list(sys.argv[1:])
-    if (status := answer_instantly(SCRIPT, sys.argv[1:])) is not None:
-        sys.exit(status)
+answer_at_start(__name__, sys.argv, SCRIPT)  # before torch is imported
 
 import time
 from contextlib import ExitStack

@@ -101,7 +101,9 @@ def add_stages(default: C, words: Sequence[str]) -> C:
             )
         if number == len(stages):
             stages = (*stages, get_args(get_type_hints(type(default))["stages"])[0]())
-    return default if stages == before else replace(default, stages=stages)  # type: ignore[type-var]
+    if stages == before:
+        return default
+    return replace(default, stages=stages)  # type: ignore[type-var]
 
 
 def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) -> C:

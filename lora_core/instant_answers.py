@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib import metadata
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from lora_core.errors import UserError, exit_status, print_help
 from lora_core.flag_values import OtherFlag
 from lora_core.other_flags import refuse_other_flags
+from lora_core.plugin_lists import answer_list
 
 VERSION_FLAG = "--version"
 COMPLETION_FLAG = "--tyro-print-completion"
@@ -47,11 +49,18 @@ class Script(NamedTuple):
     parse: Callable[..., object]  # tyro's parser of its options, which also writes completions
 
 
-def is_started(module: str, argv: Sequence[str], script: Script) -> bool:
-    """Whether this process runs the script: `python train.py`, or the installed command, which
-    imports it as a module.
+def answer_at_start(module: str, argv: Sequence[str], script: Script) -> None:
+    """Answers and ends the process where its words ask for an instant answer or a list.
+
+    A script calls it before it imports torch. Nothing happens where this process runs another
+    program: `module` is "__main__" for `python train.py`, and the installed command imports the
+    script as a module.
     """
-    return module == "__main__" or Path(argv[0]).stem == script.command
+    if module != "__main__" and Path(argv[0]).stem != script.command:
+        return
+    answer_list(argv[1:])
+    if (status := answer_instantly(script, argv[1:])) is not None:
+        sys.exit(status)
 
 
 def answer_instantly(script: Script, words: Sequence[str]) -> int | None:

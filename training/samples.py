@@ -104,7 +104,7 @@ class SampleImages:
 
     def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
         drawn = generation.generate_batches(
-            self.model.family, batches, placeholders=self.model.placeholders
+            self.model.family, batches, placeholders=self.model.placeholders, title="drawing"
         )
         return list(map(pictures.to_images, drawn))
 

@@ -32,6 +32,7 @@ from lora_core.memory.residency import DENOISER
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.placeholders import Placeholder
+from lora_core.progress import phase
 from lora_core.runs.run_folder import Run
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
@@ -350,7 +351,8 @@ def _open_family(config: Config, device: torch.device) -> Family:
         config.model_config,
         config.family,
     )
-    family = load_family(config.model, options)
+    with phase("loading the model"):
+        family = load_family(config.model, options)
     model_checks.check_model(config, family)
     look = config.samples
     levels = sampling.sampler_levels(  # raises for a number of steps that the schedule lacks

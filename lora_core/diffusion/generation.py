@@ -19,6 +19,7 @@ from lora_core.errors import UserError
 from lora_core.family import Conditioning, Family, Sizes
 from lora_core.layer_prompts import encode_layer_prompts
 from lora_core.placeholders import Placeholder, Prompt, bind_layers
+from lora_core.progress import ProgressBar
 from lora_core.prompt_weights import WeightedPrompt
 from lora_core.settings import SamplerSettings
 
@@ -53,6 +54,7 @@ class ImageBatch(NamedTuple):
     mask: Tensor | None = None  # [1 or b, 1, h, w], 1 where it is to be painted
     # called before each network works for these images: it may set the strengths of LoRAs
     prepare: Callable[[], object] = _do_nothing
+    count_step: Callable[[], object] = _do_nothing  # called after each step of the sampler
 
 
 def generate_images(
@@ -95,24 +97,28 @@ def generate_batches(
     refiner: Family | None = None,
     regions: Sequence[PromptRegion] = (),
     placeholders: Sequence[Placeholder] = (),
+    title: str = "",
 ) -> Iterator[Tensor]:
     """The pixels of each batch, as `generate_images` makes them, one network after the other for
     many batches: images to start from are encoded, then prompts, then latents sampled, then (by a
     refiner) prompts encoded and latents sampled again, then images decoded. Nothing is drawn before
-    pixels are asked for.
+    pixels are asked for. With a `title`, a bar of that name counts the steps of all batches.
     """
-    for group in _group_batches(batches):
-        under_way: list[Generator[Tensor | None, None, None]] = []
-        for batch in group:
-            under_way.append(_generate(family, batch, refiner, regions, placeholders))
-        phases = 4 if refiner is None else 6  # of `_generate`, which yields once in each
-        for _ in range(phases):
-            for batch, own in zip(group, under_way, strict=True):
-                batch.prepare()
-                pixels = next(own)
-                if pixels is not None:
-                    own.close()  # its tensors would wait on the device for the other batches
-                    yield pixels
+    steps = sum(int(batch.settings.strength * batch.settings.steps) for batch in batches)
+    with ProgressBar(title, steps if title else 0, "step") as bar:
+        for group in _group_batches(batches):
+            under_way: list[Generator[Tensor | None, None, None]] = []
+            for batch in group:
+                counted = batch._replace(count_step=bar.advance)
+                under_way.append(_generate(family, counted, refiner, regions, placeholders))
+            phases = 4 if refiner is None else 6  # of `_generate`, which yields once in each
+            for _ in range(phases):
+                for batch, own in zip(group, under_way, strict=True):
+                    batch.prepare()
+                    pixels = next(own)
+                    if pixels is not None:
+                        own.close()  # its tensors would wait on the device for the other batches
+                        yield pixels
 
 
 def _group_batches(batches: Sequence[ImageBatch]) -> Iterator[list[ImageBatch]]:
@@ -153,11 +159,12 @@ def _generate(
     start = _start_sampling(family, batch, shape, levels)
     check_regions(family, regions, settings)
     noise = _step_noise(batch.seeds, shape, family.device)
-    stages = [_SamplingStage(family, levels, start.inpaint, placeholders)]
+    count = batch.count_step
+    stages = [_SamplingStage(family, levels, count, start.inpaint, placeholders)]
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
         stages[0] = stages[0]._replace(levels=own)
-        stages.append(_SamplingStage(refiner, rest))
+        stages.append(_SamplingStage(refiner, rest, count))
     yield None
     x = start.x
     for stage in stages:
@@ -180,6 +187,7 @@ class _SamplingStage(NamedTuple):
 
     family: Family
     levels: NoiseLevel
+    count_step: Callable[[], object]
     inpaint: Tensor | None = None  # [b, 1 + c, h, w] further inputs of an inpainting model
     placeholders: Sequence[Placeholder] = ()  # that it has learned: a refiner has none
 
@@ -239,8 +247,14 @@ def _run_stage(
         denoise = sampling.keep_latents(denoise, start.kept, start=start.t)
     getattr(model, "bring_denoiser", bool)()  # its norms are read before it is called
     sampler = settings.sampler, settings.sampler_args
+
+    def denoise_and_count(x_t: Tensor, level: NoiseLevel) -> Tensor:
+        found = denoise(x_t, level)
+        stage.count_step()
+        return found
+
     with injection.cache_dora_norms(model.modules[model.denoiser]):
-        return sampling.run_sampler(*sampler, denoise, x, stage.levels, noise)
+        return sampling.run_sampler(*sampler, denoise_and_count, x, stage.levels, noise)
 
 
 def _check_finite(family: Family, x: Tensor, pixels: Tensor, seeds: Sequence[int]) -> None:
