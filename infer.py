@@ -40,8 +40,8 @@ class ImageRequest:
 
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
-    PATH:unet=0.6,text=0.9. Repeat the flag for several; learned tokens next to a LoRA file are
-    loaded with it."""
+    PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
+    for several; learned tokens next to a LoRA file are loaded with it."""
     prompt: str = ""
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
     ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
@@ -105,7 +105,6 @@ if __name__ == "__main__":
     answer_help(Infer, sys.argv[1:], prog="infer.py", example=EXAMPLE)  # before torch is imported
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,6 +129,7 @@ from lora_core.prompt_weights import check_prompt_weights
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
+from lora_core.runs.lora_strengths import LoraStrengths
 from lora_core.runs.loras import (
     TEXT_SETTINGS,
     LoraSource,
@@ -138,7 +138,6 @@ from lora_core.runs.loras import (
     parse_lora,
     read_run_settings,
     refuse_other_files,
-    set_strengths,
     warn_of_whole_model,
 )
 from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
@@ -190,7 +189,7 @@ class Drawing:
             config,
             self.start.pixels,
             self.start.mask,
-            prepare=partial(set_strengths, self.patches, loras, settings),
+            prepare=LoraStrengths(self.patches, loras, settings),
         )
 
     def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
