@@ -42,8 +42,8 @@ class ImageRequest:
 
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
-    PATH:unet=0.6,text=0.9. Repeat the flag for several; learned tokens next to a LoRA file are
-    loaded with it."""
+    PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
+    for several; learned tokens next to a LoRA file are loaded with it."""
     prompt: str = ""
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
     ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
@@ -115,7 +115,6 @@ SCRIPT = Script(
 answer_at_start(__name__, sys.argv, SCRIPT)  # before torch is imported
 
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,6 +140,7 @@ from lora_core.runs.animations import ENDINGS, save_animation
 from lora_core.runs.image_files import check_image_files, check_seeds, image_paths
 from lora_core.runs.image_grid import Axis, check_axes, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
+from lora_core.runs.lora_strengths import LoraStrengths
 from lora_core.runs.loras import (
     TEXT_SETTINGS,
     LoraSource,
@@ -149,7 +149,6 @@ from lora_core.runs.loras import (
     parse_lora,
     read_run_settings,
     refuse_other_files,
-    set_strengths,
     warn_of_whole_model,
 )
 from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
@@ -202,7 +201,7 @@ class Drawing:
             config,
             self.start.pixels,
             self.start.mask,
-            prepare=partial(set_strengths, self.patches, loras, settings),
+            prepare=LoraStrengths(self.patches, loras, settings),
         )
 
     def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:

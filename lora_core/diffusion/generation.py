@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.cat(rows)
 
 
-def _do_nothing() -> None:
+def _do_nothing(share: float | None = None, *, off: bool = False) -> None:
     pass
 
 
@@ -52,8 +53,10 @@ class ImageBatch(NamedTuple):
     settings: SamplerSettings
     init: Tensor | None = None  # [1 or b, 3, h, w] in [-1, 1], the image to start from
     mask: Tensor | None = None  # [1 or b, 1, h, w], 1 where it is to be painted
-    # called before each network works for these images: it may set the strengths of LoRAs
-    prepare: Callable[[], object] = _do_nothing
+    # Called before each network works for these images, it may set the strengths of LoRAs. With an
+    # attribute `follows_level` it is called before each step, too, with the share of noise in it
+    # (NoiseLevel.share). With `adapts`, the keyword off=True takes the LoRAs away.
+    prepare: Callable[..., object] = _do_nothing
     count_step: Callable[[], object] = _do_nothing  # called after each step of the sampler
 
 
@@ -157,10 +160,12 @@ def _generate(
         strength=settings.strength,
     )
     start = _start_sampling(family, batch, shape, levels)
+    if getattr(batch.prepare, "follows_level", False):
+        batch.prepare.check_levels(levels.share[:-1].tolist())  # type: ignore[attr-defined]
     check_regions(family, regions, settings)
     noise = _step_noise(batch.seeds, shape, family.device)
     count = batch.count_step
-    stages = [_SamplingStage(family, levels, count, start.inpaint, placeholders)]
+    stages = [_SamplingStage(family, levels, count, start.inpaint, placeholders, is_adapted=True)]
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
         stages[0] = stages[0]._replace(levels=own)
@@ -168,12 +173,17 @@ def _generate(
     yield None
     x = start.x
     for stage in stages:
-        text = encode_guidance(
-            stage.family, batch.prompts, settings, size, stage.placeholders, regions
+        encode = functools.partial(
+            encode_guidance, stage.family, batch.prompts, settings, size, stage.placeholders
         )
+        text, base_text = encode(regions), None
+        if stage.is_adapted and settings.adapter_guidance != 1:
+            batch.prepare(off=True)
+            base_text = encode(regions)
         yield None
-        x = _run_stage(stage, text, settings, start, x, noise)
-        del text  # it would wait on the device for the other batches
+        adapters = _Adapters(batch.prepare, settings.adapter_guidance, base_text)
+        x = _run_stage(stage, text, settings, start, x, noise, adapters)
+        del text, base_text, adapters  # they would wait on the device for the other batches
         yield None
     if start.kept is not None:
         x = torch.where(start.kept.hole, x, start.kept.x0)
@@ -190,6 +200,15 @@ class _SamplingStage(NamedTuple):
     count_step: Callable[[], object]
     inpaint: Tensor | None = None  # [b, 1 + c, h, w] further inputs of an inpainting model
     placeholders: Sequence[Placeholder] = ()  # that it has learned: a refiner has none
+    is_adapted: bool = False  # has the LoRAs
+
+
+class _Adapters(NamedTuple):
+    """The LoRAs of a stage: their strengths, and guidance away from the model without them."""
+
+    prepare: Callable[..., object]  # of the batch
+    guidance: float
+    base_text: tuple[Conditioning, Conditioning | None] | None  # encoded without them; None: unread
 
 
 class _Start(NamedTuple):
@@ -239,10 +258,16 @@ def _run_stage(
     start: _Start,
     x: Tensor,
     noise: sampling.StepNoise,
+    adapters: _Adapters,
 ) -> Tensor:
     """The latents [b, c, h, w] after the steps of one model, from latents x."""
     model = stage.family
     denoise = _prompted_denoiser(model, text, settings, stage.inpaint)
+    if stage.is_adapted:
+        base = None
+        if adapters.base_text is not None:
+            base = _prompted_denoiser(model, adapters.base_text, settings, stage.inpaint)
+        denoise = _adapted_denoiser(denoise, base, adapters)
     if start.kept is not None:
         denoise = sampling.keep_latents(denoise, start.kept, start=start.t)
     getattr(model, "bring_denoiser", bool)()  # its norms are read before it is called
@@ -360,6 +385,36 @@ def _prompted_denoiser(
     return sampling.guided_denoiser(network, family.prediction, cond, uncond, scale)
 
 
+def _adapted_denoiser(
+    denoise: sampling.Denoise, base: sampling.Denoise | None, adapters: _Adapters
+) -> sampling.Denoise:
+    """The denoiser with the LoRAs' strengths of each level, and with guidance W away from the base
+    model: x0 = base + W (adapted - base).
+
+    x0 is affine in the network's output, so that this is the same sum of outputs. The LoRAs are off
+    in `base`, and in its text. At W = 1 and without ranges it is `denoise` itself; at W = 0 `base`
+    alone is called.
+    """
+    prepare, scale = adapters.prepare, adapters.guidance
+    follows_level = getattr(prepare, "follows_level", False)
+    if base is None and not follows_level:
+        return denoise
+
+    def denoise_at(x: Tensor, level: NoiseLevel) -> Tensor:
+        if base is not None and scale == 0:
+            prepare(off=True)
+            return base(x, level)
+        prepare(level.share[0].item() if follows_level else None)
+        adapted = denoise(x, level)
+        if base is None:
+            return adapted
+        prepare(off=True)
+        plain = base(x, level)
+        return plain + scale * (adapted - plain)
+
+    return denoise_at
+
+
 def _check_inputs(family: Family, batch: ImageBatch, size: tuple[int, int]) -> None:
     init, mask, settings = batch.init, batch.mask, batch.settings
     if size[0] % family.multiple or size[1] % family.multiple:
@@ -371,6 +426,11 @@ def _check_inputs(family: Family, batch: ImageBatch, size: tuple[int, int]) -> N
         raise UserError(
             "strength below 1, masks and inpainting models need an image to start from "
             "(--init-image)"
+        )
+    if settings.adapter_guidance != 1 and not getattr(batch.prepare, "adapts", False):
+        raise UserError(
+            f"--adapter-guidance {settings.adapter_guidance:g} has no effect without a LoRA that "
+            "changes a network; add --lora or leave it out"
         )
     if mask is None and family.inpainting:
         raise UserError("an inpainting model needs a mask of what it is to paint (--mask)")
