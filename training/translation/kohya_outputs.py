@@ -25,8 +25,10 @@ SAMPLE_STEPS, SAMPLE_SCALE = 30, 7.5  # of its sample images
 NAME = "last"  # of a model without output_name
 
 
-def translate_outputs(options: TranslatedOptions, steps: int, epoch: int) -> None:
-    """Record where the run is written, its checkpoints, samples and logs. `epoch`: its steps."""
+def translate_outputs(options: TranslatedOptions, steps: int, epoch: int, version: str) -> None:
+    """Record where the run is written, its checkpoints, samples and logs. `epoch`: its steps;
+    `version`: "flux..." for a model that reads a guidance scale.
+    """
     folder, name = options["output_dir"], options["output_name"] or NAME
     out = str(Path(folder or "runs") / name)
     options.take("output_name", {"out": out}, f"files: {name}.safetensors in that folder")
@@ -47,7 +49,7 @@ def translate_outputs(options: TranslatedOptions, steps: int, epoch: int) -> Non
         options.change("seed", {"seed": 0}, "drawn anew each time there")
     else:
         options.take("seed", {"seed": int(options["seed"])})
-    _record_samples(options, steps, epoch)
+    _record_samples(options, steps, epoch, version)
 
 
 def _record_checkpoints(options: TranslatedOptions, steps: int, epoch: int) -> None:
@@ -88,7 +90,7 @@ def _record_precision(options: TranslatedOptions) -> None:
         options.change("save_precision", {}, "files are in fp32, which loses nothing")
 
 
-def _record_samples(options: TranslatedOptions, steps: int, epoch: int) -> None:
+def _record_samples(options: TranslatedOptions, steps: int, epoch: int, version: str) -> None:
     """Record the sample images: prompts, how often, and the settings that all of them share."""
     for name, unit in (("sample_every_n_epochs", epoch), ("sample_every_n_steps", 1)):
         if options[name]:
@@ -105,7 +107,10 @@ def _record_samples(options: TranslatedOptions, steps: int, epoch: int) -> None:
     first = prompts[0].options
     ours: dict[str, Any] = {"samples.prompts": [prompt.prompt for prompt in prompts]}
     ours["samples.steps"] = first.get("sample_steps", SAMPLE_STEPS)
-    ours["samples.guidance"] = first.get("scale", SAMPLE_SCALE)
+    ours["samples.guidance"] = float(first.get("scale", SAMPLE_SCALE))
+    if version.startswith("flux"):
+        usual = options["guidance_scale"]
+        ours["samples.guidance"] = float(first.get("guidance_scale", usual))
     if first.get("negative_prompt") and ours["samples.guidance"] != 1:
         ours["samples.negative"] = first["negative_prompt"]
     left = {"width", "height", "seed"} & first.keys()

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_core.errors import UserError
-from lora_core.text import parse_json, read_lines, read_text
+from lora_core.text import is_number, parse_json, read_lines, read_text
 from training.translation.kohya_options import read_foreign_toml
 
-OPTION = re.compile(r"(ss|cn|fs|ctr|rcfg|[whdslgn]) (.+)", re.IGNORECASE)
-NAMES = {"w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale"}
-NAMES |= {"g": "guidance_scale", "n": "negative_prompt", "ss": "sample_sampler"}
+# Letter -> (name of the option, what its value begins with).
+LETTERS = {
+    "w": ("width", r"\d+"),
+    "h": ("height", r"\d+"),
+    "d": ("seed", r"\d+"),
+    "s": ("sample_steps", r"\d+"),
+    "l": ("scale", r"[\d.]+"),
+    "g": ("guidance_scale", r"[\d.]+"),
+    "n": ("negative_prompt", r".+"),
+    "ss": ("sample_sampler", r".+"),
+}
+MOST_STEPS = 1000
 
 
 class SamplePrompt(NamedTuple):
@@ -58,18 +67,19 @@ def read_prompt_line(line: str) -> SamplePrompt:
     prompt, *parts = line.strip().split(" --")
     options: dict[str, Any] = {}
     for part in parts:
-        if match := OPTION.fullmatch(part.strip()):
-            name = NAMES.get(match[1].lower(), match[1].lower())
-            options[name] = _read_option(name, match[2])
+        letter, _, text = part.partition(" ")
+        if letter.lower() not in LETTERS:
+            continue
+        name, pattern = LETTERS[letter.lower()]
+        if match := re.match(pattern, text):
+            options[name] = _read_number(match[0])
+    if "sample_steps" in options:
+        options["sample_steps"] = max(1, min(MOST_STEPS, options["sample_steps"]))
     return SamplePrompt(prompt, options)
 
 
-def _read_option(name: str, text: str) -> Any:
-    if name in ("width", "height", "seed", "sample_steps"):
-        return int(text) if text.strip().isdigit() else text
-    if name in ("scale", "guidance_scale"):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
+def _read_number(text: str) -> Any:
+    """The number that a text is, else the text."""
+    if text.isdigit():
+        return int(text)
+    return float(text) if is_number(text) else text

@@ -82,7 +82,7 @@ def translate_run(
     translate_objective(options, version)
     if any(subset["is_reg"] for subset in data.subsets):
         options.take("prior_loss_weight", {"prior.weight": float(options["prior_loss_weight"])})
-    translate_outputs(options, steps, epoch)
+    translate_outputs(options, steps, epoch, version)
     _translate_block_rates(options, data, arguments)
     _record_rest(options, data)
     config: Config = from_table(_settings(options, data))
