@@ -44,11 +44,12 @@ def parse_command_line(
     example: str,
     takes_file: bool = True,
     preset: Path | None = None,
+    default: C | None = None,
 ) -> C:
     """The config that a command line describes: an optional TOML file first, then flags.
 
     Without `takes_file` there are flags only. `preset` is a TOML file with options that take the
-    place of the defaults.
+    place of the defaults; `default` is what flags change where there is no file.
 
     Prints the help and exits where the words ask for it. Raises UserError, which names the nearest
     flag, for a wrong one. Where a flag replaces a choice of the file, such as its optimizer, the
@@ -57,7 +58,8 @@ def parse_command_line(
     words = list(words)
     check_unicode(words, "the argument")
     file = words.pop(0) if takes_file and words and not words[0].startswith("-") else ""
-    default = add_stages(read_layers(preset, Path(file) if file else None, cls), words)
+    default = default or read_layers(preset, Path(file) if file else None, cls)
+    default = add_stages(default, words)
     usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\n"
     description = f"{cls.__doc__}\n\n{usage if takes_file else ''}example: {example}"
     parse = partial(

@@ -5,15 +5,17 @@ images that are as many as the others.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_core.config import Config, DataConfig
 from lora_core.data.records import Record
 from lora_core.errors import UserError
 from lora_core.settings import CaptionSettings
 from lora_core.subset_options import CaptionSource, Subset
+
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,18 @@ def balance_class_images(records: Sequence[Record]) -> list[Record]:
     more before any is twice more, as in kohya's sd-scripts.
     """
     own = [record for record in records if not record.is_prior]
-    prior = [record for record in records if record.is_prior]
-    distinct = list({record.path: record for record in prior}.values())
-    further = itertools.cycle(distinct)
-    chosen = prior[: len(own)]
-    while len(chosen) < len(own):
+    prior = {record.path: record for record in records if record.is_prior}
+    paths = fill_up([record.path for record in records if record.is_prior], len(own))
+    return own + [prior[path] for path in paths]
+
+
+def fill_up(items: Sequence[T], count: int) -> list[T]:
+    """The first `count` items; where there are fewer, each once more, in order, until there are."""
+    further = itertools.cycle(dict.fromkeys(items))
+    chosen = list(items[:count])
+    while len(chosen) < count:
         chosen.append(next(further))
-    return own + chosen
+    return chosen
 
 
 def check_subsets(config: Config) -> None:

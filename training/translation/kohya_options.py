@@ -1,5 +1,5 @@
-"""The options of kohya's train_network.py, sdxl_train_network.py and flux_train_network.py with their
-defaults (sd-scripts), and how its config file and its command line are read.
+"""The options of kohya's train_network.py and of its siblings for SDXL and Flux (sd-scripts), with
+their defaults; and how its config file and its command line are read.
 """
 
 from __future__ import annotations
@@ -271,8 +271,10 @@ TRANSLATED: dict[str, Any] = {
     "model_type": "flux",
     "controlnet_model_name_or_path": None,
 }
-LISTS = ("optimizer_args", "network_args", "lr_scheduler_args", "text_encoder_lr", "base_weights")
-LISTS += ("base_weights_multiplier",)
+LISTS = (
+    "optimizer_args", "network_args", "lr_scheduler_args", "text_encoder_lr", "base_weights",
+    "base_weights_multiplier",
+)  # fmt: skip
 KOHYA_DEFAULTS: dict[str, Any] = {
     **TRANSLATED,
     **{name: default for name, (default, _) in (IGNORED | LEFT_OUT).items()},
@@ -280,8 +282,8 @@ KOHYA_DEFAULTS: dict[str, Any] = {
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Option -> value, of the file that --config_file takes: a TOML file whose sections are only for
-    the eye. A name without .toml gets it. Empty texts are options that are not set.
+    """Option -> value, of the file that --config_file takes: a TOML file whose sections are only
+    for the eye. A name without .toml gets it. Empty texts are options that are not set.
 
     Raises UserError for no file, no TOML, and one option in two sections with other values.
     """
