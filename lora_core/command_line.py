@@ -56,6 +56,12 @@ def parse_command_line(
     return leave_out_arguments(config, default, words, file)
 
 
+def override_options(config: C, words: Sequence[str], prog: str) -> C:
+    """The config with the options that the flags set; a wrong flag ends the process as above."""
+    check_unicode(words, "the argument")
+    return tyro.cli(type(config), default=config, args=list(words), prog=prog, registry=REGISTRY)
+
+
 def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) -> C:
     """The config without the file's arguments of choices that the flags `words` replace.
 
