@@ -154,13 +154,14 @@ def _translate_loss(record: TranslatedOptions) -> bool:
 
 
 def _translate_optimizer(record: TranslatedOptions) -> None:
-    """AdamW with a learning rate for each group, linear decay, and the norm at which tokens stop."""
+    """AdamW with a rate for each group, linear decay, and the norm at which tokens stop."""
     kind = record.given.get("train.optim_g.type", "AdamW")
     if kind != "AdamW":
         raise record.refuse("train.optim_g.type", "it is AdamW there, too; leave it out")
+    record.take("train.optim_g.type", {"optimizer.name": "adamw"})
     decay = float(record.given.get("train.optim_g.weight_decay", 0.01))
     betas = [float(beta) for beta in record.given.get("train.optim_g.betas") or (0.9, 0.999)]
-    decays: dict[str, Any] = {"optimizer.name": "adamw"}
+    decays: dict[str, Any] = {}
     for name, group in GROUPS.items():
         if not record.given.get(f"{TUNING}.{name}.enable_tuning", True):
             continue
