@@ -108,6 +108,12 @@ def add_stages(default: C, words: Sequence[str]) -> C:
     return replace(default, stages=stages)  # type: ignore[type-var]
 
 
+def override_options(config: C, words: Sequence[str], prog: str) -> C:
+    """The config with the options that the flags set; a wrong flag ends the process as above."""
+    check_unicode(words, "the argument")
+    return tyro.cli(type(config), default=config, args=list(words), prog=prog, registry=REGISTRY)
+
+
 def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) -> C:
     """The config without the file's arguments of choices that the flags `words` replace.
 
