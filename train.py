@@ -2,6 +2,7 @@
 
     python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200
     python train.py --model MODEL --data.images FOLDER --data.caption "a photo of TOK" --out OUT
+    python train.py --preset character --model MODEL --data.images FOLDER --data.caption "..."
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
     python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
@@ -26,6 +27,7 @@ from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns, a
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
+    "\n\nor: python train.py --preset character|style|object --model MODEL --data.images FOLDER ..."
     "\n\nor: python train.py CONFIG.toml --plan\n\nor: python train.py --list losses"
 )
 PREVIEW_FLAG, PLAN_FLAG = "--preview-density", "--plan"
@@ -54,7 +56,7 @@ from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
 from lora_core.errors import exit_status
 from lora_core.runs import destination
-from training import processes, results, setup, starting_lora
+from training import processes, results, run_presets, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.comparisons import comparing
 from training.cuda_graph import GraphReplay, call_eagerly
@@ -204,7 +206,10 @@ def run_train_command(words: list[str]) -> None:
         print_list(words[1:])
         return
     options = [word for word in words if word not in (PREVIEW_FLAG, PLAN_FLAG)]
-    config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)
+    preset, options = run_presets.take_preset(options)
+    config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE, preset=preset)
+    if preset and processes.is_first():
+        print(f"preset: {preset}; the config file and flags win over it")
     if PREVIEW_FLAG in words:
         print(f"plot: {results.preview_noise_levels(config)}")
         return
