@@ -1,8 +1,4 @@
-"""A page in your browser that trains, draws and merges LoRAs: docs/web_demo.md
-
-python examples/web_demo.py
-python examples/web_demo.py --model MODEL --port 7861
-"""
+"""A page that trains, draws and merges LoRAs (docs/web_demo.md): python examples/web_demo.py"""
 
 import time
 from functools import partial
@@ -18,28 +14,27 @@ from infer import Infer, infer
 from lora_core.errors import UserError, printed_by
 from lora_core.prompt_tags import TAG
 from lora_core.runs.found_loras import MERGED, find_loras, keep_upload, pick_loras
-from lora_core.runs.pictures import running_mean
 from merging.commands import AdapterFileOptions, KeepOptions, Mix
 from merging.expression import WeightedFile, render_sum
 from merging.mix import run_mix
 from training.photo_run import CAPTION, PhotoRun, PhotoRuns, caption_table, check_name
 
-TOY, TOY_CONFIG = "toy/model", Path("configs/toy_pti.toml")  # the embedded model, of 64 pixels
+TOY = "toy/model"
 PROMPTS = "a photo of TOK\na photo of TOK on a red striped background\na drawing of TOK in a meadow"
 GRIDS = ("no grid", "strength", "guidance", "steps", "seed")
+text_area = partial(gr.Code, interactive=False, wrap_lines=True, show_line_numbers=False)
 
 
 def watch_run(runs: PhotoRuns, seen: Any) -> list[Any]:
     """What there is to see of the newest run; nothing where it is what was `seen` before."""
     run = runs.newest
-    now = run.progress() if run else None
-    if run is None or now is None or now == seen:
+    if run is None or (now := run.progress()) == seen:
         return [gr.skip()] * 7
     bar = f"<progress style='width: 100%' max={run.steps} value={now.step}></progress>"
-    table = pd.DataFrame({"step": now.losses[0], "loss": running_mean(now.losses[1], 20)})
+    plot = pd.DataFrame(dict(zip(("step", "loss"), now.losses))) if now.step else None
     files = [] if now.is_running else sorted(map(str, run.folder.glob("*.safetensors")))
     made = gr.update(value=files, visible=bool(files))
-    return [now, now.sentence, bar, now.images and str(now.images), table, now.output, made]
+    return [now, now.sentence, bar, now.images and str(now.images), plot, now.output, made]
 
 
 def draw(runs: PhotoRuns, prompt: str, negative: str, *form: Any) -> tuple[list[str], str]:
@@ -84,33 +79,34 @@ def train_tab(runs: PhotoRuns) -> None:
     """Photos and settings on the left, the run on the right."""
     config = runs.read_preset(next(iter(runs.presets)))
     with gr.Column():
-        photos = gr.Gallery(label="Photos", columns=5, height=210, type="filepath")
-        captions = gr.Dataframe(headers=["Photo", "Caption"], static_columns=[0], type="array",
-                                column_widths=["30%", "70%"], interactive=True)  # fmt: skip
+        gr.Markdown("Add 5 to 20 photos of one thing. In the captions, TOK stands for that thing.")
+        photos = gr.Gallery(show_label=False, columns=5, height=150, type="filepath", buttons=[])
+        captions = gr.Dataframe(headers=["Photo", "Caption"], column_widths=["25%", "75%"],
+                                static_columns=[0], type="array", buttons=[])  # fmt: skip
         with gr.Row():
             name = gr.Textbox("mine", label="Name of the run")
             preset = gr.Dropdown(list(runs.presets), label="Preset")
-            again = gr.Checkbox(label="Replace a run of this name")
+            side = gr.Number(config.data.resolution, label="Resolution (pixels)", precision=0)
         with gr.Row():
             steps = gr.Number(config.steps, label="Steps", precision=0)
-            every = gr.Number(50, label="Samples every", precision=0)
-            side = gr.Number(config.data.resolution, label="Resolution", precision=0)
+            every = gr.Number(config.steps // 6, label="Samples every N steps", precision=0)
+            again = gr.Checkbox(label="Replace a run of this name")
         prompts = gr.Textbox(PROMPTS, label="Prompts of the samples", lines=3)
         with gr.Row():
             train = gr.Button("Train", variant="primary")
             stop = gr.Button("Stop", variant="stop")
-            resume = gr.Button("Go on")
+            resume = gr.Button("Resume")
     with gr.Column():
-        said = gr.Textbox(label="This run", lines=2)
+        said = gr.Textbox("there is no run yet", label="Progress", lines=2, interactive=False)
         bar = gr.HTML()
-        images = gr.Image(label="Newest samples", interactive=False, type="filepath")
-        loss = gr.LinePlot(x="step", y="loss", title="Mean loss of 20 steps", height=200)
-        made = gr.File(label="LoRA files", visible=False)
+        images = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
+        loss = gr.LinePlot(x="step", y="loss", title="Loss, mean of 20 steps", height=200)
+        made = gr.File(label="LoRA files", visible=False, interactive=False)
         with gr.Accordion("What train.py printed", open=False):
-            output = gr.Code(language=None, interactive=False, max_lines=20)
+            output = text_area(show_label=False, max_lines=20)
     form = [photos, captions, name, preset, steps, every, side, prompts, again]
     photos.change(caption_table, [photos, captions], captions)
-    preset.change(lambda name: runs.read_preset(name).steps, preset, steps)
+    preset.change(lambda name: [n := runs.read_preset(name).steps, n // 6], preset, [steps, every])
     train.click(lambda *form: printed_by(lambda: runs.start(PhotoRun(*form))), form, said)
     stop.click(runs.stop)
     resume.click(lambda name: printed_by(partial(runs.resume, name)), name, said)
@@ -143,10 +139,10 @@ def draw_tab(runs: PhotoRuns, tab: gr.Tab) -> None:
         prompt = gr.Textbox(CAPTION, label="Prompt", lines=2)
         negative = gr.Textbox(label="Negative prompt (what the images should not show)")
         rows = lora_rows(runs, tab, "Strength", 1)
-        form = [prompt, negative]
+        form: list[Any] = [prompt, negative]
         with gr.Row():
-            for label, value in {"Images": 4, "Seed": 0, "Steps": 25}.items():
-                form.append(gr.Number(value, label=label, precision=0, min_width=80))
+            for label, number in {"Images": 4, "Seed": 0, "Steps": 25}.items():
+                form.append(gr.Number(number, label=label, precision=0, min_width=80))
             form.append(gr.Number(4, label="Guidance", min_width=80))
         with gr.Row():
             form.append(gr.Dropdown(list(GRIDS), label="Grid over", min_width=80))
@@ -154,9 +150,10 @@ def draw_tab(runs: PhotoRuns, tab: gr.Tab) -> None:
                 form.append(gr.Number(value, label=label, min_width=80))
         go = gr.Button("Draw", variant="primary")
     with gr.Column():
-        gallery = gr.Gallery(label="Images", columns=2, object_fit="contain", interactive=False)
-        said = gr.Code(label="Notes", language=None, interactive=False)
-    go.click(partial(draw, runs), [*form, *rows], [gallery, said])
+        images = gr.Gallery(show_label=False, columns=2, height=610, object_fit="contain",
+                            interactive=False, buttons=["download", "fullscreen"])  # fmt: skip
+        said = gr.Textbox(label="Notes", lines=2)
+    go.click(partial(draw, runs), [*form, *rows], [images, said])
 
 
 def merge_tab(runs: PhotoRuns, tab: gr.Tab) -> None:
@@ -167,8 +164,8 @@ def merge_tab(runs: PhotoRuns, tab: gr.Tab) -> None:
         rank = gr.Slider(0, 128, 0, step=1, label="Rank of the sum (0: exact)")
         go = gr.Button("Merge", variant="primary")
     with gr.Column():
-        said = gr.Code(label="Error of the sum", language=None, interactive=False)
-        made = gr.File(label="Files", interactive=False)
+        said = text_area(label="Error of the sum", lines=14)
+        made = gr.File(label="Files of the sum", interactive=False)
     go.click(partial(merge, runs), [name, rank, *rows], [made, said])
 
 
@@ -181,7 +178,8 @@ def main(model: str = TOY, runs: str = "runs", port: int = 7860, share: bool = F
         port: port of the page, http://127.0.0.1:PORT
         share: also open a public address; whoever knows it can use this computer's GPU
     """
-    photo_runs = PhotoRuns(model, Path(runs), {"toy": TOY_CONFIG} if model == TOY else None)
+    more = {"toy": Path("configs/toy_pti.toml")} if model == TOY else {}
+    photo_runs = PhotoRuns(model, Path(runs), more)
     with gr.Blocks(title="lora_core", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# LoRA: train, draw, merge\nBase model: {model}")
         with gr.Tab("Train"), gr.Row():
@@ -192,7 +190,7 @@ def main(model: str = TOY, runs: str = "runs", port: int = 7860, share: bool = F
             merge_tab(photo_runs, tab)
     page.launch(
         server_name="127.0.0.1", server_port=port, share=share, allowed_paths=[runs],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=gr.themes.Default(primary_hue="green", font=["sans-serif"], font_mono=["monospace"]),
         run_history=False, footer_links=[],
     )  # fmt: skip
 

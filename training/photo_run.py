@@ -43,11 +43,11 @@ class PhotoRuns:
     UserError for a model that cannot be read, and one of a family without presets.
     """
 
-    def __init__(self, model: str, folder: Path, more: Mapping[str, Path] | None = None) -> None:
+    def __init__(self, model: str, folder: Path, more: Mapping[str, Path]) -> None:
         self.model, self.folder = model, folder
         self.newest: RunProcess | None = None
         family = read_layout(model).family
-        self.presets = dict(more or {})
+        self.presets = dict(more)
         for name in PRESETS:
             self.presets[name] = preset_file(name, family)
 
@@ -86,7 +86,7 @@ class PhotoRuns:
         place = self.place_of(name)
         if not place.is_dir():
             raise UserError(f"no run {name} was begun here")
-        config = read_toml(self.folder / name / "config.toml")
+        config: Config = read_toml(self.folder / name / "config.toml")
         self.newest = RunProcess.resume(config, place)
 
     def stop(self) -> None:

@@ -7,7 +7,6 @@ that it had is free afterwards.
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import time
@@ -21,11 +20,12 @@ from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.json_files import read_rows
 from lora_core.report import format_duration
+from lora_core.runs.pictures import running_mean
 from lora_core.runs.report_data import STEP_FIELDS, Column, metric_columns
 from lora_core.toml import to_toml
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
-AVERAGED = 20  # losses in the mean that is shown
+AVERAGED = 20  # losses in a mean that is shown: that of one step depends mostly on its timestep
 LONGEST_OUTPUT = 100_000  # bytes of what a run prints, the last ones, that are read
 ENDS = ("error: ", "interrupted: ")  # the beginning of a sentence that a run ends with
 
@@ -36,7 +36,7 @@ class Progress:
 
     sentence: str  # step, loss and time left; or how it ended
     step: int  # steps that are done, as far as they are logged
-    losses: Column  # steps and losses, those that are finite
+    losses: Column  # steps, and the means of the losses of AVERAGED steps, without NaN
     images: Path | None  # the newest sheet of samples; at the end before_after.png
     output: str  # what it printed
     is_running: bool
@@ -92,7 +92,8 @@ class RunProcess:
         rows: list[dict[str, Any]] = []
         with suppress(UserError):  # no log yet, or a last line that is being written
             rows.extend(read_rows(self.folder / "metrics.jsonl", "", STEP_FIELDS))
-        losses = metric_columns(rows).get("loss", ([], []))
+        steps, values = metric_columns(rows).get("loss", ([], []))
+        losses = steps, running_mean(values, AVERAGED)
         step = max((row["step"] for row in rows), default=0)
         output = self.output.read_bytes()[-LONGEST_OUTPUT:].decode("utf-8", "replace")
         sheets = sorted(self.folder.glob("samples/step_*.png"))
@@ -115,8 +116,8 @@ class RunProcess:
             self.first_look = now, step
         since, before = self.first_look
         parts = [f"step {step} of {self.steps}"]
-        if recent := losses[-AVERAGED:]:
-            parts.append(f"loss {math.fsum(recent) / len(recent):.4f}")
+        if losses:
+            parts.append(f"loss {losses[-1]:.4f}")
         if step > before:
             left = (now - since) / (step - before) * (self.steps - step)
             parts.append(f"about {format_duration(left)} left")
