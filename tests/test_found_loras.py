@@ -34,7 +34,7 @@ def runs(tmp_path: Path) -> Path:
     save_lora(tmp_path / "outside.safetensors")
     state = runs / "c" / "checkpoints" / "10" / "state.safetensors"
     state.parent.mkdir(parents=True)
-    save_file({str(number): torch.ones(3, 4) for number in range(3)}, state)
+    save_file({f"groups/tokens/{number}": torch.ones(2, 768) for number in range(2)}, state)
     (runs / UPLOADED / "notes.txt").write_text("no LoRA")
     (runs / "d").mkdir()
     (runs / "d" / "torn.safetensors").write_bytes(b"\x10")

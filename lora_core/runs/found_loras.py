@@ -11,6 +11,7 @@ from lora_core.errors import UserError
 from lora_core.formats.recognition import is_adapter_file
 
 MERGED, UPLOADED = "merged.web", "uploaded.web"  # no name of a run has a dot
+STATE = "state.safetensors"  # of a checkpoint, next to its LoRA and token rows
 FOLDERS = ("[!.]*", "[!.]*/checkpoints/[!.]*", f"{MERGED}/[!.]*")  # given whole, with token rows
 
 
@@ -22,7 +23,7 @@ def find_loras(runs: Path) -> list[str]:
     found = {path for path in files if path.is_file() and is_adapter_file(path)}
     for pattern in FOLDERS:
         for file in runs.glob(f"{pattern}/[!.]*.safetensors"):
-            if file.parent.name != UPLOADED and is_adapter_file(file):
+            if file.parent.name != UPLOADED and file.name != STATE and is_adapter_file(file):
                 found.add(file.parent)
     return sorted(path.relative_to(runs).as_posix() for path in found)
 
