@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging
 
 from lora_core.cross_attention import AttentionMap, CrossAttention, cross_attention_paths
 from lora_core.diffusion import noise
@@ -39,8 +38,6 @@ from models.components import (
     read_resolution,
     tokenize_prompts,
 )
-
-logging.disable_progress_bar()  # it would show for every text encoder, which loads in a second
 
 PIPELINES = (
     "StableDiffusionPipeline",
