@@ -163,7 +163,7 @@ class AdapterSpec:
 
     targets: tuple[str, ...]
     exclude: tuple[str, ...] = ()
-    """Globs of layers that get no adapter although --adapter.targets matches them."""
+    """Globs of layers that get no adapter although --adapter.targets matches them. Empty: none."""
     kind: str = "lora"
     """lora, dora, lokr, loha, full (trains the weights themselves, without rank and alpha), or
     my_adapter.py:Class."""
@@ -172,16 +172,16 @@ class AdapterSpec:
     alpha: Annotated[float, AtLeast(0)] = 0.0
     """Update is alpha / rank * up @ down; 0: alpha = rank."""
     rank_pattern: Annotated[dict[str, float], WholeAtLeast(1)] = field(default_factory=dict)
-    """Rank per glob, e.g. "*.attn2.*=4"."""
+    """Rank per glob, e.g. "*.attn2.*=4"; others: --adapter.rank."""
     alpha_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
-    """Alpha per glob."""
+    """Alpha per glob; others: --adapter.alpha."""
     dropout: Annotated[float, Share()] = 0.0
-    """Probability that an input element of an adapter is dropped, [0, 1); the frozen layer sees
-    all of them."""
+    """Probability that an input element of an adapter is dropped, [0, 1); the frozen layer sees all
+    of them. 0: none."""
     rank_dropout: Annotated[float, Share()] = 0.0
-    """Probability that a rank of an adapter is dropped for an image, [0, 1)."""
+    """Probability that a rank of an adapter is dropped for an image, [0, 1). 0: none."""
     module_dropout: Annotated[float, Share()] = 0.0
-    """Probability that a whole adapter is dropped for an image, [0, 1)."""
+    """Probability that a whole adapter is dropped for an image, [0, 1). 0: none."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     norm_grad: Literal["detach", "full"] = "detach"
@@ -287,7 +287,7 @@ class NoiseSettings:
 
     offset: Annotated[float, AtLeast(0)] = 0.0
     """Noise offset: strength of one extra random constant per image and channel, in the target too
-    (crosslabs.org, "Diffusion with offset noise")."""
+    (crosslabs.org, "Diffusion with offset noise"). 0: none."""
     multires_levels: Annotated[int, AtLeast(0)] = 0
     """Coarser octaves of noise that are added ("multi-resolution noise", wandb, and kohya); 0:
     off."""
@@ -295,7 +295,7 @@ class NoiseSettings:
     """Strength of an octave relative to the next finer one, (0, 1]."""
     perturbation: Annotated[float, AtLeast(0)] = 0.0
     """Extra noise on the network's input that the target does not include (gamma of arXiv
-    2301.11706, algorithm 1)."""
+    2301.11706, algorithm 1). 0: none."""
 
     def __post_init__(self) -> None:
         check_options(self, "--noise.")
@@ -314,9 +314,9 @@ class SamplingMethod:
     """Classifier-free guidance scale, 1 turns it off; for a guidance-distilled model the scale that
     it takes as an input, usually 3.5."""
     negative: str = ""
-    """Negative prompt, from which guidance steers away."""
+    """Negative prompt, from which guidance steers away. Empty: the empty prompt."""
     sampler_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the sampler, e.g. eta=1 of ddim."""
+    """Arguments of the sampler, e.g. eta=1 of ddim. Empty: its own defaults."""
 
 
 @dataclass(frozen=True)
