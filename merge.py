@@ -22,6 +22,7 @@ from lora_core.program_flags import MERGE_FLAGS
 from lora_core.text import check_unicode
 from merging.arguments import escape_word, place_words
 from merging.commands import COMMANDS, flatten, run_merge_command
+from merging.lora_distill import HELP, run_lora_distill
 
 EXAMPLES = (
     f"python merge.py mix {COMMANDS['mix'].example}",
@@ -50,6 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def lora_add(argv: Sequence[str] | None = None) -> int:
     """The command line of the installed lora_add; returns its exit status."""
     return run("add", list(sys.argv[1:] if argv is None else argv), "lora_add")
+
+
+def lora_distill(argv: Sequence[str] | None = None) -> int:
+    """The command line of the installed lora_distill; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print_help(lambda: print(HELP))
+        return 0 if words else 2
+
+    def carry_out() -> None:
+        check_unicode(words, "the argument")
+        run_lora_distill(words)
+
+    return exit_status(carry_out, undone="nothing was written")
 
 
 def run(command: str, words: Sequence[str], prog: str = "") -> int:

@@ -2,11 +2,14 @@
 
     python train.py configs/toy_pti.toml --optimizer.name adamw --stages.0.steps 200
     python train.py --model MODEL --data.images FOLDER --data.caption "a photo of TOK" --out OUT
+    python train.py --preset character --model MODEL --data.images FOLDER --data.caption "..."
     python train.py --compare RUN_A RUN_B          # paired difference on the same images and noise
     python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
     python train.py CONFIG.toml --plan             # the GPU memory that it needs, and options
+    python train.py --data.images FOLDER --data.prepare blip face     # captions and masks by models
     python train.py --list losses                  # or schedules, kinds ...: what there is
+    python train.py --from-kohya train_network_config.toml     # kohya's config as it is
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
 loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`).
@@ -16,7 +19,7 @@ loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lora_core.command_line import parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import Config
@@ -29,6 +32,8 @@ from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns, a
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
+    "\n\nor: python train.py --preset character|style|object --model MODEL --data.images FOLDER ..."
+    "\n\nor: python train.py --data.images FOLDER --data.prepare blip face"
     "\n\nor: python train.py CONFIG.toml --plan\n\nor: python train.py --list losses"
 )
 PREVIEW_FLAG, PLAN_FLAG = "--preview-density", "--plan"
@@ -66,12 +71,14 @@ from lora_core.diffusion import losses, masked_losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
-from lora_core.errors import exit_status
+from lora_core.errors import exit_status, print_help
 from lora_core.runs import destination
-from training import processes, results, setup, starting_lora
+from lora_core.text import check_unicode, print_escaped
+from training import processes, results, run_presets, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.comparisons import comparing
 from training.cuda_graph import GraphReplay, call_eagerly
+from training.inputs.prepared_files import prepare_faces, prepare_files, split_prepare_words
 from training.inputs.step_inputs import InputSource, StepInputs, make_step_inputs
 from training.log import Log
 from training.memory import memory_advice, plan_table
@@ -90,6 +97,9 @@ from training.step import (
     lazy_members,
     optimizer_step,
 )
+from training.translation import lora_ppim as lora_ppim_command
+from training.translation import lora_pti as lora_pti_command
+from training.translation.kohya_command import FROM_KOHYA, read_kohya_command
 
 
 def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
@@ -161,7 +171,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):
-                        save_sample_grid(samples, run, done)
+                        log.add_samples(done, save_sample_grid(samples, run, done))
                     if stop.received() or is_due(done, config.save_every):
                         checkpoints.write(done, log)  # last: all before it is done
                     stop.raise_if_received()
@@ -214,15 +224,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_train_command(words: list[str]) -> None:
-    """Train, compare runs, preview noise levels, plan memory, or list what options choose from."""
+    """Train, compare runs, write captions and masks, preview noise levels, plan memory, or list
+    what options choose from.
+    """
     if asks_for_comparison(words):
         comparing.compare_finished_runs(words, training_step)
         return
     if words[:1] == [LIST_FLAG]:
         print_list(words[1:])
         return
+    if FROM_KOHYA in [word.partition("=")[0] for word in words]:
+        translated = read_kohya_command(words)
+        if translated is not None:
+            train_config(translated)
+        return
+    words, annotators = split_prepare_words(words)
     options = [word for word in words if word not in (PREVIEW_FLAG, PLAN_FLAG)]
-    config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)
+    preset, options = run_presets.take_preset(options)
+    config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE, preset=preset)
+    if annotators is not None:
+        prepare_files(config, annotators)
+        return
+    if preset and processes.is_first():
+        print(f"preset: {preset}; the config file and flags win over it")
     if PREVIEW_FLAG in words:
         print(f"plot: {results.preview_noise_levels(config)}")
         return
@@ -232,11 +256,54 @@ def run_train_command(words: list[str]) -> None:
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
+    train_config(config)
+
+
+def train_config(config: Config) -> None:
+    """Train and print the folder; where memory lacks, the error says what would fit."""
     resolve = partial(resolve_functions, config, None, training_step)
     with memory_advice.explained(config, resolve):
         folder = train(config)
     if processes.is_first():
         print(f"done: {folder}")
+
+
+def lora_pti(argv: Sequence[str] | None = None) -> int:
+    """The command line of the installed lora_pti; returns its exit status."""
+    return run_cloneofsimo(run_lora_pti, lora_pti_command.describe_flags(), argv)
+
+
+def run_lora_pti(words: list[str]) -> None:
+    """Train as a command line of lora_pti says, and write its file into the run's folder."""
+    job = lora_pti_command.translate_lora_pti(words)
+    if processes.is_first():
+        print_escaped(job.table)
+    if job.face_model:
+        prepare_faces(job.config, job.face_model)
+    folder = train(job.config)
+    if processes.is_first():
+        print(f"done: {lora_pti_command.save_pivotal_file(folder, job)}, and the run's own files")
+
+
+def lora_ppim(argv: Sequence[str] | None = None) -> int:
+    """The command line of the installed lora_ppim; returns its exit status."""
+    return run_cloneofsimo(lora_ppim_command.run_lora_ppim, lora_ppim_command.HELP, argv)
+
+
+def run_cloneofsimo(
+    run: Callable[[list[str]], object], help_text: str, argv: Sequence[str] | None
+) -> int:
+    """Run a command of cloneofsimo's by its words, or print its help; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print_help(lambda: print(help_text))
+        return 0 if words else 2
+
+    def carry_out() -> None:
+        check_unicode(words, "the argument")
+        run(words)
+
+    return exit_status(carry_out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lora_core.errors import UserError
 from lora_core.option_types import REGISTRY
 from lora_core.parser_errors import parse_words
 from lora_core.text import check_unicode
-from lora_core.toml import read_toml
+from lora_core.toml import flatten_table, from_file_table, layer_tables, read_table, read_toml
 
 C = TypeVar("C")
 STAGE_FLAG = re.compile(r"--stages\.(\d{1,6})\.")
@@ -37,11 +37,19 @@ ARGUMENTS_OF = {
 
 
 def parse_command_line(
-    cls: type[C], words: Sequence[str], *, prog: str, example: str, takes_file: bool = True
+    cls: type[C],
+    words: Sequence[str],
+    *,
+    prog: str,
+    example: str,
+    takes_file: bool = True,
+    preset: Path | None = None,
+    default: C | None = None,
 ) -> C:
     """The config that a command line describes: an optional TOML file first, then flags.
 
-    Without `takes_file` there are flags only.
+    Without `takes_file` there are flags only. `preset` is a TOML file with options that take the
+    place of the defaults; `default` is what flags change where there is no file.
 
     Prints the help and exits where the words ask for it. Raises UserError, which names the nearest
     flag, for a wrong one. Where a flag replaces a choice of the file, such as its optimizer, the
@@ -50,7 +58,8 @@ def parse_command_line(
     words = list(words)
     check_unicode(words, "the argument")
     file = words.pop(0) if takes_file and words and not words[0].startswith("-") else ""
-    default = add_stages(read_toml(Path(file), cls) if file else cls(), words)
+    default = default or read_layers(preset, Path(file) if file else None, cls)
+    default = add_stages(default, words)
     usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\n"
     description = f"{cls.__doc__}\n\n{usage if takes_file else ''}example: {example}"
     parse = partial(
@@ -63,7 +72,18 @@ def parse_command_line(
         registry=REGISTRY,
     )
     config = parse_words(parse, f"see {prog} --help")
-    return leave_out_arguments(config, default, words, file)
+    return leave_out_arguments(config, default, words, file or str(preset))
+
+
+def read_layers(preset: Path | None, file: Path | None, cls: type[C]) -> C:
+    """The config of two TOML files; the options of `file` replace those of `preset`."""
+    if preset is None:
+        return read_toml(file, cls) if file else cls()
+    below = read_table(preset)
+    above = read_table(file) if file else {}
+    config = from_file_table(file or preset, layer_tables(below, above), cls)
+    given = [f"--{name}" for name in flatten_table(above)]
+    return leave_out_arguments(config, from_file_table(preset, below, cls), given, str(preset))
 
 
 def add_stages(default: C, words: Sequence[str]) -> C:
@@ -86,6 +106,12 @@ def add_stages(default: C, words: Sequence[str]) -> C:
     if stages == before:
         return default
     return replace(default, stages=stages)  # type: ignore[type-var]
+
+
+def override_options(config: C, words: Sequence[str], prog: str) -> C:
+    """The config with the options that the flags set; a wrong flag ends the process as above."""
+    check_unicode(words, "the argument")
+    return tyro.cli(type(config), default=config, args=list(words), prog=prog, registry=REGISTRY)
 
 
 def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) -> C:
@@ -141,6 +167,23 @@ def is_given(option: str, words: Sequence[str]) -> bool:
     """Whether a flag sets the option; both spellings, --loss-arg and --loss_arg, are flags."""
     flag = f"--{option}".replace("_", "-")
     return any(word.partition("=")[0].replace("_", "-") == flag for word in words)
+
+
+def take_flag(option: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(value, the other words) of the last flag --option VALUE or --option=VALUE; None: not given.
+
+    Raises UserError for a flag without a value.
+    """
+    value, others, rest = None, [], iter(words)
+    for word in rest:
+        flag, equals, text = word.partition("=")
+        if flag.replace("_", "-") != f"--{option}".replace("_", "-"):
+            others.append(word)
+            continue
+        value = text if equals else next(rest, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"--{option} has no value; write --{option} VALUE")
+    return value, others
 
 
 def parser_of(cls: type) -> Callable[..., object]:

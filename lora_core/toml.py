@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,11 @@ def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignmen
 
     Raises UserError when the file is missing, is no TOML, or has an unknown key.
     """
+    return from_file_table(path, read_table(path), cls)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises UserError when the file is missing or is no TOML."""
     try:
         text = read_text(path, LONGEST_TOML)
     except FileNotFoundError:
@@ -38,11 +43,27 @@ def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignmen
         raise UserError(
             f"cannot read the config {path}: {error.strerror}; name a TOML file"
         ) from None
-    table = parse_toml(text, str(path))
+    return parse_toml(text, str(path))
+
+
+def from_file_table(path: Path, table: dict[str, Any], cls: type[C]) -> C:
+    """The config of a file's table. Raises UserError, which names the file, like `from_table`."""
     try:
         return from_table(table, cls)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def layer_tables(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables of options in one. Where both have an option, it is that of `above`; a list, such
+    as the stages, is taken whole.
+    """
+    layered = dict(below)
+    for name, value in above.items():
+        lower = below.get(name)
+        both = isinstance(value, dict) and isinstance(lower, dict)
+        layered[name] = layer_tables(lower, value) if both else value  # type: ignore[arg-type]
+    return layered
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:

@@ -373,14 +373,16 @@ TRAIN_FLAGS = (
     OtherFlag(
         "shuffle_caption keep_tokens", (KOHYA,), "", "give an image several captions instead"
     ),
+    OtherFlag("max_token_length", (KOHYA,), "--max-token-length {}"),
+    OtherFlag("scale_weight_norms", (KOHYA,), "--optimizer.max-update-norm {}"),
+    OtherFlag("adaptive_noise_scale", (KOHYA,), "--noise.adaptive-offset {}"),
+    OtherFlag("bucket_no_upscale", (KOHYA,), "--data.no-bucket-upscale"),
+    OtherFlag("min_bucket_reso", (KOHYA,), "--data.bucket-min {}"),
+    OtherFlag("max_bucket_reso", (KOHYA,), "--data.bucket-max {}"),
     OtherFlag(
-        "max_token_length", (KOHYA,), "", "it is 77 tokens here; truncated captions are reported"
-    ),
-    OtherFlag(
-        "scale_weight_norms adaptive_noise_scale bucket_no_upscale min_bucket_reso "
-        "max_bucket_reso down_lr_weight",
+        "down_lr_weight mid_lr_weight up_lr_weight",
         (KOHYA,),
-        "",
-        "it is not offered",
+        "--optimizer.lr-pattern",
+        "patterns of layers in place of a list over the blocks",
     ),
 )

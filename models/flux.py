@@ -272,6 +272,11 @@ def load(path: str, how: LoadOptions) -> Flux:
             f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector "
             "is used; leave it out"
         )
+    if how.max_token_length:
+        raise UserError(
+            f"--max-token-length has no effect: of the CLIP text encoder of {path} only the pooled "
+            "vector is used, and T5 reads --max-sequence-length tokens; leave it out"
+        )
     scheduler = _read_scheduler(path, how.scheduler)
     config = read_json(path, "transformer/config.json")
     latent_channels = read_json(path, "vae/config.json").get("latent_channels", 4)
@@ -411,4 +416,9 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
     network = plain.components["transformer"]
     named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
     components = {**plain.components, "transformer": named}
-    return replace(plain, components=components, network_module="networks.lora_flux")
+    return replace(
+        plain,
+        components=components,
+        network_module="networks.lora_flux",
+        implementation="https://github.com/black-forest-labs/flux",
+    )

@@ -352,6 +352,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": {"warmup": 3}, "stages": (Stage(5), Stage(2))},
         "--optimizer.warmup is 3 steps, longer than stage 1 of 2",
     ),
+    "a stage's warm-up": (
+        {"stages": (Stage(2, warmup=3),)},
+        "--stages.0.warmup is 3 steps, longer than stage 0 of 2",
+    ),
     "every stage's norm": (
         ONLY | {"tokens": {"norm": "rescale"}, "stages": (Stage(2, ("tokens",), norm="none"),)},
         "--tokens.norm has no effect",

@@ -24,8 +24,8 @@ from merging.commands import Mix as MixOptions
 PAGE = (Path(__file__).parent.parent / "docs/flags.md").read_text(encoding="utf-8")
 TRAINERS, WITHOUT, DRAWERS, MERGERS = re.split(r"\n## .+\n", PAGE)
 COLUMNS = {DIFFUSERS: 2, PTI: 3, KOHYA: 4}
-EXAMPLES = ("16", "0.5", "cosine", "lanczos", "object", "bf16", "euler", "fp16", "mode", "sigmoid",
-            "tensorboard", "a=1", "a.safetensors")  # fmt: skip
+EXAMPLES = ("16", "150", "0.5", "cosine", "lanczos", "object", "bf16", "euler", "fp16", "mode",
+            "sigmoid", "tensorboard", "a=1", "a.safetensors")  # fmt: skip
 # Words of ours that stand for what only the user knows.
 PLACEHOLDERS = {"my_schedule.py:fn": "my_schedule.py:fn", "SHARE": "0.1", "PATH": "a"}
 
@@ -155,7 +155,8 @@ def row_options(row: OtherFlag) -> set[str]:
     """The options in our answer to a flag, in its value or in its remark."""
     readings = " ".join(said_here(row))
     found = re.findall(r"--([a-z][\w.-]*)", f"{row.here} {row.remark} {readings}")
-    names = {name.rstrip(".").replace("stages.1", "stages.0").replace("-", "_") for name in found}
+    found = [name.rstrip(".").replace(".no-", ".") for name in found]  # a switch that is turned off
+    names = {name.replace("stages.1", "stages.0").replace("-", "_") for name in found}
     groups = re.findall(r"denoiser|text_encoder|tokens", row.here) or GROUPS
     return names | {f"optimizer.lr.{group}" for group in groups if ".lr" in row.here}
 

@@ -108,3 +108,12 @@ def test_a_run_with_one_rate_is_the_run_with_the_rate_of_each_group(
         runs.append(train.train(replace(config, stages=stages, optimizer=optimizer, out=out)))
     one, each = map(learned, runs)
     assert one.keys() == each.keys() and all(torch.equal(one[k], each[k]) for k in one)
+
+
+def test_a_stage_has_a_warm_up_of_its_own(config: Config, quick: None) -> None:
+    optimizer = OptimizerConfig(lr={"denoiser": 1e-3}, warmup=1)
+    stages = (Stage(3, warmup=2), Stage(2), Stage(2, warmup=0))
+    run = train.train(replace(config, stages=stages, optimizer=optimizer))
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = [line["lr_denoiser"] for line in lines if "lr_denoiser" in line]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 0, 1e-3, 1e-3, 1e-3])

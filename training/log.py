@@ -18,6 +18,7 @@ from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
 from lora_core.prodigy import read_distance
 from lora_core.progress import ProgressBar
+from lora_core.runs.pictures import ImageRow
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
@@ -120,6 +121,13 @@ class Log:
         self.book.flush()
         nonfinite.check_logged_values(rows, reason, self.inputs, self.model, self.config, self.run)
         return rows
+
+    def add_samples(self, done: int, rows: Sequence[ImageRow]) -> None:
+        """Give the images of a sheet of samples to TensorBoard or W&B."""
+        has_strengths = len({row.strength for row in rows}) > 1
+        for row in rows:
+            name = f"samples at strength {row.strength:g}" if has_strengths else "samples"
+            self.book.add_images(done, name, row.captions, row.images)
 
     def _show(self, rows: Sequence[dict[str, Any]]) -> None:
         distances = {}

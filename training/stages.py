@@ -80,7 +80,7 @@ def set_learning_rates(stage: Stage, step: int, config: Config, optimization: Op
         schedule = stage.schedule_of(name, o)
         if schedule not in factors:
             multiplier = optimization.rate_schedules[schedule]
-            factors[schedule] = multiplier(step, stage.steps, o.warmup)
+            factors[schedule] = multiplier(step, stage.steps, stage.warmup_of(o))
     for group in optimization.optimizer.param_groups:
         name = group["name"]
         group["rate"] = 0.0

@@ -80,7 +80,7 @@ def _write_masks(wanted: SegmenterRequest, images: Sequence[Path], device: torch
         if mask is None:
             empty.append(image)
             continue
-        _save_mask(mask, place)
+        save_mask(mask, place)
         written.append(place)
     if written:
         count = f"{len(written)} written for {wanted.words!r}, first {written[0]}"
@@ -104,7 +104,8 @@ def _open_segmenter(wanted: SegmenterRequest, device: torch.device) -> ClipSegme
         ) from None
 
 
-def _save_mask(mask: Image.Image, place: Path) -> None:
+def save_mask(mask: Image.Image, place: Path) -> None:
+    """Write a mask as PNG. Raises UserError where the folder cannot be written to."""
     try:
         save_png(mask, place)
     except OSError as error:
