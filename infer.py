@@ -43,13 +43,15 @@ class ImageRequest:
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
     PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
-    for several; learned tokens next to a LoRA file are loaded with it."""
+    for several; learned tokens next to a LoRA file are loaded with it. Empty: the base model
+    alone."""
     prompt: str = ""
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
-    ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
+    ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder. Empty:
+    with --prompts."""
     prompts: str = ""
     """Text file with one prompt a line, instead of --prompt; with --grid a sheet has a row for each
-    prompt."""
+    prompt. Empty: --prompt."""
     out: str = "out.png"
     """PNG to write; several images get _000, _001 ... before the ending. OUT.gif or OUT.webp is an
     animation over one --grid axis."""
@@ -83,25 +85,28 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     """One sheet of images over SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C; repeat the
     flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
     of all LoRAs, lora0.strength, lora1.unet ...; checkpoint=RUN is all checkpoints of a run in
-    their order and its end, in the place of --lora RUN."""
+    their order and its end, in the place of --lora RUN. Empty: single images."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""
     """PNG made by this program, whose image is repeated: its prompt, models on this disk, seed,
     sampler and size, which are printed. Flags win, and only they name files to write, start images,
-    and models to fetch."""
+    and models to fetch. Empty: none."""
     init_image: str = ""
-    """Image to start from (with --strength), or to paint in (with --mask)."""
+    """Image to start from (with --strength), or to paint in (with --mask). Empty: noise alone."""
     mask: str = ""
     """Inpainting: image that is white where --init-image is to be painted. An inpainting model sees
-    the rest of the image; of other models the latents of the rest are put back before each step."""
+    the rest of the image; of other models the latents of the rest are put back before each step.
+    Empty: the whole image."""
     region: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A box of the image with a prompt of its own, "x0,y0,x1,y1: PROMPT" or "x0,y0,x1,y1: PROMPT;
     negative: TEXT", in pixels (left, top, right, bottom). Repeat the flag for several; where boxes
-    overlap, they are averaged (Mix-of-Show). Without a negative prompt it has --negative."""
+    overlap, they are averaged (Mix-of-Show). Without a negative prompt it has --negative. Empty:
+    none."""
     refiner: str = ""
-    """Folder or hub id of a refiner model, which runs the last steps as image to image."""
+    """Folder or hub id of a refiner model, which runs the last steps as image to image. Empty:
+    none."""
     adapter_kind: str = ""
     """Class of the adapters of a --lora that a run with --adapter.kind FILE.py:Class wrote
-    (NAME_adapter.safetensors). The code in FILE.py is run."""
+    (NAME_adapter.safetensors). The code in FILE.py is run. Empty: the kinds that are built in."""
 
 
 SCRIPT = Script(
