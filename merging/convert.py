@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def convert_each(options: Convert) -> None:
     if failed:
         end = "; the others are written" if len(failed) < len(outputs) else ""
         raise UserError(
-            f"{len(failed)} of {len(outputs)} files could not be converted: {'; '.join(failed)}{end}"
+            f"{len(failed)} of {len(outputs)} files could not be converted: "
+            f"{'; '.join(failed)}{end}"
         )
 
 
@@ -102,7 +104,7 @@ def converted_name(path: str, to: str) -> str:
     """The name of a converted file: that of the file or folder, with the first ending of the format
     `to` where the format has another one. Raises UserError for a path that does not exist.
     """
-    place = Path(path).resolve()
+    place = Path(os.path.abspath(path))  # a link keeps its name
     try:
         if is_whole_model(path):
             return place.name
