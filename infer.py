@@ -21,10 +21,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_core.command_line import answer_help, is_given, parse_command_line
+from lora_core.command_line import is_given, parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import ModelConfig
+from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.placeholders import Placeholder
-from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from lora_core.plugin_lists import LIST_FLAG, print_list
+from lora_core.program_flags import DRAW_FLAGS
+from lora_core.script_pages import INFER_PAGE
 from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
@@ -39,8 +42,8 @@ class ImageRequest:
 
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
-    PATH:unet=0.6,text=0.9. Repeat the flag for several; learned tokens next to a LoRA file are
-    loaded with it."""
+    PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
+    for several; learned tokens next to a LoRA file are loaded with it."""
     prompt: str = ""
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
     ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
@@ -66,6 +69,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     clip_skip: Annotated[int, AtLeast(0)] = 0
     """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
     left out, else none."""
+    max_token_length: Literal[0, 75, 150, 225] = 0
+    """Tokens of a prompt that CLIP text encoders read, 75 at a time; 0: as in the run of the LoRA,
+    else 75."""
     max_sequence_length: Annotated[int, AtLeast(0)] = 0
     """Tokens of a T5 prompt; 0: as in the run of the LoRA, else 512, or 256 for a model without
     guidance embedding."""
@@ -98,12 +104,17 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     (NAME_adapter.safetensors). The code in FILE.py is run."""
 
 
-if __name__ == "__main__":
-    answer_list(sys.argv[1:])
-    answer_help(Infer, sys.argv[1:], prog="infer.py", example=EXAMPLE)  # before torch is imported
+SCRIPT = Script(
+    "lora-infer",
+    INFER_PAGE,
+    lambda words: show_help(Infer, prog="infer.py", example=EXAMPLE),
+    DRAW_FLAGS,
+    lambda words: top_flags(Infer),
+    parser_of(Infer),
+)
+answer_at_start(__name__, sys.argv, SCRIPT)  # before torch is imported
 
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,19 +133,22 @@ from lora_core.formats.model_words import model_placeholders
 from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
 from lora_core.memory.residency import check_offload, leaves_device
+from lora_core.progress import phase
 from lora_core.prompt_tags import TAG as LORA_TAG
+from lora_core.prompt_weights import check_prompt_weights
 from lora_core.runs.animations import ENDINGS, save_animation
 from lora_core.runs.image_files import check_image_files, check_seeds, image_paths
 from lora_core.runs.image_grid import Axis, check_axes, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
+from lora_core.runs.lora_strengths import LoraStrengths
 from lora_core.runs.loras import (
+    TEXT_SETTINGS,
     LoraSource,
     apply_loras,
     lora_text,
     parse_lora,
     read_run_settings,
     refuse_other_files,
-    set_strengths,
     warn_of_whole_model,
 )
 from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
@@ -187,7 +201,7 @@ class Drawing:
             config,
             self.start.pixels,
             self.start.mask,
-            prepare=partial(set_strengths, self.patches, loras, settings),
+            prepare=LoraStrengths(self.patches, loras, settings),
         )
 
     def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
@@ -198,6 +212,7 @@ class Drawing:
             refiner=self.refiner,
             regions=self.regions,
             placeholders=self.placeholders,
+            title="drawing",
         )
         return list(chain.from_iterable(map(to_images, drawn)))
 
@@ -217,6 +232,9 @@ def infer(config: Infer) -> list[Path]:
     if not config.adapter_kind:
         for lora in taken:
             warn_of_whole_model(config.model, Path(lora.path))
+    texts = [prompt.text for prompt in prompts]
+    if sentence := check_prompt_weights([*texts, config.negative, *config.region], config.emphasis):
+        print_note(sentence)
     if config.threads:
         torch.set_num_threads(config.threads)
     if axes:
@@ -240,10 +258,10 @@ def open_drawing(
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
         family, refiner = place_models(config, family, refiner, patches)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
-        texts = [prompt.text for prompt in prompts]
         others = [config.negative]
         for region in regions:
             others += [region.prompt, region.negative]
+        texts = [prompt.text for prompt in prompts]
         if sentence := prompts_without_words(texts, drawing.placeholders, others):
             print_note(sentence)
         yield drawing
@@ -263,12 +281,12 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         first_device(config),
         config.vae,
         scheduler=run.scheduler,
-        clip_skip=text.get("clip_skip", config.clip_skip),
-        max_sequence_length=text.get("max_sequence_length", config.max_sequence_length),
+        **{name: text.get(name, getattr(config, name)) for name in TEXT_SETTINGS},
         config=config.model_config,
         family=config.family,
     )
-    family = load_family(config.model, options)
+    with phase("loading the model"):
+        family = load_family(config.model, options)
     if config.negative and family.distilled_guidance:
         raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
     if not config.refiner:
@@ -276,7 +294,8 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     length = config.max_sequence_length
     plain = replace(options, scheduler={}, clip_skip=0, max_sequence_length=length)
     plain = replace(plain, config="", family="")  # the refiner is of a built-in family
-    refiner = load_family(config.refiner, plain)
+    with phase("loading the refiner"):
+        refiner = load_family(config.refiner, plain)
     if _latent_space(refiner) != _latent_space(family):
         raise UserError(
             f"--refiner {config.refiner} works on other latents than {config.model}; "
@@ -460,6 +479,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     words = sys.argv[1:] if argv is None else list(argv)
+    if (status := answer_instantly(SCRIPT, words)) is not None:
+        return status
 
     def run() -> None:
         if words[:1] == [LIST_FLAG]:

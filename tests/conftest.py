@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
     prefix="lora_core_cache_"
 )  # a developer's own measurements are not what is tested
+os.environ["SOURCE_DATE_EPOCH"] = "1700000000"  # files of equal content have equal bytes
 os.fsync = lambda handle: None  # nothing here outlives a loss of power; a run waits 20 times
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
 COLOURS = ["red", "green", "blue", "pink", "navy"]

@@ -12,14 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lora_core import distributed
 from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
-from lora_core.escaped_output import hides_progress
 from lora_core.prodigy import read_distance
+from lora_core.progress import ProgressBar, phase
 from lora_core.runs.pictures import ImageRow
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
@@ -52,16 +50,13 @@ class Log:
         self.inputs: Sequence[StepInputs] = ()  # of the newest step
         self.start = 0  # steps that earlier processes have done
         self.logged: set[str] = set()  # names of the values that the loss logged
-        self.bar = tqdm(disable=True)
+        self.bar = ProgressBar("training", 0, "step")
 
     @contextmanager
     def progress(self, done: int) -> Iterator[None]:
         """The progress bar, from step `done` on; flushes the log when it ends."""
         self.start = done
-        settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
-        with tqdm(
-            total=self.config.steps, initial=done, disable=hides_progress(), **settings
-        ) as self.bar:
+        with ProgressBar("training", self.config.steps, "step", done) as self.bar:
             yield
         self.flush()
 
@@ -86,7 +81,7 @@ class Log:
         if self.scaler is not None:
             values["skipped"] = self.scaler.skipped.clone()
         self.book.add(done, **values)
-        self.bar.update()
+        self.bar.advance()
         if done % self.config.log_every == 0:
             self._show(self.flush())
 
@@ -101,7 +96,8 @@ class Log:
         """
         if self.config.validation.every < 0 or done in self.validated:
             return
-        scores = scorer.score()
+        with phase("validation"):
+            scores = scorer.score()
         self.validated.add(done)
         first = min(self.scores, default=done)
         # The first and the newest one: a long run would keep thousands.
@@ -141,7 +137,7 @@ class Log:
                 distances[name] = f"{value:.2e}"
         losses = [row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))]
         mean = sum(losses) / len(losses) if losses else math.nan
-        self.bar.set_postfix(loss=f"{mean:.4f}", **distances)
+        self.bar.show(loss=f"{mean:.4f}", **distances)
 
 
 def average_readings(rows: Sequence[dict[str, Any]], names: Collection[str]) -> None:

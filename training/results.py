@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from lora_core import distributed, formats, tokens
@@ -39,6 +40,7 @@ from models import read_schedule, save_family
 from training import nonfinite
 from training.checkpoints import Checkpoints
 from training.checks import config_checks
+from training.headers.manager_files import add_manager_files
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
 from training.memory.peak_memory import describe_peak, measure_peak
@@ -70,7 +72,9 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
         dora_errors = _reader_errors(model, files)
-    _draw_sheets(log, samples)
+    drawn = _draw_sheets(log, samples)
+    is_painted_over = model.family.inpainting  # samples show a training image's surroundings
+    files += add_manager_files(config, run.folder, drawn, shows_training=is_painted_over)
     peak = measure_peak(model.device)
     words = samples.data.scored.words
     reports.plot_metrics(run.folder, words)
@@ -108,8 +112,8 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     return run.folder
 
 
-def _draw_sheets(log: Log, samples: SampleImages) -> None:
-    """The last samples, and before_after.png."""
+def _draw_sheets(log: Log, samples: SampleImages) -> list[Image.Image]:
+    """Write the last samples and before_after.png; returns the samples."""
     run, done = log.run, log.config.steps
     drawn = samples.draw(samples.prompts)
     log.add_samples(done, save_sample_grid(samples, run, done, drawn))
@@ -119,6 +123,7 @@ def _draw_sheets(log: Log, samples: SampleImages) -> None:
     pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
     if samples.are_public:
         log.book.add_images(done, "before_after", [""], [sheet])
+    return drawn
 
 
 def plain_results(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -142,12 +147,12 @@ def _save_files(
     """The adapter and token files; for adapters that these cannot hold, the whole model as well;
     for those of a class from outside, their own tensors.
     """
-    learned = checkpoints.learned_state(done)
-    files = formats.save_run(learned, folder, layout=model.family.layout)
+    files = checkpoints.save_files(done, folder)
     if not model.has_factors and all(map(custom_files.is_foldable, model.adapted.values())):
         save_trained_model(model, config, folder / "model")
     if config.adapter.kind in KINDS or not model.adapted:
         return files
+    learned = checkpoints.learned_state(done)
     own = folder / f"{folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}"
     header = {CUSTOM_KIND: hide_home(config.adapter.kind), **learned.metadata}
     if learned.token_names:
@@ -229,19 +234,24 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
 
 
 def _upload_run(folder: Path, config: Config, samples: SampleImages) -> str:
-    """Uploads the run's files, with the shared form of its config; returns the address."""
+    """Uploads the run's files, with the shared form of its config and headers without the user's
+    captions; returns the address.
+    """
     ignore = list(card.IGNORED)
     if not samples.are_public:
         ignore += ["samples/*", "before_after.png"]  # and report.html has none of their images
-    texts = {"config.toml": to_toml(shared_config(config, folder))}
-    return card.push_to_hub(folder, config.push_to_hub, ignore=ignore, texts=texts)
+    contents = {"config.toml": to_toml(shared_config(config, folder)).encode()}
+    public = config.files.public
+    return card.push_to_hub(
+        folder, config.push_to_hub, ignore=ignore, contents=contents, public=public
+    )
 
 
 def _typed_caption(samples: SampleImages) -> str:
     """The first caption where it is an option of the run, or shown on demand; else ""."""
     first = samples.data.training.records[0]
     is_shown = first.source in TYPED or samples.config.samples.show_data
-    return first.captions[0] if is_shown else ""
+    return first.plain_caption if is_shown else ""
 
 
 def _make_card(
@@ -255,8 +265,11 @@ def _make_card(
         for name, encoder in model.encoders.items():
             if encoder.config.eos_token_id == 2:  # type: ignore[union-attr]
                 ends[name] = family.tokenizers[name].eos_token_id
+    base = hide_home(config.model)
+    if config.push_to_hub and Path(config.model).exists():  # of no use elsewhere
+        base = Path(config.model).resolve().name
     return ModelCard(
-        hide_home(config.model),
+        base,
         family.pipeline,
         encoders={name: family.layout.encoders[name] for name in model.embeddings},
         ends=ends,
@@ -270,6 +283,9 @@ def _make_card(
         validation=losses_by_timestep(*scores) if scores else (),
         scored=data.scored.words,
         repo=config.push_to_hub,
+        license=config.files.license,
+        tags=[tag.strip() for tag in config.files.tags.split(",") if tag.strip()],
+        description=config.files.description,
         rerun=config_checks.rerun_reason(config),
     )
 

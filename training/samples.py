@@ -104,7 +104,7 @@ class SampleImages:
 
     def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
         drawn = generation.generate_batches(
-            self.model.family, batches, placeholders=self.model.placeholders
+            self.model.family, batches, placeholders=self.model.placeholders, title="drawing"
         )
         return list(map(pictures.to_images, drawn))
 
@@ -190,7 +190,7 @@ class SampleImages:
         found: dict[str, bool] = {}
         for record in self.data.training.records:
             is_private = record.source not in TYPED and not self.config.samples.show_data
-            found.setdefault(record.captions[0], is_private)
+            found.setdefault(record.plain_caption, is_private)
         return dict(list(found.items())[:MOST_CAPTIONS])
 
     def ordinary_prompt(self, prompt: str) -> str:
