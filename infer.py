@@ -162,7 +162,7 @@ from lora_core.runs.prompt_loras import (
     combine_loras,
     loras_of_prompt,
     prompts_without_words,
-    read_prompts,
+    read_prompt_lines,
     read_tagged_prompt,
 )
 from lora_core.runs.run_checkpoints import find_checkpoints
@@ -227,7 +227,9 @@ def infer(config: Infer) -> list[Path]:
 
     Raises UserError before any file is written when the options do not fit together.
     """
-    prompts = [read_tagged_prompt(text) for text in read_prompts(config.prompt, config.prompts)]
+    prompts = [
+        read_tagged_prompt(text) for text in read_prompt_lines(config.prompt, config.prompts)
+    ]
     given = [parse_lora(text) for text in config.lora]
     axes = [find_checkpoints(parse_axis(text), given) for text in config.grid]
     loras = combine_loras(given, prompts)
