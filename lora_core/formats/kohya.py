@@ -40,8 +40,8 @@ from lora_core.formats.grammar import (
     scale_factors,
     to_adapter_state,
 )
+from lora_core.formats.known_formats import import_function
 from lora_core.formats.layout import Component, Layout
-from lora_core.formats.model_spec import adapter_spec
 
 GRAMMAR = Grammar(
     heads=lambda name, component: component.prefixes,
@@ -254,4 +254,4 @@ def _make_header(
         "ss_network_args": json.dumps(args),
         "ss_output_name": title,
     }
-    return header | adapter_spec(layout, title)
+    return header | import_function("model_spec", "adapter_spec")(layout, title)
