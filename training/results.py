@@ -225,7 +225,7 @@ def _upload_run(folder: Path, config: Config, samples: SampleImages) -> str:
     if not samples.are_public:
         ignore += ["samples/*", "before_after.png"]  # and report.html has none of their images
     folders = find_folders(to_table(config), folder)
-    contents = {}
+    contents: dict[str, bytes] = {}
     for file in folder.iterdir():
         if file.suffix in TEXTS and (text := file.read_text(encoding="utf-8")):
             hidden = hide_folders(text, folders)

@@ -40,8 +40,8 @@ from lora_core.formats.grammar import (
     scale_factors,
     to_adapter_state,
 )
-from lora_core.formats.known_formats import import_function
 from lora_core.formats.layout import Component, Layout
+from lora_core.formats.training_metadata import SPEC_VERSION
 
 GRAMMAR = Grammar(
     heads=lambda name, component: component.prefixes,
@@ -254,4 +254,13 @@ def _make_header(
         "ss_network_args": json.dumps(args),
         "ss_output_name": title,
     }
-    return header | import_function("model_spec", "adapter_spec")(layout, title)
+    return header | adapter_spec(layout, title)
+
+
+def adapter_spec(layout: Layout, title: str) -> dict[str, str]:
+    """The entries of Stability's model spec (formats.model_spec) that a LoRA file has to have."""
+    entries = {"modelspec.sai_model_spec": SPEC_VERSION, "modelspec.title": title}
+    if layout.architecture:
+        entries["modelspec.architecture"] = layout.architecture
+        entries["modelspec.implementation"] = layout.implementation
+    return entries

@@ -19,6 +19,7 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.formats.known_formats import EMBEDDINGS
 
 NETWORK_ARGS = "ss_network_args"
+SPEC_VERSION = "1.0.1"  # of modelspec.*, as sd-scripts write it
 # entries that describe the tensors, or the format, of the file they were read from
 DESCRIBES_TENSORS = re.compile(
     r"format|lora_adapter_metadata|ss_network_(dim|alpha|module|args)|sshs_.*"
