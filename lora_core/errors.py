@@ -1,14 +1,17 @@
 """Errors that a user can fix, the exit status for them, and text that any output can encode."""
 
+import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
 from lora_core.escaped_output import escape_surrogates, escaped_output, one_line
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # as if SIGPIPE had ended the process
+PRINTING = threading.Lock()  # held while the output of the process is taken
 LONGEST_SENTENCE = 2_000  # characters: a damaged file's text in it would fill the screen
 
 
@@ -76,6 +79,21 @@ def exit_status(run: Callable[[], int | None], undone: str = "nothing was saved"
     except KeyboardInterrupt as stop:
         print_error(f"interrupted: {str(stop) or undone}")
         return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+def printed_by(run: Callable[[], object], undone: str = "nothing was written") -> str:
+    """What `run` prints, on either stream; of a mistake the sentence that `exit_status` prints.
+
+    For programs that show it elsewhere than on a terminal. It takes the output of the whole
+    process, so that one thread waits for another.
+    """
+
+    def carry_out() -> None:
+        run()
+
+    with PRINTING, redirect_stdout(io.StringIO()) as box, redirect_stderr(box):
+        exit_status(carry_out, undone)
+    return box.getvalue().strip()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

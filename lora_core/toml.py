@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ import tomli_w
 
 from lora_core.config import PLUGIN_NAMES, Config, MaskSource
 from lora_core.errors import UserError
+from lora_core.option_types import ALL_GROUPS, GROUP_NUMBERS
 from lora_core.text import nearest_names, read_text, shorten_value
 
 C = TypeVar("C")
@@ -29,6 +30,11 @@ def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignmen
 
     Raises UserError when the file is missing, is no TOML, or has an unknown key.
     """
+    return from_file_table(path, read_table(path), cls)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises UserError when the file is missing or is no TOML."""
     try:
         text = read_text(path, LONGEST_TOML)
     except FileNotFoundError:
@@ -37,11 +43,27 @@ def read_toml(path: Path, cls: type[C] = Config) -> C:  # type: ignore[assignmen
         raise UserError(
             f"cannot read the config {path}: {error.strerror}; name a TOML file"
         ) from None
-    table = parse_toml(text, str(path))
+    return parse_toml(text, str(path))
+
+
+def from_file_table(path: Path, table: dict[str, Any], cls: type[C]) -> C:
+    """The config of a file's table. Raises UserError, which names the file, like `from_table`."""
     try:
         return from_table(table, cls)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def layer_tables(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables of options in one. Where both have an option, it is that of `above`; a list, such
+    as the stages, is taken whole.
+    """
+    layered = dict(below)
+    for name, value in above.items():
+        lower = below.get(name)
+        both = isinstance(value, dict) and isinstance(lower, dict)
+        layered[name] = layer_tables(lower, value) if both else value  # type: ignore[arg-type]
+    return layered
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
@@ -66,10 +88,32 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
     """
     _check_keys(table, cls, "", _dotted_names(cls, ""))  # type: ignore[arg-type]
     try:
-        return _make_converter().structure(table, cls)
+        return _make_converter().structure(_spread_numbers(table, cls), cls)
     except cattrs.BaseValidationError as error:
         lines = cattrs.transform_error(error, format_exception=lambda e, _: str(e))
         raise UserError("; ".join(map(_place_first, lines))) from None
+
+
+def _spread_numbers(value: Any, kind: Any, place: str = "") -> Any:
+    """A value of a TOML file with each number for all groups (lr = 1e-4) as a table of its own.
+
+    Raises UserError for what is neither a number nor a table.
+    """
+    if GROUP_NUMBERS in getattr(kind, "__metadata__", ()):
+        if not _is_number(value) and not isinstance(value, dict):
+            raise UserError(
+                f"{place} is {shorten_value(value)}, expected a number for all groups, or a table "
+                "with a number for each"
+            )
+        return {ALL_GROUPS: value} if _is_number(value) else value
+    if get_origin(kind) is tuple and is_dataclass(get_args(kind)[0]):
+        stages = enumerate(value)
+        return [_spread_numbers(item, get_args(kind)[0], f"{place}.{i}") for i, item in stages]
+    if not is_dataclass(kind):
+        return value
+    kinds = _option_types(kind, include_extras=True)  # type: ignore[arg-type]
+    start = f"{place}." if place else ""
+    return {name: _spread_numbers(v, kinds[name], start + name) for name, v in value.items()}
 
 
 @cache  # it compiles a function for each section

@@ -70,6 +70,7 @@ PRESETS = {  # component -> preset -> globs; the counts are those of 19 double a
     },
     "text_encoder": sd.PRESETS["text_encoder"],
 }
+DENOISER_PRESETS = tuple(PRESETS["transformer"])
 SHIFTS = (  # keys of scheduler_config.json that are read
     "shift",
     "use_dynamic_shifting",
@@ -273,6 +274,11 @@ def load(path: str, how: LoadOptions) -> Flux:
         raise UserError(
             f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector "
             "is used; leave it out"
+        )
+    if how.max_token_length:
+        raise UserError(
+            f"--max-token-length has no effect: of the CLIP text encoder of {path} only the pooled "
+            "vector is used, and T5 reads --max-sequence-length tokens; leave it out"
         )
     scheduler = _read_scheduler(path, how.scheduler)
     config = read_json(path, "transformer/config.json")

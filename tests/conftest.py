@@ -233,7 +233,7 @@ def config(model: Path, photos: Path, tmp_path: Path) -> Config:
         data=DataConfig(images=str(photos), resolution=16),
         optimizer=OptimizerConfig(lr={"denoiser": 1e-2}),
         stages=(Stage(steps=2),),
-        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",)),
+        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",), seeds=1, new_prompts=()),
         validation=ValidationConfig(bins=1),
     )
 
@@ -271,7 +271,7 @@ def plain(without_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.SampleImages, "draw", draw)
 
 
-def blank_grid(rows: Sequence[ImageRow], **_: str) -> Image.Image:
+def blank_grid(rows: Sequence[ImageRow], **_: Any) -> Image.Image:
     """One pixel in the place of a sheet of images, with what it says of them."""
     sheet = Image.new("RGB", (1, 1))
     cells = sheet.info[CELLS] = []

@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_core.errors import CLOSED_PIPE, UserError, exit_status
+from lora_core.errors import CLOSED_PIPE, UserError, exit_status, printed_by
 
 ROOT = Path(__file__).parent.parent
 
@@ -198,3 +201,37 @@ def test_a_name_cannot_end_a_sentence_and_begin_another() -> None:
     error = UserError("a.safetensors has the key x\nwritten: b.safetensors", "\n  here\n  ^")
     assert str(error) == "a.safetensors has the key x\\nwritten: b.safetensors\n  here\n  ^"
     assert str(UserError(f"again: {UserError('a' + chr(10) + 'b')}")) == "again: a\\nb"
+
+
+def test_what_is_printed_is_returned_and_nothing_else_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def talk(error: Exception | None = None) -> int:
+        print("a table\x1b[2J")
+        print("a note", file=sys.stderr)
+        if error is not None:
+            raise error
+        return 7  # of a function that is no command
+
+    assert printed_by(talk) == "a table\\x1b[2J\na note"
+    assert printed_by(lambda: talk(UserError("wrong"))) == "a table\\x1b[2J\na note\nerror: wrong"
+    full = OSError(errno.ENOSPC, "No space left on device", "a.png")
+    assert printed_by(lambda: talk(full)).endswith(": No space left on device; nothing was written")
+    with pytest.raises(KeyError):
+        printed_by(lambda: talk(KeyError("a mistake of ours")))
+    print("after")
+    assert capsys.readouterr() == ("after\n", "")
+
+
+def test_threads_do_not_mix_what_they_print() -> None:
+    """Output belongs to the process: without a lock, a thread would take that of another."""
+
+    def count(name: str) -> None:
+        for number in range(50):
+            print(name, number)
+            time.sleep(0.0005)
+
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(lambda name: printed_by(partial(count, name)), "abcd"))
+    for name, text in zip("abcd", said):
+        assert text.splitlines() == [f"{name} {number}" for number in range(50)]

@@ -7,11 +7,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from lora_core import distributed, formats, tokens
@@ -73,12 +74,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
         dora_errors = _reader_errors(model, files)
-    drawn = samples.draw(samples.prompts)
-    save_sample_grid(samples, run, done, drawn)
-    title = f"{run.folder.name}: before and after {done} steps"
-    sheet = before_after_grid(samples, drawn, title)
-    path = run.folder / "before_after.png"
-    pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
+    drawn = _draw_sheets(log, samples)
     is_painted_over = model.family.inpainting  # samples show a training image's surroundings
     files += add_manager_files(config, run.folder, drawn, shows_training=is_painted_over)
     peak = measure_peak(model.device)
@@ -98,6 +94,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         "scored": words,
     }
     run.write("summary.json", json.dumps(summary, indent=1))
+    log.book.finish(plain_results(summary))
     _print_results(scores, note, words)
     for count, why in log.skipped.reasons():
         print(f"{count} of {done} steps were skipped: {why}")
@@ -115,6 +112,27 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     if config.push_to_hub:
         print(f"uploaded: {_upload_run(run.folder, config, samples)}")
     return run.folder
+
+
+def _draw_sheets(log: Log, samples: SampleImages) -> list[Image.Image]:
+    """Write the last samples and before_after.png; returns the samples."""
+    run, done = log.run, log.config.steps
+    drawn = samples.draw(samples.prompts)
+    log.add_samples(done, save_sample_grid(samples, run, done, drawn))
+    title = f"{run.folder.name}: before and after {done} steps"
+    sheet = before_after_grid(samples, drawn, title)
+    path = run.folder / "before_after.png"
+    pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
+    if samples.are_public:
+        log.book.add_images(done, "before_after", [""], [sheet])
+    return drawn
+
+
+def plain_results(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of summary.json that a run is compared by: seconds, steps and losses."""
+    wanted = ("seconds", "steps", "val_loss_before", "val_loss_after")
+    found = {name: summary.get(name) for name in wanted}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _draw_share(samples: SampleImages, run: Run, done: int) -> None:
@@ -241,7 +259,7 @@ def _typed_caption(samples: SampleImages) -> str:
     """The first caption where it is an option of the run, or shown on demand; else ""."""
     first = samples.data.training.records[0]
     is_shown = first.source in TYPED or samples.config.samples.show_data
-    return first.captions[0] if is_shown else ""
+    return first.plain_caption if is_shown else ""
 
 
 def _make_card(

@@ -26,6 +26,7 @@ from lora_core.formats.dora_readers import describe_reader_errors
 from lora_core.formats.shared_header import published_files
 from lora_core.placeholders import Placeholder, bind_placeholders, describe_tokens
 from lora_core.runs.licenses import license_fields
+from lora_core.runs.pictures import OVER_STEPS
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
@@ -260,9 +261,11 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
 
 
 def _image_files(folder: Path) -> list[str]:
-    """The newest sample sheet and before_after.png, those that are there."""
-    sheets = sorted((folder / "samples").glob("*.png"))[-1:]
-    paths = (*sheets, folder / "before_after.png")
+    """The newest sample sheet, before_after.png and the sheet over the steps, where they are."""
+    sheets = sorted((folder / "samples").glob("step_*.png"))
+    paths = (*sheets[-1:], folder / "before_after.png")
+    if len(sheets) > 1:  # of one it is the same again
+        paths = (*paths, folder / "samples" / OVER_STEPS)
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
