@@ -60,6 +60,8 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
         is_local = bool(data.get("streaming")) or Path(str(data.get("dataset"))).exists()
         if "dataset" in data and is_local:
             data["dataset"] = ""
+        if isinstance(data.get("subsets"), list | tuple):
+            data["subsets"] = [own | {"images": ""} for own in data["subsets"]]
         if "pairs" in data and not names_columns(str(data["pairs"])):
             data["pairs"] = ""
         if isinstance(data.get("masks"), str):
