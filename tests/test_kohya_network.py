@@ -17,7 +17,7 @@ def network(module: str = "networks.lora", *arguments: str, **given: Any) -> Tra
     if arguments:
         options["network_args"] = list(arguments)
     record = TranslatedOptions("kohya", KOHYA_DEFAULTS, options)
-    translate_network(record)
+    translate_network(record, ("denoiser", "text_encoder"))
     record.check_complete()
     return record
 

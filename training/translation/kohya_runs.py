@@ -68,14 +68,14 @@ def translate_run(
         raise options.refuse("dataset_class", "classes are not read; give folders of images")
     version = _model_version(options, script)
     translate_model(options, version)
-    arguments = translate_network(options)
+    groups = translate_groups(options)
+    arguments = translate_network(options, groups)
     file = options["dataset_config"]
     data = read_datasets(options, Path(file) if file else None)
     translate_data(options, data)
     settings, batch = _image_settings(options, data)
     batches = count_batches(data.subsets, settings, batch)
     steps, epoch = translate_length(options, batches)
-    groups = translate_groups(options)
     translate_optimizer(options, groups)
     rate = _settings(options, data)["optimizer"]["lr"][groups[0]]
     translate_schedule(options, steps, rate)
@@ -96,7 +96,8 @@ def translate_run(
 def _is_usual(entry: TranslatedOption) -> bool:
     """Whether an entry is of a default that is ours, too."""
     usual = flatten_table(to_table(Config()))
-    return entry.is_default and all(usual.get(name) == own for name, own in entry.ours.items())
+    is_same = entry.is_default and entry.outcome == "taken"
+    return is_same and all(usual.get(name) == own for name, own in entry.ours.items())
 
 
 def _renamed_defaults(options: TranslatedOptions) -> dict[str, Any]:
