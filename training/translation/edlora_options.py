@@ -197,7 +197,9 @@ def _translate_transform(record: TranslatedOptions, name: str, values: dict[str,
 
 def _translate_validation(record: TranslatedOptions) -> None:
     """The prompts, strengths and sampler of the validation sheets."""
-    record.take("datasets.val_vis.prompts", {"samples.prompts": list(read_prompts(record))})
+    record.take(
+        "datasets.val_vis.prompts", {"samples.prompts": list(read_validation_prompts(record))}
+    )
     strengths = [float(alpha) for alpha in value_of(record, "val.alpha_list", [1.0])]
     record.take("val.alpha_list", {"samples.strengths": strengths}, "rows of the sample sheets")
     steps = int(value_of(record, "val.sample.num_inference_steps", 50))
@@ -210,7 +212,7 @@ def _translate_validation(record: TranslatedOptions) -> None:
             record.change(name, {}, "test_edlora.py draws as many; a sheet here has one each")
 
 
-def read_prompts(record: TranslatedOptions) -> tuple[str, ...]:
+def read_validation_prompts(record: TranslatedOptions) -> tuple[str, ...]:
     """The lines of the file of validation prompts. Raises UserError where there is none."""
     file = value_of(record, "datasets.val_vis.prompts")
     if not isinstance(file, str) or not Path(file).is_file():

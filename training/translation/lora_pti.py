@@ -87,7 +87,11 @@ DEFAULTS: dict[str, Any] = {  # of lora_pti, in the order of its arguments
     "enable_xformers_memory_efficient_attention": False,
     "out_name": "final_lora",
 }
-OWN = {"face_model": WEIGHTS["face"], "overwrite": False, "resume": False}  # flags of ours
+OWN: dict[str, Any] = {
+    "face_model": WEIGHTS["face"],
+    "overwrite": False,
+    "resume": False,
+}  # flags of ours
 MOVED = {  # models that have left the hub -> where they are now
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
