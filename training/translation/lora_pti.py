@@ -178,7 +178,7 @@ def _translate_places(record: TranslatedOptions) -> None:
         raise record.refuse("revision", "download that revision and give its folder as the model")
     vae = record["pretrained_vae_name_or_path"]
     if vae is not None:
-        record.take("pretrained_vae_name_or_path", {"vae": vae})
+        record.take("pretrained_vae_name_or_path", {"vae": str(vae)})
     record.take("output_dir", {"out": record["output_dir"]})
     if not record.is_given("device"):
         record.take("device", {"device": "auto"}, "cuda where there is one")
