@@ -8,6 +8,7 @@
     python train.py CONFIG.toml --plan             # the GPU memory that it needs, and options
     python train.py --data.images FOLDER --data.prepare blip face     # captions and masks by models
     python train.py --list losses                  # or schedules, kinds ...: what there is
+    python train.py --from-kohya train_network_config.toml     # kohya's config as it is
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
 loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`).
@@ -83,6 +84,7 @@ from training.step import (
 from training.translation import lora_ppim as lora_ppim_command
 from training.translation import lora_pti as lora_pti_command
 from training.translation import lora_scripts
+from training.translation.kohya_command import FROM_KOHYA, read_kohya_command
 
 
 def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
@@ -212,6 +214,11 @@ def run_train_command(words: list[str]) -> None:
     if words[:1] == [LIST_FLAG]:
         print_list(words[1:])
         return
+    if FROM_KOHYA in [word.partition("=")[0] for word in words]:
+        translated = read_kohya_command(words)
+        if translated is not None:
+            train_config(translated)
+        return
     words, annotators = split_prepare_words(words)
     options = [word for word in words if word not in (PREVIEW_FLAG, PLAN_FLAG)]
     config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE)
@@ -227,6 +234,11 @@ def run_train_command(words: list[str]) -> None:
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
+    train_config(config)
+
+
+def train_config(config: Config) -> None:
+    """Train and print the folder; where memory lacks, the error says what would fit."""
     resolve = partial(resolve_functions, config, None, training_step)
     with memory_advice.explained(config, resolve):
         folder = train(config)

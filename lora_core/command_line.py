@@ -34,11 +34,18 @@ ARGUMENTS_OF = {
 
 
 def parse_command_line(
-    cls: type[C], words: Sequence[str], *, prog: str, example: str, takes_file: bool = True
+    cls: type[C],
+    words: Sequence[str],
+    *,
+    prog: str,
+    example: str,
+    takes_file: bool = True,
+    default: C | None = None,
 ) -> C:
     """The config that a command line describes: an optional TOML file first, then flags.
 
-    Without `takes_file` there are flags only.
+    Without `takes_file` there are flags only. `default`: what they change, in place of the class's
+    own defaults.
 
     Prints the help, or the nearest flag for a wrong one, and exits (status 0, 2). Where a flag
     replaces a choice of the file, such as its optimizer, the file's arguments of that choice are
@@ -47,7 +54,7 @@ def parse_command_line(
     words = list(words)
     check_unicode(words, "the argument")
     file = words.pop(0) if takes_file and words and not words[0].startswith("-") else ""
-    default = read_toml(Path(file), cls) if file else cls()
+    default = read_toml(Path(file), cls) if file else default or cls()
     usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\n"
     description = f"{cls.__doc__}\n\n{usage if takes_file else ''}example: {example}"
     config = tyro.cli(

@@ -17,11 +17,13 @@ from lora_core.settings import (
     Above,
     AdapterSpec,
     AtLeast,
+    CaptionSettings,
     ImageSettings,
     NoiseSettings,
     SamplingMethod,
     Share,
 )
+from lora_core.subset_options import CaptionSource, Subset
 
 # Options that are one of these names or file.py:fn; the tables are imported with torch only.
 WeightingName = NewType("WeightingName", str)
@@ -62,7 +64,7 @@ GROUPS: tuple[str, ...] = get_args(Group)
 
 
 @dataclass(frozen=True)
-class DataConfig(ImageSettings):
+class DataConfig(CaptionSettings, ImageSettings):
     """Training images and their captions."""
 
     images: str = ""
@@ -70,6 +72,8 @@ class DataConfig(ImageSettings):
     pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
     file of such concepts."""
+    subsets: tuple[Subset, ...] = ()
+    """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
@@ -84,7 +88,7 @@ class DataConfig(ImageSettings):
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or
     prompt."""
-    captions: Literal["auto", "txt", "metadata", "filename", "one", "object", "style"] = "auto"
+    captions: CaptionSource = "auto"
     """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or
     sentence templates; auto: metadata, else NAME.txt, .caption or .json, else --data.caption, else
     the name of a folder N_name, else file names where they are words."""
@@ -255,10 +259,16 @@ class OptimizerConfig:
     whose arguments a group of the same schedule has, too."""
     warmup: Annotated[int, AtLeast(0)] = 0
     """Steps of linear warm-up at the beginning of each stage."""
+    lr_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
+    """Learning rate of layers with adapters relative to their group's, per glob on their paths,
+    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one."""
     lora_plus: Annotated[float, Above(0)] = 1.0
     """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
     clip: Annotated[float, AtLeast(0, infinite=True)] = 1.0
     """Largest norm of the gradient; 0: no clipping."""
+    max_update_norm: Annotated[float, AtLeast(0)] = 0.0
+    """Largest Frobenius norm of a LoRA layer's update, alpha / rank * up @ down, whose factors are
+    scaled down after each step (kohya's max norm, usually 1); 0: no limit."""
 
 
 @dataclass(frozen=True)

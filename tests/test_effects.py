@@ -18,9 +18,9 @@ from torch import Tensor
 
 import models.flux
 import train
-from lora_core.adapters import adapter_module, kinds
+from lora_core.adapters import adapter_module, kinds, norm_limits
 from lora_core.config import Config, SamplesConfig, Stage, ValidationConfig
-from lora_core.data import dataset
+from lora_core.data import dataset, records
 from lora_core.diffusion import densities, generation, losses, masked_losses, noise
 from lora_core.diffusion.losses import mse
 from lora_core.diffusion.sampling import SAMPLERS
@@ -213,12 +213,24 @@ NO_MASK = masked_losses.MaskScale(even, masked_losses.MASK_SCALES["mean"].factor
 BLUNT = masked_losses.MaskScale(
     lambda mask, temperature: mask, masked_losses.MASK_SCALES["mean"].factor
 )
+
+
+def one_caption(caption: str) -> dict[str, Any]:
+    return {"data.captions": "one", "data.caption": caption}
+
+
+def without_tags(**fixed: Any) -> Any:
+    return with_settings(dataset, "compose_caption", 1, **fixed)
+
+
 LEVELS, NOISE = (noise, "sample_levels"), (noise, "sample_noise")
 INJECT = (run_adapters.injection, "inject")
 SPEC = with_settings
 MASKS: dict[str, Any] = {"data.masks": "file", "stages.0.steps": 1}
 PRIOR: dict[str, Any] = {"prior.prompt": "a cat", "prior.count": 2}
 FOUR_STEPS = {"samples.steps": 4}
+SHUFFLES: dict[str, Any] = {"data.shuffle_caption": True}
+FIXED_TEXTS = instead(records, "add_fixed_texts", lambda texts, settings: tuple(texts))
 TOKEN_STAGE: dict[str, Any] = {"stages.0.groups": BOTH}
 
 # Option -> its value, what else it needs, and the function that is switched off.
@@ -294,6 +306,21 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"data.buckets": True, "batch_size": 1},
         instead(dataset, "cut_size", lambda *_: (14, 18)),
     ),
+    "data.bucket_min": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_min=0),
+    ),
+    "data.bucket_max": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_max=0),
+    ),
+    "data.bucket_upscale": (
+        False,
+        {"data.buckets": True, "data.bucket_step": 2, "data.resolution": 64},
+        with_settings(dataset, "cut_size", 0, bucket_upscale=True),
+    ),
     "data.interpolation": (
         "lanczos",
         {},
@@ -314,6 +341,32 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         instead(
             dataset.ImageDataset, "_choose_caption", lambda self, r, visit: (r.captions[0], False)
         ),
+    ),
+    "data.caption_lines": (
+        "first",
+        {"data.captions": "object", "data.caption": "TOK"},
+        FIXED_TEXTS,
+    ),
+    "data.caption_prefix": ("best", {}, FIXED_TEXTS),
+    "data.caption_suffix": ("side", {}, FIXED_TEXTS),
+    "data.wildcards": (True, one_caption("{a|b} TOK"), without_tags(wildcards=False)),
+    "data.shuffle_caption": (True, one_caption("TOK, a, b"), without_tags(shuffle_caption=False)),
+    "data.keep_tokens": (1, SHUFFLES | one_caption("TOK, a, b"), without_tags(keep_tokens=0)),
+    "data.keep_tokens_separator": (
+        "|||",
+        SHUFFLES | one_caption("TOK ||| a, b"),
+        without_tags(keep_tokens_separator=""),
+    ),
+    "data.tag_dropout": (0.5, one_caption("TOK, a, b"), without_tags(tag_dropout=0.0)),
+    "data.tag_separator": (
+        ".",
+        SHUFFLES | one_caption("TOK. a, b"),
+        without_tags(tag_separator=","),
+    ),
+    "data.secondary_separator": (
+        ";",
+        one_caption("TOK;a, b"),
+        without_tags(secondary_separator=""),
     ),
     "data.repeats": (2, {}, given(dataset, "scan_folder", repeats=1)),
     "data.masks": ("file", {}, instead(masked_losses.MASK_SCALES, "mean", NO_MASK)),
@@ -408,6 +461,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (setup.learned_tokens, "_norm_target", lambda f: lambda rows, wanted: f(rows, 0.0)),
     ),
     "noise.offset": (0.1, {}, SPEC(*NOISE, 2, offset=0.0)),
+    "noise.adaptive_offset": (2.0, {"noise.offset": 0.1}, SPEC(*NOISE, 2, adaptive_offset=0.0)),
     "noise.multires_levels": (3, {}, SPEC(*NOISE, 2, multires_levels=0)),
     "noise.multires_discount": (
         0.5,
@@ -479,6 +533,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         instead(schedules.SCHEDULES, "linear", constant),
     ),
     "optimizer.warmup": (2, {"stages.0.steps": 5}, (schedules, "resolve_schedule", without_warmup)),
+    "optimizer.lr_pattern": (
+        {"*.to_q": 0.5},
+        {},
+        instead(run_adapters, "layer_rates", lambda *_: {}),
+    ),
     "optimizer.lora_plus": (
         4.0,
         {},
@@ -488,6 +547,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         1e-6,
         {},
         (gradients, "clip_gradients_", lambda f: lambda params, limit: f(params, 1e9)),
+    ),
+    "optimizer.max_update_norm": (
+        1e-6,
+        {},
+        instead(
+            step_module, "limit_update_norms_", lambda *_, **__: norm_limits.LimitedNorms(0, 0)
+        ),
     ),
     "stages.groups": (("denoiser",), {}, (train, "begin_stage", frozen_parameter)),
     "stages.lr": (
@@ -592,7 +658,8 @@ FLUX: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 # Options that no small run shows: their probes are called in tests/test_input_probes.py and
 # tests/test_model_probes.py.
-ELSEWHERE = {"data.dropped", "data.mask_use", "data.pairs", "data.streaming", "offload", "shard"}
+ELSEWHERE = {"data.dropped", "data.mask_use", "data.pairs", "data.streaming", "data.subsets"}
+ELSEWHERE |= {"offload", "shard"}
 
 
 def test_each_option_that_a_run_looks_at_is_switched_off_here() -> None:
@@ -647,6 +714,8 @@ def test_an_option_whose_implementation_is_off_is_an_error(
     monkeypatch.setattr(config_checks.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(reports, "check_login", nothing)
     flag = option.replace("stages.", "stages.0.").replace("_", "-")
-    with pytest.raises(UserError, match=f"^--{flag} .* had no effect") as caught:
+    section, _, own = flag.rpartition(".")
+    given = f"--{section}.no-{own} had" if value is False else f"--{flag} .* had"
+    with pytest.raises(UserError, match=f"^{given} no effect") as caught:
         train.train(config)
     print(caught.value)

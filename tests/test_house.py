@@ -31,6 +31,13 @@ TESTED_BY = {
     "lora_core/kernels/linear_tables.py": "test_linear.py",
     "lora_core/kernels/linear_tiles.py": "test_linear.py",
     "lora_core/kernels/optimizer_kernels.py": "test_optimizers.py",
+    "lora_core/subset_options.py": "test_subsets.py",
+    "training/checks/pair_checks.py": "test_pairs.py",
+    "training/translation/kohya_data.py": "test_kohya_dataset.py",
+    "training/translation/kohya_objective.py": "test_kohya_runs.py",
+    "training/translation/kohya_options.py": "test_kohya_runs.py",
+    "training/translation/kohya_outputs.py": "test_kohya_prompts.py",
+    "training/translation/kohya_steps.py": "test_kohya_dataset.py",
 }
 THEMES = {  # test files that are named after what cuts across many modules
     "advice", "bad_input", "config_layers", "configs", "corrupt", "damage", "docs", "dropped",

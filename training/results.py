@@ -225,7 +225,7 @@ def _typed_caption(samples: SampleImages) -> str:
     """The first caption where it is an option of the run, or shown on demand; else ""."""
     first = samples.data.training.records[0]
     is_shown = first.source in TYPED or samples.config.samples.show_data
-    return first.captions[0] if is_shown else ""
+    return first.plain_caption if is_shown else ""
 
 
 def _make_card(

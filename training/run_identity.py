@@ -66,6 +66,11 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "data.caption_column": CAPTIONS,
     "data.captions": CAPTIONS,
     "data.caption": CAPTIONS,
+    "data.subsets": IMAGES_PATH,
+    "data.caption_extension": CAPTIONS,
+    "data.caption_lines": CAPTIONS,
+    "data.caption_prefix": CAPTIONS,
+    "data.caption_suffix": CAPTIONS,
     "data.repeats": WITH_IMAGES,
     "data.masks": WITH_IMAGES,
     "prior.count": WITH_IMAGES,
@@ -222,11 +227,15 @@ def _images(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     names = _names(records)
     found: dict[str, dict[str, Any]] = {}
     for record, name in zip(records, names):
-        captions = "\0".join(record.captions).encode("utf-8", "surrogatepass")
+        captions = "\0".join(record.captions)
+        if record.tags.varies or record.tags.secondary_separator:
+            captions += f"\0{record.tags}"
         found[name] = {
             "content": record.key,
             "size": list(record.size),
-            "captions": hashlib.blake2b(captions, digest_size=8).hexdigest(),
+            "captions": hashlib.blake2b(
+                captions.encode("utf-8", "surrogatepass"), digest_size=8
+            ).hexdigest(),
             "repeats": found.get(name, {}).get("repeats", 0) + 1,
         }
     return found

@@ -147,7 +147,7 @@ class SampleImages:
         found: dict[str, bool] = {}
         for record in self.data.training.records:
             is_private = record.source not in TYPED and not self.config.samples.show_data
-            found.setdefault(record.captions[0], is_private)
+            found.setdefault(record.plain_caption, is_private)
         return dict(list(found.items())[:COLUMNS])
 
     def ordinary_prompt(self, prompt: str) -> str:

@@ -38,7 +38,7 @@ from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout, use_device
 from training import cuda_graph, learned_tokens, run_adapters, starting_lora
-from training.checks import config_checks, model_checks
+from training.checks import config_checks, model_checks, pair_checks
 from training.inputs import class_images, training_images
 from training.networks import base_weights, sharding
 from training.networks.stage_residency import StageResidency, choose_loading_device, place_family
@@ -199,7 +199,7 @@ def check_before_opening(
     device = use_device(config.device)
     config_checks.check_device(config, device)
     config_checks.check_optimizer(config, device)
-    config_checks.check_reads_pairs(config, loss, own_step)
+    pair_checks.check_reads_pairs(config, loss, own_step)
     if config.cuda_graph:
         config_checks.check_capturable(loss, plugins.function_name(loss), own_step)
 
@@ -243,7 +243,7 @@ def open_data(config: Config) -> Data:
     if v.every >= 0:
         print(scored.sentence)
     plain = ImageSettings(d.resolution, interpolation=d.interpolation)
-    own = ImageDataset(scored.records, plain, keep_bytes=0)
+    own = ImageDataset(scored.records, plain, keep_bytes=0, plain_captions=True)
     return Data(training, own, scored, found.unused, left_out=found.left_out)
 
 

@@ -70,21 +70,26 @@ class Listing:
     others: dict[Path, str] = field(default_factory=dict)
 
 
-def list_folder(root: Path, own: FolderContents | None = None, *, tabled: bool = True) -> Listing:
+def list_folder(
+    root: Path, own: FolderContents | None = None, *, tabled: bool = True, extension: str = ""
+) -> Listing:
     """The contents of a folder of images.
 
-    `own`: what `list_one_folder` gave. `tabled`: a metadata table may name images below it. In a
-    folder without images of its own, the N_name folders are read (kohya: N repeats; the name is the
-    caption of images that have none), or the folder `train` (ImageFolder of the datasets library).
-    Raises UserError, with the folder's contents, when there are no images.
+    `own`: what `list_one_folder` gave. `tabled`: a metadata table may name images below it.
+    `extension`: see `list_one_folder`. In a folder without images of its own, the N_name folders
+    are read (kohya: N repeats; the name is the caption of images that have none), or the folder
+    `train` (ImageFolder of the datasets library). Raises UserError, with the folder's contents,
+    when there are no images.
     """
-    own = own or list_one_folder(root)
+    own = own or list_one_folder(root, extension)
     if own.images or (tabled and own.table):
         return Listing(root, (own,))
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    parts = [part for part in map(_numbered_part, folders) if part is not None]
+    numbered = (_numbered_part(path, extension) for path in folders)
+    parts = [part for part in numbered if part is not None]
     if not parts:
-        trained = [list_one_folder(path) for path in folders if path.name.lower() == "train"]
+        trains = [path for path in folders if path.name.lower() == "train"]
+        trained = [list_one_folder(path, extension) for path in trains]
         parts = [part for part in trained if part.images or (tabled and part.table)]
     if not parts:
         raise UserError(_no_images(own))
@@ -93,8 +98,11 @@ def list_folder(root: Path, own: FolderContents | None = None, *, tabled: bool =
     return Listing(root, tuple(parts), others)
 
 
-def list_one_folder(folder: Path) -> FolderContents:
-    """The contents of one folder, without those of the folders below it."""
+def list_one_folder(folder: Path, extension: str = "") -> FolderContents:
+    """The contents of one folder, without those of the folders below it.
+
+    `extension`: a further ending of caption files, such as .tags.
+    """
     entries = [path for path in sorted(folder.iterdir()) if not is_junk(path)]
     files = [path for path in entries if path.is_file()]
     visible = [path for path in files if not path.name.startswith(".")]
@@ -108,7 +116,8 @@ def list_one_folder(folder: Path) -> FolderContents:
     if not masks and (indexed := _masks_by_index(images, unclaimed)):
         masks, unclaimed = indexed, []
     table = _find_table(folder) or _find_indexed_captions(folder, images)
-    text_files = [path for path in visible if path.suffix.lower() in CAPTION_SUFFIXES]
+    suffixes = dict.fromkeys((*CAPTION_SUFFIXES, *filter(None, [extension.lower()])))
+    text_files = [path for path in visible if path.suffix.lower() in suffixes]
     texts, strays = pair_texts(images, [path for path in text_files if path != table])
     others = {path: "links to nothing" for path in entries if not path.exists()}
     others |= dict.fromkeys(spare, "second masks of an image")
@@ -245,12 +254,12 @@ def _is_readable_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and format_problem(path) is None
 
 
-def _numbered_part(folder: Path) -> FolderContents | None:
+def _numbered_part(folder: Path, extension: str = "") -> FolderContents | None:
     """One of kohya's folders, 20_name with images in it; None for another."""
     found = NUMBERED.fullmatch(folder.name)
     if found is None or not 1 <= int(found[1]) <= MOST_REPEATS or int(found[1]) in YEARS:
         return None
-    part = list_one_folder(folder)
+    part = list_one_folder(folder, extension)
     if not part.images and not part.table:
         return None
     words = found[2].strip()
@@ -413,7 +422,8 @@ def pair_texts(
     NAME.txt and NAME.png.txt both belong to NAME.png.
     """
     named: dict[str, list[Path]] = {}
-    for path in sorted(texts, key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path)):
+    order = {suffix: place for place, suffix in enumerate(CAPTION_SUFFIXES)}
+    for path in sorted(texts, key=lambda path: (order.get(path.suffix.lower(), len(order)), path)):
         named.setdefault(file_stem(path), []).append(path)
     found: dict[Path, tuple[Path, ...]] = {}
     claimed: set[Path] = set()

@@ -39,13 +39,14 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     everywhere = list(chain.from_iterable(paths for _, paths in chosen.values()))
     a = c.adapter
     patterns = {
-        "exclude": a.exclude,
-        "rank-pattern": a.rank_pattern,
-        "alpha-pattern": a.alpha_pattern,
+        "adapter.exclude": a.exclude,
+        "adapter.rank-pattern": a.rank_pattern,
+        "adapter.alpha-pattern": a.alpha_pattern,
+        "optimizer.lr-pattern": c.optimizer.lr_pattern,
     }
     for option, globs in patterns.items():
         for glob in globs:
-            require_match(glob, everywhere, f"--adapter.{option}")
+            require_match(glob, everywhere, f"--{option}")
     specs = {name: _component_spec(a, *found) for name, found in chosen.items()}
     kind = kind_class(a.kind)
     a.refuse_unread(kind_options(kind))

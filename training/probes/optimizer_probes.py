@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters import norm_limits
+from lora_core.adapters.adapted_layer import layers_with_adapter
+from lora_core.adapters.targets import last_match
 from lora_core.optim import building, schedules
 from lora_core.optim.ema import ParameterAverage
+from training import step
 from training.probes.first_step import FirstStep, Probe
 from training.probes.input_probes import differing_arguments
 
@@ -179,6 +183,23 @@ def has_two_rates(first: FirstStep) -> bool | None:
     return all(any(ratio != 1 for ratio in own) for own in rates.values())
 
 
+def has_layer_rates(first: FirstStep) -> bool:
+    """--optimizer.lr-pattern: whether each layer that it names has a parameter with that rate."""
+    pattern = first.config.optimizer.lr_pattern
+    ratios: dict[Tensor, float] = {}
+    for group in first.groups:
+        ratios |= dict.fromkeys(group["params"], float(group["ratio"]))
+    found = []
+    for network in step.trained_networks(first.model, first.stage):
+        for path, layer in layers_with_adapter(network, "default").items():
+            factor = last_match(path, pattern, None)
+            adapter = layer.adapter("default")
+            if factor is not None and not getattr(adapter, "rates", {}):
+                own = [ratios[p] for p in adapter.parameters()]
+                found.append(any(math.isclose(ratio, factor) for ratio in own))
+    return all(found)
+
+
 def clips(first: FirstStep) -> bool | None:
     """--optimizer.clip: whether the gradient's norm is at most that after the step."""
     limit = first.config.optimizer.clip
@@ -192,6 +213,15 @@ def clips(first: FirstStep) -> bool | None:
     norms = torch._foreach_norm(grads)
     norm = torch.linalg.vector_norm(torch.stack(norms).double())
     return bool(norm <= limit * (1 + 1e-3))
+
+
+def limits_updates(first: FirstStep) -> bool | None:
+    """--optimizer.max-update-norm: whether no update of the stage's groups has a larger norm."""
+    networks = step.trained_networks(first.model, first.stage)
+    if not networks or bool(first.optimization.skip):
+        return None
+    limit = first.config.optimizer.max_update_norm
+    return bool(norm_limits.largest_update_norm(networks) <= limit * (1 + 1e-5))
 
 
 def averages(first: FirstStep) -> bool | None:
