@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
-from lora_core.option_types import name_or_file
+from lora_core.option_types import DENSITY_NAMES, SCHEDULE_NAMES, WEIGHTING_NAMES, name_or_file
 from lora_core.settings import (
     Above,
     AdapterSpec,
@@ -25,32 +25,14 @@ from lora_core.settings import (
 )
 from lora_core.subset_options import CaptionSource, Subset
 
-# Options that are one of these names or file.py:fn; the tables are imported with torch only.
+# Options that are one of these names or file.py:fn.
 WeightingName = NewType("WeightingName", str)
 DensityName = NewType("DensityName", str)
 ScheduleName = NewType("ScheduleName", str)
 PLUGIN_NAMES: dict[Any, tuple[str, ...]] = {
-    WeightingName: (
-        "none",
-        "min_snr",
-        "soft_min_snr",
-        "debiased",
-        "p2",
-        "snr",
-        "sigma_sqrt",
-        "cosmap",
-    ),
-    DensityName: ("uniform", "logit_normal", "mode", "cosmap"),
-    ScheduleName: (
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_restarts",
-        "polynomial",
-        "wsd",
-        "rex",
-        "inverse_sqrt",
-    ),
+    WeightingName: WEIGHTING_NAMES,
+    DensityName: DENSITY_NAMES,
+    ScheduleName: SCHEDULE_NAMES,
 }
 _WEIGHTING = name_or_file("weighting", PLUGIN_NAMES[WeightingName])
 _DENSITY = name_or_file("density", PLUGIN_NAMES[DensityName])

@@ -191,6 +191,10 @@ def _translate_transform(record: TranslatedOptions, name: str, values: dict[str,
         why = "cut to a square at a random place and size; there in half of the visits shrunk and "
         why += "put on black, which the loss leaves out"
         record.change(name, ours, why if kind in TRANSFORMS else f"unknown here; {why}")
+    elif kind == "ShuffleCaption":
+        kept = int(values.get("keep_token_num", 0))
+        ours = {"data.shuffle_caption": True, "data.keep_tokens": kept}
+        record.take(name, ours, "the parts between commas")
     else:
         record.leave_out(name, "captions are as they are written")
 

@@ -24,7 +24,7 @@ from lora_core.fire_words import REQUIRED, parse_fire_words
 from lora_core.formats.grammar import fold_scale
 from models import read_layout
 from training.inputs.annotators import WEIGHTS
-from training.translation.pti_data import translate_data
+from training.translation.pti_data import translate_pti_data
 from training.translation.pti_stages import translate_stages
 from training.translation.translated_options import TranslatedOptions
 
@@ -156,7 +156,7 @@ def translate_lora_pti(words: Sequence[str]) -> PivotalJob:
     known = {name: None if value is REQUIRED else value for name, value in DEFAULTS.items()}
     record = TranslatedOptions("lora_pti", known, given, spell="--{}")
     _translate_places(record)
-    needs_faces = translate_data(record)
+    needs_faces = translate_pti_data(record)
     translate_stages(record)
     _translate_adapter(record)
     _translate_rest(record)
