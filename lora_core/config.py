@@ -12,8 +12,12 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
+<<<<<<< HEAD
 from lora_core.file_settings import FileSettings
 from lora_core.option_types import GROUP_NUMBERS, name_or_file
+=======
+from lora_core.option_types import DENSITY_NAMES, SCHEDULE_NAMES, WEIGHTING_NAMES, name_or_file
+>>>>>>> pti
 from lora_core.settings import (
     Above,
     AdapterSpec,
@@ -26,32 +30,14 @@ from lora_core.settings import (
 )
 from lora_core.subset_options import CaptionSource, Subset
 
-# Options that are one of these names or file.py:fn; the tables are imported with torch only.
+# Options that are one of these names or file.py:fn.
 WeightingName = NewType("WeightingName", str)
 DensityName = NewType("DensityName", str)
 ScheduleName = NewType("ScheduleName", str)
 PLUGIN_NAMES: dict[Any, tuple[str, ...]] = {
-    WeightingName: (
-        "none",
-        "min_snr",
-        "soft_min_snr",
-        "debiased",
-        "p2",
-        "snr",
-        "sigma_sqrt",
-        "cosmap",
-    ),
-    DensityName: ("uniform", "logit_normal", "mode", "cosmap"),
-    ScheduleName: (
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_restarts",
-        "polynomial",
-        "wsd",
-        "rex",
-        "inverse_sqrt",
-    ),
+    WeightingName: WEIGHTING_NAMES,
+    DensityName: DENSITY_NAMES,
+    ScheduleName: SCHEDULE_NAMES,
 }
 _WEIGHTING = name_or_file("weighting", PLUGIN_NAMES[WeightingName])
 _DENSITY = name_or_file("density", PLUGIN_NAMES[DensityName])
@@ -72,7 +58,7 @@ class DataConfig(CaptionSettings, ImageSettings):
     """Folder with the training images (jpg, png, webp, tiff, avif ..., heic with the package
     pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
-    file of such concepts. Empty: with --data.dataset."""
+    file of such concepts. Empty: with --data.dataset. Empty: with --data.dataset."""
     subsets: tuple[Subset, ...] = ()
     """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
@@ -264,10 +250,10 @@ class OptimizerConfig:
     """Schedule per group, e.g. "denoiser=cosine tokens=constant"; others: --optimizer.schedule,
     whose arguments a group of the same schedule has, too."""
     warmup: Annotated[int, AtLeast(0)] = 0
-    """Steps of linear warm-up at the beginning of each stage. 0: none."""
+    """Steps of linear warm-up at the beginning of each stage. 0: none. 0: none."""
     lr_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
     """Learning rate of layers with adapters relative to their group's, per glob on their paths,
-    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one; others: 1."""
+    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one; others: 1; others: 1."""
     lora_plus: Annotated[float, Above(0)] = 1.0
     """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
     clip: Annotated[float, AtLeast(0, infinite=True)] = 1.0
@@ -383,7 +369,7 @@ class ModelConfig:
     vae: str = ""
     """Folder or hub id of another VAE. Empty: the model's own."""
     clip_skip: Annotated[int, AtLeast(0)] = 0
-    """Last layers of the CLIP text encoders that are left out. 0: none."""
+    """Last layers of the CLIP text encoders that are left out. 0: none. 0: none."""
     max_token_length: Literal[0, 75, 150, 225] = 0
     """Tokens of a prompt that CLIP text encoders read, 75 at a time (SD and SDXL; as kohya); 0:
     75."""
@@ -478,7 +464,7 @@ class Config(ModelConfig):
     --samples.show-data."""
     push_to_hub: str = ""
     """Hub repository USER/NAME that the finished run is uploaded to; a private one, without
-    --files.public. Empty: none."""
+    --files.public. Empty: none. Empty: none."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
     resume_anyway: bool = False

@@ -7,7 +7,7 @@ Existing files are kept. Nothing is trained: the user looks at the files first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,7 @@ def prepare_files(config: Config, words: list[str]) -> None:
         _write_captions(wanted.captions, texts, config)
         parts = list_images(folder).parts
     if wanted.masks:
-        captions = {image: _caption_of(part, image) for part in parts for image in part.images}
-        _write_masks(wanted.masks, masks, captions, config)
+        _write_masks(wanted.masks, masks, _all_captions(parts), config)
     count = sum(len(part.images) for part in parts)
     print_escaped(f"{_describe_kept(wanted, count, len(texts), len(masks))}; nothing was trained")
 
@@ -97,6 +96,14 @@ def _caption_of(part: FolderContents, image: Path) -> str:
         if texts := read_caption_file(path):
             return texts[0]
     return ""
+
+
+def _all_captions(parts: Sequence[FolderContents]) -> dict[Path, str]:
+    """The first caption of each image of all folders."""
+    found: dict[Path, str] = {}
+    for part in parts:
+        found |= {image: _caption_of(part, image) for image in part.images}
+    return found
 
 
 def _describe_kept(wanted: Annotators, count: int, texts: int, masks: int) -> str:
@@ -151,7 +158,7 @@ def _write_masks(
             empty.append(image)
             continue
         save_mask(mask, place)
-        print_escaped(f"written: {place}: {describe_mask(mask)}")
+        print_escaped(f"written: {place}: {describe_whiteness(mask)}")
     print(f"masks: correct them there, in NAME.mask.png; {wanted.weights} painted them")
     if empty:
         raise UserError(
@@ -180,7 +187,7 @@ def bind_words(
     return find
 
 
-def describe_mask(mask: Image.Image) -> str:
+def describe_whiteness(mask: Image.Image) -> str:
     """How much of a mask is at least half white."""
     levels = mask.histogram()
     return f"{sum(levels[128:]) / sum(levels):.0%} of it white"

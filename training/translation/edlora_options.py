@@ -191,13 +191,19 @@ def _translate_transform(record: TranslatedOptions, name: str, values: dict[str,
         why = "cut to a square at a random place and size; there in half of the visits shrunk and "
         why += "put on black, which the loss leaves out"
         record.change(name, ours, why if kind in TRANSFORMS else f"unknown here; {why}")
+    elif kind == "ShuffleCaption":
+        kept = int(values.get("keep_token_num", 0))
+        ours = {"data.shuffle_caption": True, "data.keep_tokens": kept}
+        record.take(name, ours, "the parts between commas")
     else:
         record.leave_out(name, "captions are as they are written")
 
 
 def _translate_validation(record: TranslatedOptions) -> None:
     """The prompts, strengths and sampler of the validation sheets."""
-    record.take("datasets.val_vis.prompts", {"samples.prompts": list(read_prompts(record))})
+    record.take(
+        "datasets.val_vis.prompts", {"samples.prompts": list(read_validation_prompts(record))}
+    )
     strengths = [float(alpha) for alpha in value_of(record, "val.alpha_list", [1.0])]
     record.take("val.alpha_list", {"samples.strengths": strengths}, "rows of the sample sheets")
     steps = int(value_of(record, "val.sample.num_inference_steps", 50))
@@ -210,7 +216,7 @@ def _translate_validation(record: TranslatedOptions) -> None:
             record.change(name, {}, "test_edlora.py draws as many; a sheet here has one each")
 
 
-def read_prompts(record: TranslatedOptions) -> tuple[str, ...]:
+def read_validation_prompts(record: TranslatedOptions) -> tuple[str, ...]:
     """The lines of the file of validation prompts. Raises UserError where there is none."""
     file = value_of(record, "datasets.val_vis.prompts")
     if not isinstance(file, str) or not Path(file).is_file():

@@ -25,7 +25,7 @@ from lora_core.text import print_escaped, shorten_value
 from models import choose_device
 from training.inputs.annotators import WEIGHTS, Annotator, open_captioner, open_masker
 from training.inputs.mask_files import save_mask
-from training.inputs.prepared_files import describe_mask
+from training.inputs.prepared_files import describe_whiteness
 
 IMAGES = (".png", ".jpg")  # the suffixes that lora_ppim looks for in a folder
 JPEG_QUALITY = 99
@@ -102,7 +102,9 @@ def run_lora_ppim(words: Sequence[str]) -> None:
     for number, each in enumerate(prepared):
         each.image.save(job.output_dir / f"{number}.src.jpg", quality=JPEG_QUALITY)
         save_mask(each.mask, job.output_dir / f"{number}.mask.png")
-        print_escaped(f"written: {number}.src.jpg, {number}.mask.png ({describe_mask(each.mask)})")
+        print_escaped(
+            f"written: {number}.src.jpg, {number}.mask.png ({describe_whiteness(each.mask)})"
+        )
     captions = "".join(f"{each.caption}\n" for each in prepared)
     (job.output_dir / "caption.txt").write_text(captions, encoding="utf-8")
     print_escaped(f"written: {job.output_dir / 'caption.txt'}, a line for each image")
