@@ -13,19 +13,21 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, groupby, product
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_core.command_line import answer_help, is_given, parse_command_line
+from lora_core.command_line import is_given, parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import ModelConfig
+from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.placeholders import Placeholder
-from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from lora_core.plugin_lists import LIST_FLAG, print_list
+from lora_core.program_flags import DRAW_FLAGS
+from lora_core.script_pages import INFER_PAGE
 from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
@@ -40,8 +42,8 @@ class ImageRequest:
 
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
-    PATH:unet=0.6,text=0.9. Repeat the flag for several; learned tokens next to a LoRA file are
-    loaded with it."""
+    PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
+    for several; learned tokens next to a LoRA file are loaded with it."""
     prompt: str = ""
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
     ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
@@ -49,9 +51,10 @@ class ImageRequest:
     """Text file with one prompt a line, instead of --prompt; with --grid a sheet has a row for each
     prompt."""
     out: str = "out.png"
-    """PNG to write; several images get _000, _001 ... before the ending."""
+    """PNG to write; several images get _000, _001 ... before the ending. OUT.gif or OUT.webp is an
+    animation over one --grid axis."""
     overwrite: bool = False
-    """Replace images that exist."""
+    """Replace images and animations that exist."""
     seed: int = 0
     """Seed of the first image; each further one adds 1. The noise at the start is that of diffusers
     with torch.Generator("cpu").manual_seed(seed)."""
@@ -66,6 +69,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     clip_skip: Annotated[int, AtLeast(0)] = 0
     """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
     left out, else none."""
+    max_token_length: Literal[0, 75, 150, 225] = 0
+    """Tokens of a prompt that CLIP text encoders read, 75 at a time; 0: as in the run of the LoRA,
+    else 75."""
     max_sequence_length: Annotated[int, AtLeast(0)] = 0
     """Tokens of a T5 prompt; 0: as in the run of the LoRA, else 512, or 256 for a model without
     guidance embedding."""
@@ -76,7 +82,8 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """One sheet of images over SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C; repeat the
     flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
-    of all LoRAs, lora0.strength, lora1.unet ..."""
+    of all LoRAs, lora0.strength, lora1.unet ...; checkpoint=RUN is all checkpoints of a run in
+    their order and its end, in the place of --lora RUN."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""
     """PNG made by this program, whose image is repeated: its prompt, models on this disk, seed,
     sampler and size, which are printed. Flags win, and only they name files to write, start images,
@@ -97,19 +104,23 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     (NAME_adapter.safetensors). The code in FILE.py is run."""
 
 
-if __name__ == "__main__":
-    answer_list(sys.argv[1:])
-    answer_help(Infer, sys.argv[1:], prog="infer.py", example=EXAMPLE)  # before torch is imported
+SCRIPT = Script(
+    "lora-infer",
+    INFER_PAGE,
+    lambda words: show_help(Infer, prog="infer.py", example=EXAMPLE),
+    DRAW_FLAGS,
+    lambda words: top_flags(Infer),
+    parser_of(Infer),
+)
+answer_at_start(__name__, sys.argv, SCRIPT)  # before torch is imported
 
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from lora_core.adapters.patch import Patch
-from lora_core.atomic_files import temporary_name
 from lora_core.diffusion.generation import ImageBatch, generate_batches
 from lora_core.diffusion.regions import PromptRegion, parse_region
 from lora_core.diffusion.sampling import find_sampler
@@ -122,18 +133,22 @@ from lora_core.formats.model_words import model_placeholders
 from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
 from lora_core.memory.residency import check_offload, leaves_device
+from lora_core.progress import phase
 from lora_core.prompt_tags import TAG as LORA_TAG
-from lora_core.runs.destination import check_free_names, check_path_lengths
-from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
+from lora_core.prompt_weights import check_prompt_weights
+from lora_core.runs.animations import ENDINGS, save_animation
+from lora_core.runs.image_files import check_image_files, check_seeds, image_paths
+from lora_core.runs.image_grid import Axis, check_axes, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
+from lora_core.runs.lora_strengths import LoraStrengths
 from lora_core.runs.loras import (
+    TEXT_SETTINGS,
     LoraSource,
     apply_loras,
     lora_text,
     parse_lora,
     read_run_settings,
     refuse_other_files,
-    set_strengths,
     warn_of_whole_model,
 )
 from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
@@ -142,10 +157,11 @@ from lora_core.runs.prompt_loras import (
     combine_loras,
     loras_of_prompt,
     prompts_without_words,
+    read_prompts,
     read_tagged_prompt,
 )
+from lora_core.runs.run_checkpoints import find_checkpoints
 from lora_core.settings import check_options
-from lora_core.text import read_lines
 from models import DTYPES, choose_device, load_family, use_device
 from models.placement import loading_device, place_networks
 
@@ -185,7 +201,7 @@ class Drawing:
             config,
             self.start.pixels,
             self.start.mask,
-            prepare=partial(set_strengths, self.patches, loras, settings),
+            prepare=LoraStrengths(self.patches, loras, settings),
         )
 
     def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
@@ -196,6 +212,7 @@ class Drawing:
             refiner=self.refiner,
             regions=self.regions,
             placeholders=self.placeholders,
+            title="drawing",
         )
         return list(chain.from_iterable(map(to_images, drawn)))
 
@@ -205,18 +222,34 @@ def infer(config: Infer) -> list[Path]:
 
     Raises UserError before any file is written when the options do not fit together.
     """
-    prompts = [read_tagged_prompt(text) for text in read_prompts(config)]
+    prompts = [read_tagged_prompt(text) for text in read_prompts(config.prompt, config.prompts)]
     given = [parse_lora(text) for text in config.lora]
+    axes = [find_checkpoints(parse_axis(text), given) for text in config.grid]
     loras = combine_loras(given, prompts)
-    axes = [parse_axis(text) for text in config.grid]
-    check_image_options(config, axes, len(prompts), len(loras))
-    refuse_other_files(loras)
+    taken = [*loras, *(parse_lora(axis.loras[0]) for axis in axes if axis.loras)]
+    check_image_options(config, axes, len(prompts), len(taken))
+    refuse_other_files(taken)
     if not config.adapter_kind:
-        for lora in loras:
+        for lora in taken:
             warn_of_whole_model(config.model, Path(lora.path))
+    texts = [prompt.text for prompt in prompts]
+    if sentence := check_prompt_weights([*texts, config.negative, *config.region], config.emphasis):
+        print_note(sentence)
     if config.threads:
         torch.set_num_threads(config.threads)
-    family, refiner = open_models(config, loras)
+    if axes:
+        return [write_grid(config, prompts, axes)]
+    with open_drawing(config, prompts, open_models(config, loras)) as drawing:
+        return write_images(drawing, config, prompts)
+
+
+@contextmanager
+def open_drawing(
+    config: Infer, prompts: Sequence[TaggedPrompt], models: tuple[Family, Family | None]
+) -> Iterator[Drawing]:
+    """The LoRAs of the config and of the prompts on the models, until the block ends."""
+    family, refiner = models
+    loras = combine_loras([parse_lora(text) for text in config.lora], prompts)
     height, width = config.height or family.resolution, config.width or family.resolution
     start = read_start_images(config.init_image, config.mask, height, width)
     regions = [parse_region(text, width, height) for text in config.region]
@@ -225,15 +258,13 @@ def infer(config: Infer) -> list[Path]:
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
         family, refiner = place_models(config, family, refiner, patches)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
-        texts = [prompt.text for prompt in prompts]
         others = [config.negative]
         for region in regions:
             others += [region.prompt, region.negative]
+        texts = [prompt.text for prompt in prompts]
         if sentence := prompts_without_words(texts, drawing.placeholders, others):
             print_note(sentence)
-        if axes:
-            return [write_grid(drawing, config, prompts, axes)]
-        return write_images(drawing, config, prompts)
+        yield drawing
 
 
 def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Family | None]:
@@ -250,12 +281,12 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         first_device(config),
         config.vae,
         scheduler=run.scheduler,
-        clip_skip=text.get("clip_skip", config.clip_skip),
-        max_sequence_length=text.get("max_sequence_length", config.max_sequence_length),
+        **{name: text.get(name, getattr(config, name)) for name in TEXT_SETTINGS},
         config=config.model_config,
         family=config.family,
     )
-    family = load_family(config.model, options)
+    with phase("loading the model"):
+        family = load_family(config.model, options)
     if config.negative and family.distilled_guidance:
         raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
     if not config.refiner:
@@ -263,7 +294,8 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     length = config.max_sequence_length
     plain = replace(options, scheduler={}, clip_skip=0, max_sequence_length=length)
     plain = replace(plain, config="", family="")  # the refiner is of a built-in family
-    refiner = load_family(config.refiner, plain)
+    with phase("loading the refiner"):
+        refiner = load_family(config.refiner, plain)
     if _latent_space(refiner) != _latent_space(family):
         raise UserError(
             f"--refiner {config.refiner} works on other latents than {config.model}; "
@@ -324,27 +356,22 @@ def write_images(drawing: Drawing, config: Infer, prompts: Sequence[TaggedPrompt
     return paths
 
 
-def write_grid(
-    drawing: Drawing, config: Infer, prompts: Sequence[TaggedPrompt], axes: Sequence[Axis]
-) -> Path:
-    """Draws one sheet over the axes, with a row for each of several prompts, and writes it.
+def write_grid(config: Infer, prompts: Sequence[TaggedPrompt], axes: Sequence[Axis]) -> Path:
+    """Draws one sheet over the axes, with a row for each of several prompts, or an animation over
+    one axis, and writes it.
 
     The sheet of one prompt has its recipe.
     """
     cells = grid_cells(axes)
-    batches: list[ImageBatch] = []
-    for prompt, settings in product(prompts, cells):
-        changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
-        for name in ("seed", "steps"):
-            changed[name] = int(settings.get(name, getattr(config, name)))
-        own = replace(config, **changed)
-        batches.append(drawing.make_batch([prompt], [own.seed], own, settings))
-    images = drawing.draw_images(batches)
+    images = draw_cells(config, prompts, axes, cells)
+    path = Path(config.out)
+    if path.suffix.lower() in ENDINGS:
+        print_note(save_animation(images, axes[0].captions, path))
+        return path
     rows: list[ImageRow] = []
     for number, prompt in enumerate(prompts):
         some = images[number * len(cells) : (number + 1) * len(cells)]
         rows += grid_rows(axes, some, prompt.text if len(prompts) > 1 else "")
-    path = Path(config.out)
     title = prompts[0].text if len(prompts) == 1 else f"the prompts of {Path(config.prompts).name}"
     sheet = draw_grid(rows, title=title)
     if len(prompts) == 1:
@@ -352,6 +379,48 @@ def write_grid(
     else:
         save_png(sheet, path)
     return path
+
+
+def draw_cells(
+    config: Infer,
+    prompts: Sequence[TaggedPrompt],
+    axes: Sequence[Axis],
+    cells: Sequence[Mapping[str, float]],
+) -> list[Image.Image]:
+    """The image of every prompt in every cell of a grid, prompt by prompt.
+
+    The LoRAs of one checkpoint at a time are on the models, which are read anew for each where
+    they do not lie whole on one device.
+    """
+    loras = list(chain.from_iterable(axis.loras for axis in axes))
+    turns = leaves_device(
+        choose_device(config.device), offload=config.offload, family=config.family
+    )
+    keeps_models = config.quantize == "none" and not config.stream and not turns
+    jobs = list(product(prompts, cells))
+    images: dict[int, Image.Image] = {}
+    models = None
+    for checkpoint in range(max(1, len(loras))):
+        own = replace(config, lora=(*config.lora, *loras[checkpoint : checkpoint + 1]))
+        if models is None or not keeps_models:
+            models = None  # before others take its place
+            models = open_models(own, combine_loras(list(map(parse_lora, own.lora)), prompts))
+        places = [i for i, (_, cell) in enumerate(jobs) if cell.get("checkpoint", 0) == checkpoint]
+        with open_drawing(own, prompts, models) as drawing:
+            batches = [_cell_batch(drawing, own, *jobs[i]) for i in places]
+            images |= zip(places, drawing.draw_images(batches))
+    return [images[i] for i in range(len(jobs))]
+
+
+def _cell_batch(
+    drawing: Drawing, config: Infer, prompt: TaggedPrompt, settings: Mapping[str, float]
+) -> ImageBatch:
+    """The image of a prompt with the settings of a cell."""
+    changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
+    for name in ("seed", "steps"):
+        changed[name] = int(settings.get(name, getattr(config, name)))
+    own = replace(config, **changed)
+    return drawing.make_batch([prompt], [own.seed], own, settings)
 
 
 def _without_tags(config: Infer, prompt: TaggedPrompt) -> Infer:
@@ -363,29 +432,6 @@ def _without_tags(config: Infer, prompt: TaggedPrompt) -> Infer:
 # ---------------------------------------------------------------- the command line
 
 
-def read_prompts(config: Infer) -> list[str]:
-    """The prompt, or the lines of the prompt file."""
-    if bool(config.prompt) == bool(config.prompts):
-        raise UserError("give either --prompt TEXT or --prompts FILE")
-    if config.prompt:
-        return [config.prompt]
-    try:
-        lines = read_lines(Path(config.prompts))
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {config.prompts}: {error}") from None
-    if not lines:
-        raise UserError(f"the prompt file {config.prompts} has no prompt")
-    return lines
-
-
-def image_paths(out: str, count: int) -> list[Path]:
-    """OUT, or for several images OUT with _000, _001 ... before the ending."""
-    path = Path(out)
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}_{i:03d}{path.suffix}") for i in range(count)]
-
-
 def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras: int) -> None:
     """Raises UserError for options that do not fit together.
 
@@ -393,12 +439,8 @@ def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras
     """
     check_options(config, "--")
     check_installed(config.quantize)
-    if len(axes) > 2 or (len(axes) == 2 and prompts > 1) or (axes and config.count > 1):
-        raise UserError(
-            "a grid has one or two axes and one prompt, or one axis and several prompts; use "
-            "--grid seed=0:4 for several images"
-        )
-    _check_seeds(config, axes)
+    check_axes(axes, prompts=prompts, count=config.count, loras=loras)
+    check_seeds(config.seed, config.count, axes)
     find_sampler(config.sampler, config.sampler_args)
     if config.refiner_start != Infer().refiner_start and not config.refiner:
         raise UserError("--refiner-start has no effect without --refiner")
@@ -407,38 +449,13 @@ def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras
         raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")
     if LORA_TAG.search(config.negative):
         raise UserError("--negative has a <lora: ...> tag, which acts in --prompt only; move it")
-    _check_out(config, 1 if axes else prompts * config.count)
-    for axis in axes:
-        number = re.match(r"lora(\d+)", axis.setting)
-        is_strength = re.search(r"strength|unet|text", axis.setting)
-        if is_strength and (int(number[1]) if number else 0) >= loras:
-            raise UserError(
-                f"--grid {axis.setting} needs {'such a' if number else 'a'} --lora; "
-                f"{loras} given, counted from lora0"
-            )
-
-
-def _check_seeds(config: Infer, axes: Sequence[Axis]) -> None:
-    """Raises UserError for seeds that torch does not take."""
-    seeds: list[float] = [config.seed, config.seed + config.count - 1]
-    for axis in axes:
-        seeds += axis.values if axis.setting == "seed" else []
-    if not -(2**63) <= min(seeds) <= max(seeds) < 2**64:
-        worst = max(seeds, key=abs)
-        raise UserError(f"--seed {worst:g} is out of range; torch takes -2^63 to 2^64 - 1")
-
-
-def _check_out(config: Infer, count: int) -> None:
-    """Raises UserError where the images cannot be written to OUT, or would replace others."""
-    out = config.out
-    if Path(out).suffix.lower() != ".png":
-        raise UserError(f"--out {out} must end in .png; the recipe is kept in the PNG's text")
-    for parent in Path(out).parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"--out {out} lies below {parent}, which is a file; name a folder")
-    paths = image_paths(out, count)
-    check_path_lengths("--out", map(temporary_name, paths))
-    check_free_names("--out", paths, overwrite=config.overwrite)
+    paths = image_paths(config.out, 1 if axes else prompts * config.count)
+    check_image_files(config.out, paths, overwrite=config.overwrite)
+    if Path(config.out).suffix.lower() in ENDINGS and (len(axes) != 1 or prompts > 1):
+        raise UserError(
+            f"--out {config.out} is an animation, over one --grid axis and of one prompt; give "
+            "these, or a name that ends in .png"
+        )
 
 
 def parse_arguments(words: Sequence[str]) -> Infer:
@@ -462,6 +479,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     words = sys.argv[1:] if argv is None else list(argv)
+    if (status := answer_instantly(SCRIPT, words)) is not None:
+        return status
 
     def run() -> None:
         if words[:1] == [LIST_FLAG]:

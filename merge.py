@@ -7,33 +7,40 @@ python merge.py COMMAND --help                               # every command has
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import tyro
 
 from lora_core.errors import UserError, exit_status, print_error, print_help
+from lora_core.instant_answers import Script, answer_instantly
 from lora_core.option_types import REGISTRY
+from lora_core.parser_errors import parse_words
+from lora_core.program_flags import MERGE_FLAGS
 from lora_core.text import check_unicode
 from merging.arguments import escape_word, place_words
 from merging.commands import COMMANDS, flatten, run_merge_command
+from merging.lora_distill import HELP, run_lora_distill
 
-COLOR = re.compile(r"\x1b\[[0-9;]*m")
-CHOICE_ERROR = re.compile(r"invalid choice (.+) for argument '(.+)'\. Expected one of \((.+)\)\.?")
+EXAMPLES = (
+    f"python merge.py mix {COMMANDS['mix'].example}",
+    f"python merge.py fold {COMMANDS['fold'].example}",
+    f"python merge.py info {COMMANDS['info'].example}",
+)
+ENDING = (
+    "  COMMAND --help                its flags with an example;  --version",
+    "  --tyro-print-completion bash  completion for the installed lora-merge (docs/training.md)",
+    "Flags of other programs are answered with those here: try --ratios, --new_rank.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of merge.py; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print_help(lambda: print(overview()))
-        return 0 if words else 2
+    if (status := answer_instantly(SCRIPT, words)) is not None:
+        return status
     if words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         print_error(f"error: there is no command {words[0]}; choose {known}")
@@ -44,6 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def lora_add(argv: Sequence[str] | None = None) -> int:
     """The command line of the installed lora_add; returns its exit status."""
     return run("add", list(sys.argv[1:] if argv is None else argv), "lora_add")
+
+
+def lora_distill(argv: Sequence[str] | None = None) -> int:
+    """The command line of the installed lora_distill; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print_help(lambda: print(HELP))
+        return 0 if words else 2
+
+    def carry_out() -> None:
+        check_unicode(words, "the argument")
+        run_lora_distill(words)
+
+    return exit_status(carry_out, undone="nothing was written")
 
 
 def run(command: str, words: Sequence[str], prog: str = "") -> int:
@@ -63,13 +84,50 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
     return exit_status(carry_out, undone="nothing was written")
 
 
+def show_merge_help(words: Sequence[str]) -> None:
+    """Prints the help of the command that the words name, else the page of them all."""
+    if words[0] in COMMANDS:
+        parse_options(words[0], ["--help"], f"merge.py {words[0]}")
+    print(overview())
+
+
 def overview() -> str:
-    """The help text of merge.py itself: every command in a line."""
-    lines = ["usage: merge.py COMMAND ...", "", *(__doc__ or "").splitlines()[:1], ""]
+    """The page of merge.py: the most used lines, and every command in a line."""
+    lines = ["merge.py: " + (__doc__ or "").splitlines()[0], "", *map("  {}".format, EXAMPLES), ""]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:9}{command.options.__doc__}")
-    example = f"example: merge.py mix {COMMANDS['mix'].example}"
-    return "\n".join([*lines, "", example, "more:    merge.py COMMAND --help"])
+    return "\n".join([*lines, "", *ENDING])
+
+
+def merge_flags(words: Sequence[str]) -> set[str]:
+    """The names of the flags of the command that the words name."""
+    command = COMMANDS.get(words[0])
+    return set(flatten(command.options())) if command else set()
+
+
+def take_options(options: type) -> Callable[..., None]:
+    """A function that takes the options of a command, as tyro wants to have it."""
+
+    def take(options: Any = options()) -> None:  # noqa: B008 -- read by tyro, called by no one
+        pass
+
+    take.__annotations__["options"] = options
+    return take
+
+
+MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+SCRIPT = Script(
+    "lora-merge",
+    overview(),
+    show_merge_help,
+    MERGE_FLAGS,
+    merge_flags,
+    partial(
+        tyro.extras.subcommand_cli_from_dict,
+        {name: take_options(command.options) for name, command in COMMANDS.items()},
+        config=MARKERS,
+    ),
+)
 
 
 # ---------------------------------------------------------------- parsing
@@ -84,22 +142,17 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
     command, advice = COMMANDS[name], f"see {prog} --help"
     _refuse_switch_values(command.options, words, advice)
     description = f"{command.options.__doc__}\n\nexample: {prog} {command.example}"
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            parsed: tuple[Any, list[str]] = tyro.cli(
-                command.options,
-                args=[_read_word(word, following) for word, following in _pairs(words)],
-                prog=prog,
-                description=description,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-                registry=REGISTRY,
-                return_unknown_args=True,
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(f"{_first_sentence(box.getvalue())}; {advice}") from None
+    parse = partial(
+        tyro.cli,
+        command.options,
+        args=[_read_word(word, following) for word, following in _pairs(words)],
+        prog=prog,
+        description=description,
+        config=MARKERS,
+        registry=REGISTRY,
+        return_unknown_args=True,
+    )
+    parsed: tuple[Any, list[str]] = parse_words(parse, advice)
     return place_words(name, *parsed, advice)
 
 
@@ -125,26 +178,6 @@ def _read_word(word: str, following: str) -> str:
         has_value = following.lower() in ("true", "false")
         return word if has_value else f"{word}=True"
     return escape_word(word)
-
-
-def _first_sentence(box: str) -> str:
-    """The message in a box that the parser has drawn, up to its first rule."""
-    lines = [COLOR.sub("", line).strip(" │") for line in box.splitlines()]
-    below_title = itertools.dropwhile(_is_rule, lines[1:])
-    sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
-    if match := CHOICE_ERROR.fullmatch(sentence):
-        value, flag, names = match.groups()
-        known = names.replace("'", "").rstrip(",")  # of one choice, Python writes ('lora',)
-        return f"argument {flag}: invalid choice: {value} (choose from {known})"
-    sentence = re.sub(r"^Error parsing (--[\w-]+)", r"argument \1", sentence.rstrip("."))
-    sentence = re.sub(
-        r"^Missing value for .*'(?:--[\w-]+/)*(--[\w-]+)'.*", r"argument \1: no value", sentence
-    )
-    return re.sub(r"^Error parsing \w+: ", "", sentence)
-
-
-def _is_rule(line: str) -> bool:
-    return not line.strip("─-╰╯")
 
 
 if __name__ == "__main__":

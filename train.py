@@ -7,7 +7,9 @@
     python train.py --compare "RUNS_A*" --against "RUNS_B*"    # the same over seeds
     python train.py CONFIG.toml --preview-density  # which noise levels a config trains on
     python train.py CONFIG.toml --plan             # the GPU memory that it needs, and options
+    python train.py --data.images FOLDER --data.prepare blip face     # captions and masks by models
     python train.py --list losses                  # or schedules, kinds ...: what there is
+    python train.py --from-kohya train_network_config.toml     # kohya's config as it is
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
 loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`).
@@ -17,28 +19,43 @@ loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from lora_core.command_line import answer_help, parse_command_line
+from lora_core.command_line import parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import Config
-from lora_core.plugin_lists import LIST_FLAG, answer_list, print_list
+from lora_core.instant_answers import Script, answer_at_start, answer_instantly
+from lora_core.plugin_lists import LIST_FLAG, print_list
+from lora_core.script_pages import TRAIN_PAGE
+from lora_core.trainer_flags import TRAIN_FLAGS
 from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comparison
 
 EXAMPLE = (
     "python train.py configs/toy_pti.toml --optimizer.name adamw --out runs/adamw\n\n"
     "or: python train.py --compare RUN_A RUN_B\n\nor: python train.py CONFIG.toml --preview-density"
     "\n\nor: python train.py --preset character|style|object --model MODEL --data.images FOLDER ..."
+    "\n\nor: python train.py --data.images FOLDER --data.prepare blip face"
     "\n\nor: python train.py CONFIG.toml --plan\n\nor: python train.py --list losses"
 )
 PREVIEW_FLAG, PLAN_FLAG = "--preview-density", "--plan"
 
-if __name__ == "__main__":  # before torch is imported
-    answer_list(sys.argv[1:])
-    if asks_for_comparison(sys.argv[1:]):
-        answer_help(
-            CompareRuns, sys.argv[1:], prog="train.py", example=COMPARE_EXAMPLE, takes_file=False
-        )
-    answer_help(Config, sys.argv[1:], prog="train.py", example=EXAMPLE)
+
+def show_train_help(words: Sequence[str]) -> None:
+    """Prints the help of a run's options, or of a comparison's."""
+    if asks_for_comparison(words):
+        example = COMPARE_EXAMPLE
+        show_help(CompareRuns, prog="train.py", example=example, takes_file=False)
+    show_help(Config, prog="train.py", example=EXAMPLE)
+
+
+def train_flags(words: Sequence[str]) -> set[str]:
+    """The names of the flags that a command line may have."""
+    return top_flags(CompareRuns if asks_for_comparison(words) else Config)
+
+
+SCRIPT = Script(
+    "lora-train", TRAIN_PAGE, show_train_help, TRAIN_FLAGS, train_flags, parser_of(Config)
+)
+answer_at_start(__name__, sys.argv, SCRIPT)  # before torch is imported
 
 import time
 from contextlib import ExitStack
@@ -54,12 +71,14 @@ from lora_core.diffusion import losses, masked_losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
-from lora_core.errors import exit_status
+from lora_core.errors import exit_status, print_help
 from lora_core.runs import destination
+from lora_core.text import check_unicode, print_escaped
 from training import processes, results, run_presets, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.comparisons import comparing
 from training.cuda_graph import GraphReplay, call_eagerly
+from training.inputs.prepared_files import prepare_faces, prepare_files, split_prepare_words
 from training.inputs.step_inputs import InputSource, StepInputs, make_step_inputs
 from training.log import Log
 from training.memory import memory_advice, plan_table
@@ -68,7 +87,7 @@ from training.samples import SampleImages, save_sample_grid
 from training.scores import Scorer
 from training.setup import Model
 from training.signals import Signals
-from training.stages import begin_stage, remaining_stages, set_learning_rates
+from training.stages import begin_stage, remaining_stages, resolve_group_numbers, set_learning_rates
 from training.step import (
     Loss,
     Step,
@@ -78,6 +97,9 @@ from training.step import (
     lazy_members,
     optimizer_step,
 )
+from training.translation import lora_ppim as lora_ppim_command
+from training.translation import lora_pti as lora_pti_command
+from training.translation.kohya_command import FROM_KOHYA, read_kohya_command
 
 
 def training_step(model: Model, x: StepInputs, config: Config, loss: Loss) -> Tensor:
@@ -149,7 +171,7 @@ def train(config: Config, *, loss: Loss | None = None, step: Step = training_ste
                     if is_due(done, config.validation.every):
                         log.validate(done, scorer)
                     if is_due(done, config.samples.every):
-                        save_sample_grid(samples, run, done)
+                        log.add_samples(done, save_sample_grid(samples, run, done))
                     if stop.received() or is_due(done, config.save_every):
                         checkpoints.write(done, log)  # last: all before it is done
                     stop.raise_if_received()
@@ -160,9 +182,11 @@ def resolve_functions(
     config: Config, loss: Loss | None, step: Step
 ) -> tuple[Config, StepFunctions]:
     """(config, functions): the loss and step of a run, and the config with their names, from which
-    they are found again if a file defines them. Arguments that are given replace the config's loss
-    and step; --loss-arg is bound to the loss. Raises UserError for a name that cannot be resolved.
+    they are found again if a file defines them, and with a learning rate for each group. Arguments
+    that are given replace the config's loss and step; --loss-arg is bound to the loss. Raises
+    UserError for a name that cannot be resolved.
     """
+    config = resolve_group_numbers(config)
     if step is not training_step:
         config = replace(config, step=plugins.name_function(step))
     elif config.step:
@@ -194,20 +218,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     printed, 128 + the number of the signal that ended it (Ctrl-C 130, SIGTERM 143, SIGHUP 129).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if (status := answer_instantly(SCRIPT, words)) is not None:
+        return status
     return exit_status(partial(run_train_command, words))
 
 
 def run_train_command(words: list[str]) -> None:
-    """Train, compare runs, preview noise levels, plan memory, or list what options choose from."""
+    """Train, compare runs, write captions and masks, preview noise levels, plan memory, or list
+    what options choose from.
+    """
     if asks_for_comparison(words):
         comparing.compare_finished_runs(words, training_step)
         return
     if words[:1] == [LIST_FLAG]:
         print_list(words[1:])
         return
+    if FROM_KOHYA in [word.partition("=")[0] for word in words]:
+        translated = read_kohya_command(words)
+        if translated is not None:
+            train_config(translated)
+        return
+    words, annotators = split_prepare_words(words)
     options = [word for word in words if word not in (PREVIEW_FLAG, PLAN_FLAG)]
     preset, options = run_presets.take_preset(options)
     config = parse_command_line(Config, options, prog="train.py", example=EXAMPLE, preset=preset)
+    if annotators is not None:
+        prepare_files(config, annotators)
+        return
     if preset and processes.is_first():
         print(f"preset: {preset}; the config file and flags win over it")
     if PREVIEW_FLAG in words:
@@ -219,11 +256,54 @@ def run_train_command(words: list[str]) -> None:
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}
         destination.check_apart_from_inputs(config.out, given, overwrite=True)
+    train_config(config)
+
+
+def train_config(config: Config) -> None:
+    """Train and print the folder; where memory lacks, the error says what would fit."""
     resolve = partial(resolve_functions, config, None, training_step)
     with memory_advice.explained(config, resolve):
         folder = train(config)
     if processes.is_first():
         print(f"done: {folder}")
+
+
+def lora_pti(argv: Sequence[str] | None = None) -> int:
+    """The command line of the installed lora_pti; returns its exit status."""
+    return run_cloneofsimo(run_lora_pti, lora_pti_command.describe_flags(), argv)
+
+
+def run_lora_pti(words: list[str]) -> None:
+    """Train as a command line of lora_pti says, and write its file into the run's folder."""
+    job = lora_pti_command.translate_lora_pti(words)
+    if processes.is_first():
+        print_escaped(job.table)
+    if job.face_model:
+        prepare_faces(job.config, job.face_model)
+    folder = train(job.config)
+    if processes.is_first():
+        print(f"done: {lora_pti_command.save_pivotal_file(folder, job)}, and the run's own files")
+
+
+def lora_ppim(argv: Sequence[str] | None = None) -> int:
+    """The command line of the installed lora_ppim; returns its exit status."""
+    return run_cloneofsimo(lora_ppim_command.run_lora_ppim, lora_ppim_command.HELP, argv)
+
+
+def run_cloneofsimo(
+    run: Callable[[list[str]], object], help_text: str, argv: Sequence[str] | None
+) -> int:
+    """Run a command of cloneofsimo's by its words, or print its help; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print_help(lambda: print(help_text))
+        return 0 if words else 2
+
+    def carry_out() -> None:
+        check_unicode(words, "the argument")
+        run(words)
+
+    return exit_status(carry_out)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,24 @@ Nothing here imports torch, so that `--help` and a wrong flag are answered at on
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from lora_core.errors import UserError, print_help
+from lora_core.errors import UserError
 from lora_core.option_types import REGISTRY
+from lora_core.parser_errors import parse_words
 from lora_core.text import check_unicode
 from lora_core.toml import flatten_table, from_file_table, layer_tables, read_table, read_toml
 
 C = TypeVar("C")
+STAGE_FLAG = re.compile(r"--stages\.(\d{1,6})\.")
 
 # An option that names a function or a class -> the option with its arguments.
 ARGUMENTS_OF = {
@@ -41,25 +44,34 @@ def parse_command_line(
     example: str,
     takes_file: bool = True,
     preset: Path | None = None,
+    default: C | None = None,
 ) -> C:
     """The config that a command line describes: an optional TOML file first, then flags.
 
     Without `takes_file` there are flags only. `preset` is a TOML file with options that take the
-    place of the defaults.
+    place of the defaults; `default` is what flags change where there is no file.
 
-    Prints the help, or the nearest flag for a wrong one, and exits (status 0, 2). Where a flag
-    replaces a choice of the file, such as its optimizer, the file's arguments of that choice are
-    left out, which a printed line says.
+    Prints the help and exits where the words ask for it. Raises UserError, which names the nearest
+    flag, for a wrong one. Where a flag replaces a choice of the file, such as its optimizer, the
+    file's arguments of that choice are left out, which a printed line says.
     """
     words = list(words)
     check_unicode(words, "the argument")
     file = words.pop(0) if takes_file and words and not words[0].startswith("-") else ""
-    default = read_layers(preset, Path(file) if file else None, cls)
+    default = default or read_layers(preset, Path(file) if file else None, cls)
+    default = add_stages(default, words)
     usage = f"usage: {prog} [CONFIG.toml] [flags]      flags win over the file\n\n"
     description = f"{cls.__doc__}\n\n{usage if takes_file else ''}example: {example}"
-    config = tyro.cli(
-        cls, default=default, args=words, prog=prog, description=description, registry=REGISTRY
+    parse = partial(
+        tyro.cli,
+        cls,
+        default=default,
+        args=words,
+        prog=prog,
+        description=description,
+        registry=REGISTRY,
     )
+    config = parse_words(parse, f"see {prog} --help")
     return leave_out_arguments(config, default, words, file or str(preset))
 
 
@@ -72,6 +84,34 @@ def read_layers(preset: Path | None, file: Path | None, cls: type[C]) -> C:
     config = from_file_table(file or preset, layer_tables(below, above), cls)
     given = [f"--{name}" for name in flatten_table(above)]
     return leave_out_arguments(config, from_file_table(preset, below, cls), given, str(preset))
+
+
+def add_stages(default: C, words: Sequence[str]) -> C:
+    """The config with a stage more for each number after its last that the flags name.
+
+    Raises UserError for a gap: --stages.3.steps where there is one stage.
+    """
+    before = getattr(default, "stages", None)
+    if before is None:
+        return default
+    stages = tuple(before)
+    for number in sorted({int(found[1]) for found in map(STAGE_FLAG.match, words) if found}):
+        if number > len(stages):
+            raise UserError(
+                f"--stages.{number} leaves a gap: the stages before it are missing; "
+                f"the next is --stages.{len(stages)}"
+            )
+        if number == len(stages):
+            stages = (*stages, get_args(get_type_hints(type(default))["stages"])[0]())
+    if stages == before:
+        return default
+    return replace(default, stages=stages)  # type: ignore[type-var]
+
+
+def override_options(config: C, words: Sequence[str], prog: str) -> C:
+    """The config with the options that the flags set; a wrong flag ends the process as above."""
+    check_unicode(words, "the argument")
+    return tyro.cli(type(config), default=config, args=list(words), prog=prog, registry=REGISTRY)
 
 
 def leave_out_arguments(config: C, default: C, words: Sequence[str], file: str) -> C:
@@ -146,14 +186,20 @@ def take_flag(option: str, words: Sequence[str]) -> tuple[str | None, list[str]]
     return value, others
 
 
-def answer_help(
-    cls: type, words: Sequence[str], *, prog: str, example: str, takes_file: bool = True
-) -> None:
-    """Prints the help and exits where the words ask for it; else returns.
+def parser_of(cls: type) -> Callable[..., object]:
+    """tyro's parser of a class of options."""
+    return partial(tyro.cli, cls, registry=REGISTRY)
 
-    A script calls it before it imports torch, which takes seconds.
-    """
-    if "-h" in words or "--help" in words:
-        asked = partial(parse_command_line, cls, ["--help"], prog=prog, example=example)
-        print_help(partial(asked, takes_file=takes_file))
-        sys.exit(0)
+
+def top_flags(cls: type) -> set[str]:
+    """The names of a class's flags without a dot, with _ for -."""
+    names = set()
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        extras = getattr(hint, "__metadata__", ())  # of Annotated[...]
+        names |= {name, *(getattr(extra, "name", None) or name for extra in extras)}
+    return names
+
+
+def show_help(cls: type, *, prog: str, example: str, takes_file: bool = True) -> None:
+    """Prints the help of a class's flags and ends the process."""
+    parse_command_line(cls, ["--help"], prog=prog, example=example, takes_file=takes_file)

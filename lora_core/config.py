@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
-from lora_core.option_types import name_or_file
+from lora_core.file_settings import FileSettings
+from lora_core.option_types import GROUP_NUMBERS, name_or_file
 from lora_core.settings import (
     Above,
     AdapterSpec,
     AtLeast,
+    CaptionSettings,
     ImageSettings,
     NoiseSettings,
     SamplingMethod,
     Share,
 )
+from lora_core.subset_options import CaptionSource, Subset
 
 # Options that are one of these names or file.py:fn; the tables are imported with torch only.
 WeightingName = NewType("WeightingName", str)
@@ -62,7 +65,7 @@ GROUPS: tuple[str, ...] = get_args(Group)
 
 
 @dataclass(frozen=True)
-class DataConfig(ImageSettings):
+class DataConfig(CaptionSettings, ImageSettings):
     """Training images and their captions."""
 
     images: str = ""
@@ -70,6 +73,8 @@ class DataConfig(ImageSettings):
     pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
     file of such concepts."""
+    subsets: tuple[Subset, ...] = ()
+    """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
     (extra: datasets)."""
@@ -84,7 +89,7 @@ class DataConfig(ImageSettings):
     caption_column: str = ""
     """Column of the dataset or of metadata.jsonl with the captions; empty: text, caption or
     prompt."""
-    captions: Literal["auto", "txt", "metadata", "filename", "one", "object", "style"] = "auto"
+    captions: CaptionSource = "auto"
     """Where captions come from: NAME.txt, metadata.jsonl, file names, --data.caption for all, or
     sentence templates; auto: metadata, else NAME.txt, .caption or .json, else --data.caption, else
     the name of a folder N_name, else file names where they are words."""
@@ -178,6 +183,9 @@ class TokensConfig:
     the tokens' names as plain text."""
     vectors: Annotated[int, AtLeast(0)] = 2
     """Learned vectors for each word; 0: as many as its initializer has tokens."""
+    names: tuple[str, ...] = ()
+    """Names of the learned tokens in files and prompts, one for each vector of all words, such as
+    "<s1>" "<s2>"; empty: <s0> <s1> ..."""
     per_layer: bool = False
     """Learn the vectors once for each cross-attention layer of the denoiser, which then reads its
     own text (P+, arXiv 2303.09522; with a LoRA it is Mix-of-Show's ED-LoRA)."""
@@ -233,11 +241,14 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """adamw, prodigy, the dotted path of any torch optimizer, or my_optimizer.py:Class."""
-    lr: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Learning rate per group; others: denoiser=1e-4 text_encoder=1e-5 tokens=5e-4, with prodigy 1
-    each, with other classes their own default."""
-    weight_decay: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Weight decay per group; others: 0.01 for adapters, 0 for tokens."""
+    lr: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(default_factory=dict)
+    """Learning rate: one number for all groups, or per group; others: denoiser=1e-4
+    text_encoder=1e-5 tokens=5e-4, with prodigy 1 each, with other classes their own default."""
+    weight_decay: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(
+        default_factory=dict
+    )
+    """Weight decay: one number for all groups, or per group; others: 0.01 for adapters, 0 for
+    tokens."""
     betas: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Betas per group, e.g. "tokens=0.9,0.99"."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -252,10 +263,16 @@ class OptimizerConfig:
     whose arguments a group of the same schedule has, too."""
     warmup: Annotated[int, AtLeast(0)] = 0
     """Steps of linear warm-up at the beginning of each stage."""
+    lr_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
+    """Learning rate of layers with adapters relative to their group's, per glob on their paths,
+    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one."""
     lora_plus: Annotated[float, Above(0)] = 1.0
     """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
     clip: Annotated[float, AtLeast(0, infinite=True)] = 1.0
     """Largest norm of the gradient; 0: no clipping."""
+    max_update_norm: Annotated[float, AtLeast(0)] = 0.0
+    """Largest Frobenius norm of a LoRA layer's update, alpha / rank * up @ down, whose factors are
+    scaled down after each step (kohya's max norm, usually 1); 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -269,14 +286,18 @@ class Stage:
     """Steps of the optimizer in this stage."""
     groups: tuple[Group, ...] = ("denoiser",)
     """Groups that step; the others are frozen and keep their optimizer state."""
-    lr: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Learning rate per group in this stage."""
-    weight_decay: Annotated[dict[str, float], AtLeast(0)] = field(default_factory=dict)
-    """Weight decay per group in this stage."""
+    lr: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(default_factory=dict)
+    """Learning rate in this stage: one number for all its groups, or per group."""
+    weight_decay: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(
+        default_factory=dict
+    )
+    """Weight decay in this stage: one number for all its groups, or per group."""
     schedule: Annotated[ScheduleName | None, _SCHEDULE] = None
     """Learning rate over this stage, of all its groups but those of --stages.I.schedules."""
     schedules: dict[str, str] = field(default_factory=dict)
     """Schedule per group in this stage."""
+    warmup: Annotated[int | None, AtLeast(0)] = None
+    """Steps of linear warm-up at the beginning of this stage; unset: --optimizer.warmup."""
     low: float | None = None
     """Lowest timestep of this stage, as a fraction of the schedule."""
     high: float | None = None
@@ -290,6 +311,13 @@ class Stage:
         """The schedule of a group's learning rate in this stage."""
         own = self.schedules.get(group) or self.schedule
         return own or usual.schedules.get(group) or usual.schedule
+
+    def warmup_of(self, usual: OptimizerConfig) -> int:
+        """The steps of linear warm-up in this stage."""
+        return usual.warmup if self.warmup is None else self.warmup
+
+
+NEW_PROMPTS = ("{} in the snow", "{} on a beach", "{} in a city at night", "{} in a meadow")
 
 
 @dataclass(frozen=True)
@@ -306,8 +334,13 @@ class SamplesConfig(SamplingMethod):
     base_word: str = ""
     """Takes the place of the placeholder when the base model draws the "before" images; empty: the
     words of the initializer, or nothing."""
-    new_prompts: tuple[str, ...] = ()
-    """Prompts in new places, the last row of before_after.png."""
+    seeds: Annotated[int, AtLeast(0)] = 0
+    """Images of each prompt, of different seeds; 0: 4 of a single prompt, 2 of two prompts, else
+    1."""
+    new_prompts: tuple[str, ...] = NEW_PROMPTS
+    """Prompts in new places, the last row of before_after.png. {} is the only prompt, else "a photo
+    of" the first placeholder word; without either those with {} are left out. For a style, things
+    instead of places: "a house, {}"."""
     show_data: bool = False
     """Show training images in before_after.png, and their captions there, in samples/ and in
     README.md. People publish these files, which otherwise hold neither."""
@@ -349,6 +382,9 @@ class ModelConfig:
     """Folder or hub id of another VAE."""
     clip_skip: Annotated[int, AtLeast(0)] = 0
     """Last layers of the CLIP text encoders that are left out."""
+    max_token_length: Literal[0, 75, 150, 225] = 0
+    """Tokens of a prompt that CLIP text encoders read, 75 at a time (SD and SDXL; as kohya); 0:
+    75."""
     max_sequence_length: Annotated[int, AtLeast(0)] = 0
     """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
     device: str = "auto"
@@ -434,9 +470,12 @@ class Config(ModelConfig):
     list_targets: bool = False
     """Print the paths of the layers that get adapters, not only how many there are of a kind."""
     report: Literal["none", "tensorboard", "wandb"] = "none"
-    """Also log there (install the extra of that name)."""
+    """Also log there (install the extra of that name): metrics, sample images, and the config as
+    text and hyper-parameters. W&B is a server; images of an inpainting model need
+    --samples.show-data."""
     push_to_hub: str = ""
-    """Hub repository USER/NAME that the finished run is uploaded to."""
+    """Hub repository USER/NAME that the finished run is uploaded to; a private one, without
+    --files.public."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
     resume_anyway: bool = False
@@ -453,6 +492,7 @@ class Config(ModelConfig):
     stages: tuple[Stage, ...] = (Stage(),)
     samples: SamplesConfig = SamplesConfig()
     validation: ValidationConfig = ValidationConfig()
+    files: FileSettings = FileSettings()  # noqa: RUF009 - frozen, like the sections above
 
     @property
     def steps(self) -> int:

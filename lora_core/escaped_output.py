@@ -46,7 +46,15 @@ def escape_surrogates(text: str) -> str:
 
 def hides_progress() -> bool:
     """Whether progress bars are left out: standard error, escaped or not, is no terminal."""
-    return not getattr(sys.stderr, "stream", sys.stderr).isatty()
+    stream = bottom_stream(sys.stderr)
+    return stream is None or not stream.isatty()
+
+
+def bottom_stream(stream: Any) -> Any:
+    """The stream below those of ours that write to another one."""
+    while isinstance(stream, EscapedStream):
+        stream = stream.stream
+    return stream
 
 
 class EscapedStream:

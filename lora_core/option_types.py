@@ -21,7 +21,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from lora_core.text import unknown_name
+from lora_core.text import is_number, unknown_name
 
 REGISTRY = ConstructorRegistry()
 
@@ -140,6 +140,21 @@ def _parse_pairs(words: Sequence[str], read: Callable[[str], Any]) -> dict[str, 
         table[key] = read(value)
     return table
 
+
+# ---------------------------------------------------------------- numbers of groups
+
+ALL_GROUPS = "all"  # the key of a number that is for every group without one of its own
+
+
+def _read_groups(words: list[str]) -> dict[str, float]:
+    """{GROUP: NUMBER} of GROUP=NUMBER words; a number alone is for all groups."""
+    pairs = [f"{ALL_GROUPS}={word}" if is_number(word) else word for word in words]
+    return _parse_pairs(pairs, float)
+
+
+GROUP_NUMBERS = replace(
+    _table_spec(float, "NUMBER | GROUP=NUMBER ..."), instance_from_str=_read_groups
+)
 
 # ---------------------------------------------------------------- options of one word
 

@@ -41,14 +41,18 @@ class Placeholder:
 
 
 def make_placeholders(
-    words: Mapping[str, str] | Sequence[str], vectors: int | Sequence[int] = 2, *, layers: int = 0
+    words: Mapping[str, str] | Sequence[str],
+    vectors: int | Sequence[int] = 2,
+    *,
+    layers: int = 0,
+    names: Sequence[str] = (),
 ) -> tuple[Placeholder, ...]:
     """One placeholder per word; `vectors` is the number of tokens of each, or one number per word.
 
     With `layers` above 0 each word has that number of tokens for every cross-attention layer.
-    Tokens are numbered <s0> <s1> ... over all words, as in diffusers. `words` maps a word
-    to its initializer, or lists words that start at random. Raises UserError for no words, an empty
-    or repeated one, or vectors < 1.
+    Tokens have `names` over all words, or are numbered <s0> <s1> ..., as in diffusers. `words`
+    maps a word to its initializer, or lists words that start at random. Raises UserError for no
+    words, an empty or repeated one, vectors < 1, and another number of names.
     """
     if isinstance(words, str):
         words = (words,)
@@ -70,12 +74,18 @@ def make_placeholders(
                 f"the placeholder word {word!r} is empty or has spaces around it; "
                 "use something like 'TOK'"
             )
+    total = sum(counts) * max(layers, 1)
+    if names and len(names) != total:
+        raise UserError(
+            f"got {len(names)} names for {total} learned tokens: {' '.join(names)}; name each token"
+        )
+    known = names or [f"<s{number}>" for number in range(total)]
     placeholders = []
     first = 0
     for (word, init), count in zip(inits.items(), counts):
         count *= max(layers, 1)
-        names = tuple(f"<s{number}>" for number in range(first, first + count))
-        placeholders.append(Placeholder(word, names, init, layers))
+        own = tuple(known[first : first + count])
+        placeholders.append(Placeholder(word, own, init, layers))
         first += count
     return tuple(placeholders)
 

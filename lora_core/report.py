@@ -25,6 +25,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from lora_core.atomic_files import atomic_write
 from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError, exit_status, printable
+from lora_core.progress import format_duration
 from lora_core.runs import report_charts
 from lora_core.runs.comparison import Comparison
 from lora_core.runs.report_charts import change_color
@@ -200,16 +201,6 @@ def _tiles(run: RunPart) -> list[tuple[str, str]]:
     if isinstance(peak, dict) and isinstance(peak.get("bytes"), int) and peak["bytes"] > 0:
         tiles.append(("peak memory", format_bytes(peak["bytes"])))
     return [*tiles, ("seed", str(run.record.options.get("seed", "unknown")))]
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 min 20 s, or 5 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _samples_by_prompt(parts: Sequence[tuple[RunPart, tuple[str, list[Any]]]]) -> dict[str, Any]:

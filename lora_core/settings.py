@@ -260,6 +260,16 @@ class ImageSettings:
     pixels, and a batch has one size."""
     bucket_step: Annotated[int, AtLeast(1)] = 64
     """Sides of buckets are multiples of this, pixels."""
+    bucket_min: Annotated[int, AtLeast(0)] = 0
+    """Shortest side of a bucket, pixels, rounded down to a multiple of the step; 0: half of
+    --data.resolution."""
+    bucket_max: Annotated[int, AtLeast(0)] = 0
+    """Longest side of a bucket, pixels, rounded up to a multiple of the step; 0: twice
+    --data.resolution."""
+    bucket_upscale: bool = True
+    """Scale small images up to a bucket. Off: each image keeps its size, or is scaled down to
+    resolution^2 pixels, and is cut to multiples of the step, which are its bucket (kohya's
+    bucket_no_upscale)."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     """How images are resized."""
 
@@ -274,11 +284,67 @@ class ImageSettings:
                 f"--data.bucket-step is {self.bucket_step}; "
                 f"expected at most --data.resolution, {self.resolution}"
             )
+        if self.bucket_min > self.resolution or 0 < self.bucket_max < self.resolution:
+            raise UserError(
+                f"the sides of buckets are {self.bucket_min or 'half of the resolution'} to "
+                f"{self.bucket_max or 'twice the resolution'}, without --data.resolution "
+                f"{self.resolution}; lower --data.bucket-min or raise --data.bucket-max"
+            )
+        if not self.bucket_upscale and self.zoom > 1:
+            raise UserError(
+                f"--data.zoom {self.zoom:g} enlarges images, and --data.no-bucket-upscale keeps "
+                "them as they are; leave out one of the two"
+            )
 
     @property
     def is_random(self) -> bool:
         """Whether two visits to one image can have different pixels."""
         return self.crop == "random" or self.zoom > 1 or self.flip or self.jitter
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """Where captions are, and what a visit to an image makes of its caption: a list of tags that
+    are shuffled or dropped, wildcards. The laws are those of kohya's sd-scripts.
+    """
+
+    caption_extension: str = ""
+    """Ending of caption files, such as .caption or .tags; empty: .txt, and with --data.captions
+    auto also .caption and .json."""
+    caption_lines: Literal["any", "first"] = "any"
+    """Which line of a caption file with several is the caption: any, drawn at each visit, or the
+    first."""
+    caption_prefix: str = ""
+    """Text before every caption, with a space between them."""
+    caption_suffix: str = ""
+    """Text after every caption, with a space between them."""
+    wildcards: bool = False
+    """Replace {red|blue} in a caption by one of its words, drawn at each visit; {{ and }} are
+    braces."""
+    shuffle_caption: bool = False
+    """Put the tags of a caption in another order at each visit."""
+    keep_tokens: Annotated[int, AtLeast(0)] = 0
+    """Tags at the beginning of a caption that are neither shuffled nor dropped."""
+    keep_tokens_separator: str = ""
+    """Text such as ||| in a caption: the tags before the first one, and those after a second one,
+    are neither shuffled nor dropped. In captions without it --data.keep-tokens counts."""
+    tag_dropout: Annotated[float, Share()] = 0.0
+    """Probability that a tag is left out of a visit's caption, [0, 1)."""
+    tag_separator: str = ","
+    """Text between the tags of a caption."""
+    secondary_separator: str = ""
+    """Text between tags that stay together when tags are shuffled or dropped; it becomes
+    --data.tag-separator."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether two visits to an image can have different tags of one caption."""
+        return self.wildcards or self.orders_tags
+
+    @property
+    def orders_tags(self) -> bool:
+        """Whether captions are taken apart into tags."""
+        return self.shuffle_caption or self.tag_dropout > 0
 
 
 @dataclass(frozen=True)
@@ -288,6 +354,10 @@ class NoiseSettings:
     offset: Annotated[float, AtLeast(0)] = 0.0
     """Noise offset: strength of one extra random constant per image and channel, in the target too
     (crosslabs.org, "Diffusion with offset noise")."""
+    adaptive_offset: float = 0.0
+    """Added to the strength of the noise offset for each |mean| of 1 of a latent channel of the
+    image, where the sum is not negative (kohya; images much brighter or darker than usual); 0:
+    nothing."""
     multires_levels: Annotated[int, AtLeast(0)] = 0
     """Coarser octaves of noise that are added ("multi-resolution noise", wandb, and kohya); 0:
     off."""
@@ -332,6 +402,13 @@ class SamplerSettings(SamplingMethod):
     first image."""
     refiner_start: Annotated[float, Share(zero=False)] = 0.8
     """Share of the steps after which the refiner takes over, (0, 1)."""
+    adapter_guidance: float = 1.0
+    """Guidance away from the base model: base + W (adapted - base), each with its own
+    classifier-free guidance. 1: the LoRAs as they are; 0: the base model; above 1: further from
+    it. Other values than 0 and 1 double the time of a step."""
+    emphasis: Literal["none", "a1111"] = "none"
+    """Weights in prompts, for CLIP. a1111: (word) has 1.1, [word] 1 / 1.1, (word:1.2) its own, and
+    a backslash makes a bracket text; none: brackets are text."""
 
 
 def scheduler_changes(prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:

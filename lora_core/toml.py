@@ -15,6 +15,7 @@ import tomli_w
 
 from lora_core.config import PLUGIN_NAMES, Config, MaskSource
 from lora_core.errors import UserError
+from lora_core.option_types import ALL_GROUPS, GROUP_NUMBERS
 from lora_core.text import nearest_names, read_text, shorten_value
 
 C = TypeVar("C")
@@ -87,10 +88,32 @@ def from_table(table: dict[str, Any], cls: type[C] = Config) -> C:  # type: igno
     """
     _check_keys(table, cls, "", _dotted_names(cls, ""))  # type: ignore[arg-type]
     try:
-        return _make_converter().structure(table, cls)
+        return _make_converter().structure(_spread_numbers(table, cls), cls)
     except cattrs.BaseValidationError as error:
         lines = cattrs.transform_error(error, format_exception=lambda e, _: str(e))
         raise UserError("; ".join(map(_place_first, lines))) from None
+
+
+def _spread_numbers(value: Any, kind: Any, place: str = "") -> Any:
+    """A value of a TOML file with each number for all groups (lr = 1e-4) as a table of its own.
+
+    Raises UserError for what is neither a number nor a table.
+    """
+    if GROUP_NUMBERS in getattr(kind, "__metadata__", ()):
+        if not _is_number(value) and not isinstance(value, dict):
+            raise UserError(
+                f"{place} is {shorten_value(value)}, expected a number for all groups, or a table "
+                "with a number for each"
+            )
+        return {ALL_GROUPS: value} if _is_number(value) else value
+    if get_origin(kind) is tuple and is_dataclass(get_args(kind)[0]):
+        stages = enumerate(value)
+        return [_spread_numbers(item, get_args(kind)[0], f"{place}.{i}") for i, item in stages]
+    if not is_dataclass(kind):
+        return value
+    kinds = _option_types(kind, include_extras=True)  # type: ignore[arg-type]
+    start = f"{place}." if place else ""
+    return {name: _spread_numbers(v, kinds[name], start + name) for name, v in value.items()}
 
 
 @cache  # it compiles a function for each section

@@ -58,6 +58,8 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
             near = ["--out"]
         hint = f"; the nearest flag is {near[0]}" if near else ""
         raise UserError(f"unrecognized arguments: {_first_words(rest)}{hint}; {advice}")
+    if command.takes_others:
+        options, rest = _place_others(name, options, rest)
     words = [*_placed_words(name, options), *rest]
     if len(words) > 1:
         _refuse_split_names(words, "sum" in command.required)
@@ -97,6 +99,27 @@ def _place_listed_words(command: Command, options: Any, rest: Sequence[str]) -> 
     return replace(options, **{command.words: words})
 
 
+def _place_others(name: str, options: Any, rest: Sequence[str]) -> tuple[Any, list[str]]:
+    """The options with the words after the first as further inputs, and the words that are left.
+
+    With an output only the words that exist are inputs, and only next to --out. Raises UserError
+    for several files without it.
+    """
+    words = [*options.others, *rest]
+    options = replace(options, others=())
+    if not hasattr(options, "out"):
+        return replace(options, others=tuple(words)), []
+    if options.out and words and all(map(os.path.exists, words)):
+        return replace(options, others=tuple(words)), []
+    if not options.out and len(words) > 1 and all(map(os.path.exists, words[:-1])):
+        shown = _first_words([options.file, *words], ", ")
+        raise UserError(
+            f"{name} takes several files only with --out FOLDER, got {shown}; a path with spaces "
+            "needs quotes"
+        )
+    return options, words
+
+
 def _output_given_twice(word: str, out: str) -> str:
     return (
         f"the output is given twice, as {word} and as --out {out}; give one of them, and "
@@ -131,6 +154,7 @@ def _placed_words(name: str, options: Any) -> list[str]:
     for field in [field for field in COMMANDS[name].required if field != "out"]:
         value = getattr(options, field)
         placed += [value] if isinstance(value, str) else value
+    placed += getattr(options, "others", ())
     field = COMMANDS[name].words
     if field and field not in COMMANDS[name].required:
         placed += getattr(options, field)

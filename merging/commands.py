@@ -338,9 +338,11 @@ class Convert:
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder, or a whole model"""
+    others: Positional[Annotated[tuple[str, ...], text("FILE")]] = ()
+    """further ones, with --out FOLDER"""
     out: Annotated[str, text("OUT")] = ""
     """the result, of a whole model a folder or a file in .safetensors or .ckpt; OUT may also be
-    the last word"""
+    the last word; of several files the folder for files of their names"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
     """diffusers, kohya, cloneofsimo, mixofshow, embeddings, a1111, textual_inversion (diffusers)"""
     as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""
@@ -354,10 +356,13 @@ class Convert:
 
 @dataclass(frozen=True)
 class Info:
-    """Show the ranks, norms and spectra of a file's layers, its tokens and its header."""
+    """Show the ranks, norms and spectra of a file's layers, its tokens and its header; of several
+    files how much they overlap."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder, or a whole model"""
+    others: Positional[Annotated[tuple[str, ...], text("FILE")]] = ()
+    """further ones: the norms of all, and how much of their spaces each pair of them shares"""
     top: Annotated[int, COUNT, PLAIN] = LISTED_LAYERS
     """layers to list (10)"""
     plot: Annotated[str, text("PNG")] = ""
@@ -417,6 +422,7 @@ class Command(NamedTuple):
     required: tuple[str, ...]  # fields that a command line has to give, in the order of its words
     example: str  # words after its name
     words: str = ""  # the field that takes any number of words
+    takes_others: bool = False  # whether the field `others` takes further inputs
 
 
 EXAMPLE_SUM = '"0.7*a.safetensors + 0.3*b.safetensors@attn"'
@@ -440,8 +446,10 @@ COMMANDS = {
     "resize": Command(
         Resize, ("file", "out"), "big.safetensors --out small.safetensors --energy 0.99"
     ),
-    "convert": Command(Convert, ("file", "out"), "a.safetensors --out b.safetensors --to kohya"),
-    "info": Command(Info, ("file",), "a.safetensors --plot spectrum.png"),
+    "convert": Command(
+        Convert, ("file", "out"), "a.safetensors --out b.safetensors --to kohya", takes_others=True
+    ),
+    "info": Command(Info, ("file",), "a.safetensors --plot spectrum.png", takes_others=True),
     "diff": Command(Diff, ("first", "second"), "a.safetensors b.safetensors --top 20"),
     "explain": Command(
         Explain, ("checkpoint", "base", "loras"), "tuned base a.safetensors", words="loras"

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lora_core import tokens
 from lora_core.adapters import changed_parameters, injection
@@ -29,10 +28,10 @@ from lora_core.diffusion import sampling
 from lora_core.diffusion.generation import start_noise
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.family import Conditioning, Family, Sizes
 from lora_core.layer_prompts import encode_layer_prompts, split_prompts
 from lora_core.placeholders import Placeholder, Prompt
+from lora_core.progress import track
 from merging.concepts import Concept
 from merging.layer_inputs import (
     ChosenPositions,
@@ -212,8 +211,7 @@ class _FusionRun:
         sampler = sampling.SAMPLERS[self._sampler]
         levels = self._levels()
         path = self.concepts[number].path
-        hidden = hides_progress()
-        for i, (prompt, _) in enumerate(tqdm(jobs, desc=path, unit="image", disable=hidden)):
+        for i, (prompt, _) in enumerate(track(jobs, path, "image", len(jobs))):
             denoise = sampling.guided_denoiser(
                 self.family.denoise, self.family.prediction, self._conditioning([prompt])
             )
@@ -334,7 +332,7 @@ class _FusionRun:
         groups: dict[tuple[int, ...], list[LayerKey]] = {}
         for key in keys:
             groups.setdefault(tuple(id(record[key]) for record in records), []).append(key)
-        for group in tqdm(groups.values(), desc="solving", leave=False, disable=hides_progress()):
+        for group in track(groups.values(), "solving", "group", len(groups)):
             try:
                 yield group, decompose_inputs([record[group[0]] for record in records])
             except ValueError as error:

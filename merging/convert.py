@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate
 from lora_core.errors import UserError
@@ -18,8 +19,10 @@ from merging.factor_sums import frobenius_norm
 from merging.mix import dense_options, merge_terms
 from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
 from merging.output import (
+    ADAPTER_ENDINGS,
     Output,
     check_adapter_output,
+    check_output,
     make_output,
     print_written,
     report_table,
@@ -35,7 +38,12 @@ AS_LORA = "--as lora --model BASE makes a plain LoRA of it, fold puts it into a 
 
 
 def run_convert(options: Convert) -> None:
-    """Writes an adapter in the format --to, or a model in the form of the output's name."""
+    """Writes an adapter in the format --to, or a model in the form of the output's name; several
+    into a folder.
+    """
+    if options.others:
+        convert_each(options)
+        return
     output = make_output("convert", options, [options.file])
     is_model = is_whole_model(options.file)
     _refuse_idle(options, is_model)
@@ -53,6 +61,53 @@ def run_convert(options: Convert) -> None:
         convert_to_lora(options.file, (layout, state), output, options.files, keep, method)
     else:
         convert_adapter((layout, state), output, options.files)
+
+
+def convert_each(options: Convert) -> None:
+    """Writes every file into the folder --out, in the order of the words, under its own name.
+
+    Raises UserError before any work for names that would be the same, and that exist (without
+    --overwrite); after the others for files that could not be converted, with the reasons.
+    """
+    paths = (options.file, *options.others)
+    folder = Path(options.out)
+    if folder.suffix in ADAPTER_ENDINGS or folder.is_file():
+        raise UserError(f"--out {folder} is a file, and {len(paths)} files need a folder")
+    outputs: dict[Path, str] = {}
+    for path in paths:
+        out = folder / converted_name(path, options.to)
+        if out in outputs:
+            raise UserError(
+                f"{outputs[out]} and {path} would both be {out}; convert one of them by itself"
+            )
+        outputs[out] = path
+        given = Output(str(out), options.files.overwrite, options.files.dry_run)
+        check_output(given, folder=is_whole_model(path) and not out.suffix)
+    failed = []
+    for number, (out, path) in enumerate(outputs.items(), start=1):
+        print(f"[{number}/{len(outputs)}] {path}")
+        try:
+            run_convert(replace(options, file=path, others=(), out=str(out)))
+        except UserError as error:
+            print(f"not converted: {error}")
+            failed.append(f"{path} ({error})")
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(outputs)} files could not be converted: {'; '.join(failed)}; "
+            "the others are written"
+        )
+
+
+def converted_name(path: str, to: str) -> str:
+    """The name of a converted file: that of the file or folder, with the first ending of the format
+    `to` where the format has another one.
+    """
+    place = Path(path).resolve()
+    if is_whole_model(path):
+        return place.name
+    stem = place.name if place.is_dir() else place.stem
+    endings = FORMATS[to or "diffusers"].endings
+    return stem + (place.suffix if place.is_file() and place.suffix in endings else endings[0])
 
 
 def _open_file(options: Convert) -> tuple[Layout | None, AdapterState]:

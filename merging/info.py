@@ -22,6 +22,7 @@ from merging.commands import FileReadOptions, Info
 from merging.layer_spectra import LayerSpectrum, layer_spectra
 from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
 from merging.output import DTYPES, Output, align_columns, check_output
+from merging.overlap import print_overlaps
 from merging.recipe import RECIPE, describe_recipe, parse_recipe
 from merging.stored_layers import layers_in_file
 
@@ -32,11 +33,18 @@ SMALLEST_PLOTTED = 1e-12  # singular value on a logarithmic axis
 
 
 def run_info(options: Info) -> None:
-    """Prints the contents of a file; --plot draws the spectra as PNG.
+    """Prints the contents of a file, and --plot draws the spectra as PNG; of several files how much
+    they overlap.
 
     Raises UserError for a file that cannot be read.
     """
     path, plot = options.file, options.plot
+    if options.others:
+        if plot or options.overwrite:
+            flag = "--plot" if plot else "--overwrite"
+            raise UserError(f"{flag} is for the spectra of one file, got {1 + len(options.others)}")
+        print_overlaps((path, *options.others), options.files, options.top)
+        return
     if is_whole_model(path):
         if plot:
             raise UserError(
@@ -184,14 +192,15 @@ def _plot_spectra(spectra: Sequence[LayerSpectrum], path: Path, title: str) -> N
     series = {}
     for name in dict.fromkeys(layer.key[0] for layer in spectra):
         own = [layer for layer in spectra if layer.key[0] == name and layer.norm]
+        if not own:
+            continue
         medians = _median_values(own)
         label = f"{name}, median of {len(own)} layers"
         series[label] = (list(range(1, len(medians) + 1)), medians)
     for layer in sorted(spectra, key=lambda layer: -layer.norm)[:PLOTTED_LAYERS]:
         values = [max(value, SMALLEST_PLOTTED) for value in layer.sigma.tolist()]
-        series[".".join(layer.key)[-60:]] = (list(range(1, len(values) + 1)), values)
-    axes = ("index", "singular value of delta W")
-    pictures.plot_lines(series, path, axes=axes, title=title, log=True)
+        series[".".join(layer.key)] = (list(range(1, len(values) + 1)), values)
+    pictures.plot_spectra(series, path, title=title)
 
 
 def _median_values(spectra: Sequence[LayerSpectrum]) -> list[float]:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
+from lora_core.progress import track
 from merging.adapter_sums import LayerKey, layers_by_key
 from merging.factor_sums import one_thread
 from merging.svd import singular_values
@@ -73,9 +72,7 @@ def layer_spectra(state: AdapterState, path: str) -> Iterator[LayerSpectrum]:
     """The spectrum of every layer. `path` is for the progress bar and error messages."""
     layers = layers_by_key(state).items()
     with one_thread():
-        for key, lr in tqdm(
-            layers, desc=Path(path).name, unit="layer", disable=hides_progress(), leave=False
-        ):
+        for key, lr in track(layers, Path(path).name, "layer", len(layers)):
             try:
                 sigma = _spectrum(lr)
             except ValueError as error:

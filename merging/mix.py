@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress, print_note
+from lora_core.escaped_output import print_note
 from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from lora_core.formats.training_metadata import join_metadata
@@ -291,8 +291,7 @@ def merge_terms(
     tally = None
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense, stored)
-        if not hides_progress():
-            layers = _show_progress(layers, terms, stored, f"{method.method} of {len(terms)}")
+        layers = _show_progress(layers, terms, stored, f"{method.method} of {len(terms)}")
         if dtype is not None or keep:
             from merging.survival import SurvivalTally
 

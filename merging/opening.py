@@ -18,7 +18,6 @@ import models
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.formats.adapter_files import HOW_TO_DISTILL, load_mapped
 from lora_core.formats.known_formats import TOKEN_FORMATS, WRITABLE
 from lora_core.formats.layout import Layout
@@ -140,7 +139,7 @@ def open_each(
     Raises UserError as `open_adapter` does, with the models' names for files of different ones.
     """
     try:
-        shown = paths if hides_progress() else _show_progress(paths)
+        shown = _show_progress(paths)
         mapped = merging and len(paths) > MOST_IN_MEMORY
         if mapped:
             from merging.allocator import return_large_blocks
@@ -159,7 +158,7 @@ def _show_progress(paths: Sequence[str]) -> Iterator[str]:
     """The paths with a bar over the bytes of their files."""
     from merging.byte_progress import count_items
 
-    sized = [(path, os.path.getsize(path)) for path in paths]
+    sized = [(path, os.path.getsize(path) if os.path.exists(path) else 0) for path in paths]
     return count_items(sized, sum(size for _, size in sized), "reading")
 
 

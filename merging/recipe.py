@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress, one_line
+from lora_core.escaped_output import one_line
 from lora_core.formats.known_formats import PICKLED
 from lora_core.text import hide_home, read_text
 from merging.commands import flatten
@@ -103,9 +103,7 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def digest_inputs(inputs: Sequence[str]) -> dict[str, str]:
-    """Path -> `sha256_digest`, with a bar over the bytes that are read, on a terminal only."""
-    if hides_progress():
-        return {path: sha256_digest(path) for path in inputs}
+    """Path -> `sha256_digest`, with a bar over the bytes that are read."""
     from merging.byte_progress import ByteBar
 
     bar = ByteBar(sum(map(_hashed_bytes, inputs)), "hashing")

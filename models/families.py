@@ -56,7 +56,13 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
     """
     if is_single_file(path) and not how.family:
         return _single_file().load(path, how)
-    return _find_family(path, how.config, how.family).load(path, how)
+    family = _find_family(path, how.config, how.family).load(path, how)
+    if how.max_token_length and not hasattr(family, "max_token_length"):
+        raise UserError(
+            f"--max-token-length {how.max_token_length} has no effect: the family {how.family} "
+            "does not read prompts in chunks; leave it out"
+        )
+    return family
 
 
 def read_layout(path: str, config: str = "", family: str = "") -> Layout:
@@ -82,6 +88,16 @@ def read_schedule(
     if is_single_file(path) and not family:
         return _single_file().read_single_file_schedule(path, changes, resolution, config)
     return _find_family(path, config, family).read_schedule(path, changes, resolution)
+
+
+def families_with_preset(preset: str) -> tuple[str, ...]:
+    """The built-in families whose denoiser has a preset of targets of that name."""
+    owners = []
+    for name in dict.fromkeys(FAMILIES.values()):
+        module = importlib.import_module(name)
+        if preset in module.DENOISER_PRESETS:
+            owners.append(name.removeprefix("models."))
+    return tuple(owners)
 
 
 def save_family(

@@ -70,6 +70,7 @@ PRESETS = {  # component -> preset -> globs; the counts are those of 19 double a
     },
     "text_encoder": sd.PRESETS["text_encoder"],
 }
+DENOISER_PRESETS = tuple(PRESETS["transformer"])
 SHIFTS = (  # keys of scheduler_config.json that are read
     "shift",
     "use_dynamic_shifting",
@@ -274,6 +275,11 @@ def load(path: str, how: LoadOptions) -> Flux:
             f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector "
             "is used; leave it out"
         )
+    if how.max_token_length:
+        raise UserError(
+            f"--max-token-length has no effect: of the CLIP text encoder of {path} only the pooled "
+            "vector is used, and T5 reads --max-sequence-length tokens; leave it out"
+        )
     scheduler = _read_scheduler(path, how.scheduler)
     config = read_json(path, "transformer/config.json")
     latent_channels = read_json(path, "vae/config.json").get("latent_channels", 4)
@@ -413,4 +419,9 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
     network = plain.components["transformer"]
     named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
     components = {**plain.components, "transformer": named}
-    return replace(plain, components=components, network_module="networks.lora_flux")
+    return replace(
+        plain,
+        components=components,
+        network_module="networks.lora_flux",
+        implementation="https://github.com/black-forest-labs/flux",
+    )

@@ -41,11 +41,11 @@ class ClipSegmenter:
         self.network.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def find(self, image: Image.Image, words: str) -> Image.Image | None:
+    def find(self, image: Image.Image, words: str, temperature: float = 1.0) -> Image.Image | None:
         """The mask of an RGB image, in mode L and of its size; None where the words fit nothing.
 
-        They fit nothing where the mask is nowhere twice as bright as at its darkest pixel. Raises
-        UserError for weights that give NaN.
+        They fit nothing where the mask is nowhere twice as bright as at its darkest pixel. A
+        `temperature` above 1 makes masks softer. Raises UserError for weights that give NaN.
         """
         square = image.resize((self.side, self.side), Image.Resampling.BILINEAR)
         pixels = (image_to_tensor(square) / 255 - self.mean) / self.std
@@ -66,7 +66,7 @@ class ClipSegmenter:
                 f"the segmenter {self.path} gives NaN or infinity: its weights are damaged; "
                 "fetch it again"
             )
-        levels = mask_levels(logits.float().cpu())
+        levels = mask_levels(logits.float().cpu(), temperature)
         darkest, brightest = levels.min().item(), levels.max().item()
         if 2 * darkest >= brightest:
             return None
@@ -74,18 +74,18 @@ class ClipSegmenter:
         return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
-def mask_levels(logits: Tensor) -> Tensor:
+def mask_levels(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """[h, w] uint8 greys of a mask, from the logits [2, h, w] of the words and the empty prompt.
 
-    p = softmax over the two, plus 0.01, at most 1, as 255 p / max p (cloneofsimo's lora_ppim at its
-    temperature 1).
+    p = softmax over the two of logits / temperature, plus 0.01, at most 1, as 255 p / max p
+    (cloneofsimo's lora_ppim, whose --temp is 1).
     """
-    chances = (logits.softmax(0)[0] + BIAS).clamp(0, 1)
+    chances = ((logits / temperature).softmax(0)[0] + BIAS).clamp(0, 1)
     return (255 * chances / chances.max()).to(torch.uint8)
 
 
 def read_preparation(path: str) -> tuple[int, Tensor, Tensor]:
-    """(side in pixels, mean [3, 1, 1], std [3, 1, 1]) of the images that a CLIP network takes.
+    """(side in pixels, mean [3, 1, 1], std [3, 1, 1]) of the images that a network takes.
 
     They are in preprocessor_config.json, which recent versions of the library write into
     processor_config.json.
@@ -104,6 +104,8 @@ def read_preparation(path: str) -> tuple[int, Tensor, Tensor]:
     side: Any = size
     if isinstance(size, dict):
         side = size.get("height", size.get("shortest_edge"))
+    elif isinstance(size, list) and len(size) == 2 and size[0] == size[1]:  # OWL-ViT's
+        side = size[0]
     mean, std = table.get("image_mean"), table.get("image_std")
     is_side = type(side) is int and 1 <= side <= LARGEST_SIDE
     if not (is_side and _is_color(mean) and _is_color(std) and min(std) > 0):

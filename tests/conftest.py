@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
     prefix="lora_core_cache_"
 )  # a developer's own measurements are not what is tested
+os.environ["SOURCE_DATE_EPOCH"] = "1700000000"  # files of equal content have equal bytes
 os.fsync = lambda handle: None  # nothing here outlives a loss of power; a run waits 20 times
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
 COLOURS = ["red", "green", "blue", "pink", "navy"]
@@ -232,7 +233,7 @@ def config(model: Path, photos: Path, tmp_path: Path) -> Config:
         data=DataConfig(images=str(photos), resolution=16),
         optimizer=OptimizerConfig(lr={"denoiser": 1e-2}),
         stages=(Stage(steps=2),),
-        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",)),
+        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",), seeds=1, new_prompts=()),
         validation=ValidationConfig(bins=1),
     )
 
@@ -270,7 +271,7 @@ def plain(without_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.SampleImages, "draw", draw)
 
 
-def blank_grid(rows: Sequence[ImageRow], **_: str) -> Image.Image:
+def blank_grid(rows: Sequence[ImageRow], **_: Any) -> Image.Image:
     """One pixel in the place of a sheet of images, with what it says of them."""
     sheet = Image.new("RGB", (1, 1))
     cells = sheet.info[CELLS] = []

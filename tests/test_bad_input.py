@@ -275,8 +275,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"noise": {"shift": 3.0, "dynamic_shift": True}},
         "--noise.shift 3 gives another; choose one",
     ),
-    "shift": ({"noise": {"shift": 3.0}}, "have no effect on this model, which is no flow model"),
-    "guidance": ({"noise": {"guidance": 1.0}}, "--noise.guidance has no effect on this model"),
+    "shift": ({"noise": {"shift": 3.0}}, "Stable Diffusion, and --noise.shift 3 is for Flux"),
+    "guidance": (
+        {"noise": {"guidance": 1.0}},
+        "Stable Diffusion, and --noise.guidance 1 is for Flux; leave it out",
+    ),
     "density": (
         {"noise": {"density": "logit_normal", "density_args": {"meen": 1.0}}},
         "'meen'.*mean",
@@ -287,7 +290,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "encoders": (
         ONLY | {"tokens": {"encoders": ("t5",)}},
-        "--tokens.encoders has t5; the text encoders of this model are clip_l",
+        "Stable Diffusion, and --tokens.encoders t5 is for Flux; leave it out",
     ),
     "vectors of random": (ONLY | {"tokens": {"vectors": 0}}, "random"),
     "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),
@@ -343,11 +346,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "split": ({"data": {"split": "test"}}, "--data.split has no effect without --data.dataset"),
     "clip skip": ({"clip_skip": 9}, "--clip-skip is 9; expected 0 to 1"),
-    "sequence": ({"max_sequence_length": 9}, "--max-sequence-length has no effect"),
+    "sequence": ({"max_sequence_length": 9}, "--max-sequence-length 9 is for Flux"),
     "negative": ({"samples": {"negative": "ugly"}}, "--samples.negative has no effect"),
     "warm-up": (
         {"optimizer": {"warmup": 3}, "stages": (Stage(5), Stage(2))},
         "--optimizer.warmup is 3 steps, longer than stage 1 of 2",
+    ),
+    "a stage's warm-up": (
+        {"stages": (Stage(2, warmup=3),)},
+        "--stages.0.warmup is 3 steps, longer than stage 0 of 2",
     ),
     "every stage's norm": (
         ONLY | {"tokens": {"norm": "rescale"}, "stages": (Stage(2, ("tokens",), norm="none"),)},

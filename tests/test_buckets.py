@@ -109,6 +109,86 @@ def test_sizes_are_all_that_fit_but_those_inside_a_longer_one(step, more):
     assert all(any(h <= H and w <= W for H, W in found) for h, w in every)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 20), st.integers(8, 600), st.integers(0, 900))
+def test_sizes_between_given_sides_are_those_of_sd_scripts(step8, less, more, longer):
+    step = 8 * step8
+    resolution = step + more
+    low, high = max(step, resolution - less * step), resolution + longer
+    rounded = low // step * step, -(-high // step) * step
+    theirs = kohya_sizes(resolution**2, *rounded, step)
+    assert set(buckets.bucket_sizes(resolution, step, low, high)) == theirs
+
+
+def kohya_kept(width, height, area, step):
+    """(bucket, resized size), (w, h): sd-scripts' BucketManager.select_bucket with no_upscale."""
+
+    def round_to_steps(x):
+        x = int(x + 0.5)
+        return x - x % step
+
+    resized = (width, height)
+    aspect = width / height
+    if width * height > area:
+        wide = math.sqrt(area * aspect)
+        by_width = round_to_steps(wide)
+        width_error = abs(by_width / round_to_steps(by_width / aspect) - aspect)
+        by_height = round_to_steps(area / wide)
+        height_error = abs(round_to_steps(by_height * aspect) / by_height - aspect)
+        resized = (int(by_height * aspect + 0.5), by_height)
+        if width_error < height_error:
+            resized = (by_width, int(by_width / aspect + 0.5))
+    return tuple(side - side % step for side in resized), resized
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(64, 3000), st.integers(64, 3000), st.sampled_from([256, 512, 768, 1024]))
+def test_images_that_are_not_enlarged_have_the_buckets_of_sd_scripts(w, h, resolution):
+    own = ImageSettings(resolution, buckets=True, bucket_upscale=False, bucket_step=32)
+    try:
+        bucket, resized = kohya_kept(w, h, resolution**2, 32)
+    except ZeroDivisionError:  # it has no bucket for so long an image
+        return
+    if 0 in bucket:
+        with pytest.raises(UserError, match=r"less than --data\.bucket-step 32 on a side"):
+            buckets.cut_size(own, (h, w), "a.png")
+        return
+    assert buckets.kept_size(own, (h, w)) == resized[::-1]
+    assert buckets.cut_size(own, (h, w)) == bucket[::-1]
+    assert math.prod(bucket) <= resolution**2 * (1 + 32 / min(bucket)) ** 2
+
+
+def test_an_image_that_is_not_enlarged_is_cut_out_of_its_own_pixels(folder):
+    """A small image loses its edges alone; a large one is scaled to the area first."""
+    own = ImageSettings(32, buckets=True, bucket_upscale=False, bucket_step=8)
+    dataset = ImageDataset(scan_folder(folder), own)
+    for index, (w, h) in enumerate(SHAPES):
+        height, width = dataset.sizes[index]
+        example = dataset.example(index, 0)
+        assert example.pixels.shape[1:] == (height, width)
+        if w * h <= 32**2:
+            assert (height, width) == (h // 8 * 8, w // 8 * 8)
+            image = noise_image(w, h, seed=index)
+            top, left = round((h - height) / 2), round((w - width) / 2)
+            cut = image.crop((left, top, left + width, top + height))
+            assert torch.equal(example.pixels, pixels_of(cut)) and example.crop == (top, left)
+    assert describe_upscaled(dataset) == ""
+    larger = dataset.example(0, 0, (48, 48))  # another's size: it is enlarged to cover that
+    assert larger.pixels.shape[1:] == (48, 48)
+    keys = {dataset.cache_key(dataset.records[0], 0)}
+    enlarged = ImageDataset(scan_folder(folder), ImageSettings(16, buckets=True, bucket_step=8))
+    keys.add(enlarged.cache_key(enlarged.records[0], 0))
+    assert dataset.sizes[0] == enlarged.sizes[0] and len(keys) == 2
+
+
+def test_limits_of_buckets_that_leave_out_the_resolution_are_refused():
+    for limits in ({"bucket_min": 65}, {"bucket_max": 63}):
+        with pytest.raises(UserError, match=r"without --data\.resolution 64"):
+            ImageSettings(64, buckets=True, **limits)
+    with pytest.raises(UserError, match=r"--data\.zoom 1\.5 enlarges images"):
+        ImageSettings(64, buckets=True, bucket_upscale=False, crop="random", zoom=1.5)
+
+
 def test_a_step_beyond_the_resolution_is_refused():
     for resolution, step in ((63, 64), (64, 0)):
         with pytest.raises(UserError, match=r"--data\.bucket-step is"):

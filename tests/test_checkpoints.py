@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from lora_core import formats
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
+from lora_core.formats import Layout
 from tests.conftest import distance, final, learned, rows, same
 
 
@@ -75,8 +77,8 @@ def test_the_files_of_a_resumed_run_are_those_of_the_run_left_alone(
         "checkpoints/4",
         "samples",
         "run.safetensors",
-        "checkpoints/2/2.safetensors",
-        "checkpoints/2/2_emb.safetensors",
+        "checkpoints/2/run-000002.safetensors",
+        "checkpoints/2/run-000002_emb.safetensors",
     ):
         shutil.rmtree(run / file) if (run / file).is_dir() else (
             run / file
@@ -103,3 +105,28 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said(
     assert (
         "is of an earlier version and does not say what it was made from" in capsys.readouterr().out
     )
+
+
+def test_files_of_checkpoints_are_named_after_the_run_and_older_names_are_read(
+    config: Config, quick: None, layout: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, stages=(Stage(2, groups=("denoiser", "tokens")),), save_every=2)
+    run = train.train(config)
+    folder = run / "checkpoints" / "2"
+    names = ("run-000002.safetensors", "run-000002_emb.safetensors")
+    assert {file.name for file in folder.glob("run*")} == set(names)
+    state = formats.load(folder, layout)
+    assert state.tokens and formats.load(folder / names[0], layout).components
+    for name in names:  # as an earlier version called them
+        (folder / name).rename(folder / name.replace("run-000002", "2"))
+    earlier = formats.load(folder, layout)
+    assert earlier.metadata == state.metadata and earlier.tokens.keys() == state.tokens.keys()
+    capsys.readouterr()
+    train.train(replace(config, resume=True))
+    assert "missing or damaged" not in capsys.readouterr().out
+    assert not list(folder.glob("run*"))
+    (folder / "2_emb.safetensors").unlink()  # then all of them are written, under their names now
+    train.train(replace(config, resume=True))
+    assert {file.name for file in folder.glob("run*")} == set(names)
+    shutil.copy(folder / names[1], folder / "2_emb.safetensors")
+    assert formats.load(folder, layout).tokens.keys() == state.tokens.keys()  # both names are there

@@ -10,6 +10,7 @@ import pytest
 
 from lora_core.command_line import parse_command_line
 from lora_core.config import Config
+from lora_core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
@@ -126,3 +127,51 @@ def test_arguments_that_are_given_stay(toml: str, capsys: pytest.CaptureFixture[
     assert not capsys.readouterr().err
     without_file = parse("--optimizer.name", "prodigy", "--optimizer.args", "d0=1e-4")
     assert without_file.optimizer.args == {"d0": 1e-4}
+
+
+# ---------------------------------------------------------------- rates of all groups, stages
+
+
+@pytest.mark.parametrize(
+    ("words", "lr"),
+    [
+        (["1e-4"], {"all": 1e-4}),
+        (["tokens=1e-3", "1e-4"], {"tokens": 1e-3, "all": 1e-4}),
+        (["denoiser=2"], {"denoiser": 2.0}),
+    ],
+)
+def test_a_number_alone_is_a_rate_of_all_groups(words: list[str], lr: dict[str, float]) -> None:
+    assert parse("--optimizer.lr", *words).optimizer.lr == lr
+    assert parse("--stages.0.lr", *words).stages[0].lr == lr
+    assert parse("--optimizer.weight-decay", *words).optimizer.weight_decay == lr
+    with pytest.raises(UserError, match="expected KEY=VALUE, got 3"):
+        parse("--adapter.rank-pattern", "3")  # a table of globs has no such number
+
+
+def test_a_file_has_a_number_for_all_groups(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[optimizer]\nlr = 1e-4\n[[stages]]\nlr = 2\n")
+    config = parse(str(path))
+    assert config.optimizer.lr == {"all": 1e-4} and config.stages[0].lr == {"all": 2.0}
+    path.write_text("[[stages]]\nsteps = 1\n[[stages]]\nlr = true\n")
+    with pytest.raises(UserError, match=r"stages.1.lr is True, expected a number for all groups"):
+        parse(str(path))
+
+
+def test_stages_are_added_by_flags(toml: str) -> None:
+    words = ("--stages.1.steps", "200", "--stages.1.groups", "denoiser", "--stages.2.lr", "1e-5")
+    config = parse(toml, *words)
+    assert [stage.steps for stage in config.stages] == [1000, 200, 1000]
+    assert config.stages[0].lr == {"denoiser": 2.0} and config.stages[2].lr == {"all": 1e-5}
+    assert len(parse("--stages.1.steps=7").stages) == 2
+
+
+def test_stages_are_added_to_none(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("stages = []\n")
+    assert [stage.steps for stage in parse(str(path), "--stages.0.steps", "9").stages] == [9]
+
+
+def test_a_gap_between_stages_is_refused(toml: str) -> None:
+    with pytest.raises(UserError, match=r"--stages.3 leaves a gap: .* the next is --stages.1"):
+        parse(toml, "--stages.3.steps", "5")

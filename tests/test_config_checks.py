@@ -56,6 +56,9 @@ def test_push_targets_and_logins_are_tried_before_data_is_read(
             if repo_id != "me/mine":
                 raise PermissionError(f"no right to write to {repo_id}\nmore")
 
+        def model_info(self, repo_id: str) -> object:
+            return types.SimpleNamespace(private=repo_id == "me/mine")
+
     monkeypatch.setattr(card, "HfApi", Api)
     nowhere = replace(config, data=DataConfig(images="nowhere"), adapter=AdapterConfig(rank=2))
     with pytest.raises(

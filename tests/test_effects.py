@@ -18,20 +18,21 @@ from torch import Tensor
 
 import models.flux
 import train
-from lora_core.adapters import adapter_module, kinds
+from lora_core.adapters import adapter_module, kinds, norm_limits
 from lora_core.config import Config, SamplesConfig, Stage, ValidationConfig
-from lora_core.data import dataset
+from lora_core.data import dataset, records
 from lora_core.diffusion import densities, generation, losses, masked_losses, noise
 from lora_core.diffusion.losses import mse
 from lora_core.diffusion.sampling import SAMPLERS
 from lora_core.errors import UserError
 from lora_core.optim import building, ema, gradients, schedules
-from lora_core.runs import reports
+from lora_core.runs import trackers
 from tests import tiny_flux
 from tests.test_configs import put
 from training import checkpoints, cuda_graph, processes, results, run_adapters, scores, setup
 from training import step as step_module
 from training.checks import config_checks
+from training.headers import file_header
 from training.inputs import latent_cache, step_inputs, training_images
 from training.probes import effects
 
@@ -205,6 +206,18 @@ def with_samples(writer: str, **fixed: Any) -> Any:
     return results, writer, disable
 
 
+def with_files(**fixed: Any) -> Any:
+    """The header of files, with some options of [files] fixed."""
+
+    def disable(whole: Any) -> Any:
+        def make(header: Any, config: Config, *rest: Any) -> None:
+            whole(header, put(config, {f"files.{k}": v for k, v in fixed.items()}), *rest)
+
+        return make
+
+    return file_header.FileHeader, "__init__", disable
+
+
 def even(mask: Tensor, temperature: float) -> Tensor:
     return torch.ones_like(mask)
 
@@ -213,17 +226,30 @@ NO_MASK = masked_losses.MaskScale(even, masked_losses.MASK_SCALES["mean"].factor
 BLUNT = masked_losses.MaskScale(
     lambda mask, temperature: mask, masked_losses.MASK_SCALES["mean"].factor
 )
+
+
+def one_caption(caption: str) -> dict[str, Any]:
+    return {"data.captions": "one", "data.caption": caption}
+
+
+def without_tags(**fixed: Any) -> Any:
+    return with_settings(dataset, "compose_caption", 1, **fixed)
+
+
 LEVELS, NOISE = (noise, "sample_levels"), (noise, "sample_noise")
 INJECT = (run_adapters.injection, "inject")
 SPEC = with_settings
 MASKS: dict[str, Any] = {"data.masks": "file", "stages.0.steps": 1}
 PRIOR: dict[str, Any] = {"prior.prompt": "a cat", "prior.count": 2}
 FOUR_STEPS = {"samples.steps": 4}
+SHUFFLES: dict[str, Any] = {"data.shuffle_caption": True}
+FIXED_TEXTS = instead(records, "add_fixed_texts", lambda texts, settings: tuple(texts))
 TOKEN_STAGE: dict[str, Any] = {"stages.0.groups": BOTH}
 
 # Option -> its value, what else it needs, and the function that is switched off.
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "clip_skip": (1, {}, with_settings(setup, "load_family", 1, clip_skip=0)),
+    "max_token_length": (150, {}, with_settings(setup, "load_family", 1, max_token_length=0)),
     "seed": (3, {}, (step_inputs, "RandomKeys", lambda f: lambda seed, *rest: f(0, *rest))),
     "processes": (2, {"batch_size": 1}, given(dataset, "iterate_batches", batch=1)),
     "quantize": (
@@ -294,6 +320,21 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"data.buckets": True, "batch_size": 1},
         instead(dataset, "cut_size", lambda *_: (14, 18)),
     ),
+    "data.bucket_min": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_min=0),
+    ),
+    "data.bucket_max": (
+        16,
+        {"data.buckets": True, "data.bucket_step": 2},
+        with_settings(dataset, "cut_size", 0, bucket_max=0),
+    ),
+    "data.bucket_upscale": (
+        False,
+        {"data.buckets": True, "data.bucket_step": 2, "data.resolution": 64},
+        with_settings(dataset, "cut_size", 0, bucket_upscale=True),
+    ),
     "data.interpolation": (
         "lanczos",
         {},
@@ -314,6 +355,32 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         instead(
             dataset.ImageDataset, "_choose_caption", lambda self, r, visit: (r.captions[0], False)
         ),
+    ),
+    "data.caption_lines": (
+        "first",
+        {"data.captions": "object", "data.caption": "TOK"},
+        FIXED_TEXTS,
+    ),
+    "data.caption_prefix": ("best", {}, FIXED_TEXTS),
+    "data.caption_suffix": ("side", {}, FIXED_TEXTS),
+    "data.wildcards": (True, one_caption("{a|b} TOK"), without_tags(wildcards=False)),
+    "data.shuffle_caption": (True, one_caption("TOK, a, b"), without_tags(shuffle_caption=False)),
+    "data.keep_tokens": (1, SHUFFLES | one_caption("TOK, a, b"), without_tags(keep_tokens=0)),
+    "data.keep_tokens_separator": (
+        "|||",
+        SHUFFLES | one_caption("TOK ||| a, b"),
+        without_tags(keep_tokens_separator=""),
+    ),
+    "data.tag_dropout": (0.5, one_caption("TOK, a, b"), without_tags(tag_dropout=0.0)),
+    "data.tag_separator": (
+        ".",
+        SHUFFLES | one_caption("TOK. a, b"),
+        without_tags(tag_separator=","),
+    ),
+    "data.secondary_separator": (
+        ";",
+        one_caption("TOK;a, b"),
+        without_tags(secondary_separator=""),
     ),
     "data.repeats": (2, {}, given(dataset, "scan_folder", repeats=1)),
     "data.masks": ("file", {}, instead(masked_losses.MASK_SCALES, "mean", NO_MASK)),
@@ -383,8 +450,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (
             setup.learned_tokens,
             "make_placeholders",
-            lambda f: lambda i, vectors, layers: f(i, [1] * len(vectors), layers=layers),
+            lambda f: lambda i, vectors, **k: f(i, [1] * len(vectors), **k),
         ),
+    ),
+    "tokens.names": (
+        ("<s1>", "<s2>"),
+        TOKEN_STAGE,
+        given(setup.learned_tokens, "make_placeholders", names=()),
     ),
     "tokens.per_layer": (
         True,
@@ -403,6 +475,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         (setup.learned_tokens, "_norm_target", lambda f: lambda rows, wanted: f(rows, 0.0)),
     ),
     "noise.offset": (0.1, {}, SPEC(*NOISE, 2, offset=0.0)),
+    "noise.adaptive_offset": (2.0, {"noise.offset": 0.1}, SPEC(*NOISE, 2, adaptive_offset=0.0)),
     "noise.multires_levels": (3, {}, SPEC(*NOISE, 2, multires_levels=0)),
     "noise.multires_discount": (
         0.5,
@@ -474,6 +547,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         instead(schedules.SCHEDULES, "linear", constant),
     ),
     "optimizer.warmup": (2, {"stages.0.steps": 5}, (schedules, "resolve_schedule", without_warmup)),
+    "optimizer.lr_pattern": (
+        {"*.to_q": 0.5},
+        {},
+        instead(run_adapters, "layer_rates", lambda *_: {}),
+    ),
     "optimizer.lora_plus": (
         4.0,
         {},
@@ -483,6 +561,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         1e-6,
         {},
         (gradients, "clip_gradients_", lambda f: lambda params, limit: f(params, 1e9)),
+    ),
+    "optimizer.max_update_norm": (
+        1e-6,
+        {},
+        instead(
+            step_module, "limit_update_norms_", lambda *_, **__: norm_limits.LimitedNorms(0, 0)
+        ),
     ),
     "stages.groups": (("denoiser",), {}, (train, "begin_stage", frozen_parameter)),
     "stages.lr": (
@@ -501,6 +586,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"stages.0.steps": 5},
         instead(schedules.SCHEDULES, "linear", constant),
     ),
+    "stages.warmup": (2, {"stages.0.steps": 5}, (schedules, "resolve_schedule", without_warmup)),
     "stages.low": (0.2, {}, given(*LEVELS, low=0.0)),
     "stages.high": (0.8, {}, given(*LEVELS, high=1.0)),
     "stages.norm": ("rescale", TOKEN_STAGE, instead(step_module, "control_token_norms", nothing)),
@@ -508,7 +594,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     # what a run writes
     "save_every": (1, {"keep": 3}, (checkpoints.Checkpoints, "write", first_call_only)),
     "keep": (1, {"save_every": 1}, given(processes, "hold_run", keep=5)),
-    "samples.every": (1, {}, instead(train, "save_sample_grid", nothing)),
+    "samples.every": (1, {}, instead(train, "save_sample_grid", lambda *_: [])),
     "samples.sampler": ("dpmpp_2m", FOUR_STEPS, instead(SAMPLERS, "dpmpp_2m", SAMPLERS["ddim"])),
     "samples.sampler_args": (
         {"eta": 1.0},
@@ -543,6 +629,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {},
         instead(results.SampleImages, "_prompts", lambda self: {"a TOK": False}),
     ),
+    "samples.seeds": (3, {}, instead(results.SampleImages, "seeds", 1)),
     "samples.new_prompts": (("a TOK",), {}, with_samples("before_after_grid", new_prompts=())),
     "samples.show_data": (True, {}, with_samples("before_after_grid", show_data=False)),
     "samples.strengths": ((0.0, 1.0), {}, with_samples("save_sample_grid", strengths=(1.0,))),
@@ -561,7 +648,17 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"data.images": "DAMAGED"},
         instead(setup.training_images, "write_left_out", nothing),
     ),
-    "report": ("tensorboard", {}, instead(reports.SINKS, "tensorboard", nothing)),
+    "report": ("tensorboard", {}, instead(trackers.SINKS, "tensorboard", nothing)),
+    "files.precision": ("fp16", {}, instead(checkpoints, "fitting_dtype", nothing)),
+    "files.header": ("short", {}, with_files(header="full")),
+    "files.title": ("A", {}, with_files(title="")),
+    "files.author": ("A", {}, with_files(author="")),
+    "files.description": ("A", {}, with_files(description="")),
+    "files.license": ("mit", {}, with_files(license="")),
+    "files.tags": ("a, b", {}, with_files(tags="")),
+    "files.trigger": ("A", {}, with_files(trigger="")),
+    "files.thumbnail": (8, {}, instead(results, "add_manager_files", lambda *_, **__: [])),
+    "files.sidecars": (True, {}, instead(results, "add_manager_files", lambda *_, **__: [])),
 }
 
 
@@ -586,7 +683,8 @@ FLUX: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 # Options that no small run shows: their probes are called in tests/test_input_probes.py and
 # tests/test_model_probes.py.
-ELSEWHERE = {"data.dropped", "data.mask_use", "data.pairs", "data.streaming", "offload", "shard"}
+ELSEWHERE = {"data.dropped", "data.mask_use", "data.pairs", "data.streaming", "data.subsets"}
+ELSEWHERE |= {"offload", "shard"}
 
 
 def test_each_option_that_a_run_looks_at_is_switched_off_here() -> None:
@@ -639,8 +737,10 @@ def test_an_option_whose_implementation_is_off_is_an_error(
     else:
         monkeypatch.setattr(place, name, disable(getattr(place, name)))
     monkeypatch.setattr(config_checks.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(reports, "check_login", nothing)
+    monkeypatch.setattr(trackers, "check_login", nothing)
     flag = option.replace("stages.", "stages.0.").replace("_", "-")
-    with pytest.raises(UserError, match=f"^--{flag} .* had no effect") as caught:
+    section, _, own = flag.rpartition(".")
+    given = f"--{section}.no-{own} had" if value is False else f"--{flag} .* had"
+    with pytest.raises(UserError, match=f"^{given} no effect") as caught:
         train.train(config)
     print(caught.value)

@@ -37,7 +37,7 @@ PHASES = {
     "checkpoint's json": r"open run/checkpoints/\.8.tmp/state.json",
     "checkpoint's checksums": r"open run/checkpoints/\.8.tmp/checksums",
     "checkpoint's LoRA": r"open run/checkpoints/8/\.pytorch_lora",
-    "checkpoint's tokens": r"open run/checkpoints/8/\.8_emb",
+    "checkpoint's tokens": r"open run/checkpoints/8/\.run-000008_emb",
     "samples": r"open run/samples/\.step_000006",
     "last checkpoint": r"os.mkdir run/checkpoints/\.12",
     "LoRA": r"open run/\.run\.",

@@ -25,18 +25,29 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 # A reader looks for the tests of a file in tests/test_NAME.py, except for those here.
 TESTED_BY = {
     "benchmarks/layer_contenders.py": "test_contenders.py",
+    "lora_core/flag_values.py": "test_other_flags.py",
+    "lora_core/program_flags.py": "test_other_flags.py",
+    "lora_core/script_pages.py": "test_instant_answers.py",
+    "lora_core/trainer_flags.py": "test_other_flags.py",
     "lora_core/kernels/flat_steps.py": "test_steps.py",
     "lora_core/kernels/linear_builds.py": "test_ahead.py",
     "lora_core/kernels/linear_kernels.py": "test_linear.py",
     "lora_core/kernels/linear_tables.py": "test_linear.py",
     "lora_core/kernels/linear_tiles.py": "test_linear.py",
     "lora_core/kernels/optimizer_kernels.py": "test_optimizers.py",
+    "lora_core/subset_options.py": "test_subsets.py",
+    "training/checks/pair_checks.py": "test_pairs.py",
+    "training/translation/kohya_data.py": "test_kohya_dataset.py",
+    "training/translation/kohya_objective.py": "test_kohya_runs.py",
+    "training/translation/kohya_options.py": "test_kohya_runs.py",
+    "training/translation/kohya_outputs.py": "test_kohya_prompts.py",
+    "training/translation/kohya_steps.py": "test_kohya_dataset.py",
 }
 THEMES = {  # test files that are named after what cuts across many modules
     "advice", "bad_input", "config_layers", "configs", "corrupt", "damage", "docs", "dropped",
-    "example_kinds", "families_load", "files_load", "full_disk", "fuzz", "house", "installation",
-    "kills", "large_models", "large_sets", "loss_examples", "objectives", "packed_turns", "resume",
-    "soak", "toy", "trained_files", "traps", "web_demo",
+    "example_kinds", "families_load", "files_load", "first_machines", "full_disk", "fuzz", "house",
+    "installation", "kills", "large_models", "large_sets", "loss_examples", "objectives",
+    "packed_turns", "resume", "soak", "toy", "trained_files", "traps", "web_demo",
 }  # fmt: skip
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}
 

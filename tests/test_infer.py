@@ -1,19 +1,22 @@
 """infer.py: what its words mean, that a picture's recipe redraws it, and what it refuses."""
 
 from collections.abc import Callable
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
 import infer
 from lora_core import formats, patch
 from lora_core.diffusion.sampling import SAMPLERS
 from lora_core.formats import embeddings
+from lora_core.runs import pictures
 from lora_core.runs.loras import RunSettings
 from models import load_family
 from tests.tiny_pipeline import random_state, save_sd_pipeline
@@ -170,7 +173,16 @@ def test_batches_files_and_grids_show_the_same_pictures(folder: Path) -> None:
     "axis",
     ["strength=0:1:0.5", "lora1.unet=0:1:1", "text=0,2", "guidance=1,3", "steps=2,4", "seed=0:2"],
 )
-def test_each_axis_changes_the_picture(folder: Path, axis: str) -> None:
+def test_each_axis_changes_the_picture(
+    folder: Path, axis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheets = []
+
+    def look(*args: Any, **words: Any) -> Image.Image:
+        sheets.append(pictures.draw_grid(*args, **words))
+        return sheets[-1]
+
+    monkeypatch.setattr(infer, "draw_grid", look)
     words = [
         "--lora",
         str(folder / "a"),
@@ -181,7 +193,8 @@ def test_each_axis_changes_the_picture(folder: Path, axis: str) -> None:
     ]
     draw(folder, "grid.png", *words, "--grid", axis)
     sheet = Image.open(folder / "grid.png")
-    cells = [sheet.crop((14 + 202 * i, 48, 14 + 202 * i + 192, 240)).tobytes() for i in range(2)]
+    boxes = [cell["box"] for cell in sheets[0].info[pictures.CELLS]]
+    cells = [sheet.crop(box).tobytes() for box in boxes]
     assert cells[0] != cells[1]
     again = ["--from", str(folder / "grid.png"), "--out", str(folder / "again.png")]
     assert infer.main([*again, "--overwrite"]) == 0
@@ -384,11 +397,20 @@ def test_a_clip_skip_that_is_given_wins_over_that_of_the_loras_run(
     assert opened[0].clip_skip == used and opened[0].max_sequence_length == 77
 
 
-@pytest.mark.parametrize("many", [["--count", "2"], ["--grid", "seed=0:2"], []])
+@pytest.mark.parametrize(
+    "ending, many",
+    [
+        (".png", ["--count", "2"]),
+        (".png", ["--grid", "seed=0:2"]),
+        (".png", []),
+        (".gif", ["--grid", "seed=0:2"]),
+        (".webp", ["--grid", "seed=0:2"]),
+    ],
+)
 def test_images_that_exist_are_not_replaced(
-    folder: Path, tmp_path: Path, many: list[str], capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, ending: str, many: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "x.png"
+    out = tmp_path / f"x{ending}"
     last = tmp_path / "x_001.png" if many[:1] == ["--count"] else out
     last.write_bytes(b"a photo")
     words = ["--model", str(folder / "model"), "--prompt", "a", "--steps", "1", *many]
@@ -514,3 +536,130 @@ def test_what_can_be_listed_is_listed(capsys: pytest.CaptureFixture[str]) -> Non
     assert infer.main(["--list", "samplers"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in SAMPLERS) and "eta=0.0" in out
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """A run's folder with three checkpoints, with steps and tokens of their own, and its end, which
+    the last of them is.
+    """
+    run = folder / "run"
+    layout = load_family(str(folder / "model")).layout
+    for step in (5, 10, 20):
+        state = random_state(save_sd_pipeline(folder / "scratch"), seed=step)
+        rows = torch.randn(2, 16, generator=torch.Generator().manual_seed(step))
+        state.tokens, state.token_names = {"clip_l": rows}, ("<s0>", "<s1>")
+        state.metadata = embeddings.placeholder_header({"TOK": ("<s0>", "<s1>")})
+        place = run / "checkpoints" / str(step)
+        place.mkdir(parents=True)
+        formats.save_run(state, place, layout=layout)
+    formats.save_run(state, run, layout=layout)
+    (run / "summary.json").write_text('{"steps": 20}')
+    return run
+
+
+@pytest.mark.parametrize(
+    "other, single",
+    [
+        ("seed=3,4", [["--seed", "3"], ["--seed", "4"]]),
+        ("strength=0.5,2", [[":0.5"], [":2"]]),
+        ("", [[]]),
+    ],
+)
+def test_a_grid_over_checkpoints_has_the_images_of_each(
+    folder: Path, run: Path, other: str, single: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images are those of one call for each checkpoint, with its own tokens; the recipe draws
+    the sheet again.
+    """
+    sheets = []
+
+    def look(rows: Any, title: str) -> Image.Image:
+        sheets.append(rows)
+        return pictures.draw_grid(rows, title=title)
+
+    monkeypatch.setattr(infer, "draw_grid", look)
+    axes = ["--grid", f"checkpoint={run}", *(["--grid", other] if other else [])]
+    drawn = draw(folder, "checkpoints.png", "--prompt", "a TOK", *axes)
+    (rows,) = sheets
+    files = {"step 5": run / "checkpoints" / "5", "step 10": run / "checkpoints" / "10"}
+    files["step 20, the end"] = run
+    names = [row.label for row in rows] if other else rows[0].captions
+    assert names == list(files)
+    images = list(chain.from_iterable(row.images for row in rows))
+    assert len({image.tobytes() for image in images}) == len(images)
+    for number, (file, words) in enumerate(product(files.values(), single)):
+        strength = words[0] if words[:1] and words[0][0] == ":" else ""
+        seed = words if len(words) == 2 else []
+        one = draw(folder, "one.png", "--prompt", "a TOK", "--lora", f"{file}{strength}", *seed)
+        assert images[number].tobytes() == one
+    again = ["--from", str(folder / "checkpoints.png"), "--out", str(folder / "again.png")]
+    assert infer.main([*again, "--overwrite"]) == 0
+    assert Image.open(folder / "again.png").tobytes() == drawn
+
+
+def test_checkpoints_come_after_the_loras_that_are_given(folder: Path, run: Path) -> None:
+    words = ["--prompt", "a TOK TOK2", "--lora", f"{folder / 'a'}:0.5"]
+    axis = ["--grid", f"checkpoint={run}:0.7"]
+    draw(folder, "both.webp", *words, *axis)
+    draw(folder, "last.png", *words, "--lora", f"{run}:0.7")
+    first, *_, last = frame_errors(folder / "both.webp", folder / "last.png")
+    assert last < 6 and last < first / 2
+
+
+def frame_errors(animation: Path, image: Path) -> list[float]:
+    """The mean difference of each frame to an image, in 8-bit steps; WebP is lossy."""
+    frames = Image.open(animation)
+    wanted = Image.open(image).resize((256, 256), Image.Resampling.LANCZOS)
+    errors = []
+    for place in range(frames.n_frames):
+        frames.seek(place)
+        drawn = frames.convert("RGB").crop((0, 0, 256, 256))
+        errors.append(max(ImageStat.Stat(ImageChops.difference(drawn, wanted)).mean))
+    return errors
+
+
+@pytest.mark.parametrize("out", ["alpha.gif", "alpha.webp"])
+def test_strengths_become_frames(
+    folder: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(folder, out, "--prompt", "a", "--lora", str(folder / "a"), "--grid", "strength=0:1:0.25")
+    said = capsys.readouterr().err
+    assert f"{out}: 5 frames of 0.2 s, the first and the last 1 s, 2.6 s in all" in said
+    assert Image.open(folder / out).n_frames == 5
+
+
+def test_animations_and_checkpoints_that_cannot_be_are_refused(
+    folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "two.txt").write_text("a\nb\n")
+    seeds, strengths = ["--grid", "seed=0:2"], ["--grid", "strength=0,1"]
+    one, lora = ["--prompt", "a"], ["--lora", str(folder / "a")]
+    mistakes = [
+        ([*one, "--out", "x.gif"], "an animation, over one --grid axis"),
+        ([*one, *lora, *seeds, *strengths, "--out", "x.gif"], "an animation, over one"),
+        (["--prompts", str(folder / "two.txt"), *seeds, "--out", "x.webp"], "and of one prompt"),
+        ([*one, *seeds, "--out", "x.jpg"], ".png"),
+        ([*one, *seeds, *seeds], "seed twice"),
+        ([*one, "--grid", "checkpoint="], "expected checkpoint=RUN"),
+        ([*one, "--grid", f"checkpoint={folder / 'model'}"], "no run with checkpoints"),
+        ([*one, "--grid", f"checkpoint={run}", "--lora", str(run)], "leave --lora out"),
+        ([*one, "--grid", f"checkpoint={run}", "--grid", "lora1.unet=0,1"], "1 given"),
+    ]
+    for words, sentence in mistakes:
+        assert infer.main(["--model", str(folder / "model"), *words]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not Path("x.gif").exists()
+
+
+@pytest.mark.parametrize("words", [["--stream"], ["--quantize", "int8"]])
+def test_checkpoints_are_drawn_by_models_that_change(
+    folder: Path, run: Path, words: list[str]
+) -> None:
+    """Quantized and streamed models are read anew for each checkpoint."""
+    pytest.importorskip("torchao") if "int8" in words else None
+    more = ["--prompt", "a TOK", *words]
+    draw(folder, "changed.webp", *more, "--grid", f"checkpoint={run}")
+    draw(folder, "changed.png", *more, "--lora", str(run))
+    first, *_, last = frame_errors(folder / "changed.webp", folder / "changed.png")
+    assert last < 6 and last < first / 2

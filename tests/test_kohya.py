@@ -101,6 +101,8 @@ def test_kohya_names_and_header_are_those_of_sd_scripts(pipe, pipe_layout, tmp_p
         "ss_output_name": "dog",
         "modelspec.title": "dog",
         "modelspec.architecture": "arch/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.hash_sha256": f"0x{hashlib.sha256(body).hexdigest()}",
     }
     formats.save(
         random_state(pipe, mixed=True, dora=True),

@@ -455,3 +455,16 @@ def test_masks_without_images_are_named(tmp_path: Path) -> None:
         save_gray_square(tmp_path / name)
     with pytest.raises(UserError, match=r"but 2 masks, first a\.mask\.png"):
         scan_folder(tmp_path)
+
+
+def test_masks_by_index_belong_to_the_images_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """lora_pti --use_face_segmentation_condition; a set with a gap belongs to no image."""
+    for number, name in enumerate(("kiriko b.png", "kiriko a.jpg")):
+        save_gray_square(tmp_path / name)
+        save_gray_square(tmp_path / f"{number}.mask.png")
+    records = scan_folder(tmp_path, caption="x", masks="file")
+    found = {r.path.name: r.mask_path.name for r in records if r.mask_path}
+    assert found == {"kiriko a.jpg": "0.mask.png", "kiriko b.png": "1.mask.png"}
+    (tmp_path / "1.mask.png").rename(tmp_path / "2.mask.png")
+    with pytest.raises(UserError, match=r"\.mask\.png"):
+        scan_folder(tmp_path, caption="x", masks="file")

@@ -2,6 +2,7 @@
 example's key alone.
 """
 
+import itertools
 import math
 
 import pytest
@@ -353,6 +354,29 @@ SHAPE = (3, 16, 12)
 def test_plain_noise_is_white_and_shared() -> None:
     eps, used = sample_noise(KEYS, SHAPE)
     assert used is eps and torch.equal(eps, KEYS.normal("noise", SHAPE))
+
+
+@pytest.mark.parametrize(("offset", "k"), [(0.1, 0.5), (0.1, -0.3), (0.02, 3.0)])
+def test_an_adaptive_offset_is_kohyas(offset: float, k: float) -> None:
+    """max(0, o + k |mean|) per image and channel (sd-scripts, apply_noise_offset)."""
+    count = len(KEYS.names)
+    x0 = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+    x0 += torch.linspace(-2, 0.5, count).view(-1, 1, 1, 1)
+    settings = NoiseSettings(offset=offset, adaptive_offset=k)
+    eps, used = sample_noise(KEYS, SHAPE, settings, x0)
+    strength = torch.zeros(count, SHAPE[0])
+    for image, channel in itertools.product(range(count), range(SHAPE[0])):
+        mean = float(x0[image, channel].double().mean())
+        strength[image, channel] = max(0.0, offset + k * abs(mean))
+    assert (strength == 0).any() == (k < 0)
+    moved = eps - sample_noise(KEYS, SHAPE)[0]
+    drawn = KEYS.normal("offset", (SHAPE[0], 1, 1)) * strength[..., None, None]
+    torch.testing.assert_close(moved, drawn.expand_as(moved), atol=1e-6, rtol=1e-5)
+    assert torch.equal(eps, used)
+    alone = sample_noise(KEYS.rows(slice(1, 2)), SHAPE, settings, x0[1:2])[0]
+    assert torch.equal(alone[0], eps[1])
+    with pytest.raises(ValueError, match="a function of the latents"):
+        sample_noise(KEYS, SHAPE, settings)
 
 
 def test_offset_moves_whole_channels_of_target_and_input() -> None:

@@ -26,7 +26,8 @@ from tests.conftest import distance, final, learned, merged, rows, same
 from tests.image_examples import WILD, noise_image, save_image
 from tests.opened_run import latent_files, open_parts
 from tests.test_losses import make
-from training.checks.config_checks import check_config, check_reads_pairs
+from training.checks.config_checks import check_config
+from training.checks.pair_checks import check_reads_pairs
 from training.inputs.step_inputs import make_step_inputs
 from training.run_identity import run_identity
 from training.run_summary import RunLength, describe_run

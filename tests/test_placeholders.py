@@ -22,6 +22,15 @@ def test_names_are_numbered_through_all_abstractions():
     )
 
 
+def test_tokens_have_the_names_that_are_given():
+    first, second = make_placeholders(["TOK", "<b>"], vectors=[2, 1], names=["<s1>", "<s2>", "<b>"])
+    assert (first.names, second.names) == (("<s1>", "<s2>"), ("<b>",))
+    (whole,) = make_placeholders(["<s1><s2>"], names=["<s1>", "<s2>"])
+    assert bind_placeholders("in the style of <s1><s2>", [whole]) == "in the style of <s1><s2>"
+    with pytest.raises(UserError, match=r"got 1 names for 2 learned tokens: <s1>; name each"):
+        make_placeholders(["TOK"], names=["<s1>"])
+
+
 @pytest.mark.parametrize("order", [("TOK", "TOK2"), ("TOK2", "TOK")])
 def test_bind_takes_the_longest_word_whatever_the_order(order):
     bound = bind_placeholders(

@@ -296,7 +296,7 @@ def test_a_damaged_checkpoint_costs_steps_and_no_bit(
     of_state = name in STATE_FILES
     if how == "another byte" and not of_state:
         pytest.skip("the files for other programs have no checksum")
-    damage(run / "checkpoints" / str(newest) / name.format(newest), how)
+    damage(run / "checkpoints" / str(newest) / name.format(f"{run.name}-{newest:06d}"), how)
     capsys.readouterr()
     train.train(replace(read_toml(whole / "config.toml"), out=str(run), resume=True))
     said = capsys.readouterr().out

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import train
-from lora_core.adapters.adapted_layer import adapted_layers
+from lora_core.adapters.adapted_layer import adapted_layers, layers_with_adapter
 from lora_core.adapters.kinds import kind_class
 from lora_core.config import Config, Stage
+from lora_core.errors import UserError
 from tests.opened_run import open_parts
 
 FILE = """
@@ -65,3 +66,35 @@ def test_a_hook_sees_the_sum_of_all_micro_batches(config: Config, quick: None, f
     assert sums[0] and len(sums[0]) == len(sums[1])
     for a, b in zip(*sums, strict=True):
         assert torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0
+
+
+def test_layers_have_the_rates_of_the_last_pattern_that_matches(config: Config) -> None:
+    """Each parameter moves as it would with its factor times the group's rate (AdamW's first step
+    is lr * sign(g))."""
+    pattern = {"down_blocks.*": 0.5, "*.to_k": 0.25, "*.to_q": 1.0}
+    optimizer = replace(config.optimizer, lr={"denoiser": 0.01}, lr_pattern=pattern, lora_plus=4.0)
+    parts = open_parts(with_kind(config, "lora", optimizer=optimizer))
+    before = {}
+    for path, layer in layers_with_adapter(parts.model.denoiser, "default").items():
+        before[path] = layer.adapter("default").up.detach().clone()
+    parts.take_steps(1)
+    seen = set()
+    for path, layer in layers_with_adapter(parts.model.denoiser, "default").items():
+        factor = 0.5 if path.startswith("down_blocks.") else 1.0
+        factor = {"to_k": 0.25, "to_q": 1.0}.get(path.rpartition(".")[2], factor)
+        seen.add(factor)
+        moved = (layer.adapter("default").up.detach() - before[path]).abs().max()
+        assert float(moved) == pytest.approx(0.01 * 4 * factor, rel=1e-3)
+    assert seen == {1.0, 0.5, 0.25}
+
+
+def test_a_pattern_without_a_layer_is_refused(config: Config) -> None:
+    optimizer = replace(config.optimizer, lr_pattern={"*.to_x": 0.5})
+    with pytest.raises(UserError, match=r"--optimizer\.lr-pattern: .\*\.to_x"):
+        open_parts(replace(config, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("name", ["prodigy", "torch.optim.SGD"])
+def test_rates_of_layers_go_with_other_optimizers(config: Config, name: str, quick: None) -> None:
+    own = replace(config.optimizer, name=name, lr={"denoiser": 1.0}, lr_pattern={"*.to_k": 0.5})
+    train.train(replace(config, optimizer=own))

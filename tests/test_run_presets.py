@@ -1,5 +1,6 @@
 """`--preset`: a recipe for each family, under the config file and the flags."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def test_a_preset_is_a_config_that_says_what_it_needs(family: str, name: str) ->
 
 
 def test_there_is_no_other_preset() -> None:
-    names = {f"{family}_{name}.toml" for family in FAMILIES for name in PRESETS}
-    assert {file.name for file in FOLDER.iterdir()} == names
+    names = itertools.product(FAMILIES, PRESETS)
+    files = {file.stem for file in FOLDER.iterdir()}
+    assert files == {"_".join(pair) for pair in names}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageChops
 
 import infer
 import train
-from lora_core.config import Config, PriorConfig, SamplesConfig, Stage
+from lora_core.config import NEW_PROMPTS, Config, PriorConfig, SamplesConfig, Stage
+from lora_core.errors import UserError
 from lora_core.runs import pictures
 from lora_core.runs.pictures import ImageRow
 from tests import tiny_sdxl
@@ -74,16 +75,71 @@ def test_every_family_learns_to_paint_holes_and_its_files_load(
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 11])
-def test_prompts_beyond_five_go_on_below(count: int) -> None:
+def test_images_beyond_the_columns_go_on_below(count: int) -> None:
     row = ImageRow(
         "label",
         [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(count)],
         [f"prompt {i}" for i in range(count)],
+        notes=[f"note {i}" for i in range(count)],
     )
-    cut = list(wrap_row(row))
+    cut = list(wrap_row(row, 5))
     assert [len(r.images) for r in cut] == [5] * (count // 5) + ([count % 5] if count % 5 else [])
     assert list(itertools.chain.from_iterable(r.captions for r in cut)) == row.captions
+    assert list(itertools.chain.from_iterable(r.notes or () for r in cut)) == row.notes
     assert list(itertools.chain.from_iterable(r.images for r in cut)) == row.images
+
+
+def drawn_sheets(monkeypatch: pytest.MonkeyPatch) -> list[list[ImageRow]]:
+    """The rows of every sheet that is drawn from now on."""
+    sheets: list[list[ImageRow]] = []
+    blank = Image.new("RGB", (1, 1))
+    monkeypatch.setattr(
+        pictures, "draw_grid", lambda rows, **_: (sheets.append(list(rows)), blank)[1]
+    )
+    return sheets
+
+
+def test_one_caption_has_four_seeds_and_new_places(
+    config: Config, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's first command: one caption for all images. The images of a sheet differ, and
+    those before and after training have the same seeds.
+    """
+    monkeypatch.undo()
+    data = replace(config.data, captions="one", caption="a photo of TOK")
+    look = SamplesConfig(steps=1, guidance=1.0)
+    stages = (Stage(1, ("denoiser", "tokens")),)
+    s = open_parts(replace(config, data=data, samples=look, stages=stages))
+    drawn = s.samples.draw(s.samples.prompts)
+    assert len({image.tobytes() for image in drawn}) == 4
+    sheets = drawn_sheets(monkeypatch)
+    before_after_grid(s.samples, drawn, "")
+    assert [(row.role, len(row.images)) for row in sheets[0]] == [
+        ("base", 4),
+        ("tokens", 4),
+        ("after", 4),
+        ("new", 4),
+    ]
+    after, new = sheets[0][2:]
+    assert list(after.captions) == [f"a photo of TOK, seed {i}" for i in range(4)]
+    assert after.notes == [f"seed {i}" for i in range(4)] and "a photo of TOK" in after.label
+    assert new.captions[0] == "a photo of TOK in the snow"
+    alone = s.samples.batch_of(["a photo of TOK"], [2])
+    with s.model.evaluating():
+        (image,) = s.samples._generate([alone])[0]
+    difference = ImageChops.difference(image, drawn[2]).getextrema()
+    assert max(high for _, high in difference) <= 1  # in a batch of other images
+
+
+def test_new_places_have_a_subject_or_are_left_out(config: Config, quick: None) -> None:
+    two = replace(config.samples, prompts=("a TOK", "TOK in a box"), new_prompts=NEW_PROMPTS)
+    s = open_parts(replace(config, samples=two))
+    assert s.samples.subject == "" and s.samples.new_prompts == []
+    s = open_parts(replace(config, samples=two, stages=(Stage(1, ("denoiser", "tokens")),)))
+    assert s.samples.new_prompts[1] == "a photo of TOK on a beach"
+    own = replace(two, new_prompts=("a house, {}", "a"))
+    with pytest.raises(UserError, match="write the words themselves"):
+        open_parts(replace(config, samples=own))
 
 
 def test_all_prompts_of_the_config_are_drawn_before_and_after(
@@ -102,12 +158,7 @@ def test_all_prompts_of_the_config_are_drawn_before_and_after(
             ),
         )
     )
-    sheets: list[list[ImageRow]] = []
-    monkeypatch.setattr(
-        pictures,
-        "draw_grid",
-        lambda rows, **_: (sheets.append(list(rows)), Image.new("RGB", (1, 1)))[1],
-    )
+    sheets = drawn_sheets(monkeypatch)
     before_after_grid(s.samples, s.samples.draw(s.samples.prompts), "")
     labels = [(row.label.split(":")[0], len(row.images)) for row in sheets[0]]
     assert labels == [
@@ -145,16 +196,12 @@ def test_a_sample_sheet_has_a_row_for_each_strength(
 ) -> None:
     """Mix-of-Show's alpha_list; 0 is the tokens alone, and training goes on at strength 1."""
     monkeypatch.undo()
-    samples = SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",), strengths=(0.0, 0.7, 1.0))
+    samples = replace(config.samples, strengths=(0.0, 0.7, 1.0))
     s = open_parts(replace(config, samples=samples))
     for name, parameter in s.model.denoiser.named_parameters():
         if name.endswith(".up"):
             torch.nn.init.ones_(parameter)
-    sheets: list[list[ImageRow]] = []
-    blank = Image.new("RGB", (1, 1))
-    monkeypatch.setattr(
-        pictures, "draw_grid", lambda rows, **_: (sheets.append(list(rows)), blank)[1]
-    )
+    sheets = drawn_sheets(monkeypatch)
     run = SimpleNamespace(folder=Path(config.out), writes=True)
     save_sample_grid(s.samples, run, 3)  # type: ignore[arg-type]
     rows = sheets[0]

@@ -52,6 +52,11 @@ def test_a_mask_is_the_networks_answer_at_the_size_of_the_image(clipseg: Path) -
     assert segmenter.find(image, "b c").tobytes() != mask.tobytes()  # type: ignore[union-attr]
 
 
+def test_a_temperature_divides_the_logits() -> None:
+    logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(mask_levels(logits, 4.0), mask_levels(logits / 4))
+
+
 def test_words_that_fit_nothing_give_no_mask(tmp_path: Path) -> None:
     flat = ClipSegmenter(str(save_clipseg(tmp_path / "flat", contrast=0.01)), "cpu")
     assert flat.find(an_image(), "a face") is None
@@ -66,6 +71,9 @@ def test_recent_versions_write_the_preparation_into_another_file(
     (folder / "processor_config.json").write_text(json.dumps(table))
     mask = ClipSegmenter(str(folder), "cpu").find(an_image(), "a face")
     assert mask == ClipSegmenter(str(clipseg), "cpu").find(an_image(), "a face")
+    table = {"image_processor": PREPARATION | {"size": [32, 32]}}  # as OWL-ViT's
+    (folder / "processor_config.json").write_text(json.dumps(table))
+    assert mask == ClipSegmenter(str(folder), "cpu").find(an_image(), "a face")
 
 
 @pytest.mark.parametrize(

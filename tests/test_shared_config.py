@@ -2,9 +2,11 @@
 
 import shutil
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,13 +40,18 @@ def save_private_photos(folder: Path) -> Path:
 
 
 @pytest.fixture
-def uploaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+def uploaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     """Path -> content of what is uploaded to the hub."""
     files: dict[str, bytes] = {}
+    made: list[bool] = []  # whether each repository was asked for as a private one
 
     class Api:
-        def create_repo(self, repo_id: str, **_: Any) -> str:
+        def create_repo(self, repo_id: str, *, private: bool, **_: Any) -> str:
+            made.append(private)
             return repo_id
+
+        def model_info(self, repo_id: str) -> Any:
+            return SimpleNamespace(private=made[-1])
 
         def upload_folder(self, *, folder_path: str, ignore_patterns: list[str], **_: Any) -> None:
             for path in Path(folder_path).rglob("*"):
@@ -56,7 +63,8 @@ def uploaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
             files[path_in_repo] = path_or_fileobj
 
     monkeypatch.setattr(cards, "HfApi", Api)
-    return files
+    yield files
+    assert made and all(made)  # no test here asks for a public one
 
 
 @pytest.fixture
@@ -95,7 +103,7 @@ def test_nothing_private_is_published(
     for logs in ("wandb", "tensorboard"):
         (run / logs).mkdir()
         (run / logs / "events.0.alices-machine").write_text("alice")
-    cards.push_to_hub(run, "me/run", texts={"config.toml": ""})  # once more, by hand
+    cards.push_to_hub(run, "me/run", contents={"config.toml": b""})  # once more, by hand
     assert {"README.md", "config.toml", "before_after.png"} <= uploaded.keys()
     for name, content in uploaded.items():
         for secret in SECRETS:
@@ -148,9 +156,17 @@ def test_the_shared_config_is_one(private: Config, monkeypatch: pytest.MonkeyPat
     assert shared.stages == config.stages and shared.seed == config.seed
 
 
-def test_headers_hold_the_shared_config(private: Config, quick: None) -> None:
-    run = train.train(replace(private, push_to_hub=""))
+@pytest.mark.parametrize("header", ["full", "no_captions", "short"])
+def test_headers_hold_the_shared_config(private: Config, quick: None, header: Any) -> None:
+    """Captions are only where kohya's trainer has them, or nowhere; names of folders nowhere."""
+    files = replace(private.files, header=header)
+    run = train.train(replace(private, push_to_hub="", files=files))
     for file in run.rglob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            text = str(opened.metadata())
-        assert "alice" not in text and "anna" not in text, file
+            entries = opened.metadata() or {}
+        text = str(entries)
+        assert "alice" not in text and "photos of anna" not in text, file
+        named = {key for key, value in entries.items() if "anna" in value}
+        is_result = file.name != "state.safetensors"
+        in_captions = {"ss_tag_frequency", "ss_datasets"}
+        assert named == (in_captions if header == "full" and is_result else set()), file

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import train
 from lora_core.config import Config, OptimizerConfig, Stage
 from tests.conftest import learned
+from training.stages import resolve_group_numbers
 
 
 @pytest.mark.parametrize(
@@ -80,3 +81,39 @@ def test_each_group_has_the_schedule_that_is_named_for_it(config: Config, quick:
     tokens = [line["lr_tokens"] / 1e-3 for line in lines if "lr_tokens" in line]
     assert denoiser == pytest.approx([0, 1, 1, 1, 0.55, 0, 1, 0.5, 0, 1])
     assert tokens == pytest.approx([0, 1, 1, 1, 1, 0, 1, 2 / 3, 0, 1])
+
+
+def test_one_number_is_for_all_groups_without_one_of_their_own() -> None:
+    stages = (
+        Stage(2, ("tokens",), lr={"all": 3.0}),
+        Stage(1, ("denoiser", "tokens"), weight_decay={"all": 0.5, "tokens": 0.0}),
+    )
+    optimizer = OptimizerConfig(lr={"all": 1e-4, "tokens": 2e-3}, weight_decay={"all": 0.1})
+    config = resolve_group_numbers(Config(stages=stages, optimizer=optimizer))
+    assert config.optimizer.lr == {"denoiser": 1e-4, "tokens": 2e-3}
+    assert config.optimizer.weight_decay == {"denoiser": 0.1, "tokens": 0.1}
+    assert config.stages[0].lr == {"tokens": 3.0} and not config.stages[0].weight_decay
+    assert config.stages[1].weight_decay == {"denoiser": 0.5, "tokens": 0.0}
+    assert resolve_group_numbers(config) == config
+
+
+def test_a_run_with_one_rate_is_the_run_with_the_rate_of_each_group(
+    config: Config, quick: None
+) -> None:
+    stages = (Stage(1, ("denoiser", "tokens")),)
+    runs = []
+    for name, lr in (("one", {"all": 1e-3}), ("each", {"denoiser": 1e-3, "tokens": 1e-3})):
+        optimizer = OptimizerConfig(lr=lr)
+        out = f"{config.out}_{name}"
+        runs.append(train.train(replace(config, stages=stages, optimizer=optimizer, out=out)))
+    one, each = map(learned, runs)
+    assert one.keys() == each.keys() and all(torch.equal(one[k], each[k]) for k in one)
+
+
+def test_a_stage_has_a_warm_up_of_its_own(config: Config, quick: None) -> None:
+    optimizer = OptimizerConfig(lr={"denoiser": 1e-3}, warmup=1)
+    stages = (Stage(3, warmup=2), Stage(2), Stage(2, warmup=0))
+    run = train.train(replace(config, stages=stages, optimizer=optimizer))
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = [line["lr_denoiser"] for line in lines if "lr_denoiser" in line]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 0, 1e-3, 1e-3, 1e-3])

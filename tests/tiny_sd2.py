@@ -7,8 +7,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tests import tiny_pipeline
 
 
-def second_pipeline():
-    """Shaped as Stable Diffusion 2: linear projections, v, a text tower of 23 layers."""
+def second_pipeline(width=16, layers=23):
+    """Shaped as Stable Diffusion 2: linear projections, v, a text tower of 23 layers. With its own
+    width of 1024 it is taken for it.
+    """
     torch.manual_seed(3)
     tok = tiny_pipeline.tokenizer()
     unet = UNet2DConditionModel(
@@ -16,7 +18,7 @@ def second_pipeline():
         block_out_channels=(8, 16),
         layers_per_block=2,
         norm_num_groups=4,
-        cross_attention_dim=16,
+        cross_attention_dim=width,
         attention_head_dim=[2, 4],
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -35,9 +37,9 @@ def second_pipeline():
     )
     config = CLIPTextConfig(
         vocab_size=len(tok),
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
-        num_hidden_layers=23,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=16,
         bos_token_id=tok.bos_token_id,

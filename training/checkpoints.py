@@ -22,12 +22,16 @@ from lora_core.adapters.kinds import KINDS
 from lora_core.adapters.weight_updates import AdapterState, LayerUpdate, split_updates
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.formats.known_formats import folder_file_stem
 from lora_core.optim.wrapped_tensors import load_state
+from lora_core.run_clock import current_time
 from lora_core.runs.run_folder import Checkpoint, Run, flatten_state, unflatten_state
 from lora_core.text import shorten_value
 from lora_core.toml import to_table, to_toml
 from training import learned_tokens, nonfinite, processes
 from training.checks import config_checks
+from training.file_precision import fitting_dtype
+from training.headers.file_header import FileHeader
 from training.log import Log
 from training.networks import base_weights
 from training.run_identity import (
@@ -73,6 +77,9 @@ class Checkpoints:
         records = data.training.records
         self.identity = run_identity(to_table(config), records, prior, model.identity)
         self.changes: list[str] = []  # options that differ from those the run began with
+        self.header = FileHeader(config, data, model, optimization, run.folder.name)
+        # seconds since 1970: the start of the run, and of its newest checkpoint
+        self.started = self.saved = current_time()
         self.began = time.perf_counter()
 
     def restore(self, began: float) -> int:
@@ -98,6 +105,8 @@ class Checkpoints:
         tree = self._read_tree(found)
         accepted = self._accept_changes(tree, found.step)
         self.changes = [*tree.get("changes", ()), *accepted]
+        dates = tree.get("dates") or {"started": self.started, "saved": self.saved}
+        self.started, self.saved = dates["started"], dates["saved"]
         with torch.no_grad():
             for group, params in self.model.groups.items():
                 for p, saved in zip(params, tree["groups"][group]):
@@ -151,6 +160,7 @@ class Checkpoints:
         if not self.run.writes:
             return
         scaler, average = self.optimization.scaler, self.optimization.average
+        self.saved = current_time()
         tree = {
             "groups": self.model.groups,
             "buffers": custom_files.adapter_buffers(self.model.adapted),
@@ -159,6 +169,7 @@ class Checkpoints:
             "scaler": scaler and scaler.state_dict(),
             "average": average and average.state_dict(),
             "seconds": time.perf_counter() - self.began,
+            "dates": {"started": self.started, "saved": self.saved},
             "skipped": self.optimization.skipped.state_dict(),
             "identity": self.identity,
             "changes": self.changes,
@@ -167,11 +178,20 @@ class Checkpoints:
             tree["token_starts"] = {n: e.initial for n, e in self.model.embeddings.items()}
         folder = self.run.save_checkpoint(done, *flatten_state(tree))
         with self.optimization.averaged():
-            formats.save_run(self.learned_state(done), folder, layout=self.model.family.layout)
+            self.save_files(done, folder)
 
-    def learned_state(self, done: int) -> AdapterState:
-        """The adapters' tensors and the token rows after `done` steps, under published names.
-        Without adapters that no adapter file can hold, which results.py writes.
+    def save_files(self, done: int, folder: Path) -> list[Path]:
+        """Write the LoRA and token files after `done` steps, which is the newest checkpoint, into
+        a folder, with the precision of --files.precision; returns them.
+        """
+        state = self.learned_state(done, folder_file_stem(folder))
+        dtype = fitting_dtype(state, self.config.files.precision)
+        return formats.save_run(state, folder, layout=self.model.family.layout, dtype=dtype)
+
+    def learned_state(self, done: int, stem: str = "") -> AdapterState:
+        """The adapters' tensors and the token rows after `done` steps, under published names, for
+        files called `stem` (empty: as the run). Without adapters that no adapter file can hold,
+        which results.py writes.
         """
         model, layout = self.model, self.model.family.layout
         updates: dict[str, dict[str, LayerUpdate]] = {}
@@ -194,7 +214,9 @@ class Checkpoints:
             {p.word: p.layers for p in model.placeholders},
         )
         shared = shared_config(self.config, self.run.folder)
-        header = {"lora_core.config": to_toml(shared), "lora_core.steps": str(done)}
+        dates = {"started": self.started, "saved": self.saved}
+        header = self.header.entries(done, stem or self.header.name, **dates)
+        header |= {"lora_core.config": to_toml(shared), "lora_core.steps": str(done)}
         if self.changes:
             header["lora_core.changes"] = "\n".join(self.changes)
         return AdapterState(factors, rows, names, header | words, dense=dense)
@@ -296,9 +318,11 @@ class Checkpoints:
         """
         folder, layout = self.run.folder / "checkpoints" / str(step), self.model.family.layout
         files = formats.run_file_paths(self.learned_state(step), folder, layout)
-        if not all(map(_is_whole, files)):
+        older = formats.older_file_names(folder)
+        earlier = [file.with_name(older.get(file.name, file.name)) for file in files]
+        if not all(map(_is_whole, files)) and not all(map(_is_whole, earlier)):
             with self.optimization.averaged():
-                formats.save_run(self.learned_state(step), folder, layout=layout)
+                self.save_files(step, folder)
             print(f"wrote the files that were missing or damaged in {folder}")
 
 
@@ -320,6 +344,11 @@ def _find_wrong_part(tree: Any) -> str:
             return f"its {name} is {shorten_value(tree.get(name))}"
     if not all(isinstance(line, str) for line in tree.get("changes", [])):
         return "its changes are no texts"
+    dates = tree.get("dates") or {"started": 0.0, "saved": 0.0}  # earlier versions have none
+    if not isinstance(dates, dict) or not all(
+        isinstance(dates.get(name), int | float) for name in ("started", "saved")
+    ):
+        return "its dates are no numbers"
     if not all(type(count) is int for count in (tree.get("skipped") or {}).values()):
         return "its skipped steps are no counts"
     buffers = tree.get("buffers", {})

@@ -46,7 +46,9 @@ def install_run_tokens(
     layers = 0
     if config.tokens.per_layer:
         layers = _count_text_layers(family)
-    placeholders = make_placeholders(initializers, vectors, layers=layers)
+    placeholders = make_placeholders(
+        initializers, vectors, layers=layers, names=config.tokens.names
+    )
     embeddings = {}
     for name in chosen:
         stream = "" if name == "text_encoder" else keys[name]

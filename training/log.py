@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lora_core import distributed
 from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
-from lora_core.escaped_output import hides_progress
 from lora_core.prodigy import read_distance
+from lora_core.progress import ProgressBar, phase
+from lora_core.runs.pictures import ImageRow
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
 from lora_core.toml import to_table
@@ -51,16 +50,13 @@ class Log:
         self.inputs: Sequence[StepInputs] = ()  # of the newest step
         self.start = 0  # steps that earlier processes have done
         self.logged: set[str] = set()  # names of the values that the loss logged
-        self.bar = tqdm(disable=True)
+        self.bar = ProgressBar("training", 0, "step")
 
     @contextmanager
     def progress(self, done: int) -> Iterator[None]:
         """The progress bar, from step `done` on; flushes the log when it ends."""
         self.start = done
-        settings: dict[str, Any] = {"unit": "step", "dynamic_ncols": True}
-        with tqdm(
-            total=self.config.steps, initial=done, disable=hides_progress(), **settings
-        ) as self.bar:
+        with ProgressBar("training", self.config.steps, "step", done) as self.bar:
             yield
         self.flush()
 
@@ -85,7 +81,7 @@ class Log:
         if self.scaler is not None:
             values["skipped"] = self.scaler.skipped.clone()
         self.book.add(done, **values)
-        self.bar.update()
+        self.bar.advance()
         if done % self.config.log_every == 0:
             self._show(self.flush())
 
@@ -100,7 +96,8 @@ class Log:
         """
         if self.config.validation.every < 0 or done in self.validated:
             return
-        scores = scorer.score()
+        with phase("validation"):
+            scores = scorer.score()
         self.validated.add(done)
         first = min(self.scores, default=done)
         # The first and the newest one: a long run would keep thousands.
@@ -126,6 +123,13 @@ class Log:
         nonfinite.check_logged_values(rows, reason, self.inputs, self.model, self.config, self.run)
         return rows
 
+    def add_samples(self, done: int, rows: Sequence[ImageRow]) -> None:
+        """Give the images of a sheet of samples to TensorBoard or W&B."""
+        has_strengths = len({row.strength for row in rows}) > 1
+        for row in rows:
+            name = f"samples at strength {row.strength:g}" if has_strengths else "samples"
+            self.book.add_images(done, name, row.captions, row.images)
+
     def _show(self, rows: Sequence[dict[str, Any]]) -> None:
         distances = {}
         for name, value in rows[-1].items():
@@ -133,7 +137,7 @@ class Log:
                 distances[name] = f"{value:.2e}"
         losses = [row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))]
         mean = sum(losses) / len(losses) if losses else math.nan
-        self.bar.set_postfix(loss=f"{mean:.4f}", **distances)
+        self.bar.show(loss=f"{mean:.4f}", **distances)
 
 
 def average_readings(rows: Sequence[dict[str, Any]], names: Collection[str]) -> None:

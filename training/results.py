@@ -7,11 +7,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from lora_core import distributed, formats, tokens
@@ -39,6 +40,7 @@ from models import read_schedule, save_family
 from training import nonfinite
 from training.checkpoints import Checkpoints
 from training.checks import config_checks
+from training.headers.manager_files import add_manager_files
 from training.learned_tokens import describe_learned_tokens
 from training.log import Log
 from training.memory.peak_memory import describe_peak, measure_peak
@@ -70,12 +72,9 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         files = _save_files(run.folder, done, config, model, checkpoints)
         learned = _report_tokens(model)
         dora_errors = _reader_errors(model, files)
-    drawn = samples.draw(samples.prompts)
-    save_sample_grid(samples, run, done, drawn)
-    title = f"{run.folder.name}: before and after {done} steps"
-    sheet = before_after_grid(samples, drawn, title)
-    path = run.folder / "before_after.png"
-    pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
+    drawn = _draw_sheets(log, samples)
+    is_painted_over = model.family.inpainting  # samples show a training image's surroundings
+    files += add_manager_files(config, run.folder, drawn, shows_training=is_painted_over)
     peak = measure_peak(model.device)
     words = samples.data.scored.words
     reports.plot_metrics(run.folder, words)
@@ -93,6 +92,7 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
         "scored": words,
     }
     run.write("summary.json", json.dumps(summary, indent=1))
+    log.book.finish(plain_results(summary))
     _print_results(scores, note, words)
     for count, why in log.skipped.reasons():
         print(f"{count} of {done} steps were skipped: {why}")
@@ -112,6 +112,27 @@ def finish_run(log: Log, checkpoints: Checkpoints, scorer: Scorer, samples: Samp
     return run.folder
 
 
+def _draw_sheets(log: Log, samples: SampleImages) -> list[Image.Image]:
+    """Write the last samples and before_after.png; returns the samples."""
+    run, done = log.run, log.config.steps
+    drawn = samples.draw(samples.prompts)
+    log.add_samples(done, save_sample_grid(samples, run, done, drawn))
+    title = f"{run.folder.name}: before and after {done} steps"
+    sheet = before_after_grid(samples, drawn, title)
+    path = run.folder / "before_after.png"
+    pictures.save_sheet(sheet, path, step=done, is_private=not samples.are_public)
+    if samples.are_public:
+        log.book.add_images(done, "before_after", [""], [sheet])
+    return drawn
+
+
+def plain_results(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of summary.json that a run is compared by: seconds, steps and losses."""
+    wanted = ("seconds", "steps", "val_loss_before", "val_loss_after")
+    found = {name: summary.get(name) for name in wanted}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
 def _draw_share(samples: SampleImages, run: Run, done: int) -> None:
     """The share of another process than the first in `finish_run`: images, and its peak."""
     drawn = samples.draw(samples.prompts)
@@ -126,12 +147,12 @@ def _save_files(
     """The adapter and token files; for adapters that these cannot hold, the whole model as well;
     for those of a class from outside, their own tensors.
     """
-    learned = checkpoints.learned_state(done)
-    files = formats.save_run(learned, folder, layout=model.family.layout)
+    files = checkpoints.save_files(done, folder)
     if not model.has_factors and all(map(custom_files.is_foldable, model.adapted.values())):
         save_trained_model(model, config, folder / "model")
     if config.adapter.kind in KINDS or not model.adapted:
         return files
+    learned = checkpoints.learned_state(done)
     own = folder / f"{folder.name}{custom_files.CUSTOM_ADAPTER_ENDING}"
     header = {CUSTOM_KIND: hide_home(config.adapter.kind), **learned.metadata}
     if learned.token_names:
@@ -213,19 +234,24 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
 
 
 def _upload_run(folder: Path, config: Config, samples: SampleImages) -> str:
-    """Uploads the run's files, with the shared form of its config; returns the address."""
+    """Uploads the run's files, with the shared form of its config and headers without the user's
+    captions; returns the address.
+    """
     ignore = list(card.IGNORED)
     if not samples.are_public:
         ignore += ["samples/*", "before_after.png"]  # and report.html has none of their images
-    texts = {"config.toml": to_toml(shared_config(config, folder))}
-    return card.push_to_hub(folder, config.push_to_hub, ignore=ignore, texts=texts)
+    contents = {"config.toml": to_toml(shared_config(config, folder)).encode()}
+    public = config.files.public
+    return card.push_to_hub(
+        folder, config.push_to_hub, ignore=ignore, contents=contents, public=public
+    )
 
 
 def _typed_caption(samples: SampleImages) -> str:
     """The first caption where it is an option of the run, or shown on demand; else ""."""
     first = samples.data.training.records[0]
     is_shown = first.source in TYPED or samples.config.samples.show_data
-    return first.captions[0] if is_shown else ""
+    return first.plain_caption if is_shown else ""
 
 
 def _make_card(
@@ -239,8 +265,11 @@ def _make_card(
         for name, encoder in model.encoders.items():
             if encoder.config.eos_token_id == 2:  # type: ignore[union-attr]
                 ends[name] = family.tokenizers[name].eos_token_id
+    base = hide_home(config.model)
+    if config.push_to_hub and Path(config.model).exists():  # of no use elsewhere
+        base = Path(config.model).resolve().name
     return ModelCard(
-        hide_home(config.model),
+        base,
         family.pipeline,
         encoders={name: family.layout.encoders[name] for name in model.embeddings},
         ends=ends,
@@ -254,6 +283,9 @@ def _make_card(
         validation=losses_by_timestep(*scores) if scores else (),
         scored=data.scored.words,
         repo=config.push_to_hub,
+        license=config.files.license,
+        tags=[tag.strip() for tag in config.files.tags.split(",") if tag.strip()],
+        description=config.files.description,
         rerun=config_checks.rerun_reason(config),
     )
 

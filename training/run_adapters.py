@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from lora_core import tokens
 from lora_core.adapters import injection, noise_levels, training_requests
+from lora_core.adapters.adapted_layer import layers_with_adapter
+from lora_core.adapters.targets import last_match
 from lora_core.config import Config
+from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.settings import AdapterSpec
 from training.checks import model_checks
@@ -46,12 +49,32 @@ def inject_run_adapters(
     for name, module in adapted.items():
         group = group_of(family, name)
         own = training_requests.parameter_rates(module)
+        for parameter, factor in layer_rates(module, config.optimizer.lr_pattern).items():
+            own[parameter] = own.get(parameter, 1.0) * factor
         if config.optimizer.lora_plus != 1:
             for up in injection.up_parameters(module):
                 own[up] = own.get(up, 1.0) * config.optimizer.lora_plus
         ratios.setdefault(group, {}).update(own)
         hooks.setdefault(group, []).extend(training_requests.gradient_hooks(module))
     return RunAdapters(adapted, has_factors, ratios, hooks)
+
+
+def layer_rates(network: nn.Module, pattern: Mapping[str, float]) -> dict[Tensor, float]:
+    """The parameters of adapters whose layers match a glob, and the last match's learning rate.
+
+    Raises UserError for a parameter that layers with different rates share.
+    """
+    found: dict[Tensor, float] = {}
+    for path, layer in layers_with_adapter(network, "default").items() if pattern else ():
+        factor = last_match(path, pattern, 1.0)
+        assert factor is not None
+        for parameter in layer.adapter("default").parameters():
+            if found.setdefault(parameter, factor) != factor:
+                raise UserError(
+                    f"--optimizer.lr-pattern gives {path} the rate {factor:g} and another layer, "
+                    f"which shares a parameter with it, {found[parameter]:g}; give both the same"
+                )
+    return {parameter: factor for parameter, factor in found.items() if factor != 1}
 
 
 def parameter_groups(

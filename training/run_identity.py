@@ -39,6 +39,7 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "log_every": WHEN_LOOKED_AT,
     "list_targets": WHEN_LOOKED_AT,
     "samples": WHEN_LOOKED_AT,
+    "files": WHERE_WRITTEN,
     "validation.every": WHEN_LOOKED_AT,
     "validation.images": WHEN_LOOKED_AT,
     "validation.count": WHEN_LOOKED_AT,
@@ -66,13 +67,19 @@ FREE_OPTIONS = {  # option or section -> why the result does not depend on it
     "data.caption_column": CAPTIONS,
     "data.captions": CAPTIONS,
     "data.caption": CAPTIONS,
+    "data.subsets": IMAGES_PATH,
+    "data.caption_extension": CAPTIONS,
+    "data.caption_lines": CAPTIONS,
+    "data.caption_prefix": CAPTIONS,
+    "data.caption_suffix": CAPTIONS,
     "data.repeats": WITH_IMAGES,
     "data.masks": WITH_IMAGES,
     "prior.count": WITH_IMAGES,
     "stages": "compared one by one, those that have begun",
 }
 # Sections of a config, each a table of options.
-SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation")
+SECTIONS = ("data", "prior", "adapter", "tokens", "noise", "optimizer", "samples", "validation",
+            "files")  # fmt: skip
 # Component -> the option for the precision that it is loaded in; for all others `precision`.
 PRECISION_OPTIONS = {"vae": "vae_precision", "scheduler": ""}
 VAE_UNITS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of its latents
@@ -222,11 +229,15 @@ def _images(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     names = _names(records)
     found: dict[str, dict[str, Any]] = {}
     for record, name in zip(records, names):
-        captions = "\0".join(record.captions).encode("utf-8", "surrogatepass")
+        captions = "\0".join(record.captions)
+        if record.tags.varies or record.tags.secondary_separator:
+            captions += f"\0{record.tags}"
         found[name] = {
             "content": record.key,
             "size": list(record.size),
-            "captions": hashlib.blake2b(captions, digest_size=8).hexdigest(),
+            "captions": hashlib.blake2b(
+                captions.encode("utf-8", "surrogatepass"), digest_size=8
+            ).hexdigest(),
             "repeats": found.get(name, {}).get("repeats", 0) + 1,
         }
     return found

@@ -107,10 +107,10 @@ def _example_caption(record: Record, placeholders: Sequence[Placeholder]) -> str
 
     Of words with tokens for each layer the text of the first layer.
     """
-    caption = bind_placeholders(record.captions[0], placeholders)
+    caption = bind_placeholders(record.plain_caption, placeholders)
     short = caption if len(caption) <= LONGEST_CAPTION else caption[:LONGEST_CAPTION] + "..."
     more = f", one of {len(record.captions)}" if len(record.captions) > 1 else ""
-    if isinstance(bind_layers(record.captions[0], placeholders), tuple):
+    if isinstance(bind_layers(record.plain_caption, placeholders), tuple):
         more += ", in the first layer"
     return f"{short!r} ({record.path.name}{more})"
 

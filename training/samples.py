@@ -5,7 +5,7 @@ of prior preservation before the first step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -14,21 +14,25 @@ from PIL import Image
 from torch import Tensor
 
 from lora_core import distributed, tokens
-from lora_core.config import Config
+from lora_core.config import NEW_PROMPTS, Config
 from lora_core.data.captions import TYPED
 from lora_core.data.dataset import Record
 from lora_core.data.images import read_image
 from lora_core.data.shards.stored_files import FileSource
 from lora_core.diffusion import generation
 from lora_core.diffusion.generation import ImageBatch
+from lora_core.errors import UserError
 from lora_core.placeholders import Placeholder, bind_placeholders
-from lora_core.runs import pictures
+from lora_core.runs import over_steps, pictures
 from lora_core.runs.pictures import ImageRow
 from lora_core.runs.run_folder import Run
+from lora_core.runs.sheet_layout import choose_columns
 from lora_core.settings import SamplerSettings
 from training.setup import Data, Model, Optimization
 
-COLUMNS = 5  # images in a row
+MOST_CAPTIONS = 5  # of the training images, that are prompts where the config has none
+SEEDS = {1: 4, 2: 2}  # number of prompts -> images of each, where the config does not say it
+SUBJECT = "{}"  # in --samples.new-prompts
 
 
 class SampleImages:
@@ -41,6 +45,13 @@ class SampleImages:
     ) -> None:
         self.config, self.data = config, data
         self.model, self.optimization = model, optimization
+        self._base_images: list[Image.Image] = []
+        texts = config.samples.new_prompts
+        if texts != NEW_PROMPTS and SUBJECT in "".join(texts) and not self.subject:
+            raise UserError(
+                "--samples.new-prompts has {} in it, which stands for the only prompt or the first "
+                "placeholder word, and this run has neither; write the words themselves"
+            )
         look, side = config.samples, config.data.resolution
         self.settings = SamplerSettings(
             look.sampler,
@@ -93,7 +104,7 @@ class SampleImages:
 
     def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
         drawn = generation.generate_batches(
-            self.model.family, batches, placeholders=self.model.placeholders
+            self.model.family, batches, placeholders=self.model.placeholders, title="drawing"
         )
         return list(map(pictures.to_images, drawn))
 
@@ -110,9 +121,16 @@ class SampleImages:
         return pixels, mask
 
     @property
+    def seeds(self) -> int:
+        """Images of each prompt."""
+        return self.config.samples.seeds or SEEDS.get(len(self._prompts()), 1)
+
+    @property
     def prompts(self) -> list[str]:
-        """The prompts of the config, else the captions of the first training images."""
-        return list(self._prompts())
+        """The prompts of the config, else the captions of the first training images, each as often
+        as there are images of it.
+        """
+        return _repeat(self._prompts(), self.seeds)
 
     @property
     def shown_prompts(self) -> list[str]:
@@ -122,7 +140,32 @@ class SampleImages:
         shown = []
         for number, (prompt, is_private) in enumerate(self._prompts().items(), start=1):
             shown.append(f"training caption {number}" if is_private else prompt)
-        return shown
+        return _repeat(shown, self.seeds)
+
+    @property
+    def new_prompts(self) -> list[str]:
+        """The prompts of --samples.new-prompts; those with {} only where there is a subject."""
+        texts = self.config.samples.new_prompts
+        subject = self.subject
+        if not subject:
+            texts = tuple(text for text in texts if SUBJECT not in text)
+        return [text.replace(SUBJECT, subject) for text in texts]
+
+    @property
+    def subject(self) -> str:
+        """What {} in --samples.new-prompts stands for: the only prompt, if people may see it, else
+        "a photo of" the first placeholder word; "" without any.
+        """
+        prompts = self._prompts()
+        if list(prompts.values()) == [False]:
+            return next(iter(prompts))
+        return next((f"a photo of {p.word}" for p in self.model.placeholders), "")
+
+    def base_images(self) -> list[Image.Image]:
+        """The images of all prompts by the base model, which are drawn once."""
+        if not self._base_images:
+            self._base_images = self.draw(self.prompts, base=True)
+        return self._base_images
 
     @property
     def public_prompts(self) -> list[str]:
@@ -147,8 +190,8 @@ class SampleImages:
         found: dict[str, bool] = {}
         for record in self.data.training.records:
             is_private = record.source not in TYPED and not self.config.samples.show_data
-            found.setdefault(record.captions[0], is_private)
-        return dict(list(found.items())[:COLUMNS])
+            found.setdefault(record.plain_caption, is_private)
+        return dict(list(found.items())[:MOST_CAPTIONS])
 
     def ordinary_prompt(self, prompt: str) -> str:
         """The prompt for the base model: each placeholder replaced by --samples.base-word, else by
@@ -161,40 +204,51 @@ class SampleImages:
         return " ".join(prompt.split())
 
 
+def _repeat(prompts: Iterable[str], count: int) -> list[str]:
+    """Each prompt `count` times in a row."""
+    return list(itertools.chain.from_iterable([prompt] * count for prompt in prompts))
+
+
 def save_sample_grid(
     samples: SampleImages, run: Run, done: int, drawn: Sequence[Image.Image] = ()
-) -> None:
-    """Write OUT/samples/step_NNNNNN.png, with rows for each of --samples.strengths; `drawn` are the
-    images at strength 1, where they exist already.
+) -> list[ImageRow]:
+    """Write OUT/samples/step_NNNNNN.png, with rows for each of --samples.strengths, and the sheet
+    over all steps so far; `drawn` are the images at strength 1, where they exist already. Returns
+    the rows.
     """
     prompts, shown = samples.prompts, samples.shown_prompts
     strengths = samples.config.samples.strengths
-    sheet: list[ImageRow] = []
+    groups: list[list[ImageRow]] = []
     for strength in strengths:
         images = drawn if drawn and strength == 1 else samples.draw(prompts, strength=strength)
         label = f"strength {strength:g}" if len(strengths) > 1 else ""
-        sheet += wrap_row(ImageRow(label, images, shown, "sample", strength))
+        groups.append([prompt_row(label, images, shown, "sample", strength)])
+    before = samples.base_images()
     if not run.writes:
-        return
-    grid = pictures.draw_grid(sheet, title=f"after {done} steps")
+        return []
+    title = _with_prompt(f"{run.folder.name}: after {done} steps", shown)
     path = run.folder / "samples" / f"step_{done:06d}.png"
-    pictures.save_sheet(grid, path, step=done, is_private=not samples.are_public)
+    is_private = not samples.are_public
+    pictures.save_sheet(draw_groups(groups, title), path, step=done, is_private=is_private)
+    captions = image_captions(shown)
+    over_steps.save_over_steps(run.folder, captions, before, is_private=is_private)
+    return [] if is_private else list(itertools.chain.from_iterable(groups))
 
 
 def before_after_grid(
     samples: SampleImages, drawn: Sequence[Image.Image], title: str
 ) -> Image.Image:
-    """A grid with one row each for: training images (with --samples.show-data), base model, tokens
-    alone, everything trained (`drawn`), and everything trained on further prompts.
+    """A grid with rows for: training images (with --samples.show-data), base model, tokens alone,
+    everything trained (`drawn`), and everything trained on further prompts.
 
-    More than COLUMNS prompts continue in further rows below, before and after of one prompt one
-    above the other.
+    The images of many prompts go on in further rows below, before and after of one prompt one above
+    the other.
     """
     model, config, prompts = samples.model, samples.config, samples.prompts
     shown = samples.shown_prompts
     ordinary = [samples.ordinary_prompt(prompt) for prompt in shown]
-    drawn_before = samples.draw(prompts, base=True)
-    rows = [ImageRow("before: the base model", drawn_before, ordinary, "base")]
+    label = _with_prompt("before: the base model", ordinary)
+    rows = [prompt_row(label, samples.base_images(), ordinary, "base")]
     learned = []
     if model.placeholders:
         learned.append("tokens")
@@ -202,31 +256,75 @@ def before_after_grid(
         learned.append(config.adapter.kind.split(":")[-1])
     if len(learned) == 2:
         alone = samples.draw(prompts, strength=0)
-        rows.append(ImageRow("learned tokens alone", alone, shown, "tokens"))
-    rows.append(ImageRow(f"after: {' + '.join(learned)}", drawn, shown, "after"))
-    sheet = []
+        label = _with_prompt("learned tokens alone", shown)
+        rows.append(prompt_row(label, alone, shown, "tokens"))
+    label = _with_prompt(f"after: {' + '.join(learned)}", shown)
+    rows.append(prompt_row(label, drawn, shown, "after"))
+    groups = [rows]
+    if new := samples.new_prompts:
+        groups.append([ImageRow("after: new places", samples.draw(new), new, "new")])
     if config.samples.show_data:
         images = _reference_images(samples.data.training.records)
-        sheet.append(ImageRow("what it learned from", images, role="training"))
-    for together in zip(*[wrap_row(row) for row in rows], strict=True):
-        sheet += together
-    new = list(config.samples.new_prompts)
-    if new:
-        sheet += wrap_row(ImageRow("after: new places", samples.draw(new), new, "new"))
-    return pictures.draw_grid(sheet, title=title)
+        if len(images) == MOST_CAPTIONS:  # there may be more: as many as there is room for
+            sizes = [(len(group), len(group[0].images)) for group in groups]
+            images = images[: choose_columns([(1, len(images)), *sizes])]
+        groups.insert(0, [ImageRow("what it learned from", images, role="training")])
+    return draw_groups(groups, title)
 
 
-def wrap_row(row: ImageRow) -> Iterator[ImageRow]:
-    """The row split into rows of at most COLUMNS images, with their captions and the same label."""
-    for i in range(0, len(row.images), COLUMNS):
-        images, captions = row.images[i : i + COLUMNS], row.captions[i : i + COLUMNS]
-        yield replace(row, images=images, captions=captions)
+def prompt_row(
+    label: str, images: Sequence[Image.Image], shown: Sequence[str], role: str, strength: float = 1
+) -> ImageRow:
+    """A row with an image of each prompt; of a single prompt with several seeds, the sheet shows
+    the seeds alone.
+    """
+    is_alone = len(shown) > 1 and len(set(shown)) == 1
+    notes = [f"seed {seed}" for seed in range(len(shown))] if is_alone else None
+    captions = image_captions(shown)
+    return ImageRow(label, images, captions, role, strength if role == "sample" else None, notes)
+
+
+def image_captions(shown: Sequence[str]) -> list[str]:
+    """The prompt of each image, and its seed where a prompt has several."""
+    if len(set(shown)) == len(shown):
+        return list(shown)
+    return [f"{prompt}, seed {seed}" for seed, prompt in enumerate(shown)]
+
+
+def _with_prompt(words: str, shown: Sequence[str]) -> str:
+    """The words, and the prompt where a single one has several images."""
+    if len(shown) == 1 or len(set(shown)) > 1:
+        return words
+    return f"{words}, \N{LEFT DOUBLE QUOTATION MARK}{shown[0]}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
+def draw_groups(groups: Sequence[Sequence[ImageRow]], title: str) -> Image.Image:
+    """A sheet of groups of rows that belong together and have as many images as each other. Rows
+    are wrapped, all of a group alike, to as many columns as leave little of the sheet empty.
+    """
+    columns = choose_columns([(len(group), len(group[0].images)) for group in groups])
+    sheet: list[ImageRow] = []
+    for group in groups:
+        wrapped = [wrap_row(row, columns) for row in group]
+        sheet += itertools.chain.from_iterable(zip(*wrapped, strict=True))
+    return pictures.draw_grid(sheet, title=title, columns=columns)
+
+
+def wrap_row(row: ImageRow, columns: int) -> Iterator[ImageRow]:
+    """The row split into rows of at most `columns` images, with their captions and the same
+    label.
+    """
+    for i in range(0, len(row.images), columns):
+        part = slice(i, i + columns)
+        notes = None if row.notes is None else row.notes[part]
+        yield replace(row, images=row.images[part], captions=row.captions[part], notes=notes)
 
 
 def _reference_images(records: Sequence[Record]) -> list[Image.Image]:
     """The first training images, center-cropped."""
     files = {record.file: record.use_alpha for record in records}
-    return [_center_crop(file, use_alpha=alpha) for file, alpha in list(files.items())[:COLUMNS]]
+    first = list(files.items())[:MOST_CAPTIONS]
+    return [_center_crop(file, use_alpha=alpha) for file, alpha in first]
 
 
 def _center_crop(file: FileSource, *, use_alpha: bool) -> Image.Image:

@@ -32,13 +32,14 @@ from lora_core.memory.residency import DENOISER
 from lora_core.optim import building, gradients, schedules
 from lora_core.optim.ema import ParameterAverage
 from lora_core.placeholders import Placeholder
+from lora_core.progress import phase
 from lora_core.runs.run_folder import Run
 from lora_core.settings import ImageSettings, scheduler_changes
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from models import DTYPES, choose_device, load_family, read_layout, use_device
 from training import cuda_graph, learned_tokens, run_adapters, starting_lora
-from training.checks import config_checks, model_checks
+from training.checks import config_checks, model_checks, pair_checks
 from training.inputs import class_images, training_images
 from training.networks import base_weights, sharding
 from training.networks.stage_residency import StageResidency, choose_loading_device, place_family
@@ -199,7 +200,7 @@ def check_before_opening(
     device = use_device(config.device)
     config_checks.check_device(config, device)
     config_checks.check_optimizer(config, device)
-    config_checks.check_reads_pairs(config, loss, own_step)
+    pair_checks.check_reads_pairs(config, loss, own_step)
     if config.cuda_graph:
         config_checks.check_capturable(loss, plugins.function_name(loss), own_step)
 
@@ -243,7 +244,7 @@ def open_data(config: Config) -> Data:
     if v.every >= 0:
         print(scored.sentence)
     plain = ImageSettings(d.resolution, interpolation=d.interpolation)
-    own = ImageDataset(scored.records, plain, keep_bytes=0)
+    own = ImageDataset(scored.records, plain, keep_bytes=0, plain_captions=True)
     return Data(training, own, scored, found.unused, left_out=found.left_out)
 
 
@@ -346,10 +347,12 @@ def _open_family(config: Config, device: torch.device) -> Family:
         scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
         config.clip_skip,
         config.max_sequence_length,
+        config.max_token_length,
         config.model_config,
         config.family,
     )
-    family = load_family(config.model, options)
+    with phase("loading the model"):
+        family = load_family(config.model, options)
     model_checks.check_model(config, family)
     look = config.samples
     levels = sampling.sampler_levels(  # raises for a number of steps that the schedule lacks

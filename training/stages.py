@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_core.config import Config, Stage
+from lora_core.config import GROUPS, Config, Stage
+from lora_core.option_types import ALL_GROUPS
 from training.setup import Model, Optimization
+
+
+def resolve_group_numbers(config: Config) -> Config:
+    """The config with each learning rate and weight decay for all groups as one for each.
+
+    Of [optimizer] these are the groups that some stage trains, of a stage its own; a group's own
+    number comes first.
+    """
+    trained = [group for group in GROUPS if config.trains(group)]
+    stages = tuple([_name_groups(stage, stage.groups) for stage in config.stages])
+    return replace(config, optimizer=_name_groups(config.optimizer, trained), stages=stages)
+
+
+def _name_groups(options: Any, groups: Sequence[str]) -> Any:
+    changes = {}
+    for name in ("lr", "weight_decay"):
+        table = dict(getattr(options, name))
+        if ALL_GROUPS in table:
+            usual = table.pop(ALL_GROUPS)
+            changes[name] = dict.fromkeys(groups, usual) | table
+    return replace(options, **changes) if changes else options
 
 
 def stage_spans(stages: Sequence[Stage]) -> Iterator[tuple[Stage, int, int]]:
@@ -56,7 +80,7 @@ def set_learning_rates(stage: Stage, step: int, config: Config, optimization: Op
         schedule = stage.schedule_of(name, o)
         if schedule not in factors:
             multiplier = optimization.rate_schedules[schedule]
-            factors[schedule] = multiplier(step, stage.steps, o.warmup)
+            factors[schedule] = multiplier(step, stage.steps, stage.warmup_of(o))
     for group in optimization.optimizer.param_groups:
         name = group["name"]
         group["rate"] = 0.0

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from lora_core import distributed, tokens
 from lora_core.adapters import injection
+from lora_core.adapters.norm_limits import limit_update_norms_
 from lora_core.config import Config, Stage
 from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import NoiseLevel
 from lora_core.diffusion.prediction import scale_input
-from lora_core.diffusion.step_output import Readings
+from lora_core.diffusion.step_output import Readings, add_reading
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import arrange_by_layer
@@ -191,6 +192,7 @@ def optimizer_step(
             before[name] = embedding.rows.detach().clone()
     norm = update_parameters(moving, model, optimization, stage, config, total)
     control_token_norms(model, optimization, stage, config, before)
+    limit_updates(model, optimization, stage, config, readings)
     return StepResult(total, norm, mean_readings(readings) if readings else {})
 
 
@@ -266,6 +268,31 @@ def control_token_norms(
                 tokens.pull_norms_(embedding.rows, target, rate=rate.clamp(max=1.0))
             rows = embedding.rows.detach()
             rows.copy_(torch.where(optimization.skip != 0, before[name], rows))
+
+
+def limit_updates(
+    model: Model, optimization: Optimization, stage: Stage, config: Config, readings: Readings
+) -> None:
+    """Apply --optimizer.max-update-norm to the adapters that the stage trains, after an optimizer
+    step that was not skipped, and log how many layers it scaled and the largest norm before that.
+    """
+    limit = config.optimizer.max_update_norm
+    networks = trained_networks(model, stage)
+    if not limit or not networks:
+        return
+    limited = limit_update_norms_(networks, limit, skip=optimization.skip)
+    add_reading(readings, "limited_layers", limited.scaled)
+    add_reading(readings, "largest_update", limited.largest)
+
+
+def trained_networks(model: Model, stage: Stage) -> list[nn.Module]:
+    """The networks whose adapters the stage trains."""
+    found = []
+    for name, module in model.adapted.items():
+        group = "text_encoder" if name in model.encoders else "denoiser"
+        if group in stage.groups:
+            found.append(module)
+    return found
 
 
 def check_gradients(groups: Mapping[str, Sequence[nn.Parameter]]) -> None:

@@ -99,6 +99,7 @@ def read_captions(
     *,
     must_use: bool = True,
     missing: dict[Path, str] | None = None,
+    extension: str = "",
 ) -> dict[Path, Captions]:
     """The captions of each image, one or more, in the images' order.
 
@@ -119,7 +120,8 @@ def read_captions(
     An image without a text in its file or table takes `caption` where that is given, else the words
     of such a folder. All texts are in Unicode's normal form C. Raises UserError for an image
     without a caption, an unknown mode, a `caption` or `column` that is missing, and, with
-    `must_use`, for one that no image takes. `missing`: see `read_image_table`.
+    `must_use`, for one that no image takes. `missing`: see `read_image_table`. `extension` is the
+    ending of caption files, in place of .txt (`caption_suffixes`).
     """
     if mode not in CAPTION_MODES:
         raise UserError(
@@ -131,20 +133,30 @@ def read_captions(
             f"captions {modes[0]!r} need the caption (for templates, the word to put in them), "
             f"got {caption!r}; add --data.caption"
         )
-    suffixes = CAPTION_SUFFIXES if mode == "auto" else (".txt",)
+    suffixes = caption_suffixes(mode, extension)
     found: dict[Path, Captions] = {}
     for part, own_mode in zip(parts, modes, strict=True):
         if own_mode == "metadata":
             own = _read_table(part, caption, column, missing)
         else:
             own = _read_one_folder(part, own_mode, caption, suffixes=suffixes)
-        needed = {"txt": "a .txt file with a caption", "metadata": f"a row in {_table(part).name}"}
+        needed = {
+            "txt": f"a {suffixes[0]} file with a caption",
+            "metadata": f"a row in {_table(part).name}",
+        }
         found |= _complete(own, part, needed.get(own_mode, "a caption in its name"), caption)
     if must_use:
         sources = {captions.source for captions in found.values()}
         how = f"{parts[0].folder} is read with captions {modes[0]!r}"
         _check_use(sources, how, caption, column)
     return {image: normalize_captions(image, own) for image, own in found.items()}
+
+
+def caption_suffixes(mode: str, extension: str = "") -> tuple[str, ...]:
+    """Endings of the caption files that a mode reads, the first one with a text before others."""
+    if extension:
+        return (extension.lower(),)
+    return CAPTION_SUFFIXES if mode == "auto" else (".txt",)
 
 
 def normalize_captions(image: Path, captions: Captions) -> Captions:

@@ -39,17 +39,19 @@ KEYS = ("instance_prompt", "instance_data_dir", "caption_dir", "mask_dir")  # of
 EXAMPLE = '[{"instance_prompt": "a photo of TOK", "instance_data_dir": "photos"}]'
 
 
-def list_images(root: Path, *, tabled: bool = True) -> Listing:
+def list_images(root: Path, *, tabled: bool = True, extension: str = "") -> Listing:
     """The contents of a folder of images, of a folder of concepts, or of a list of concepts.
+
+    `extension`: a further ending of caption files next to the images of a folder, such as .tags.
 
     Raises UserError as `list_folder`, and for a file that is no list of concepts.
     """
     if root.is_file():
         return Listing(root, tuple(_read_concept_list(root)))
-    own = list_one_folder(root)
+    own = list_one_folder(root, extension)
     concepts = [] if own.images or (tabled and own.table) else _find_concepts(root)
     if not concepts:
-        return list_folder(root, own, tabled=tabled)
+        return list_folder(root, own, tabled=tabled, extension=extension)
     known = {root / name for name in (*CAPTION_FOLDERS, *MASK_FOLDERS)}
     for concept in concepts:
         known |= {concept.folder, concept.folder.parent}

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from lora_core.data.batches import Batch, Example, collate, micro_batches
-from lora_core.data.buckets import Size, cut_size
+from lora_core.data.buckets import Size, cut_size, kept_size
+from lora_core.data.caption_tags import compose_caption
 from lora_core.data.images import (
     READER_VERSION,
     MaskedImage,
@@ -63,8 +64,9 @@ class ImageDataset:
     `sizes` are the (h, w) that the records are cropped to, the loser of a pair like its winner.
     Decoded images stay in memory up to
     `keep_bytes`. A visit has the empty caption with probability `caption_dropout` (for
-    classifier-free guidance, arXiv 2207.12598); prior records keep theirs. Raises UserError for no
-    records and a probability outside [0, 1).
+    classifier-free guidance, arXiv 2207.12598); prior records keep theirs. Tags and wildcards of a
+    record are drawn at each visit, unless `plain_captions` (`Record.plain_caption`). Raises
+    UserError for no records and a probability outside [0, 1).
 
     If some records have a mask, the others get masks of ones, so that a loss does not depend on the
     other images in the batch. No visit has a mask of zeros, which would train nothing (kohya takes
@@ -83,6 +85,7 @@ class ImageDataset:
         caption_dropout: float = 0.0,
         hard_masks: bool = False,
         keep_bytes: int = 2**29,
+        plain_captions: bool = False,
     ) -> None:
         if not records:
             raise UserError("no images to draw from; scan a folder that has some")
@@ -94,8 +97,9 @@ class ImageDataset:
         self.settings = settings
         self.seed = seed
         self.caption_dropout = caption_dropout
-        self.sizes = [cut_size(settings, r.size) for r in self.records]
+        self.sizes = [cut_size(settings, r.size, r.path) for r in self.records]
         self.hard_masks = hard_masks
+        self.plain_captions = plain_captions
         self.has_masks = any(r.has_mask for r in self.records)
         self.has_pairs = self.records[0].loser is not None
         if any((record.loser is not None) != self.has_pairs for record in self.records):
@@ -188,6 +192,8 @@ class ImageDataset:
             "interpolation": s.interpolation,
             "reading": READER_VERSION,
         }
+        if s.buckets and not s.bucket_upscale:
+            settings["upscale"] = False
         if self.hard_masks:  # a crop without any of the mask moves to it
             settings["masks"] = "hard"
         if s.is_random:
@@ -201,6 +207,10 @@ class ImageDataset:
         content = json.dumps([record.key, settings], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
+    def caption(self, index: int, visit: int) -> str:
+        """The caption of a visit to a record; empty where it is dropped."""
+        return self._choose_caption(self.records[index], visit)[0]
+
     def drops_caption(self, index: int, visit: int) -> bool:
         """Whether a visit to a record has no caption."""
         return self._choose_caption(self.records[index], visit)[1]
@@ -211,9 +221,11 @@ class ImageDataset:
         if can_drop and self._uniform(record, visit, "caption dropout") < self.caption_dropout:
             return "", True
         count = len(record.captions)
-        if count == 1:
-            return record.captions[0], False
-        return record.captions[int(self._uniform(record, visit, "caption") * count)], False
+        line = int(self._uniform(record, visit, "caption") * count) if count > 1 else 0
+        generator = None
+        if record.tags.varies and not self.plain_captions:
+            generator = keyed_generator(self.seed, record.key, visit, "caption tags")
+        return compose_caption(record.captions[line], record.tags, generator), False
 
     def _uniform(self, record: Record, visit: int, purpose: str) -> float:
         generator = keyed_generator(self.seed, record.key, visit, purpose)
@@ -231,7 +243,7 @@ class ImageDataset:
         is_center = self.settings.crop == "center"
         has_effect = not is_center or self.settings.zoom > 1
         for path, (record, size) in masked.items():
-            image = resize_image(self._read(record, size), size)
+            image = resize_image(self._read(record, size), self._scaled_size(record, size))
             mask = harden_mask(image).mask if self.hard_masks else image.mask
             assert mask is not None
             if not mask.getbbox():
@@ -255,7 +267,7 @@ class ImageDataset:
 
     def _read(self, record: Record, size: Size) -> MaskedImage:
         """The decoded file, resized already unless a zoom needs the original."""
-        resized = None if self.settings.zoom > 1 else size
+        resized = None if self.settings.zoom > 1 else self._scaled_size(record, size)
 
         def read() -> MaskedImage:
             image = read_image(record.file, record.mask_file, use_alpha=record.use_alpha)
@@ -264,6 +276,16 @@ class ImageDataset:
             return resize_image(image, resized, self.settings.interpolation)
 
         return self._recent.get((record.key, resized), read)
+
+    def _scaled_size(self, record: Record, size: Size) -> Size:
+        """The (h, w) that an image is scaled to cover before `size` is cut out of it: that size, or
+        its own where images are not enlarged and have the place.
+        """
+        s = self.settings
+        if not s.buckets or s.bucket_upscale:
+            return size
+        kept = kept_size(s, record.size)
+        return kept if kept[0] >= size[0] and kept[1] >= size[1] else size
 
 
 def _crop_corner(

@@ -20,22 +20,20 @@ from typing import Any, NamedTuple
 
 import PIL
 from PIL import UnidentifiedImageError
-from tqdm import tqdm
 
 from lora_core import distributed
 from lora_core.atomic_files import atomic_write
 from lora_core.data.images import READER_VERSION, has_alpha_mask, read_image
 from lora_core.data.shards.stored_files import FileSource, StoredFile, path_of
 from lora_core.errors import UserError, first_line, printable
-from lora_core.escaped_output import hides_progress
 from lora_core.json_files import read_object
+from lora_core.progress import ProgressBar
 
 MOST_THREADS = 16  # a decoded photograph takes up to 400 MB
 AT_ONCE = 512  # files that are handed to the threads together
 SHOWN = 20  # files that the printed list names
 # A file that was written a moment ago may be written again within the clock's resolution.
 SETTLED = 2.0  # seconds
-WITH_PROGRESS = 2_000  # files from which on a bar is shown
 
 
 class ImageFile(NamedTuple):
@@ -138,11 +136,10 @@ class ImageChecks:
         self, files: Sequence[ImageFile], wanted: Sequence[int], masks: str, *, is_shared: bool
     ) -> Iterator[tuple[int, CheckedImage | BadImage]]:
         """(number, result) of the files of these numbers, in order."""
-        shown = not hides_progress() and len(wanted) >= WITH_PROGRESS
         check = partial(_check_or_error, masks=masks)
         with (
             ThreadPoolExecutor(self.threads, thread_name_prefix="images") as pool,
-            tqdm(total=len(wanted), desc="reading images", disable=not shown) as bar,
+            ProgressBar("reading images", len(wanted), "image") as bar,
         ):
             for start in range(0, len(wanted), AT_ONCE):
                 numbers = wanted[start : start + AT_ONCE]
@@ -151,7 +148,7 @@ class ImageChecks:
                 if is_shared:
                     results = distributed.gather_shares(results)
                 yield from zip(numbers, results, strict=True)
-                bar.update(len(numbers))
+                bar.advance(len(numbers))
 
     def _file(self, origin: Path | str) -> Path:
         assert self.cache is not None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from lora_core.data.images import IMAGE_SUFFIXES, RAW_SUFFIXES, format_problem
+from lora_core.data.images import IMAGE_SUFFIXES, MASK_SUFFIX, RAW_SUFFIXES, format_problem
 from lora_core.errors import UserError
 from lora_core.shared_paths import lies_within
 from lora_core.text import normalize_unicode
@@ -29,6 +29,7 @@ CONDITION_END = "-condlabel"  # OneTrainer's conditioning images
 MASK_FOLDERS = ("mask", "masks")  # a mask in them has its image's name
 NO_IMAGE = "texts of no image"  # why a caption file is left out
 SOURCE_END = ".src"  # cloneofsimo's 0.src.jpg has the mask 0.mask.png
+INDEXED_CAPTIONS = "caption.txt"  # of lora_ppim: its line N is the caption of N.src.jpg
 OTHER_IMAGES = (".jxl", ".ico", ".svg", ".exr", ".hdr", ".xcf", ".ai", ".eps", ".pdf")
 # Files of the system, and the source of an exported dataset.
 JUNK = ("thumbs.db", "desktop.ini", "dataset.json")
@@ -69,21 +70,26 @@ class Listing:
     others: dict[Path, str] = field(default_factory=dict)
 
 
-def list_folder(root: Path, own: FolderContents | None = None, *, tabled: bool = True) -> Listing:
+def list_folder(
+    root: Path, own: FolderContents | None = None, *, tabled: bool = True, extension: str = ""
+) -> Listing:
     """The contents of a folder of images.
 
-    `own`: what `list_one_folder` gave. `tabled`: a metadata table may name images below it. In a
-    folder without images of its own, the N_name folders are read (kohya: N repeats; the name is the
-    caption of images that have none), or the folder `train` (ImageFolder of the datasets library).
-    Raises UserError, with the folder's contents, when there are no images.
+    `own`: what `list_one_folder` gave. `tabled`: a metadata table may name images below it.
+    `extension`: see `list_one_folder`. In a folder without images of its own, the N_name folders
+    are read (kohya: N repeats; the name is the caption of images that have none), or the folder
+    `train` (ImageFolder of the datasets library). Raises UserError, with the folder's contents,
+    when there are no images.
     """
-    own = own or list_one_folder(root)
+    own = own or list_one_folder(root, extension)
     if own.images or (tabled and own.table):
         return Listing(root, (own,))
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    parts = [part for part in map(_numbered_part, folders) if part is not None]
+    numbered = (_numbered_part(path, extension) for path in folders)
+    parts = [part for part in numbered if part is not None]
     if not parts:
-        trained = [list_one_folder(path) for path in folders if path.name.lower() == "train"]
+        trains = [path for path in folders if path.name.lower() == "train"]
+        trained = [list_one_folder(path, extension) for path in trains]
         parts = [part for part in trained if part.images or (tabled and part.table)]
     if not parts:
         raise UserError(_no_images(own))
@@ -92,8 +98,11 @@ def list_folder(root: Path, own: FolderContents | None = None, *, tabled: bool =
     return Listing(root, tuple(parts), others)
 
 
-def list_one_folder(folder: Path) -> FolderContents:
-    """The contents of one folder, without those of the folders below it."""
+def list_one_folder(folder: Path, extension: str = "") -> FolderContents:
+    """The contents of one folder, without those of the folders below it.
+
+    `extension`: a further ending of caption files, such as .tags.
+    """
     entries = [path for path in sorted(folder.iterdir()) if not is_junk(path)]
     files = [path for path in entries if path.is_file()]
     visible = [path for path in files if not path.name.startswith(".")]
@@ -104,9 +113,12 @@ def list_one_folder(folder: Path) -> FolderContents:
     conditions = [path for path in readable if path.stem.lower().endswith(CONDITION_END)]
     images = [path for path in readable if path not in mask_bases and path not in conditions]
     masks, unclaimed, spare = _pair_masks(images, mask_bases, entries)
-    text_files = [path for path in visible if path.suffix.lower() in CAPTION_SUFFIXES]
-    texts, strays = pair_texts(images, text_files)
-    table = _find_table(folder)
+    if not masks and (indexed := _masks_by_index(images, unclaimed)):
+        masks, unclaimed = indexed, []
+    table = _find_table(folder) or _find_indexed_captions(folder, images)
+    suffixes = dict.fromkeys((*CAPTION_SUFFIXES, *filter(None, [extension.lower()])))
+    text_files = [path for path in visible if path.suffix.lower() in suffixes]
+    texts, strays = pair_texts(images, [path for path in text_files if path != table])
     others = {path: "links to nothing" for path in entries if not path.exists()}
     others |= dict.fromkeys(spare, "second masks of an image")
     others |= dict.fromkeys(conditions, "conditioning images")
@@ -242,12 +254,12 @@ def _is_readable_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and format_problem(path) is None
 
 
-def _numbered_part(folder: Path) -> FolderContents | None:
+def _numbered_part(folder: Path, extension: str = "") -> FolderContents | None:
     """One of kohya's folders, 20_name with images in it; None for another."""
     found = NUMBERED.fullmatch(folder.name)
     if found is None or not 1 <= int(found[1]) <= MOST_REPEATS or int(found[1]) in YEARS:
         return None
-    part = list_one_folder(folder)
+    part = list_one_folder(folder, extension)
     if not part.images and not part.table:
         return None
     words = found[2].strip()
@@ -295,6 +307,19 @@ def _find_table(folder: Path) -> Path | None:
     if len(found) > 1:
         raise UserError(f"{folder} has both {' and '.join(METADATA_TABLES)}; keep one of them")
     return found[0] if found else None
+
+
+def _find_indexed_captions(folder: Path, images: Iterable[Path]) -> Path | None:
+    """The caption.txt of a folder whose images are all called N.src.jpg."""
+    path, indices = folder / INDEXED_CAPTIONS, [image_index(image) for image in images]
+    return path if indices and None not in indices and path.is_file() else None
+
+
+def image_index(image: Path) -> int | None:
+    """N of N.src.jpg; None for another name."""
+    stem = file_stem(image)
+    number = stem.removesuffix(SOURCE_END)
+    return int(number) if number != stem and number.isdecimal() and len(number) < 10 else None
 
 
 def file_stem(path: Path) -> str:
@@ -366,6 +391,17 @@ def _pair_masks(
     return masks, unclaimed, spare
 
 
+def _masks_by_index(images: list[Path], masks: list[Path]) -> dict[Path, Path]:
+    """Image -> mask where the masks are 0.mask.png, 1.mask.png ..., one for each image in the order
+    of their names (lora_pti --use_face_segmentation_condition); {} for other masks.
+    """
+    numbered = {path.name: path for path in masks}
+    wanted = [f"{number}{MASK_SUFFIX}" for number in range(len(images))]
+    if not images or set(numbered) != set(wanted) or len(masks) != len(images):
+        return {}
+    return {image: numbered[name] for image, name in zip(images, wanted)}
+
+
 def _masks_in_folders(entries: Iterable[Path], names: set[str]) -> list[Path]:
     """The masks in sub-folders called mask or masks, if one of them has an image's name."""
     found: list[Path] = []
@@ -386,7 +422,8 @@ def pair_texts(
     NAME.txt and NAME.png.txt both belong to NAME.png.
     """
     named: dict[str, list[Path]] = {}
-    for path in sorted(texts, key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path)):
+    order = {suffix: place for place, suffix in enumerate(CAPTION_SUFFIXES)}
+    for path in sorted(texts, key=lambda path: (order.get(path.suffix.lower(), len(order)), path)):
         named.setdefault(file_stem(path), []).append(path)
     found: dict[Path, tuple[Path, ...]] = {}
     claimed: set[Path] = set()

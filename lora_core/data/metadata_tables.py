@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.data.images import IMAGE_SUFFIXES
-from lora_core.data.listing import find_file
+from lora_core.data.listing import INDEXED_CAPTIONS, find_file, image_index
 from lora_core.errors import UserError
 from lora_core.text import LONGEST_TABLE, parse_json, read_text, shorten_value
 
@@ -23,11 +23,33 @@ def read_metadata(
     may_be_empty: bool = False,
     missing: dict[Path, str] | None = None,
 ) -> dict[Path, tuple[str, ...]]:
-    """Image -> captions, from metadata.jsonl or metadata.csv (see `read_image_table`)."""
+    """Image -> captions, from metadata.jsonl or metadata.csv (see `read_image_table`), or from
+    lora_ppim's caption.txt, whose line N, counted from 0, is the caption of N.src.jpg.
+    """
+    if path.name == INDEXED_CAPTIONS:
+        return _read_indexed(path)
     rows = read_image_table(
         path, ("file_name",), column, may_be_empty=may_be_empty, missing=missing
     )
     return {image: texts for (image,), texts in rows.items()}
+
+
+def _read_indexed(path: Path) -> dict[Path, tuple[str, ...]]:
+    """Image -> its line of caption.txt. Raises UserError for an image without a line."""
+    lines = read_text(path, LONGEST_TABLE).split("\n")
+    found = {}
+    for image in sorted(path.parent.iterdir()):
+        index = image_index(image)
+        if index is None or image.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        text = lines[index].strip() if index < len(lines) else ""
+        if not text:
+            raise UserError(
+                f"{path} has no text in its line {index + 1}, the caption of {image.name}; write "
+                "a line for each image, counted from 0"
+            )
+        found[image] = (text,)
+    return found
 
 
 def read_image_table(

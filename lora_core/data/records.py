@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lora_core.data.caption_tags import add_fixed_texts, compose_caption
 from lora_core.data.captions import (
     FOLDER_NAME,
     CaptionMode,
     Captions,
+    caption_suffixes,
     normalize_captions,
     read_caption_file,
     read_captions,
@@ -21,7 +23,6 @@ from lora_core.data.concept_folders import list_images
 from lora_core.data.image_checks import CheckedImage, ImageChecks, ImageFile, check_image
 from lora_core.data.images import mask_path
 from lora_core.data.listing import (
-    CAPTION_SUFFIXES,
     METADATA_TABLES,
     FolderContents,
     Listing,
@@ -32,6 +33,9 @@ from lora_core.data.metadata_tables import read_metadata
 from lora_core.data.shards.stored_files import FileSource, path_of
 from lora_core.errors import UserError
 from lora_core.placeholders import has_placeholder
+from lora_core.settings import CaptionSettings
+
+WHOLE = CaptionSettings()  # captions as they are written
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,12 @@ class Record:
     loser: "Record | None" = None  # of a pair, the image that this one is preferred to
     stored: FileSource | None = None  # where it is inside a larger file
     stored_mask: FileSource | None = None
+    tags: CaptionSettings = WHOLE  # what a visit makes of a caption
+
+    @property
+    def plain_caption(self) -> str:
+        """The first caption as people are shown it: without wildcards, its tags in their order."""
+        return compose_caption(self.captions[0], self.tags)
 
     @property
     def file(self) -> FileSource:
@@ -78,43 +88,43 @@ def scan_folder(
     is_prior: bool = False,
     held_out: bool = False,
     checks: ImageChecks | None = None,
+    tags: CaptionSettings | None = None,
+    must_use: bool = True,
 ) -> list[Record]:
     """The images of a folder with their captions and masks.
 
     The folder is one of images, of concepts, or a list of concepts (`concept_folders`). They
     include images below the folder that a metadata table names. The list has every image
     `repeats` times, and those of kohya's folder N_name (`listing.list_folder`) N times as often;
-    in a `held_out` set each is listed once, and a caption that none of its images uses is no error.
+    in a `held_out` set each is listed once, and a caption that none of its images uses is no error;
+    nor is it without `must_use`.
 
     Masks: "file" demands a mask for each image (001.mask.png, or other tools' names:
     `lora_core.data.listing`), "alpha" an alpha channel, "auto" takes existing mask files and
     ignores alpha, "any" takes mask files, else an alpha channel that is not the same everywhere,
     "none" ignores both. Caption modes and the caption's column in the table: `read_captions`.
-    Raises UserError for missing or damaged files; `checks` says whether damaged ones are left out
-    instead: images and masks that cannot be read, images whose caption file cannot be read, and
-    names in a table without a file.
+    `tags`: the ending of caption files, and what a visit makes of captions. Raises UserError for
+    missing or damaged files; `checks` says whether damaged ones are left out instead: images and
+    masks that cannot be read, images whose caption file cannot be read, and names in a table
+    without a file.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise UserError(f"the image folder {folder} does not exist; check the path")
-    if repeats < 1:
-        raise UserError(f"repeats must be at least 1, got {repeats}")
-    if masks not in ("auto", "file", "alpha", "any", "none"):
-        raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha, any or none")
+    _check_scan(folder, repeats, masks)
     checks = checks or ImageChecks()
+    tags = tags or WHOLE
+    if tags.caption_extension and captions == "auto":
+        captions = "txt"
     tabled = captions in ("auto", "metadata")
-    parts = list_images(folder, tabled=tabled).parts
+    parts = list_images(folder, tabled=tabled, extension=tags.caption_extension).parts
     if tabled:
-        may_be_empty = caption is not None
-        parts = tuple(
-            _add_tabled_images(part, caption_column, checks, may_be_empty=may_be_empty)
-            for part in parts
-        )
+        parts = _add_tabled_parts(parts, caption_column, checks, may_be_empty=caption is not None)
     if checks.skips:
-        parts = tuple(_without_bad_texts(part, captions, checks) for part in parts)
+        parts = tuple(_without_bad_texts(part, captions, checks, tags) for part in parts)
     chosen = _choose_masks(parts, masks)
+    common, extension = (captions, caption, caption_column), tags.caption_extension
+    must_use = must_use and not held_out
     texts = read_captions(
-        parts, captions, caption, caption_column, must_use=not held_out, missing=checks.missing
+        parts, *common, must_use=must_use, missing=checks.missing, extension=extension
     )
     files = [ImageFile(path, mask) for path, mask in chosen.items()]
     found = checks.check_all(files, masks, folder)
@@ -122,10 +132,20 @@ def scan_folder(
         raise UserError(describe_all_bad(folder, checks))
     made: dict[Path, Record] = {}
     for file, own in zip(files, found, strict=True):
+        path = path_of(file.image)
         if own is not None:
-            path = path_of(file.image)
-            made[path] = build_record(file, texts[path], own, is_prior=is_prior)
+            made[path] = with_tags(build_record(file, texts[path], own, is_prior=is_prior), tags)
     return _repeat_records(parts, made, 0 if held_out else repeats)
+
+
+def _check_scan(folder: Path, repeats: int, masks: str) -> None:
+    """Raises UserError for a folder that is not there, and options that have no such value."""
+    if not folder.exists():
+        raise UserError(f"the image folder {folder} does not exist; check the path")
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}")
+    if masks not in ("auto", "file", "alpha", "any", "none"):
+        raise UserError(f"unknown masks {masks!r}, expected auto, file, alpha, any or none")
 
 
 def _repeat_records(
@@ -222,12 +242,18 @@ def build_record(
     )
 
 
+def with_tags(record: Record, tags: CaptionSettings) -> Record:
+    """The record with captions that a visit composes by these settings; prefix and suffix added."""
+    return replace(record, captions=add_fixed_texts(record.captions, tags), tags=tags)
+
+
 def without_mask(record: Record) -> Record:
     """The record of the same image without its mask, which is part of a record's key."""
     if not record.has_mask:
         return record
     captions = Captions(record.captions, record.source)
-    return make_record(record.file, captions, None, masks="none", is_prior=record.is_prior)
+    made = make_record(record.file, captions, None, masks="none", is_prior=record.is_prior)
+    return replace(made, tags=record.tags)
 
 
 def images_missing_word(records: Sequence[Record], word: str) -> list[Path]:
@@ -244,16 +270,18 @@ def list_again(folder: Path | str | Listing, records: Sequence[Record]) -> Listi
     if isinstance(folder, Listing):
         return folder
     files = {record.source.name for record in records if isinstance(record.source, Path)}
-    return list_images(Path(folder), tabled=bool(files & set(METADATA_TABLES)))
+    extension = records[0].tags.caption_extension if records else ""
+    tabled = bool(files & set(METADATA_TABLES))
+    return list_images(Path(folder), tabled=tabled, extension=extension)
 
 
 def _without_bad_texts(
-    part: FolderContents, mode: CaptionMode, checks: ImageChecks
+    part: FolderContents, mode: CaptionMode, checks: ImageChecks, tags: CaptionSettings
 ) -> FolderContents:
     """The folder without the images whose caption files cannot be read."""
     if mode not in ("auto", "txt") or (mode == "auto" and part.table is not None):
         return part
-    suffixes = CAPTION_SUFFIXES if mode == "auto" else (".txt",)
+    suffixes = caption_suffixes(mode, tags.caption_extension)
     bad = set()
     for image, files in part.texts.items():
         for file in files:
@@ -267,6 +295,15 @@ def _without_bad_texts(
     images = tuple(image for image in part.images if image not in bad)
     texts = {image: files for image, files in part.texts.items() if image not in bad}
     return replace(part, images=images, texts=texts)
+
+
+def _add_tabled_parts(
+    parts: Sequence[FolderContents], column: str | None, checks: ImageChecks, *, may_be_empty: bool
+) -> tuple[FolderContents, ...]:
+    """The folders with the images below them that their metadata tables name."""
+    return tuple(
+        _add_tabled_images(part, column, checks, may_be_empty=may_be_empty) for part in parts
+    )
 
 
 def _add_tabled_images(

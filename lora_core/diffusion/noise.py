@@ -37,6 +37,13 @@ class NoiseLevel(NamedTuple):
         """[b] signal to noise ratio alpha^2 / sigma^2 (0 at zero terminal SNR)."""
         return (self.alpha / self.sigma) ** 2
 
+    @property
+    def share(self) -> Tensor:
+        """[b] sigma / (alpha + sigma) in [0, 1]: the sigma of a flow model, or s / (1 + s) of s =
+        sigma / alpha, the sigma of EDM and k-diffusion.
+        """
+        return self.sigma / (self.alpha + self.sigma)
+
     def like(self, x: Tensor) -> "NoiseLevel":
         """The same levels shaped [b, 1, ...], which broadcast over x [b, ...], on its device."""
         t, alpha, sigma = self
@@ -402,12 +409,16 @@ WHITE_NOISE = NoiseSettings()
 
 
 def sample_noise(
-    keys: RandomKeys, shape: tuple[int, ...], settings: NoiseSettings = WHITE_NOISE
+    keys: RandomKeys,
+    shape: tuple[int, ...],
+    settings: NoiseSettings = WHITE_NOISE,
+    x0: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(eps of the target, eps of x_t), both [b, *shape] fp32 on the CPU, shape = (c, h, w).
 
     They differ only under input perturbation: x_t gets eps + gamma n', the target keeps eps
-    (arXiv 2301.11706 algorithm 1).
+    (arXiv 2301.11706 algorithm 1). An adaptive offset needs the latents `x0` [b, *shape], and waits
+    for their device.
     """
     eps = keys.normal("noise", shape)
     if settings.multires_levels:
@@ -416,10 +427,23 @@ def sample_noise(
             rows.append(_add_coarse_noise(row, keys.rows(slice(i, i + 1)), settings))
         eps = torch.stack(rows)
     if settings.offset:
-        eps = eps + settings.offset * keys.normal("offset", (shape[0], 1, 1))
+        strength = offset_strength(settings, x0)
+        eps = eps + strength * keys.normal("offset", (shape[0], 1, 1))
     if settings.perturbation:
         return eps, eps + settings.perturbation * keys.normal("perturbation", shape)
     return eps, eps
+
+
+def offset_strength(settings: NoiseSettings, x0: Tensor | None) -> float | Tensor:
+    """The strength o of the noise offset: settings.offset, or with k = settings.adaptive_offset
+    max(0, o + k |mean_hw(x0)|), [b, c, 1, 1] fp32 on the CPU (kohya's sd-scripts).
+    """
+    if not settings.adaptive_offset:
+        return settings.offset
+    if x0 is None:
+        raise ValueError("an adaptive offset is a function of the latents; give sample_noise x0")
+    means = x0.float().mean(dim=(2, 3), keepdim=True).abs().cpu()
+    return (settings.offset + settings.adaptive_offset * means).clamp(min=0)
 
 
 def _add_coarse_noise(eps: Tensor, key: RandomKeys, settings: NoiseSettings) -> Tensor:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_core.formats.adapter_files import (
         detect_format,
         load,
+        older_file_names,
         run_file_paths,
         save,
         save_run,
@@ -43,6 +44,7 @@ __all__ = [
     "detect_format",
     "layout_of",
     "load",
+    "older_file_names",
     "placeholder_header",
     "read_key_shapes",
     "run_file_names",

@@ -26,10 +26,12 @@ from lora_core.formats.known_formats import (
     TOKEN_FORMATS,
     TOKEN_NAMES,
     WRITABLE,
+    folder_file_stem,
     import_function,
     run_file_names,
 )
 from lora_core.formats.layout import Layout, nearest_name
+from lora_core.formats.model_spec import embedding_spec
 from lora_core.formats.recognition import (
     BUNDLED,
     model_of_run,
@@ -270,10 +272,13 @@ def _find_run_files(folder: Path, *, custom: bool) -> list[Path]:
     Raises UserError when there is neither, or more than one of a kind.
     """
     files = sorted(folder.glob("[!.]*.safetensors"))  # a dot: left by a writer that was killed
+    for name, older in older_file_names(folder.resolve()).items():
+        if folder / name in files and folder / older in files:
+            files.remove(folder / older)
     rows = [file for file in files if file.name.endswith(EMBEDDINGS)]
     loras = [file for file in files if file not in rows]
     tensors = [file for file in loras if file.name.endswith(CUSTOM)]
-    for own in (NATIVE, run_file_names(folder.resolve().name)[1]):
+    for own in (NATIVE, run_file_names(folder_file_stem(folder.resolve()))[1]):
         if folder / own in loras:
             loras = [folder / own]
     if custom and tensors:
@@ -295,6 +300,14 @@ def _find_run_files(folder: Path, *, custom: bool) -> list[Path]:
             "is the run finished?"
         )
     return loras + rows
+
+
+def older_file_names(folder: Path) -> dict[str, str]:
+    """The name of a file of a checkpoint -> the one that an earlier version gave it, by its step
+    alone; empty for other folders.
+    """
+    names = run_file_names(folder_file_stem(folder)), run_file_names(folder.name)
+    return {new: old for new, old in zip(*names) if old != new}
 
 
 # ---------------------------------------------------------------- writing
@@ -387,11 +400,11 @@ def save_run(
 
     They are NATIVE (diffusers' names), <run>.safetensors (kohya's names; LyCORIS' for its updates,
     which the former cannot hold) and <run>_emb.safetensors (token rows, always fp32); <run> is the
-    folder's name. For a state that kohya's format cannot hold, that file is left out and one line
-    printed.
+    folder's name, in RUN/checkpoints/300 RUN-000300. For a state that kohya's format cannot hold,
+    that file is left out and one line printed.
     """
     folder = Path(folder).resolve()
-    native, kohya, rows = (folder / name for name in run_file_names(folder.name))
+    native, kohya, rows = (folder / name for name in run_file_names(folder_file_stem(folder)))
     written = run_file_paths(state, folder, layout)
     if native in written:
         save(state, native, format="diffusers", layout=layout, metadata=metadata, dtype=dtype)
@@ -404,13 +417,14 @@ def save_run(
             file=sys.stderr,
         )
     if rows in written:
-        save(state, rows, format="embeddings", layout=layout, metadata=metadata)
+        own = embedding_spec(layout, rows.stem) | dict(metadata or {})
+        save(state, rows, format="embeddings", layout=layout, metadata=own)
     return written
 
 
 def run_file_paths(state: AdapterState, folder: Path, layout: Layout) -> list[Path]:
     """The files that `save_run` writes of this state."""
-    native, kohya, rows = (folder / name for name in run_file_names(folder.name))
+    native, kohya, rows = (folder / name for name in run_file_names(folder_file_stem(folder)))
     written = []
     if any(state.dense.values()):
         written.append(kohya)

@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -147,7 +148,8 @@ def write_tensors(
     """Writes the file whole or not at all. The same input gives the same bytes.
 
     Tensors are in safetensors' order; the header is sorted, because safetensors 0.8.0 shuffles it.
-    With `hashes` the header gets kohya's sshs_model_hash and sshs_legacy_hash. Raises UserError for
+    With `hashes` the header gets kohya's sshs_model_hash and sshs_legacy_hash, and the former as
+    the model spec's hash_sha256. Raises UserError for
     NaN or Inf (an overflow in a narrow dtype), ValueError for a header value that is not a string.
     """
     for key, value in header.items():
@@ -164,6 +166,37 @@ def write_tensors(
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(encode_header(entries, header))
         file.writelines(pieces)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header's metadata of a .safetensors file. Raises UserError as `read_shapes` does."""
+    return read_shapes(path)[1]
+
+
+def add_header_entries(path: Path, entries: Mapping[str, str]) -> None:
+    """Writes a file anew with further entries in its header, whole or not at all; the tensors'
+    bytes stay as they are. Raises UserError as `read_shapes` does.
+    """
+    header = read_header(path) | dict(entries)
+    with path.open("rb") as file, atomic_write(path) as temporary:
+        start = _rewrite_header(file, header)
+        with temporary.open("wb") as written:
+            written.write(start)
+            shutil.copyfileobj(file, written, SMALL_FILE)
+
+
+def with_header(path: Path, header: Mapping[str, str]) -> bytes:
+    """The content of a file with another header; the file itself stays as it is."""
+    with path.open("rb") as file:
+        return _rewrite_header(file, header) + file.read()
+
+
+def _rewrite_header(file: BinaryIO, header: Mapping[str, str]) -> bytes:
+    """The bytes before the tensors with another header; leaves the file at its tensors."""
+    size = int.from_bytes(file.read(8), "little")
+    tensors = json.loads(file.read(size))
+    tensors.pop("__metadata__", None)
+    return encode_header(tensors, header)
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[memoryview]]:
@@ -229,7 +262,11 @@ def _kohya_hashes(
         stop = max(0, LEGACY_HASHED.stop - place)
         legacy.update(piece[first:stop])
         place += piece.nbytes
-    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    return {
+        "sshs_model_hash": whole.hexdigest(),
+        "sshs_legacy_hash": legacy.hexdigest()[:8],
+        "modelspec.hash_sha256": f"0x{whole.hexdigest()}",
+    }
 
 
 def _refuse_repeated_names(path: Path) -> None:

@@ -19,6 +19,7 @@ EMBEDDINGS = "_emb.safetensors"  # ending of a run's file of token rows
 # Ending of a run's file of adapters of a kind that the user defined (adapters.custom_files).
 CUSTOM = "_adapter.safetensors"
 CUSTOM_KIND = "lora_core.adapter_kind"  # header entry of such a file: FILE.py:Class
+CHECKPOINTS, STEP = "checkpoints", re.compile(r"\d+")  # RUN/checkpoints/300
 
 # Header entry: peft's LoraConfig fields as JSON, "unet.r" and so on.
 PEFT_HEADER = "lora_adapter_metadata"
@@ -250,6 +251,15 @@ def import_function(module: str, name: str) -> Callable[..., Any]:
 def run_file_names(name: str) -> tuple[str, str, str]:
     """The names of the files of a run called `name`: diffusers', kohya's, token rows."""
     return NATIVE, f"{name}.safetensors", f"{name}{EMBEDDINGS}"
+
+
+def folder_file_stem(folder: Path) -> str:
+    """What the files in a run's folder are called: as the folder is, in RUN/checkpoints/300
+    RUN-000300.
+    """
+    if folder.parent.name == CHECKPOINTS and STEP.fullmatch(folder.name):
+        return f"{folder.parent.parent.name}-{int(folder.name):06d}"
+    return folder.name
 
 
 def is_single_file(path: str) -> bool:

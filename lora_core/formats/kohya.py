@@ -41,6 +41,7 @@ from lora_core.formats.grammar import (
     to_adapter_state,
 )
 from lora_core.formats.layout import Component, Layout
+from lora_core.formats.model_spec import adapter_spec
 
 GRAMMAR = Grammar(
     heads=lambda name, component: component.prefixes,
@@ -252,9 +253,5 @@ def _make_header(
         "ss_network_alpha": str(next(iter(alphas))) if len(alphas) == 1 else "Dynamic",
         "ss_network_args": json.dumps(args),
         "ss_output_name": title,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": title,
     }
-    if layout.architecture:
-        header["modelspec.architecture"] = layout.architecture
-    return header
+    return header | adapter_spec(layout, title)

@@ -92,6 +92,8 @@ class Layout:
     # component -> preset -> target globs
     presets: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     architecture: str = ""  # modelspec.architecture; no such header entry where empty
+    # modelspec.implementation: the code whose names the files' tensors have
+    implementation: str = "diffusers"
     network_module: str = "networks.lora"  # kohya's ss_network_module
     # lengths of the lists of block weights in use with the family; none: it has no such blocks
     block_lists: tuple[int, ...] = ()

@@ -23,7 +23,10 @@ from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, first_line, printable
 from lora_core.formats import EMBEDDINGS, NATIVE
 from lora_core.formats.dora_readers import describe_reader_errors
+from lora_core.formats.shared_header import published_files
 from lora_core.placeholders import Placeholder, bind_placeholders, describe_tokens
+from lora_core.runs.licenses import license_fields
+from lora_core.runs.pictures import OVER_STEPS
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
@@ -58,6 +61,8 @@ class ModelCard:
     validation: Sequence[tuple[str, float, float]] = ()  # (timestep, loss before, loss after)
     scored: str = "loss"  # that loss in words: held-out loss, loss on the training images
     repo: str = ""  # hub repository that the card is for; empty: this disk
+    license: str = ""  # an id of the hub, another name, or an address
+    description: str = ""  # the model in a few sentences
     # Tool -> relative error of its update of a DoRA under kohya's names (formats.dora_readers)
     dora_errors: Mapping[str, float] = field(default_factory=dict)
     shows_images: bool = True  # the samples, if no private image is in them
@@ -90,21 +95,28 @@ def _read_template() -> Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def check_push_target(repo_id: str) -> None:
-    """Creates the hub repository if it is missing and checks that this login may write to it.
+def check_push_target(repo_id: str, *, public: bool = False) -> None:
+    """Creates the hub repository if it is missing, a private one unless `public`, and checks that
+    this login may write to it.
 
-    Raises UserError if not.
+    Raises UserError if not, and for a public repository that is there without `public`.
     """
     try:
         api = HfApi()
-        api.create_repo(repo_id, repo_type="model", exist_ok=True)
+        api.create_repo(repo_id, repo_type="model", private=not public, exist_ok=True)
         if hasattr(api, "auth_check"):
             api.auth_check(repo_id, write=True)
+        is_open = not public and api.model_info(repo_id).private is False
     except Exception as error:  # see `push_to_hub`
         advice = "log in (hf auth login), or leave it out and upload the folder later"
         raise UserError(
             f"--push-to-hub {repo_id} cannot be written to: {first_line(error)}; {advice}"
         ) from None
+    if is_open:
+        raise UserError(
+            f"--push-to-hub {repo_id} is a public repository; add --files.public to publish there, "
+            "or name another, which is then made a private one"
+        )
 
 
 def push_to_hub(
@@ -112,26 +124,28 @@ def push_to_hub(
     repo_id: str,
     *,
     ignore: Sequence[str] = IGNORED,
-    texts: Mapping[str, str] | None = None,
+    contents: Mapping[str, bytes] | None = None,
+    public: bool = False,
 ) -> str:
-    """Uploads a run folder to a hub repository, created if missing; returns its address.
+    """Uploads a run folder to a hub repository; returns its address. One that is missing is
+    created, private unless `public`; one that is there stays as it is.
 
-    `ignore`: globs on paths relative to the folder. `texts`: files that have another text in the
-    repository. Raises UserError when the hub refuses or cannot be reached; the folder is not
-    changed.
+    `ignore`: globs on paths relative to the folder. `contents`: files that have another content in
+    the repository, as those with captions of the user's files in their headers have. Raises
+    UserError when the hub refuses or cannot be reached; the folder is not changed.
     """
-    texts = texts or {}
+    contents = published_files(Path(folder)) | dict(contents or {})
     try:
         api = HfApi()
-        url = api.create_repo(repo_id, repo_type="model", exist_ok=True)
+        url = api.create_repo(repo_id, repo_type="model", private=not public, exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
-            ignore_patterns=[*ignore, *texts],
+            ignore_patterns=[*ignore, *contents],
             commit_message=f"Upload the run {Path(folder).resolve().name}",
         )
-        for name, text in texts.items():
-            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=repo_id)
+        for name, content in contents.items():
+            api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id)
     except Exception as error:
         # The hub's client raises a dozen classes: no network, no token, no right to write, a bad
         # id, a card that it does not accept.
@@ -195,8 +209,11 @@ def _front_matter(
     data = ModelCardData(
         base_model=None if is_local and card.repo else card.base_model,
         library_name="diffusers",
-        tags=[*tags, *card.tags],
+        pipeline_tag="text-to-image",
+        tags=list(dict.fromkeys([*tags, *card.tags])),
     )
+    for field_name, text in license_fields(card.license).items():
+        data[field_name] = text
     example = _example(card)
     if prompt := _bind_words(card, card.instance_prompt) or example:
         data["instance_prompt"] = prompt
@@ -244,9 +261,11 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
 
 
 def _image_files(folder: Path) -> list[str]:
-    """The newest sample sheet and before_after.png, those that are there."""
-    sheets = sorted((folder / "samples").glob("*.png"))[-1:]
-    paths = (*sheets, folder / "before_after.png")
+    """The newest sample sheet, before_after.png and the sheet over the steps, where they are."""
+    sheets = sorted((folder / "samples").glob("step_*.png"))
+    paths = (*sheets[-1:], folder / "before_after.png")
+    if len(sheets) > 1:  # of one it is the same again
+        paths = (*paths, folder / "samples" / OVER_STEPS)
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 

@@ -30,7 +30,7 @@ from lora_core.toml import flatten_table, read_toml, to_table
 # observed, the threads and files that compute it.
 NO_EFFECT = (
     "out", "report", "push_to_hub", "resume", "resume_anyway", "overwrite", "save_every", "keep",
-    "log_every", "list_targets", "samples", "validation.every", "validation.images",
+    "log_every", "list_targets", "samples", "files", "validation.every", "validation.images",
     "validation.count", "data.workers", "data.cache", "threads", "offload",
 )  # fmt: skip
 # Options that determine what a validation measures, besides its images, timesteps and draws.

@@ -9,8 +9,10 @@ from pathlib import Path
 from lora_core.atomic_files import temporary_name
 from lora_core.errors import UserError
 from lora_core.formats import run_file_names
+from lora_core.formats.known_formats import CHECKPOINTS, folder_file_stem
 from lora_core.runs.run_folder import MARKS, first_names, is_run
 
+LONGEST_STEP = "1000000"  # of a checkpoint, whose files are called RUN-STEP
 # The longest path below OUT, apart from the paths with the run's own name.
 LONGEST_WITHIN = "checkpoints/.1000000.01234567.tmp/state.safetensors"
 
@@ -92,7 +94,10 @@ def check_file_names(out: Path | str) -> None:
     Temporary names are included.
     """
     folder = Path(os.path.abspath(out))
-    files = [temporary_name(folder / name) for name in run_file_names(folder.name)]
+    files = [folder / name for name in run_file_names(folder.name)]
+    checkpoint = folder / CHECKPOINTS / LONGEST_STEP
+    files += [checkpoint / name for name in run_file_names(folder_file_stem(checkpoint))]
+    files = [temporary_name(file) for file in files]
     backup = folder.with_name(folder.name + ".bak")
     check_path_lengths("--out", [*files, folder / LONGEST_WITHIN, backup])
 

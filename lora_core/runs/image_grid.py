@@ -14,19 +14,28 @@ from lora_core.errors import UserError
 from lora_core.runs.pictures import ImageRow
 
 MOST_VALUES = 64  # of one axis
-SETTINGS = r"seed|guidance|steps|(lora\d+\.)?(strength|unet|text)"
+SETTINGS = r"seed|guidance|steps|checkpoint|(lora\d+\.)?(strength|unet|text)"
 WHOLE = ("seed", "steps")  # settings that are whole numbers
 
 
 class Axis(NamedTuple):
     """One axis of a grid of images."""
 
-    setting: str  # "seed", "guidance", "steps", "strength", "lora0.unet" ...
-    values: list[float]
+    setting: str  # "seed", "guidance", "steps", "strength", "lora0.unet" ..., "checkpoint"
+    values: list[float]  # of a checkpoint its place in `names`
+    run: str = ""  # of checkpoints: the run folder, as given
+    names: tuple[str, ...] = ()  # of checkpoints: "step 100" ...
+    loras: tuple[str, ...] = ()  # of checkpoints: each as a value of --lora
+
+    @property
+    def captions(self) -> list[str]:
+        """The values in words, for a sheet."""
+        return list(self.names) or [f"{self.setting} {value:g}" for value in self.values]
 
 
 def parse_axis(text: str) -> Axis:
-    """SETTING=START:STOP:STEP (stop included, for seed excluded) or SETTING=A,B,C.
+    """SETTING=START:STOP:STEP (stop included, for seed excluded), SETTING=A,B,C, or checkpoint=RUN,
+    whose checkpoints `find_checkpoints` names; here it has one value.
 
     Raises UserError for anything else.
     """
@@ -34,8 +43,12 @@ def parse_axis(text: str) -> Axis:
     if not re.fullmatch(SETTINGS, name):
         raise UserError(
             f"--grid {text}: unknown setting {name!r}; "
-            "choose seed, strength, unet, text, lora0.strength ..., guidance or steps"
+            "choose seed, strength, unet, text, lora0.strength ..., guidance, steps or checkpoint"
         )
+    if name == "checkpoint":
+        if not tail.strip():
+            raise UserError(f"--grid {text}: expected checkpoint=RUN, a run's folder")
+        return Axis(name, [0.0], run=tail)
     try:
         values, total = _parse_values(tail, includes_stop=name != "seed")
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -50,6 +63,27 @@ def parse_axis(text: str) -> Axis:
             kind = "whole number" if name in WHOLE else "number"
             raise UserError(f"--grid {text}: {value:g} is no {kind}, which {name} has to be")
     return Axis(name, values)
+
+
+def check_axes(axes: Sequence[Axis], *, prompts: int, count: int, loras: int) -> None:
+    """Raises UserError for axes that do not fit together, or to the numbers of prompts, of images
+    of each, and of LoRAs.
+    """
+    if len(axes) > 2 or (len(axes) == 2 and prompts > 1) or (axes and count > 1):
+        raise UserError(
+            "a grid has one or two axes and one prompt, or one axis and several prompts; use "
+            "--grid seed=0:4 for several images"
+        )
+    if len(axes) == 2 and axes[0].setting == axes[1].setting:
+        raise UserError(f"--grid has {axes[0].setting} twice; name all its values in one axis")
+    for axis in axes:
+        number = re.match(r"lora(\d+)", axis.setting)
+        is_strength = re.search(r"strength|unet|text", axis.setting)
+        if is_strength and (int(number[1]) if number else 0) >= loras:
+            raise UserError(
+                f"--grid {axis.setting} needs {'such a' if number else 'a'} --lora; "
+                f"{loras} given, counted from lora0"
+            )
 
 
 def _parse_values(text: str, *, includes_stop: bool) -> tuple[list[float], int]:
@@ -78,11 +112,11 @@ def grid_rows(
 ) -> list[ImageRow]:
     """The rows of a sheet, of the images of `grid_cells`; every row begins with `label`."""
     *vertical, across = axes
-    captions = [f"{across.setting} {value:g}" for value in across.values]
+    captions = across.captions
+    downs = vertical[0].captions if vertical else [""]
     rows = []
-    for number, down in enumerate(grid_cells(vertical)):
-        words = [label, *(f"{setting} {value:g}" for setting, value in down.items())]
+    for number, down in enumerate(downs):
         first = number * len(captions)
         own = list(images[first : first + len(captions)])
-        rows.append(ImageRow(", ".join(filter(None, words)), own, captions))
+        rows.append(ImageRow(", ".join(filter(None, [label, down])), own, captions))
     return rows

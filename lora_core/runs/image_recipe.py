@@ -21,7 +21,7 @@ from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
 from lora_core.prompt_tags import parse_lora_tags
-from lora_core.runs.image_grid import parse_axis
+from lora_core.runs.image_grid import MOST_VALUES, parse_axis
 from lora_core.runs.loras import parse_lora
 from lora_core.runs.pictures import save_png
 from lora_core.shared_paths import find_shared_path, is_in_hub_cache, shorten_path
@@ -34,8 +34,9 @@ C = TypeVar("C")
 # Every option of infer.py, and who may set it.
 IMAGE_OPTIONS = (  # what an image is: a recipe, or the flag, which wins
     "prompt", "negative", "seed", "sampler", "sampler_args", "steps", "guidance", "width",
-    "height", "clip_skip", "max_sequence_length", "precision", "grid", "model", "lora",
-    "model_config", "vae", "refiner", "refiner_start", "region", "quantize",
+    "height", "clip_skip", "max_token_length", "max_sequence_length", "precision", "grid",
+    "model", "lora", "model_config", "vae", "refiner", "refiner_start", "region", "quantize",
+    "emphasis", "adapter_guidance",
 )  # fmt: skip
 START_OPTIONS = ("init_image", "mask", "strength")  # images of this disk: recorded, set by flags
 CALL_OPTIONS = (  # what a command does: flags only, and not recorded
@@ -183,7 +184,8 @@ def _check_limits(config: Any, taken: Collection[str], path: str) -> None:
         axes = [parse_axis(text) for text in config.grid]
         most = [max(axis.values) for axis in axes if axis.setting == "steps"]
         steps = int(max(most, default=config.steps))
-        total = steps * prod(len(axis.values) for axis in axes)
+        counts = [MOST_VALUES if axis.run else len(axis.values) for axis in axes]
+        total = steps * prod(counts)
         check(("grid",), total, MOST_STEPS_OF_A_GRID, "steps in all images of a grid")
 
 
@@ -198,7 +200,18 @@ def _find_paths(taken: Mapping[str, Any], path: str) -> dict[str, Any]:
         name = parse_lora(text).path
         place = _find_path(name, folder, f"--lora {text}", path)
         found["lora"] = (*found.get("lora", ()), place + text.removeprefix(name))
+    for text in taken.get("grid", ()):
+        if name := _run_of_axis(text):
+            place = _find_path(name, folder, f"--grid {text}", path)
+            text = text.replace(name, place, 1)
+        found["grid"] = (*found.get("grid", ()), text)
     return found
+
+
+def _run_of_axis(text: str) -> str:
+    """The run folder of an axis checkpoint=RUN or checkpoint=RUN:0.8; "" for other axes."""
+    run = parse_axis(text).run
+    return parse_lora(run, "--grid checkpoint=").path if run else ""
 
 
 def _find_path(name: str, folder: Path, flag: str, path: str) -> str:
@@ -230,4 +243,8 @@ def _shorten_paths(config: Any, folder: Path) -> Any:
     for text in config.lora:
         name = parse_lora(text).path
         loras.append(shorten_path(name, folder) + text.removeprefix(name))
-    return replace(config, **changed, lora=tuple(loras))
+    axes = []
+    for text in config.grid:
+        run = _run_of_axis(text)
+        axes.append(text.replace(run, shorten_path(run, folder), 1) if run else text)
+    return replace(config, **changed, lora=tuple(loras), grid=tuple(axes))

@@ -13,27 +13,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
+from lora_core.runs.sheet_layout import cell_width, fill_lines
+from lora_core.runs.sheet_text import draw_text, text_height, text_width
 
-INK, PAPER = "#1b1f24", "#ffffff"
-MARGIN, GAP = 14, 10  # pixels around a grid, and between its images
-LABEL_WIDTH = 170  # pixels left of the images
-CAPTION_LINE = 16  # pixels
+INK, FAINT, PAPER = "#1b1f24", "#59636e", "#ffffff"
+BORDER = "#d8dee4"  # around an image, so that a white one has an edge
+MARGIN, GAP = 20, 12  # pixels around a grid, and between its images
+LINE_GAP = 10  # more pixels between lines, where labels stand above
+TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 21, 15, 13  # of fonts, in pixels
+LABEL_GAP = 16  # pixels between labels on the left and the images
+WIDEST_LABEL = 130  # pixels of a label that stands on the left, and not above
 COLORS = ("#bcd5ea", "#1b4f8a", "#d95f0e")  # of `plot_steps_and_lines`
 MOST_NAMES = 12  # timesteps that `plot_validation` names
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))  # of `plot_training`
+NAME_INCHES = 0.078  # of a character of a legend, in a font of 9 points
+FEW_VALUES = 16  # of a spectrum that is drawn with a marker at each
+SPECTRUM_MARKERS = "osD^v"
+OVER_STEPS = "over_steps.png"  # the sheet in a run's samples/ that `over_steps` writes
 CELLS = "lora_core_cells"  # the PNG text chunk that says which image is where on a sheet
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One row of a grid: a label on the left, images, and a caption under each."""
+    """One row of a grid: a label, images, and a caption under each."""
 
     label: str
     images: Sequence[Image.Image]
@@ -41,15 +49,30 @@ class ImageRow:
     # What the images are, for programs: sample, base, tokens, after, new, training
     role: str = ""
     strength: float | None = None  # of the adapters
+    notes: Sequence[str] | None = None  # drawn in the place of the captions, as they are shorter
 
     def image_height(self, cell: int) -> int:
         """Height of the tallest image when all are `cell` pixels wide."""
         return max(round(image.height * cell / image.width) for image in self.images)
 
+    @property
+    def texts(self) -> Sequence[str]:
+        """What is drawn under the images."""
+        return self.captions if self.notes is None else self.notes
+
+    def width(self, cell: int) -> int:
+        """Pixels from the first image to the end of the last."""
+        return len(self.images) * (cell + GAP) - GAP
+
+    def label_height(self, cell: int) -> int:
+        """Pixels of the label above the images."""
+        height = text_height(self.label, self.width(cell), LABEL_SIZE)
+        return height + 4 if height else 0
+
     def caption_height(self, cell: int) -> int:
         """Pixels under the images."""
-        lines = max((len(_wrap(c, cell, 6.4)) for c in self.captions), default=0)
-        return lines * CAPTION_LINE + (6 if self.captions else 0)
+        height = max((text_height(text, cell, CAPTION_SIZE) for text in self.texts), default=0)
+        return height + 4 if height else 0
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -80,33 +103,74 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
 # ---------------------------------------------------------------- grids
 
 
-def draw_grid(rows: Sequence[ImageRow], *, title: str = "", cell: int = 192) -> Image.Image:
-    """All rows in one image: labels on the left, captions underneath.
+def draw_grid(
+    rows: Sequence[ImageRow],
+    *,
+    title: str = "",
+    columns: int = 0,
+    headings: Sequence[str] = (),
+    cell: int = 0,
+) -> Image.Image:
+    """All rows in one image: a title, labels on the left where they are short, else above their
+    rows, and captions underneath. No text is cut.
 
-    Each image is scaled to `cell` pixels wide with Lanczos. The places of the images are in the
-    sheet's `info`, from which `save_sheet` writes them.
+    Rows go side by side where they fit in `columns` (0: those of the longest row). `headings` are
+    words above each column. Each image is scaled to `cell` pixels wide (0: by `cell_width`) with
+    Lanczos. The places of the images are in the sheet's `info`, from which `save_sheet` writes
+    them.
     """
-    left = MARGIN + (LABEL_WIDTH if any(row.label for row in rows) else 0)
-    columns = max(len(row.images) for row in rows)
-    heights = [row.image_height(cell) + row.caption_height(cell) for row in rows]
-    top = MARGIN + (34 if title else 0)
+    columns = columns or max(len(row.images) for row in rows)
+    cell = cell or cell_width(columns)
+    lines = fill_lines([len(row.images) for row in rows], columns)
+    left = MARGIN + _labels_width(rows, lines)
+    is_above = left == MARGIN
     width = left + columns * (cell + GAP) - GAP + MARGIN
-    height = top + sum(heights) + GAP * (len(rows) - 1) + MARGIN
+    top = MARGIN
+    if title:
+        top += text_height(title, width - 2 * MARGIN, TITLE_SIZE) + 10
+    if headings:
+        top += max(text_height(text, cell, LABEL_SIZE) for text in headings) + 4
+    tops = []
+    for line in lines:
+        tops.append(top + (max(rows[i].label_height(cell) for i in line) if is_above else 0))
+        top = tops[-1] + max(rows[i].image_height(cell) for i in line)
+        top += max(rows[i].caption_height(cell) for i in line) + GAP + LINE_GAP * is_above
+    height = top - GAP - LINE_GAP * is_above + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
+    draw_text(sheet, (MARGIN, MARGIN), title, width - 2 * MARGIN, size=TITLE_SIZE, color=INK)
+    for i, text in enumerate(headings):
+        x = left + i * (cell + GAP)
+        _draw_bottom(sheet, (x, tops[0] - 4), text, cell, FAINT)
     cells: list[dict[str, Any]] = []
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(17))
-    for row, row_height in zip(rows, heights):
-        for i, text in enumerate(_wrap(row.label, left - MARGIN - 12, 7.6)):
-            draw.text((MARGIN, top + 4 + 20 * i), text, INK, ImageFont.load_default(15))
-        boxes = _paste_row(sheet, draw, row, (left, top), cell)
-        for i, box in enumerate(boxes):
-            caption = row.captions[i] if i < len(row.captions) else ""
-            own = {"role": row.role, "label": row.label, "strength": row.strength}
-            cells.append({"box": box, "caption": caption, **own})
-        top += row_height + GAP
+    for line, top in zip(lines, tops):
+        x = left
+        for row in (rows[i] for i in line):
+            if is_above:
+                _draw_bottom(sheet, (x, top - 4), row.label, row.width(cell), INK)
+            else:
+                middle = (
+                    top + (row.image_height(cell) - text_height(row.label, left, LABEL_SIZE)) // 2
+                )
+                draw_text(sheet, (MARGIN, middle), row.label, left, size=LABEL_SIZE, color=INK)
+            cells += _paste_row(sheet, row, (x, top), cell)
+            x += row.width(cell) + GAP
     sheet.info[CELLS] = cells
     return sheet
+
+
+def _labels_width(rows: Sequence[ImageRow], lines: Sequence[Sequence[int]]) -> int:
+    """Pixels of labels on the left; 0 where there are none, or they stand above their rows."""
+    widest = max(text_width(row.label, LABEL_SIZE) for row in rows)
+    has_room = widest <= WIDEST_LABEL and len(lines) == len(rows)
+    return widest + LABEL_GAP if has_room and any(row.label for row in rows) else 0
+
+
+def _draw_bottom(
+    sheet: Image.Image, corner: tuple[int, int], text: str, width: int, color: str
+) -> None:
+    """Draw a text whose last line ends at the corner (left, bottom)."""
+    top = corner[1] - text_height(text, width, LABEL_SIZE)
+    draw_text(sheet, (corner[0], top), text, width, size=LABEL_SIZE, color=color)
 
 
 def save_sheet(sheet: Image.Image, path: Path, *, step: int, is_private: bool) -> None:
@@ -119,30 +183,27 @@ def save_sheet(sheet: Image.Image, path: Path, *, step: int, is_private: bool) -
 
 
 def _paste_row(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, row: ImageRow, corner: tuple[int, int], cell: int
-) -> list[Box]:
-    """Put the images and captions of a row on the sheet, and return the places of the images;
-    `corner`: x, y of the first one.
+    sheet: Image.Image, row: ImageRow, corner: tuple[int, int], cell: int
+) -> list[dict[str, Any]]:
+    """Put the images and captions of a row on the sheet, the first image at `corner` (left, top);
+    returns what the sheet says of each: its place, caption ...
     """
-    font = ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
     left, top = corner
-    under = top + row.image_height(cell) + 4
-    boxes = []
+    under = top + row.image_height(cell) + 5
+    cells = []
     for i, image in enumerate(row.images):
         x = left + i * (cell + GAP)
         size = cell, round(image.height * cell / image.width)
+        box = (x, top, x + size[0], top + size[1])
+        draw.rectangle((box[0] - 1, box[1] - 1, box[2], box[3]), outline=BORDER)
         sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, top))
-        boxes.append((x, top, x + size[0], top + size[1]))
+        text = row.texts[i] if i < len(row.texts) else ""
+        draw_text(sheet, (x, under), text, cell, size=CAPTION_SIZE, color=FAINT)
         caption = row.captions[i] if i < len(row.captions) else ""
-        for j, text in enumerate(_wrap(caption, cell, 6.4)):
-            draw.text((x, under + CAPTION_LINE * j), text, INK, font)
-    return boxes
-
-
-def _wrap(text: str, width: float, advance: float) -> list[str]:
-    """Lines of at most `width` pixels, at `advance` pixels a character."""
-    longest = max(1, int(width / advance))
-    return list(chain.from_iterable(textwrap.wrap(line, longest) for line in text.split("\n")))
+        own = {"role": row.role, "label": row.label, "strength": row.strength}
+        cells.append({"box": box, "caption": caption, **own})
+    return cells
 
 
 # ---------------------------------------------------------------- plots
@@ -181,6 +242,33 @@ def plot_lines(
             axis.locator_params(axis="x", integer=True)
         if len(series) > 1:
             axis.legend(edgecolor="white")
+
+
+def plot_spectra(series: Series, path: Path, *, title: str) -> None:
+    """A plot of named singular values by their index as PNG, on a logarithmic axis. Single values
+    are points, side by side where none has more. The names stand beside the axes, whole.
+    """
+    longest = max(len(x) for x, _ in series.values())
+    name_width = max(map(len, series)) * NAME_INCHES
+    with _figure(path, width=7.5 + name_width) as axis:
+        for i, (name, (x, y)) in enumerate(series.items()):
+            has_marker = longest <= FEW_VALUES or len(x) == 1
+            look = {
+                "marker": SPECTRUM_MARKERS[i % len(SPECTRUM_MARKERS)] if has_marker else "",
+                "linestyle": "none" if len(x) == 1 else LINE_STYLES[i // 10 % len(LINE_STYLES)],
+                "color": f"C{i % 10}",
+            }
+            places = [i + 1] if longest == 1 else x
+            axis.plot(places, y, label=name, linewidth=1.6, markersize=7, **look)
+        axis.set(xlabel="index", ylabel="singular value of delta W", yscale="log")
+        axis.set_title("\n".join(textwrap.wrap(title, 70)), fontsize=11)
+        axis.set_xlim(0.5, (len(series) if longest == 1 else longest) + 0.5)
+        axis.locator_params(axis="x", integer=True)
+        if longest == 1:
+            axis.set_xticks([])
+            axis.set(xlabel="every layer has one singular value: the file has rank 1")
+        axis.grid(alpha=0.3)
+        axis.figure.legend(loc="outside right upper", frameon=False, fontsize=9)
 
 
 def plot_seed_differences(
@@ -357,14 +445,14 @@ def _all_values(series: Series) -> list[float]:
 
 
 @contextmanager
-def _figure(path: Path, panels: int = 1, rows: int = 1) -> Iterator[Any]:
+def _figure(path: Path, panels: int = 1, rows: int = 1, width: float = 8) -> Iterator[Any]:
     """Axes of a new figure, or of several side by side or in rows, which is written to `path` as
     PNG when the block ends without error.
     """
     import matplotlib.pyplot as plt  # one second of import that only a plot needs
 
     plt.switch_backend("Agg")
-    size = (8 if panels == 1 else 5.5 * panels, 4.5 if rows == 1 else 2.6 * rows)
+    size = (width if panels == 1 else 5.5 * panels, 4.5 if rows == 1 else 2.6 * rows)
     figure, axis = plt.subplots(rows, panels, figsize=size, layout="constrained")
     try:
         yield axis

@@ -10,6 +10,7 @@ from lora_core.errors import UserError
 from lora_core.placeholders import Placeholder, has_placeholder
 from lora_core.prompt_tags import LoraTag, find_tagged_file, parse_lora_tags
 from lora_core.runs.loras import LoraSource
+from lora_core.text import read_lines
 
 SHOWN = 60  # characters of a prompt in a message
 
@@ -20,6 +21,23 @@ class TaggedPrompt:
 
     text: str
     loras: tuple[LoraSource, ...] = ()
+
+
+def read_prompts(prompt: str, file: str) -> list[str]:
+    """The prompt, or the lines of a prompt file. Raises UserError for both, neither, and a file
+    without any.
+    """
+    if bool(prompt) == bool(file):
+        raise UserError("give either --prompt TEXT or --prompts FILE")
+    if prompt:
+        return [prompt]
+    try:
+        lines = read_lines(Path(file))
+    except OSError as error:
+        raise UserError(f"cannot read the prompt file {file}: {error}") from None
+    if not lines:
+        raise UserError(f"the prompt file {file} has no prompt")
+    return lines
 
 
 def read_tagged_prompt(prompt: str) -> TaggedPrompt:

@@ -14,7 +14,7 @@ from PIL import Image
 from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.errors import UserError
 from lora_core.json_files import INTEGER, parse_object
-from lora_core.runs.pictures import CELLS
+from lora_core.runs.pictures import CELLS, OVER_STEPS
 from lora_core.runs.report_charts import shorten_text
 from lora_core.text import hide_home
 
@@ -52,6 +52,7 @@ class RunImages:
 
     samples: tuple[Sheet, ...] = ()  # in order of their steps
     before_after: tuple[SheetImage, ...] = ()
+    over_steps: SheetImage | None = None  # the sheet as a whole
     notes: tuple[str, ...] = ()  # sentences about what is missing or left out
 
     def with_role(self, role: str) -> list[SheetImage]:
@@ -85,6 +86,10 @@ def read_images(
     if left < 0:
         notes.append("before_after.png is too large for this page: it lies in the run's folder.")
         before_after, left = (), most_bytes
+    over_steps = None
+    if not last_only and len(paths) > 1:
+        over_steps = read.whole_sheet(folder / "samples" / OVER_STEPS)
+        left -= len(over_steps.source) if over_steps else 0
     if last_only:
         paths = paths[-1:]
     kept = evenly_chosen(paths, MOST_SHEETS)
@@ -96,7 +101,7 @@ def read_images(
         )
     elif read.found and not sheets and paths:
         notes.append("The sample sheets are too large for this page: they are in samples/.")
-    return RunImages(tuple(sheets), before_after, tuple(dict.fromkeys(notes)))
+    return RunImages(tuple(sheets), before_after, over_steps, tuple(dict.fromkeys(notes)))
 
 
 def evenly_chosen(items: Sequence[Any], most: int) -> list[Any]:
@@ -160,6 +165,17 @@ class _SheetReader:
         images = [_cut(sheet, cell) for cell in wanted]
         self.found += 1
         return Sheet(facts["step"], tuple(images))
+
+    def whole_sheet(self, path: Path) -> SheetImage | None:
+        """A sheet as one image, where each of its images may be shown and it is no larger than a
+        quarter of MOST_BYTES.
+        """
+        if self(path) is None:
+            return None
+        source, width, height = encode_image(decode_image(path), WIDEST_SHEET)
+        if len(source) > MOST_BYTES // 4:
+            return None
+        return SheetImage(source, width, height, path.name, "sheet", None, "")
 
     def _older(self, sheet: Image.Image, path: Path) -> Sheet | None:
         """A sheet that does not say where its images are."""

@@ -101,7 +101,7 @@ def describe_run_part(record: RunRecord, images: RunImages, style: RunStyle) -> 
         change="none" if not before or after is None else f"{after / before - 1:+.1%}",
         size=format_bytes(sum(size for _, size in files)),
         viewer=make_viewer(images),
-        strips=[(title, own) for role, title in STRIPS.items() if (own := images.with_role(role))],
+        strips=_image_strips(images),
         training=images.with_role("training"),
         image_notes=images.notes,
         data_words=_describe_data(record, images),
@@ -110,6 +110,15 @@ def describe_run_part(record: RunRecord, images: RunImages, style: RunStyle) -> 
         files=_file_rows(files, record.card),
         card=_card_parts(record.card),
     )
+
+
+def _image_strips(images: RunImages) -> list[tuple[str, list[SheetImage]]]:
+    """(title, images) below the viewer: the sheet over the steps, and more of before_after.png."""
+    strips = [("Over the steps", [images.over_steps])] if images.over_steps else []
+    for role, title in STRIPS.items():
+        if own := images.with_role(role):
+            strips.append((title, own))
+    return strips
 
 
 def _number(value: Any) -> float | None:

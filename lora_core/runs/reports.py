@@ -1,4 +1,4 @@
-"""Log and plot the metrics of a run (JSON lines, TensorBoard, W&B); preview its noise levels.
+"""Log and plot the metrics of a run; preview its noise levels.
 
 Values on the device are read many steps at a time, not at every step.
 """
@@ -6,19 +6,18 @@ Values on the device are read many steps at a time, not at every step.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora_core.diffusion import losses, noise, validation
 from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.diffusion.step_output import is_own_metric
-from lora_core.errors import UserError, first_line
 from lora_core.json_files import read_rows
 from lora_core.runs import pictures
 from lora_core.runs.pictures import TrainingLook
@@ -33,12 +32,7 @@ from lora_core.runs.report_metrics import (
     stage_marks,
 )
 from lora_core.runs.run_folder import Run
-
-
-class Sink(Protocol):
-    """A logger (TensorBoard, W&B) for the scalars, in addition to metrics.jsonl."""
-
-    def __call__(self, step: int, values: dict[str, float]) -> None: ...
+from lora_core.runs.trackers import SINKS, Sink
 
 
 class LogBook:
@@ -46,7 +40,7 @@ class LogBook:
 
     def __init__(self, run: Run, report: str, config: dict[str, Any]) -> None:
         self.run = run
-        self.sink = SINKS[report](run.folder, config)
+        self.sink: Sink | None = SINKS[report](run.folder, config)
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, step: int, **values: float | int | Tensor) -> None:
@@ -68,8 +62,24 @@ class LogBook:
         for entry in entries:
             self.run.log({name: _finite_or_none(value) for name, value in entry.items()})
             if self.sink is not None:
-                self.sink(entry["step"], _floats(entry))
+                self.sink.add_scalars(entry["step"], _floats(entry))
         return entries
+
+    def add_images(
+        self, step: int, name: str, captions: Sequence[str], images: Sequence[Image.Image]
+    ) -> None:
+        """Give images to TensorBoard or W&B, after the metrics of the steps before them: W&B takes
+        no earlier step afterwards.
+        """
+        if self.sink is not None and images:
+            self.flush()
+            self.sink.add_images(step, name, captions, images)
+
+    def finish(self, results: Mapping[str, float]) -> None:
+        """Give the results of the run to TensorBoard or W&B, beside its hyper-parameters."""
+        self.flush()
+        if self.sink is not None:
+            self.sink.finish(results)
 
 
 def _read_tensors(entries: list[dict[str, Any]]) -> None:
@@ -92,66 +102,6 @@ def _finite_or_none(value: Any) -> Any:
 
 def _floats(entry: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in entry.items() if k != "step" and isinstance(v, float)}
-
-
-# ---------------------------------------------------------------- TensorBoard and W&B
-
-
-def _open_tensorboard(folder: Path, config: dict[str, Any]) -> Sink:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--report tensorboard needs the package tensorboard: pip install tensorboard"
-        ) from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return write
-
-
-def _open_wandb(folder: Path, config: dict[str, Any]) -> Sink:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--report wandb needs the package wandb: pip install wandb") from None
-    wandb.init(project="lora_core", name=folder.name, dir=str(folder), config=config)
-    return lambda step, values: wandb.log(values, step=step)
-
-
-SINKS: dict[str, Any] = {  # --report -> fn(folder, config) -> Sink, or None
-    "none": lambda folder, config: None,
-    "tensorboard": _open_tensorboard,
-    "wandb": _open_wandb,
-}
-
-
-def check_login(report: str) -> None:
-    """Imports the package that --report needs and, for W&B, logs in.
-
-    Raises UserError in one sentence where that fails.
-    """
-    if report == "tensorboard":
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except Exception as error:  # a broken installation raises anything
-            raise UserError(
-                f"--report tensorboard cannot be imported ({error}): pip install tensorboard"
-            ) from None
-    if report == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
-        try:
-            import wandb
-
-            if not wandb.login():
-                raise RuntimeError("there is no login")
-        except Exception as error:  # UsageError, AuthenticationError, CommError ... by version
-            raise UserError(
-                f"--report wandb: {first_line(error)}; run `wandb login`, or set WANDB_MODE=offline"
-            ) from None
 
 
 # ---------------------------------------------------------------- plots

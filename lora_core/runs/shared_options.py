@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ NAMES_ONLY = ("out", "from_lora")  # of these paths the last part is shared
 
 def shorten_mask_source(masks: str, folder: Path | str) -> str:
     """--data.masks as files show it that people share: the path in clipseg@PATH:WORDS as in
-    `shorten_path`.
+    `share_path`.
     """
     kind, _, words = masks.partition(":")
     if not kind.startswith("clipseg@"):
         return masks
     weights = kind.removeprefix("clipseg@")
-    return f"clipseg@{shorten_path(weights, folder)}:{words.strip()}"
+    return f"clipseg@{share_path(weights, folder)}:{words.strip()}"
+
+
+def share_path(path: str, folder: Path | str) -> str:
+    """The path as in `shorten_path`; of one that is absolute even so, its last part."""
+    shortened = shorten_path(path, folder)
+    return Path(shortened).name if os.path.isabs(shortened) else shortened
 
 
 def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
@@ -32,14 +39,14 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
     has. Options that the table lacks stay away.
 
     Left out are PRIVATE_OPTIONS, a dataset in files of this computer, and pairs that are a folder.
-    Other paths are those of `shorten_path`, or have ~ for the home folder.
+    Other paths are those of `share_path`, or have ~ for the home folder.
     """
     shared: dict[str, Any] = {}
     for name, value in table.items():
         shared[name] = dict(value) if isinstance(value, dict) else value
     for name in MODEL_PATHS:
         if isinstance(shared.get(name), str):
-            shared[name] = shorten_path(shared[name], folder)
+            shared[name] = share_path(shared[name], folder)
     for name in NAMES_ONLY:
         if name in shared:
             shared[name] = Path(str(shared[name])).name
@@ -56,15 +63,20 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
             data["pairs"] = ""
         if isinstance(data.get("masks"), str):
             data["masks"] = shorten_mask_source(data["masks"], folder)
-    return {name: _hide_homes(value) for name, value in shared.items()}
+    return {name: _hide_folders(value) for name, value in shared.items()}
 
 
-def _hide_homes(value: Any) -> Any:
-    """The value with ~ for the home folder in every text: plugins are named by their file."""
+def _hide_folders(value: Any) -> Any:
+    """The value with ~ for the home folder in every text, and the last part alone of other absolute
+    paths to what is there: plugins are named by their file, FILE.py:NAME.
+    """
     if isinstance(value, str):
-        return hide_home(value)
+        text = hide_home(value)
+        places = (text, text.rpartition(":")[0])
+        is_path = os.path.isabs(text) and any(map(os.path.exists, places))
+        return Path(text).name if is_path else text
     if isinstance(value, list):
-        return [_hide_homes(item) for item in value]
+        return [_hide_folders(item) for item in value]
     if isinstance(value, dict):
-        return {key: _hide_homes(inner) for key, inner in value.items()}
+        return {key: _hide_folders(inner) for key, inner in value.items()}
     return value

@@ -22,15 +22,16 @@ from lora_core.diffusion import densities, losses, sampling
 from lora_core.errors import UserError
 from lora_core.optim import building
 from lora_core.placeholders import has_placeholder
-from lora_core.plugins import function_name
-from lora_core.runs import card, destination, lock, reports
+from lora_core.runs import card, destination, lock, trackers
 from lora_core.runs.run_folder import Run
-from lora_core.settings import check_options
+from lora_core.settings import CaptionSettings, check_options
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
+from training.checks.combination_checks import check_combinations
 from training.checks.group_checks import check_groups, check_schedules, stage_schedules
 from training.checks.optimizer_check import try_optimizer
 from training.inputs.mask_files import parse_segmenter
+from training.inputs.subsets import check_subsets, has_class_subset, list_image_folders
 from training.inputs.training_images import check_data_options
 from training.networks.base_weights import check_base_weights
 
@@ -74,12 +75,31 @@ def _has_norm_target(c: Config, stage: Stage) -> bool:
     return "tokens" in stage.groups and (stage.norm or c.tokens.norm) in ("pull", "stop")
 
 
+def _some_folder(test: Callable[[CaptionSettings], bool]) -> Callable[[Config], bool]:
+    return lambda c: any(test(folder.tags) for folder in list_image_folders(c.data))
+
+
+def _reads_caption_files(c: Config) -> bool:
+    modes = {folder.captions for folder in list_image_folders(c.data)}
+    return not c.data.streaming and not modes.isdisjoint(("auto", "txt"))
+
+
 RANDOM_PIXELS = "a random crop, zoom, flip or jitter"
 ADAPTERS = (_trains_adapters, "a stage that trains denoiser or text_encoder")
 TOKENS = (lambda c: c.trains("tokens"), "a stage that trains tokens")
 VALIDATION = (lambda c: c.validation.every >= 0, "--validation.every 0 or more")
+BUCKETS = (lambda c: c.data.buckets, "--data.buckets")
+LISTED_BUCKETS = (
+    lambda c: c.data.buckets and c.data.bucket_upscale,
+    "--data.buckets with --data.bucket-upscale",
+)
 CLASS_IMAGES = (lambda c: bool(c.prior.prompt), "--prior.prompt, the class prompt")
+TAGS = (_some_folder(lambda tags: tags.orders_tags), "--data.shuffle-caption or --data.tag-dropout")
 DATASET = (lambda c: bool(c.data.dataset), "--data.dataset")
+LORA_FILE = (
+    lambda c: _trains_adapters(c) and c.adapter.kind != "full",
+    "a stage that trains denoiser or text_encoder, with adapters that LoRA files hold",
+)
 MASKED_LOSS = (lambda c: c.masks_loss, "masks that weight the loss (--data.masks)")
 
 # section or option -> (whether this config uses it, the setting that it needs to have an effect)
@@ -113,7 +133,20 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.dropped": (lambda c: c.data.caption_dropout > 0, "--data.caption-dropout"),
     "prior.images": CLASS_IMAGES,
     "prior.count": CLASS_IMAGES,
-    "prior.weight": CLASS_IMAGES,
+    "prior.weight": (
+        lambda c: bool(c.prior.prompt) or has_class_subset(c),
+        "--prior.prompt, the class prompt, or a subset with prior = true",
+    ),
+    "data.caption_extension": (
+        _reads_caption_files,
+        "--data.captions auto or txt from a folder of images",
+    ),
+    "data.keep_tokens": TAGS,
+    "data.keep_tokens_separator": TAGS,
+    "data.tag_separator": (
+        _some_folder(lambda tags: tags.orders_tags or bool(tags.secondary_separator)),
+        "--data.shuffle-caption, --data.tag-dropout or --data.secondary-separator",
+    ),
     "data.mask_use": (lambda c: c.data.masks != "none", "--data.masks"),
     "prior.outside_mask": MASKED_LOSS,
     "mask_scale": MASKED_LOSS,
@@ -134,8 +167,18 @@ EFFECTS: dict[str, tuple[Callable[[Config], bool], str]] = {
     ),
     "from_lora_rank": (lambda c: bool(c.from_lora), "--from-lora"),
     "resume_anyway": (lambda c: c.resume, "--resume"),
-    "data.bucket_step": (lambda c: c.data.buckets, "--data.buckets"),
+    "data.bucket_step": BUCKETS,
+    "data.bucket_upscale": BUCKETS,
+    "data.bucket_min": LISTED_BUCKETS,
+    "data.bucket_max": LISTED_BUCKETS,
     "optimizer.lora_plus": ADAPTERS,
+    "optimizer.lr_pattern": ADAPTERS,
+    "optimizer.max_update_norm": ADAPTERS,
+    "noise.adaptive_offset": (lambda c: c.noise.offset > 0, "--noise.offset above 0"),
+    "files.precision": LORA_FILE,
+    "files.thumbnail": LORA_FILE,
+    "files.sidecars": LORA_FILE,
+    "files.public": (lambda c: bool(c.push_to_hub), "--push-to-hub"),
     "noise.multires_discount": (lambda c: c.noise.multires_levels > 0, "--noise.multires-levels"),
     "data.variants": (lambda c: c.data.is_random, RANDOM_PIXELS),
     "data.cache": (
@@ -186,7 +229,9 @@ def check_startup(c: Config) -> None:
 
 def check_config(c: Config, *, needs_images: bool = True) -> None:
     """Raises UserError for options that are out of range, contradict each other or do nothing."""
-    if needs_images and bool(c.data.images) == bool(c.data.dataset):
+    check_subsets(c)
+    has_folder = bool(c.data.images or c.data.subsets)
+    if needs_images and has_folder == bool(c.data.dataset):
         raise UserError("give either a folder with --data.images or a dataset with --data.dataset")
     if not c.stages or any(stage.steps < 1 for stage in c.stages):
         raise UserError(
@@ -205,13 +250,12 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
     for i, stage in enumerate(c.stages):
         _check_stage(c, stage, i)
     check_groups(c)
+    check_combinations(c)
     check_base_weights(c)
     _check_effects(c)
     c.data.check_combination()
     c.adapter.check_combination()
     _check_known_words(c)
-    _check_attention(c)
-    _check_pairs(c)
     check_data_options(c)
     check_schedules(c)
     losses.check_weighting(c.weighting, c.weighting_arg)
@@ -221,71 +265,14 @@ def check_config(c: Config, *, needs_images: bool = True) -> None:
         raise UserError(f"--report {c.report} needs the package {c.report}: pip install {c.report}")
 
 
-def _check_attention(c: Config) -> None:
-    """Raises UserError for a loss on the attention of learned tokens without tokens or masks."""
-    if c.loss not in ("attention", "edlora"):
-        return
-    if not c.trains("tokens") or not c.masks_loss:
-        raise UserError(
-            f"--loss {c.loss} compares the attention on learned tokens with masks; add a stage of "
-            "tokens and --data.masks (with --data.mask-use loss or both), or choose --loss mse"
-        )
-    if c.mask_scale != "mean":
-        raise UserError(
-            f"--mask-scale {c.mask_scale} would scale the attention in --loss {c.loss} as well; "
-            "leave it out (edlora has Mix-of-Show's scale of the masked loss)"
-        )
-
-
-def _check_pairs(c: Config) -> None:
-    """Raises UserError for options that have no meaning with pairs of images."""
-    if not c.data.pairs:
-        return
-    if c.data.dataset:
-        raise UserError(
-            f"--data.pairs {c.data.pairs} pairs the images of a folder, not those of "
-            "--data.dataset; write the images and a metadata.jsonl with the two file names into a "
-            "folder, and give that with --data.images"
-        )
-    if c.prior.prompt:
-        raise UserError(
-            "--prior.prompt adds class images, of which none is preferred to another, to the "
-            "pairs of --data.pairs; leave out one of the two"
-        )
-    if c.data.masks != "none":
-        raise UserError(
-            f"--data.masks {c.data.masks} has no meaning with --data.pairs, whose images have two "
-            "masks; leave out one of the two"
-        )
-
-
-def check_reads_pairs(c: Config, loss: Callable[..., Any], step: Callable[..., Any] | None) -> None:
-    """Raises UserError for pairs without a loss or step that compares their images, and for such a
-    loss or step without pairs. `step` is the caller's own, if there is one.
-    """
-    functions = (loss,) if step is None else (loss, step)
-    readers = [function for function in functions if getattr(function, "reads_pairs", False)]
-    if c.data.pairs and not readers:
-        name = function_name(loss)
-        raise UserError(
-            f"--data.pairs {c.data.pairs} gives pairs of images, and the loss {name} treats "
-            "winners and losers alike; take one that compares them, such as --loss "
-            f"examples/diffusion_dpo.py:diffusion_dpo, or say that it does: {name}.reads_pairs = "
-            "True"
-        )
-    if readers and not c.data.pairs:
-        raise UserError(
-            f"{function_name(readers[0])} compares the two images of pairs, and there are none; "
-            "give the folder with the losers, or two columns of metadata.jsonl, with --data.pairs"
-        )
-
-
 def _check_ranges(c: Config) -> None:
     """Raises UserError for the first number outside its option's range (declared in config.py)."""
     check_options(c, "--")
     for name, section in vars(c).items():
         if is_dataclass(section):
             check_options(section, f"--{name}.")
+    for i, subset in enumerate(c.data.subsets):
+        check_options(subset, f"--data.subsets.{i}.")
     for i, stage in enumerate(c.stages):
         check_options(stage, f"--stages.{i}.")
 
@@ -365,6 +352,8 @@ def check_run_folder(c: Config) -> None:
         return
     table = to_table(c)
     given = {_flag(name): _look_up(table, name) for name in INPUT_PATHS}
+    for i, subset in enumerate(c.data.subsets):
+        given[f"--data.subsets.{i}.images"] = subset.images
     if c.overwrite:
         given |= {_flag(name): _look_up(table, name).rpartition(":")[0] for name in CODE}
     destination.check_writable(c.out)
@@ -382,9 +371,9 @@ def check_run_folder(c: Config) -> None:
 
 def check_services(c: Config) -> None:
     """Raises UserError where --report or --push-to-hub could not log in."""
-    reports.check_login(c.report)
+    trackers.check_login(c.report)
     if c.push_to_hub:
-        card.check_push_target(c.push_to_hub)
+        card.check_push_target(c.push_to_hub, public=c.files.public)
 
 
 def check_device(c: Config, device: torch.device) -> None:

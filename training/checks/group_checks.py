@@ -49,16 +49,18 @@ def check_schedules(c: Config) -> None:
     """
     o = c.optimizer
     for i, stage in enumerate(c.stages):
-        if o.warmup > stage.steps:
+        warmup = stage.warmup_of(o)
+        if warmup > stage.steps:
+            flag = "--optimizer.warmup" if stage.warmup is None else f"--stages.{i}.warmup"
             raise UserError(
-                f"--optimizer.warmup is {o.warmup} steps, longer than stage {i} of {stage.steps}, "
+                f"{flag} is {warmup} steps, longer than stage {i} of {stage.steps}, "
                 "which would end before its learning rate is reached; "
                 f"lower it or raise --stages.{i}.steps"
             )
         for name in stage_schedules(c, stage):
             arguments = o.schedule_args if name == o.schedule else {}
             multiplier = schedules.resolve_schedule(name, **arguments)
-            factors = [multiplier(step, stage.steps, o.warmup) for step in range(stage.steps)]
+            factors = [multiplier(step, stage.steps, warmup) for step in range(stage.steps)]
             if not any(factors):
                 raise UserError(
                     f"schedule {name} is 0 in all {stage.steps} steps of stage {i}, which would "

@@ -25,6 +25,7 @@ from lora_core.errors import UserError
 from lora_core.placeholders import Placeholder, bind_placeholders, has_placeholder, truncated_tokens
 from lora_core.settings import AdapterSpec
 from models import Family, Layout
+from training.checks.family_checks import check_family
 
 # ---------------------------------------------------------------- adapters
 
@@ -33,19 +34,21 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     """Component -> spec of its adapters, from the names of the model's layers; needs no weights.
 
     A pattern of [adapter] has to match in one of the components, not in all. Raises UserError for a
-    target that matches nothing.
+    target that matches nothing, and for options of models of another family.
     """
+    check_family(c, layout)
     chosen = _choose_targets(c, layout)
     everywhere = list(chain.from_iterable(paths for _, paths in chosen.values()))
     a = c.adapter
     patterns = {
-        "exclude": a.exclude,
-        "rank-pattern": a.rank_pattern,
-        "alpha-pattern": a.alpha_pattern,
+        "adapter.exclude": a.exclude,
+        "adapter.rank-pattern": a.rank_pattern,
+        "adapter.alpha-pattern": a.alpha_pattern,
+        "optimizer.lr-pattern": c.optimizer.lr_pattern,
     }
     for option, globs in patterns.items():
         for glob in globs:
-            require_match(glob, everywhere, f"--adapter.{option}")
+            require_match(glob, everywhere, f"--{option}")
     specs = {name: _component_spec(a, *found) for name, found in chosen.items()}
     kind = kind_class(a.kind)
     a.refuse_unread(kind_options(kind))

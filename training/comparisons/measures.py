@@ -191,7 +191,7 @@ def draw_validation_prompts(trained: TrainedRun) -> list[Any]:
 
 def validation_prompts(trained: TrainedRun) -> list[str]:
     """The captions of the validation images."""
-    return [record.captions[0] for record in trained.data.validation.records]
+    return [record.plain_caption for record in trained.data.validation.records]
 
 
 def _check_same_options(folders: Sequence[Path], options: Sequence[str], remedy: str) -> None:

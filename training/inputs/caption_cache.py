@@ -15,17 +15,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lora_core.adapters import injection
 from lora_core.config import Config, Stage
 from lora_core.data.cache import TensorCache
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.family import Conditioning
 from lora_core.layer_prompts import encode_layer_prompts, split_prompts
 from lora_core.memory.residency import to_device
 from lora_core.placeholders import Placeholder, Prompt, bind_layers
+from lora_core.progress import track
 from lora_core.runs.run_folder import nonfinite_names
 from lora_core.tensor_trees import map_tensors
 from lora_core.tokens import ordinary_words
@@ -170,8 +169,7 @@ class CaptionCache:
         if cache.folder is not None:
             random.Random(os.getpid()).shuffle(missing)
         done = 0
-        settings = {"desc": "encoding captions", "unit": "caption", "dynamic_ncols": True}
-        for caption in tqdm(missing, disable=hides_progress(), **settings):
+        for caption in track(missing, "encoding captions", "caption", len(missing)):
             if is_missing(caption):  # still: another process may have been faster
                 row = self._row(caption, cache, placeholders)
                 done += 1

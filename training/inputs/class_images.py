@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from lora_core import distributed
 from lora_core.config import PriorConfig
@@ -14,7 +13,7 @@ from lora_core.data import dataset
 from lora_core.data.dataset import ImageDataset
 from lora_core.data.listing import folder_for_new_images
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
+from lora_core.progress import ProgressBar
 from lora_core.runs.pictures import save_png
 
 # Drawn together, network by network, in each process; those of an interruption are lost.
@@ -63,7 +62,7 @@ def open_class_images(
     missing = [seed for seed in range(prior.count) if not _image_file(place, seed).exists()]
     missing = distributed.read_once(lambda: missing[: max(0, prior.count - there)])
     at_once = AT_ONCE * distributed.process_count()
-    with tqdm(total=len(missing), desc="class images", disable=hides_progress()) as bar:
+    with ProgressBar("class images", len(missing), "image") as bar:
         for i in range(0, len(missing), at_once):
             seeds = missing[i : i + at_once]
             own = distributed.take_share(seeds, even=True)
@@ -71,7 +70,7 @@ def open_class_images(
             if distributed.is_main_process():
                 for seed, image in zip(seeds, drawn):
                     save_png(image, _image_file(place, seed))
-            bar.update(len(seeds))
+            bar.advance(len(seeds))
     distributed.wait_for_all()
     records = dataset.scan_folder(
         folder, captions="one", caption=prior.prompt, masks="none", is_prior=True

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lora_core.config import Config
 from lora_core.data.cache import TensorCache
@@ -20,8 +19,8 @@ from lora_core.data.step_visits import Visit
 from lora_core.diffusion import generation
 from lora_core.diffusion.noise import RandomKeys
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.memory.residency import to_device
+from lora_core.progress import track
 from training.setup import Data, Model
 
 # image (Batch.image_keys), visit up to repetition, (h, w)
@@ -110,10 +109,8 @@ class LatentCache:
             random.Random(os.getpid()).shuffle(missing)
         examples = make_ahead(self._read_missing, missing, self.config.data.workers)
         done = 0
-        settings = {"total": len(missing), "desc": "encoding images", "unit": "image"}
-        for visit, example in tqdm(
-            zip(missing, examples), disable=hides_progress(), dynamic_ncols=True, **settings
-        ):
+        visited = zip(missing, examples)
+        for visit, example in track(visited, "encoding images", "image", len(missing)):
             if example is None or self._has_rows(visit):  # another process was faster
                 continue
             row = self._encode_example(self._key(visit), visit.visit, example)

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from lora_core import distributed
 from lora_core.config import Config, FoundMasks
 from lora_core.data import dataset
 from lora_core.data.images import mask_path, read_image
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
+from lora_core.progress import track
 from lora_core.runs.pictures import save_png
 from lora_core.text import shorten_value
 from models import choose_device
@@ -73,7 +72,7 @@ def _write_masks(wanted: SegmenterRequest, images: Sequence[Path], device: torch
     """Write the mask of each image beside it."""
     segmenter = _open_segmenter(wanted, device)
     written, empty = [], []
-    for image in tqdm(images, desc="masks", disable=hides_progress()):
+    for image in track(images, "masks", "image", len(images)):
         place = mask_path(image)
         if place.exists():  # two images of one name, such as a.jpg and a.png
             continue
@@ -81,7 +80,7 @@ def _write_masks(wanted: SegmenterRequest, images: Sequence[Path], device: torch
         if mask is None:
             empty.append(image)
             continue
-        _save_mask(mask, place)
+        save_mask(mask, place)
         written.append(place)
     if written:
         count = f"{len(written)} written for {wanted.words!r}, first {written[0]}"
@@ -105,7 +104,8 @@ def _open_segmenter(wanted: SegmenterRequest, device: torch.device) -> ClipSegme
         ) from None
 
 
-def _save_mask(mask: Image.Image, place: Path) -> None:
+def save_mask(mask: Image.Image, place: Path) -> None:
+    """Write a mask as PNG. Raises UserError where the folder cannot be written to."""
     try:
         save_png(mask, place)
     except OSError as error:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lora_core import distributed
 from lora_core.config import Config, Stage
-from lora_core.data.dataset import Batch, micro_batches
+from lora_core.data.caption_tags import compose_caption
+from lora_core.data.dataset import Batch, Record, micro_batches
 from lora_core.data.step_visits import StepOrder, Visit
 from lora_core.diffusion import densities, noise
 from lora_core.diffusion.masked_losses import MASK_SCALES
@@ -129,7 +130,7 @@ class InputSource:
 
 def list_visits(config: Config, data: Data, steps: range) -> list[Visit]:
     """This process's examples of steps, one for each image, size, and visit up to repetition of its
-    pixels.
+    pixels; each visit of an image whose tags change from one to the next.
     """
     order = StepOrder(
         data.training,
@@ -142,18 +143,29 @@ def list_visits(config: Config, data: Data, steps: range) -> list[Visit]:
     found: dict[Visit, Visit] = {}
     for step in steps:
         for visit in order.visits(step):
-            found.setdefault(visit._replace(visit=visit.visit % period if period else 0), visit)
+            number = visit.visit % period if period else 0
+            if _record_of(data, visit).tags.varies:
+                number = visit.visit
+            found.setdefault(visit._replace(visit=number), visit)
     return list(found.values())
 
 
 def list_captions(config: Config, data: Data, visits: Sequence[Visit]) -> list[str]:
     """The captions that these examples may have, dropped ones among them."""
     captions = [""] if config.data.caption_dropout else []
-    for is_prior, index in dict.fromkeys((visit.is_prior, visit.record) for visit in visits):
-        images = data.class_images if is_prior else data.training
-        assert images is not None
-        captions += images.records[index].captions
+    for visit in visits:
+        record = _record_of(data, visit)
+        if record.tags.varies and not visit.is_prior:
+            captions.append(data.training.caption(visit.record, visit.visit))
+        else:
+            captions += [compose_caption(text, record.tags) for text in record.captions]
     return list(dict.fromkeys(captions))
+
+
+def _record_of(data: Data, visit: Visit) -> Record:
+    images = data.class_images if visit.is_prior else data.training
+    assert images is not None
+    return images.records[visit.record]
 
 
 def make_step_inputs(
@@ -201,7 +213,7 @@ def _make_inputs(
     rows = CaptionRows(batch.captions, batch.dropped)
     normal = keys.normal("posterior", tuple(mean.shape[1:]))
     x0 = mean + std * to_device(normal, device, mean.dtype)
-    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), config.noise)
+    eps, eps_in = noise.sample_noise(keys, tuple(x0.shape[1:]), config.noise, x0)
     eps_on_device = to_device(eps, device, x0.dtype)
     level = _sample_levels(source, keys, stage, x0)
     height, width = batch.pixels.shape[-2:]

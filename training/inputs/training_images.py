@@ -4,6 +4,8 @@ files that --data.skip-bad leaves out.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,17 @@ from lora_core.data.dataset import Record
 from lora_core.data.image_checks import ImageChecks, describe_left_out
 from lora_core.data.listing import Listing
 from lora_core.data.pairs import scan_pairs
+from lora_core.data.records import with_tags
 from lora_core.errors import UserError
 from lora_core.runs.run_folder import Run
 from lora_core.text import print_escaped
 from training.inputs import mask_files
+from training.inputs.subsets import (
+    ImageFolder,
+    balance_class_images,
+    has_class_subset,
+    list_image_folders,
+)
 
 LEFT_OUT = "skipped_files.txt"  # in the run's folder: every file that is left out, with the reason
 
@@ -43,22 +52,57 @@ def open_training_images(config: Config) -> TrainingImages:
         records = _open_stream(config, checks)
         _print_left_out(config, checks, records)
         return TrainingImages(records, records, None, {}, checks.left_out)
-    images = _images_folder(config)
-    captions = _caption_options(config)
+    folders = list_image_folders(d, "" if d.subsets else _images_folder(config))
     if d.pairs:
+        captions = _caption_options(config, folders[0])
+        tags = captions.pop("tags")
+        images = folders[0].images
         winners, records = scan_pairs(images, d.pairs, repeats=d.repeats, **captions)
+        winners, records = ([with_tags(r, tags) for r in part] for part in (winners, records))
+        listing = dataset.list_again(images, records)
     else:
-        alone = ImageChecks(d.cache, skips=d.skip_bad)  # one process after another
-        masks = mask_files.prepare_masks(config, images, {**captions, "checks": alone})
-        records = dataset.scan_folder(
-            images, repeats=d.repeats, masks=masks, checks=checks, **captions
-        )
+        scanned = [_scan_one(config, folder, checks) for folder in folders]
+        records = list(itertools.chain.from_iterable(scanned))
+        listing = _list_folders(folders, scanned)
         winners = records
+        if has_class_subset(config):
+            records = balance_class_images(records)
+            winners = [record for record in records if not record.is_prior]
     _print_left_out(config, checks, records)
-    listing = dataset.list_again(images, records)
     named = _with_companions(listing, checks.left_out)
     unused = dataset.find_unused_files(listing, records, named)
     return TrainingImages(records, winners, listing, unused, checks.left_out)
+
+
+def _scan_one(config: Config, folder: ImageFolder, checks: ImageChecks) -> list[Record]:
+    """The images of one folder of the run."""
+    d, options = config.data, _caption_options(config, folder)
+    if d.subsets:  # where some images have texts, others may need none of the common caption
+        options["must_use"] = False
+    alone = ImageChecks(d.cache, skips=d.skip_bad)  # one process after another
+    masks = mask_files.prepare_masks(config, folder.images, {**options, "checks": alone})
+    return dataset.scan_folder(
+        folder.images,
+        repeats=folder.repeats,
+        masks=masks,
+        is_prior=folder.is_prior,
+        checks=checks,
+        **options,
+    )
+
+
+def _list_folders(folders: Sequence[ImageFolder], scanned: Sequence[Sequence[Record]]) -> Listing:
+    """The contents of the folders; of several the root is the folder that all lie in."""
+    pairs = zip(folders, scanned, strict=True)
+    listings = [dataset.list_again(folder.images, records) for folder, records in pairs]
+    if len(listings) == 1:
+        return listings[0]
+    parts = itertools.chain.from_iterable(listing.parts for listing in listings)
+    others: dict[Path, str] = {}
+    for listing in listings:
+        others |= listing.others
+    root = Path(os.path.commonpath([os.path.abspath(folder.images) for folder in folders]))
+    return Listing(root, tuple(parts), others)
 
 
 def open_held_out_images(config: Config) -> list[Record]:
@@ -71,7 +115,7 @@ def open_held_out_images(config: Config) -> list[Record]:
         masks="none",
         held_out=True,
         checks=checks,
-        **_caption_options(config),
+        **_caption_options(config, list_image_folders(config.data)[0]),
     )
     if checks.left_out:
         _print_left_out(config, checks, records)
@@ -132,7 +176,9 @@ def _open_stream(config: Config, checks: ImageChecks) -> list[Record]:
         d.caption or None,
         cast(FoundMasks, d.masks),
     )
-    return streams.scan_stream(d.dataset, options, checks, repeats=d.repeats)
+    records = streams.scan_stream(d.dataset, options, checks, repeats=d.repeats)
+    tags = list_image_folders(d)[0].tags
+    return [with_tags(record, tags) for record in records]
 
 
 def _images_folder(config: Config) -> str:
@@ -153,8 +199,12 @@ def _images_folder(config: Config) -> str:
     return str(folder)
 
 
-def _caption_options(config: Config) -> dict[str, Any]:
+def _caption_options(config: Config, folder: ImageFolder) -> dict[str, Any]:
     """Arguments of caption reading, the same for training and validation images."""
-    d = config.data
-    column = None if d.dataset else d.caption_column or None
-    return {"captions": d.captions, "caption": d.caption or None, "caption_column": column}
+    column = None if config.data.dataset else config.data.caption_column or None
+    return {
+        "captions": folder.captions,
+        "caption": folder.caption,
+        "caption_column": column,
+        "tags": folder.tags,
+    }

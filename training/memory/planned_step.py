@@ -91,7 +91,7 @@ def open_planned_run(config: Config, kind: str, *, weights_itself: bool = False)
     if config.trains("tokens"):  # their first values need a vocabulary
         longest = max(len(words.split()) for words in config.tokens.init)
         vectors = config.tokens.vectors or longest
-        tokens = replace(config.tokens, init=("zero",), norm="none", vectors=vectors)
+        tokens = replace(config.tokens, init=("zero",), norm="none", vectors=vectors, names=())
         stages = tuple(replace(stage, norm=None) for stage in config.stages)
         planned = replace(planned, tokens=tokens, stages=stages)
     model = setup.open_model(planned, weights_itself=weights_itself)
@@ -114,6 +114,7 @@ def open_planned_family(config: Config) -> Family:
         META,
         _own_vae(config),
         vae_dtype,
+        max_token_length=config.max_token_length,
         config=config.model_config,
         family=config.family,
     )

@@ -216,6 +216,12 @@ def has_vectors(first: FirstStep) -> bool:
     return all(count == wanted for count in found) if wanted else all(found)
 
 
+def has_names(first: FirstStep) -> bool:
+    """--tokens.names: whether the token rows have these names, in their order."""
+    wanted = first.config.tokens.names
+    return all(own.names == wanted for own in first.model.embeddings.values())
+
+
 def has_layers(first: FirstStep) -> bool:
     """--tokens.per-layer: whether each layer has its own tokens."""
     return all(p.layers > 1 for p in first.model.placeholders)

@@ -18,6 +18,8 @@ from lora_core.text import shorten_value
 from training.inputs.step_inputs import InputSource, StepInputs
 from training.log import Log
 from training.probes import adapter_probes as adapters
+from training.probes import caption_probes as captions
+from training.probes import file_probes as written
 from training.probes import input_probes as inputs
 from training.probes import model_probes as model
 from training.probes import optimizer_probes as optimizer
@@ -64,6 +66,7 @@ CHECKS = "training.checks.config_checks:check_config"
 OPEN_DATA = "training.setup:open_data"
 OPEN_MODEL = "training.setup:open_model"
 SAMPLES = "tests/test_samples.py"
+SPEC = "tests/test_spec_entries.py"
 SAME_NOISE = "the noise is the same without it"
 SAME_LEVELS = "the noise levels are the same without it"
 SAME_LOSS = "the losses are the same without it"
@@ -85,6 +88,10 @@ def _pixels(option: str) -> Shown:
     return Shown(inputs.changes_pixels(option), SAME_PIXELS)
 
 
+def _tags(option: str) -> Shown:
+    return Shown(captions.changes_tags(option), "captions are the same without it")
+
+
 def _sampling(option: str) -> Shown:
     return Shown(sampling.changes_sampling(option), "sampling is the same without it")
 
@@ -103,6 +110,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "family": Place(OPEN_MODEL),
     "vae": Place(OPEN_MODEL),
     "clip_skip": Shown(model.skips_last_layers, "captions are encoded by all layers"),
+    "max_token_length": Shown(model.has_token_length, "captions have other lengths"),
     "max_sequence_length": Shown(model.has_sequence_length, "captions have other lengths"),
     "device": Place("models:choose_device"),
     "offload": Shown(model.stays_on_device, "networks leave the device"),
@@ -149,6 +157,9 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "data.variants": Shown(inputs.repeats_pixels, "pixels do not come again"),
     "data.buckets": Shown(inputs.has_buckets, "all images are cut to squares"),
     "data.bucket_step": Shown(inputs.has_bucket_step, "sides are no multiples of it"),
+    "data.bucket_min": Shown(inputs.has_shortest_side, "a side is shorter"),
+    "data.bucket_max": Shown(inputs.has_longest_side, "a side is longer"),
+    "data.bucket_upscale": Shown(inputs.keeps_sizes, "a small image is enlarged"),
     "data.interpolation": _pixels("interpolation"),
     "data.images": Place(OPEN_DATA),
     "data.dataset": Place(OPEN_DATA),
@@ -162,6 +173,18 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "data.caption_dropout": Shown(inputs.drops_captions, "no caption is dropped"),
     "data.dropped": Shown(inputs.drops_as_asked, "captions are dropped in the other way"),
     "data.pairs": Shown(inputs.has_losers, "the batch has no losers"),
+    "data.caption_extension": Place(OPEN_DATA),
+    "data.caption_lines": Shown(captions.reads_first_lines, "images have further captions"),
+    "data.caption_prefix": Shown(captions.has_prefix, "captions begin without it"),
+    "data.caption_suffix": Shown(captions.has_suffix, "captions end without it"),
+    "data.wildcards": _tags("wildcards"),
+    "data.shuffle_caption": _tags("shuffle_caption"),
+    "data.keep_tokens": _tags("keep_tokens"),
+    "data.keep_tokens_separator": _tags("keep_tokens_separator"),
+    "data.tag_dropout": _tags("tag_dropout"),
+    "data.tag_separator": _tags("tag_separator"),
+    "data.secondary_separator": _tags("secondary_separator"),
+    "data.subsets": Shown(captions.reads_subsets, "one of the folders has no image in it"),
     "data.repeats": Shown(inputs.has_repeats, "an epoch has some image less often"),
     "data.masks": Shown(inputs.weights_by_mask, "the loss weights all pixels alike"),
     "data.mask_use": Shown(inputs.uses_mask_as_hole, "the masks are used in another way"),
@@ -195,12 +218,14 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "tokens.words": Shown(adapters.learns_words, "other words have tokens"),
     "tokens.encoders": Shown(adapters.learns_in_encoders, "other text encoders learn rows"),
     "tokens.vectors": Shown(adapters.has_vectors, "the words have another number of tokens"),
+    "tokens.names": Shown(adapters.has_names, "the learned tokens have other names"),
     "tokens.per_layer": Shown(adapters.has_layers, "all layers have the same tokens"),
     "tokens.init": Shown(adapters.starts_as_asked, "the rows start at other values"),
     "tokens.norm": Shown(adapters.controls_usual_norms, "no row changes", True),
     "tokens.norm_target": Shown(adapters.aims_at_norm, "the rows have another target"),
     # noise
     "noise.offset": _noise("offset"),
+    "noise.adaptive_offset": _noise("adaptive_offset"),
     "noise.multires_levels": _noise("multires_levels"),
     "noise.multires_discount": _noise("multires_discount"),
     "noise.perturbation": _noise("perturbation"),
@@ -226,8 +251,10 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "optimizer.schedule_args": Shown(optimizer.shapes_schedule, "rates are the same without them"),
     "optimizer.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "optimizer.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
+    "optimizer.lr_pattern": Shown(optimizer.has_layer_rates, "the layers have another rate"),
     "optimizer.lora_plus": Shown(optimizer.has_two_rates, "all parameters have one learning rate"),
     "optimizer.clip": Shown(optimizer.clips, "the gradient is longer after it", True),
+    "optimizer.max_update_norm": Shown(optimizer.limits_updates, "an update has a larger norm"),
     # stages
     "stages.steps": Written("tests/test_stages.py"),
     "stages.groups": Shown(optimizer.reaches_parameters, "a parameter gets no gradient", True),
@@ -235,6 +262,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "stages.weight_decay": Shown(optimizer.has_setting("weight_decay"), "the groups have another"),
     "stages.schedule": Shown(optimizer.moves_rate, "the learning rate stays the same"),
     "stages.schedules": Shown(optimizer.moves_rate, "the learning rate stays the same"),
+    "stages.warmup": Shown(optimizer.warms_up, "the first rate is not lower"),
     "stages.low": _levels("stages.low"),
     "stages.high": _levels("stages.high"),
     "stages.norm": Shown(adapters.controls_norms, "no row changes"),
@@ -249,6 +277,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "samples.every": Written(SAMPLES, outcome.has_grids),
     "samples.strengths": Written(SAMPLES, outcome.draws_strengths),
     "samples.base_word": Written(SAMPLES, outcome.draws_base_word),
+    "samples.seeds": Written(SAMPLES, outcome.draws_seeds),
     "samples.new_prompts": Written(SAMPLES, outcome.draws_new_prompts),
     "samples.show_data": Written(SAMPLES, outcome.shows_training_images),
     "validation.images": Place(OPEN_DATA),
@@ -257,6 +286,18 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "validation.bins": Written("tests/test_scores.py", outcome.has_bins),
     "validation.draws": Written("tests/test_scores.py", outcome.has_draws),
     "validation.seed": Written("tests/test_scores.py", outcome.draws_validation_noise),
+    # files
+    "files.precision": Written("tests/test_file_precision.py", written.files_have_precision),
+    "files.header": Written("tests/test_file_header.py", written.has_entries),
+    "files.title": Written(SPEC, written.has_words("title")),
+    "files.author": Written(SPEC, written.has_words("author")),
+    "files.description": Written(SPEC, written.has_words("description")),
+    "files.license": Written(SPEC, written.has_words("license")),
+    "files.tags": Written(SPEC, written.has_words("tags")),
+    "files.trigger": Written("tests/test_trigger_words.py", written.has_words("trigger")),
+    "files.thumbnail": Written("tests/test_manager_files.py", written.has_thumbnail),
+    "files.sidecars": Written("tests/test_manager_files.py", written.has_sidecars),
+    "files.public": Refused(CHECKS),
 }
 
 
@@ -334,7 +375,10 @@ def check_outputs(log: Log, samples: SampleImages) -> None:
 def _describe_option(name: str, value: Any) -> str:
     """An option and its value, as on the command line."""
     flag = name.replace("_", "-")
-    return f"--no-{flag}" if value is False else f"--{flag} {shorten_value(value)}"
+    section, dot, option = flag.rpartition(".")
+    if value is False:
+        return f"--{section}{dot}no-{option}"
+    return f"--{flag} {shorten_value(value)}"
 
 
 def _value(settings: Any, name: str) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_core.config import Config, NoiseConfig, Stage
+from lora_core.data.buckets import bucket_sizes
 from lora_core.data.dataset import ImageDataset
 from lora_core.data.images import covering_size
 from lora_core.data.records import Record
@@ -24,6 +25,7 @@ from lora_core.diffusion.noise import NoiseLevel, RandomKeys
 from lora_core.settings import ImageSettings
 from lora_core.shared_paths import lies_within
 from lora_core.text import normalize_unicode
+from training.inputs.subsets import has_class_subset
 from training.probes.first_step import FirstStep, Probe
 
 RARE = 1e-9  # probability at which chance explains nothing
@@ -94,6 +96,8 @@ def has_resolution(first: FirstStep) -> bool:
     """--data.resolution: whether the batch has images of that side, or in buckets of its area."""
     height, width = first.batch.pixels.shape[-2:]
     side = first.config.data.resolution
+    if first.config.data.buckets and not first.config.data.bucket_upscale:
+        return height * width <= side**2
     if first.config.data.buckets:
         return side / 2 <= math.sqrt(height * width) <= 2 * side
     return (height, width) == (side, side)
@@ -104,7 +108,11 @@ def has_buckets(first: FirstStep) -> bool | None:
     training = first.data.training
     if any(h != w for h, w in training.sizes):
         return True
-    step, side = training.settings.bucket_step, training.settings.resolution
+    s = training.settings
+    step, side = s.bucket_step, s.resolution
+    listed = bucket_sizes(side, step, s.bucket_min, s.bucket_max)
+    if not s.bucket_upscale or all(h == w for h, w in listed):
+        return None
     for record in training.records:
         root = math.sqrt(record.size[0] / record.size[1])
         if abs(root - 1 / root) * side >= 2 * step:  # its own bucket is no square
@@ -118,9 +126,34 @@ def has_bucket_step(first: FirstStep) -> bool:
     return all(h % step == 0 and w % step == 0 for h, w in first.data.training.sizes)
 
 
+def has_shortest_side(first: FirstStep) -> bool:
+    """--data.bucket-min: whether no side is shorter."""
+    step = first.config.data.bucket_step
+    shortest = first.config.data.bucket_min // step * step
+    return all(min(size) >= shortest for size in first.data.training.sizes)
+
+
+def has_longest_side(first: FirstStep) -> bool:
+    """--data.bucket-max: whether no side is longer."""
+    step = first.config.data.bucket_step
+    longest = -(-first.config.data.bucket_max // step) * step
+    return all(max(size) <= longest for size in first.data.training.sizes)
+
+
+def keeps_sizes(first: FirstStep) -> bool:
+    """--data.no-bucket-upscale: whether no image is cut to more than it has."""
+    training = first.data.training
+    pairs = zip(training.records, training.sizes, strict=True)
+    return all(r.size[0] >= size[0] and r.size[1] >= size[1] for r, size in pairs)
+
+
 def has_repeats(first: FirstStep) -> bool:
-    """--data.repeats: whether an epoch has each image that often."""
-    counts = Counter(record.path for record in first.data.training.records)
+    """--data.repeats: whether an epoch has each image that often; class images in a subset are as
+    many as the others, and other subsets may have repeats of their own.
+    """
+    counts = Counter(r.path for r in first.data.training.records if not r.is_prior)
+    if any(subset.repeats is not None for subset in first.config.data.subsets):
+        return max(counts.values()) >= first.config.data.repeats
     return min(counts.values()) >= first.config.data.repeats
 
 
@@ -264,9 +297,13 @@ def reads_class_folder(first: FirstStep) -> bool:
     )
 
 
-def weights_class_images(first: FirstStep) -> bool:
-    """--prior.weight: whether the sum of losses differs from that of weight 1."""
+def weights_class_images(first: FirstStep) -> bool | None:
+    """--prior.weight: whether the sum of losses differs from that of weight 1. None for a batch
+    without any of the class images of a subset.
+    """
     is_prior = first.batch.is_prior
+    if has_class_subset(first.config) and not bool(is_prior.any()):
+        return None
     ones = torch.ones(len(is_prior), dtype=torch.float64)
     weight = first.config.prior.weight
     own, usual = (
@@ -297,7 +334,7 @@ def draws_from_seed(first: FirstStep) -> bool:
 def _is_noise_of(first: FirstStep, keys: RandomKeys, settings: NoiseConfig) -> bool:
     """Whether the noise of the first micro-batch is that of these keys and settings."""
     x = first.inputs[0]
-    other = noise.sample_noise(keys, tuple(x.x0.shape[1:]), settings)
+    other = noise.sample_noise(keys, tuple(x.x0.shape[1:]), settings, x.x0)
     own = x.eps.cpu(), x.eps_in.cpu()
     return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(own, other))
 

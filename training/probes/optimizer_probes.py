@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters import norm_limits
+from lora_core.adapters.adapted_layer import layers_with_adapter
+from lora_core.adapters.targets import last_match
 from lora_core.optim import building, schedules
 from lora_core.optim.ema import ParameterAverage
+from training import step
 from training.probes.first_step import FirstStep, Probe
 from training.probes.input_probes import differing_arguments
 
@@ -60,7 +64,7 @@ def has_rates(first: FirstStep) -> bool:
             continue
         schedule = o.rate_schedules[first.stage.schedule_of(name, first.config.optimizer)]
         begin = first.inputs[0].number - _stage_begin(first)
-        factor = schedule(begin, first.stage.steps, first.config.optimizer.warmup)
+        factor = schedule(begin, first.stage.steps, first.stage.warmup_of(first.config.optimizer))
         found.append(math.isclose(group["rate"], wanted * factor * group["ratio"]))
         found.append(_is_rate(group["lr"], group["rate"]))
     return all(found)
@@ -138,14 +142,15 @@ def shapes_schedule(first: FirstStep) -> bool | None:
     """
     o, steps = first.config.optimizer, first.stage.steps
     names = {first.stage.schedule_of(group, o) for group in first.stage.groups}
-    if o.schedule not in names & schedules.SCHEDULES.keys() or o.warmup >= steps:
+    warmup = first.stage.warmup_of(o)
+    if o.schedule not in names & schedules.SCHEDULES.keys() or warmup >= steps:
         return None
     shown = None
     own = first.optimization.rate_schedules[o.schedule]
     for argument in differing_arguments(schedules.SCHEDULES[o.schedule], o.schedule_args):
         others = {key: value for key, value in o.schedule_args.items() if key != argument}
         other = schedules.resolve_schedule(o.schedule, **others)
-        if any(own(i, steps, o.warmup) != other(i, steps, o.warmup) for i in range(steps)):
+        if any(own(i, steps, warmup) != other(i, steps, warmup) for i in range(steps)):
             shown = True
         elif steps >= LONG_STAGE:
             return False
@@ -153,13 +158,16 @@ def shapes_schedule(first: FirstStep) -> bool | None:
 
 
 def warms_up(first: FirstStep) -> bool | None:
-    """--optimizer.warmup: whether the first rate is lower than the one after it, unless that of a
-    schedule of the user's own is 0.
+    """--optimizer.warmup and --stages.I.warmup: whether the first rate is lower than the one after
+    it, unless that of a schedule of the user's own is 0.
     """
     o, steps = first.config.optimizer, first.stage.steps
+    warmup = first.stage.warmup_of(o)
+    if not warmup:
+        return None
     names = {first.stage.schedule_of(group, o) for group in first.stage.groups}
     multipliers = [first.optimization.rate_schedules[name] for name in names]
-    rates = [(m(0, steps, o.warmup), m(o.warmup, steps + 1, o.warmup)) for m in multipliers]
+    rates = [(m(0, steps, warmup), m(warmup, steps + 1, warmup)) for m in multipliers]
     shown = [before < after for before, after in rates if after > 0]
     return all(shown) if shown else None
 
@@ -175,6 +183,23 @@ def has_two_rates(first: FirstStep) -> bool | None:
     return all(any(ratio != 1 for ratio in own) for own in rates.values())
 
 
+def has_layer_rates(first: FirstStep) -> bool:
+    """--optimizer.lr-pattern: whether each layer that it names has a parameter with that rate."""
+    pattern = first.config.optimizer.lr_pattern
+    ratios: dict[Tensor, float] = {}
+    for group in first.groups:
+        ratios |= dict.fromkeys(group["params"], float(group["ratio"]))
+    found = []
+    for network in step.trained_networks(first.model, first.stage):
+        for path, layer in layers_with_adapter(network, "default").items():
+            factor = last_match(path, pattern, None)
+            adapter = layer.adapter("default")
+            if factor is not None and not getattr(adapter, "rates", {}):
+                own = [ratios[p] for p in adapter.parameters()]
+                found.append(any(math.isclose(ratio, factor) for ratio in own))
+    return all(found)
+
+
 def clips(first: FirstStep) -> bool | None:
     """--optimizer.clip: whether the gradient's norm is at most that after the step."""
     limit = first.config.optimizer.clip
@@ -188,6 +213,15 @@ def clips(first: FirstStep) -> bool | None:
     norms = torch._foreach_norm(grads)
     norm = torch.linalg.vector_norm(torch.stack(norms).double())
     return bool(norm <= limit * (1 + 1e-3))
+
+
+def limits_updates(first: FirstStep) -> bool | None:
+    """--optimizer.max-update-norm: whether no update of the stage's groups has a larger norm."""
+    networks = step.trained_networks(first.model, first.stage)
+    if not networks or bool(first.optimization.skip):
+        return None
+    limit = first.config.optimizer.max_update_norm
+    return bool(norm_limits.largest_update_norm(networks) <= limit * (1 + 1e-5))
 
 
 def averages(first: FirstStep) -> bool | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +137,8 @@ def draws_validation_noise(run: FinishedRun) -> bool:
 
 # ---------------------------------------------------------------- images
 
+SEED = re.compile(r", seed \d+$")  # the end of a caption of a prompt with several seeds
+
 
 def _cells(run: FinishedRun, file: str, role: str) -> list[dict[str, Any]]:
     """What a sheet says of its images with this role: caption, strength ..."""
@@ -144,16 +148,35 @@ def _cells(run: FinishedRun, file: str, role: str) -> list[dict[str, Any]]:
     return [cell for cell in facts["cells"] if cell["role"] == role]
 
 
+def _drawn_prompts(run: FinishedRun) -> list[str]:
+    """The prompts of the images after training, without the seeds in their captions."""
+    cells = _cells(run, "before_after.png", "after")
+    return [SEED.sub("", cell["caption"]) for cell in cells]
+
+
 def draws_prompts(run: FinishedRun) -> bool:
     """--samples.prompts: whether before_after.png has an image of each."""
-    drawn = [cell["caption"] for cell in _cells(run, "before_after.png", "after")]
-    return drawn == list(dict.fromkeys(run.config.samples.prompts))
+    wanted = [SEED.sub("", prompt) for prompt in run.config.samples.prompts]
+    return list(dict.fromkeys(_drawn_prompts(run))) == list(dict.fromkeys(wanted))
+
+
+def draws_seeds(run: FinishedRun) -> bool:
+    """--samples.seeds: whether it has as many images of each prompt."""
+    counts = Counter(_drawn_prompts(run))
+    return set(counts.values()) == {run.config.samples.seeds}
 
 
 def draws_new_prompts(run: FinishedRun) -> bool:
-    """--samples.new-prompts: the same of the row for them."""
+    """--samples.new-prompts: whether it has an image of each, with other words where it has {}."""
     drawn = [cell["caption"] for cell in _cells(run, "before_after.png", "new")]
-    return drawn == list(run.config.samples.new_prompts)
+    wanted = run.config.samples.new_prompts
+    if len(drawn) != len(wanted):
+        return False
+    for caption, text in zip(drawn, wanted):
+        pattern = ".+".join(map(re.escape, text.split("{}")))
+        if not re.fullmatch(pattern, caption):
+            return False
+    return True
 
 
 def draws_strengths(run: FinishedRun) -> bool:

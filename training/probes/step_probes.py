@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_core import distributed, plugins
 from lora_core.config import Config
 from lora_core.diffusion import losses, noise
+from training.inputs.subsets import has_class_subset
 from training.probes import input_probes
 from training.probes.first_step import FirstStep, forward_calls
 
@@ -195,5 +196,6 @@ def has_batch_size(first: FirstStep) -> bool:
     together.
     """
     images = first.config.images_per_step * (2 if first.config.data.pairs else 1)
-    own = sum(int((~x.is_prior).sum()) for x in first.inputs)
+    among = has_class_subset(first.config)  # class images take their turns among the others
+    own = sum(int((~x.is_prior).sum()) if not among else len(x.is_prior) for x in first.inputs)
     return sum(distributed.gather_values(own)) == images

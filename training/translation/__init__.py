@@ -1,0 +1,1 @@
+"""Commands and configs of other trainers, translated into a config of ours."""
