@@ -47,7 +47,7 @@ THEMES = {  # test files that are named after what cuts across many modules
     "advice", "bad_input", "config_layers", "configs", "corrupt", "damage", "docs", "dropped",
     "example_kinds", "families_load", "files_load", "first_machines", "full_disk", "fuzz", "house",
     "installation", "kills", "large_models", "large_sets", "loss_examples", "objectives",
-    "packed_turns", "resume", "soak", "toy", "trained_files", "traps",
+    "packed_turns", "resume", "soak", "toy", "trained_files", "traps", "web_demo",
 }  # fmt: skip
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}
 
