@@ -99,10 +99,7 @@ from training.step import (
 )
 from training.translation import lora_ppim as lora_ppim_command
 from training.translation import lora_pti as lora_pti_command
-<<<<<<< HEAD
-=======
 from training.translation import lora_scripts
->>>>>>> pti
 from training.translation.kohya_command import FROM_KOHYA, read_kohya_command
 
 

@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal, NewType, get_args
 
 import tyro
 
-<<<<<<< HEAD
 from lora_core.file_settings import FileSettings
-from lora_core.option_types import GROUP_NUMBERS, name_or_file
-=======
-from lora_core.option_types import DENSITY_NAMES, SCHEDULE_NAMES, WEIGHTING_NAMES, name_or_file
->>>>>>> pti
+from lora_core.option_types import (
+    DENSITY_NAMES,
+    GROUP_NUMBERS,
+    SCHEDULE_NAMES,
+    WEIGHTING_NAMES,
+    name_or_file,
+)
 from lora_core.settings import (
     Above,
     AdapterSpec,
