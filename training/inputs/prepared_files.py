@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from lora_core.atomic_files import atomic_write
 from lora_core.config import Config
@@ -21,7 +20,7 @@ from lora_core.data.concept_folders import list_images
 from lora_core.data.images import mask_path, read_image
 from lora_core.data.listing import FolderContents
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
+from lora_core.progress import track
 from lora_core.text import print_escaped
 from models import choose_device
 from training.inputs.annotators import (
@@ -120,7 +119,7 @@ def _write_captions(wanted: Annotator, images: list[Path], config: Config) -> No
     if not images:
         return
     captioner = open_captioner(wanted, choose_device(config.device))
-    for image in tqdm(images, desc="captions", disable=hides_progress()):
+    for image in track(images, "captions", "image", len(images)):
         place = image.with_suffix(".txt")
         if place.exists() and read_caption_file(place):  # two images of one name
             continue
@@ -149,7 +148,7 @@ def _write_masks(
         return
     find = bind_words(wanted, config)
     empty = []
-    for image in tqdm(images, desc="masks", disable=hides_progress()):
+    for image in track(images, "masks", "image", len(images)):
         place = mask_path(image)
         if place.exists():
             continue

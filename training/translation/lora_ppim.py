@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from lora_core.data.images import MASK_SUFFIX, image_to_tensor, read_image
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.fire_words import REQUIRED, parse_fire_words
+from lora_core.progress import track
 from lora_core.text import print_escaped, shorten_value
 from models import choose_device
 from training.inputs.annotators import WEIGHTS, Annotator, open_captioner, open_masker
@@ -184,12 +183,12 @@ def prepare_images(job: PreparationJob) -> list[PreparedImage]:
     images = [read_image(path).image for path in job.files]
     captioner = open_captioner(job.captioner, device)
     captions = []
-    for image in tqdm(images, desc="captions", disable=hides_progress()):
+    for image in track(images, "captions", "image", len(images)):
         captions.append(captioner.describe(image, job.caption_text))
     prompts = job.target_prompts or captions
     find = _bind_masker(job, device)
     prepared = []
-    for number, image in enumerate(tqdm(images, desc="masks", disable=hides_progress())):
+    for number, image in enumerate(track(images, "masks", "image", len(images))):
         mask = find(image, prompts[number])
         if mask is None:
             raise UserError(
