@@ -149,9 +149,8 @@ def infer(config: Infer) -> list[Path]:
 
     Raises UserError before any file is written when the options do not fit together.
     """
-    prompts = [
-        read_tagged_prompt(text) for text in read_prompt_lines(config.prompt, config.prompts)
-    ]
+    texts = read_prompt_lines(config.prompt, config.prompts)
+    prompts = list(map(read_tagged_prompt, texts))
     given = [parse_lora(text) for text in config.lora]
     axes = [find_checkpoints(parse_axis(text), given) for text in config.grid]
     loras = combine_loras(given, prompts)
