@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import yaml
 
 from lora_core import distributed
 from lora_core.config import Config
+from lora_core.data.captions import read_caption_file
 from lora_core.data.concept_folders import list_images
+from lora_core.data.listing import FolderContents
 from lora_core.errors import UserError
 from lora_core.text import is_number, read_text, shorten_value
 from training.translation.edlora_training import translate_models, translate_train
@@ -175,14 +177,26 @@ def _translate_data(record: TranslatedOptions) -> int:
         record.take("datasets.train.use_caption", one, "the concept's instance_prompt")
     elif "datasets.train.use_caption" in record.given:
         record.take("datasets.train.use_caption", {})
+    tags = _count_tags(parts)
     for name in record.given:
         if name.startswith(f"{TRANSFORM}."):
-            _translate_transform(record, name, dict(record[name]))
+            _translate_transform(record, name, dict(record[name]), tags)
     return sum(len(part.images) for part in parts)
 
 
-def _translate_transform(record: TranslatedOptions, name: str, values: dict[str, Any]) -> None:
-    """One transform of images or captions."""
+def _count_tags(parts: Sequence[FolderContents]) -> int:
+    """The largest number of parts between commas that a caption has."""
+    most = 0
+    for part in parts:
+        for path in itertools.chain.from_iterable(part.texts.values()):
+            most = max([most, *(len(text.split(",")) for text in read_caption_file(path))])
+    return most
+
+
+def _translate_transform(
+    record: TranslatedOptions, name: str, values: dict[str, Any], tags: int
+) -> None:
+    """One transform of images or captions, of which one has `tags` parts."""
     kind = name.rpartition(".")[2]
     if kind in FORMS:
         record.take(name, {}, "pixels in [-1, 1], as here")
@@ -193,6 +207,9 @@ def _translate_transform(record: TranslatedOptions, name: str, values: dict[str,
         record.change(name, ours, why if kind in TRANSFORMS else f"unknown here; {why}")
     elif kind == "ShuffleCaption":
         kept = int(values.get("keep_token_num", 0))
+        if tags < kept + 2:
+            record.ignore(name, "no caption has two parts between commas that could change places")
+            return
         ours = {"data.shuffle_caption": True, "data.keep_tokens": kept}
         record.take(name, ours, "the parts between commas")
     else:
