@@ -127,5 +127,3 @@ read_report = rename_value({"tensorboard": "tensorboard", "wandb": "wandb"}, oth
 read_visibility = rename_value(
     {"public": "--files.public", "private": "--files.no-public"}, others=False
 )
-    {"public": "--files.public", "private": "--files.no-public"}, others=False
-)
