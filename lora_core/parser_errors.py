@@ -20,7 +20,9 @@ NUMBER_ERRORS = {  # Python's -> ours
     r"could not convert string to float: (.+)": r"\1 is no number",
 }
 UNKNOWN = re.compile(r"Unrecognized options: (.+)")
-FLAG_LINE = re.compile(r"^[│|]? +(--[\w.-]+)", re.MULTILINE)  # of a flag that the parser suggests
+FLAG_LINE = re.compile(
+    r"^[│|]? +(--[a-z][\w.-]*)", re.MULTILINE
+)  # of a flag that the parser suggests
 
 
 def parse_words(parse: Callable[[], T], advice: str) -> T:

@@ -107,7 +107,7 @@ def test_words_that_are_no_utf8_are_refused_escaped() -> None:
 
 
 def test_a_wrong_flag_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="the nearest flag is --data.resolution"):
+    with pytest.raises(UserError, match=r"the nearest flag is --data\.resolution"):
         parse("--data.resoluton", "3")
 
 
