@@ -44,11 +44,7 @@ TRAIN_FLAGS = (
         "whatever --precision is, adapters train and are saved in fp32",
     ),
     OtherFlag(
-        "save_precision",
-        (KOHYA,),
-        "",
-        "whatever --precision is, adapters are saved in fp32; merge.py convert --dtype fp16 "
-        "makes a smaller file",
+        "save_precision", (KOHYA,), "--files.precision {}", read=rename_value({"float": "fp32"})
     ),
     OtherFlag("fp8_base", (KOHYA,), "--quantize fp8"),
     OtherFlag("blocks_to_swap", (KOHYA,), "--stream", "of all blocks, not of a number of them"),
@@ -335,6 +331,12 @@ TRAIN_FLAGS = (
     OtherFlag("log_wandb", (PTI,), "--report wandb"),
     OtherFlag("hub_model_id", (DIFFUSERS,), "--push-to-hub {}"),
     OtherFlag("huggingface_repo_id", (KOHYA,), "--push-to-hub {}"),
+    OtherFlag(
+        "huggingface_repo_visibility",
+        (KOHYA,),
+        "--files.public",
+        "a repository is private without it",
+    ),
     # without a counterpart
     OtherFlag(
         "enable_xformers_memory_efficient_attention",
@@ -370,9 +372,31 @@ TRAIN_FLAGS = (
         "text is cached whenever no text group trains, with --data.cache on the disk",
     ),
     OtherFlag("v2", (KOHYA,), "", "what a model is, is read from --model"),
+    OtherFlag("shuffle_caption", (KOHYA,), "--data.shuffle-caption"),
+    OtherFlag("enable_wildcard", (KOHYA,), "--data.wildcards"),
+    OtherFlag("keep_tokens", (KOHYA,), "--data.keep-tokens {}"),
+    OtherFlag("keep_tokens_separator", (KOHYA,), "--data.keep-tokens-separator {}"),
+    OtherFlag("caption_tag_dropout_rate", (KOHYA,), "--data.tag-dropout {}"),
+    OtherFlag("caption_separator", (KOHYA,), "--data.tag-separator {}"),
+    OtherFlag("secondary_separator", (KOHYA,), "--data.secondary-separator {}"),
+    OtherFlag("caption_prefix", (KOHYA,), "--data.caption-prefix {}"),
+    OtherFlag("caption_suffix", (KOHYA,), "--data.caption-suffix {}"),
+    OtherFlag("token_warmup_step", (KOHYA,), "", "all tags are there from the first step"),
+    OtherFlag("caption_dropout_every_n_epochs", (KOHYA,), "", "captions are dropped at random"),
     OtherFlag(
-        "shuffle_caption keep_tokens", (KOHYA,), "", "give an image several captions instead"
+        "config_file dataset_config",
+        (KOHYA,),
+        "",
+        "kohya's files are read by train.py --from-kohya FILE --dataset FILE",
     ),
+    OtherFlag("no_metadata", (KOHYA,), "--files.header short"),
+    OtherFlag("metadata_title", (KOHYA,), "--files.title {}"),
+    OtherFlag("metadata_author", (KOHYA,), "--files.author {}"),
+    OtherFlag("metadata_description", (KOHYA,), "--files.description {}"),
+    OtherFlag("metadata_license", (KOHYA,), "--files.license {}"),
+    OtherFlag("metadata_tags", (KOHYA,), "--files.tags {}"),
+    OtherFlag("metadata_trigger_phrase", (KOHYA,), "--files.trigger {}"),
+    OtherFlag("metadata_thumbnail", (KOHYA,), "--files.thumbnail 256", "a sample of the end"),
     OtherFlag("max_token_length", (KOHYA,), "--max-token-length {}"),
     OtherFlag("scale_weight_norms", (KOHYA,), "--optimizer.max-update-norm {}"),
     OtherFlag("adaptive_noise_scale", (KOHYA,), "--noise.adaptive-offset {}"),

@@ -1,7 +1,6 @@
 """Ranges of noise levels of LoRAs, and guidance away from the base model: steps by hand."""
 
-from __future__ import annotations
-
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def drawn(
     """The pixels that the program draws."""
     prepare = LoraStrengths(patches, loras, {})
     batch = ImageBatch([prompt], [3], settings, prepare=prepare)
-    words = [word for patch in patches for word in patch.placeholders]
+    words = list(itertools.chain.from_iterable(patch.placeholders for patch in patches))
     (pixels,) = generation.generate_batches(family, [batch], placeholders=words)
     return pixels
 
@@ -70,7 +69,7 @@ def by_hand(
     levels = sampling.sampler_levels(
         "euler", family.schedule, settings.steps, spacing=family.spacing, offset=family.offset
     )
-    words = [word for patch in patches for word in patch.placeholders]
+    words = list(itertools.chain.from_iterable(patch.placeholders for patch in patches))
 
     def set_all(factors: list[float], *, text: bool = True) -> None:
         for patch, lora, factor in zip(patches, loras, factors):
