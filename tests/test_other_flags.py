@@ -26,7 +26,7 @@ PAGE = (Path(__file__).parent.parent / "docs/flags.md").read_text(encoding="utf-
 TRAINERS, WITHOUT, DRAWERS, MERGERS = re.split(r"\n## .+\n", PAGE)
 COLUMNS = {DIFFUSERS: 2, PTI: 3, KOHYA: 4}
 EXAMPLES = ("16", "150", "0.5", "cosine", "lanczos", "object", "bf16", "euler", "fp16", "mode",
-            "sigmoid", "tensorboard", "a=1", "a.safetensors")  # fmt: skip
+            "sigmoid", "tensorboard", "a=1", "a.safetensors", "public")  # fmt: skip
 # Words of ours that stand for what only the user knows.
 PLACEHOLDERS = {"my_schedule.py:fn": "my_schedule.py:fn", "SHARE": "0.1", "PATH": "a"}
 
