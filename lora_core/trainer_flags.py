@@ -43,12 +43,19 @@ TRAIN_FLAGS = (
         "",
         "whatever --precision is, adapters train and are saved in fp32",
     ),
+    OtherFlag("save_precision", (KOHYA,), "--files.precision {}", read=read_precision),
+    OtherFlag("no_metadata", (KOHYA,), "--files.header short"),
+    OtherFlag("metadata_title", (KOHYA,), "--files.title {}"),
+    OtherFlag("metadata_author", (KOHYA,), "--files.author {}"),
+    OtherFlag("metadata_description", (KOHYA,), "--files.description {}"),
+    OtherFlag("metadata_license", (KOHYA,), "--files.license {}"),
+    OtherFlag("metadata_tags", (KOHYA,), "--files.tags {}"),
+    OtherFlag("metadata_trigger_phrase", (KOHYA,), "--files.trigger {}"),
     OtherFlag(
-        "save_precision",
+        "metadata_thumbnail",
         (KOHYA,),
         "",
-        "whatever --precision is, adapters are saved in fp32; merge.py convert --dtype fp16 "
-        "makes a smaller file",
+        "--files.thumbnail N is the size of a sample of the end, which is the thumbnail",
     ),
     OtherFlag("fp8_base", (KOHYA,), "--quantize fp8"),
     OtherFlag("blocks_to_swap", (KOHYA,), "--stream", "of all blocks, not of a number of them"),
@@ -335,6 +342,9 @@ TRAIN_FLAGS = (
     OtherFlag("log_wandb", (PTI,), "--report wandb"),
     OtherFlag("hub_model_id", (DIFFUSERS,), "--push-to-hub {}"),
     OtherFlag("huggingface_repo_id", (KOHYA,), "--push-to-hub {}"),
+    OtherFlag(
+        "huggingface_repo_visibility", (KOHYA,), "--files.public", "private without that option"
+    ),
     # without a counterpart
     OtherFlag(
         "enable_xformers_memory_efficient_attention",
