@@ -40,8 +40,8 @@ class ImageRequest:
 
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
-    PATH:unet=0.6,text=0.9. Repeat the flag for several; learned tokens next to a LoRA file are
-    loaded with it."""
+    PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
+    for several; learned tokens next to a LoRA file are loaded with it."""
     prompt: str = ""
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
     ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
@@ -66,6 +66,9 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     clip_skip: Annotated[int, AtLeast(0)] = 0
     """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
     left out, else none."""
+    max_token_length: Literal[0, 75, 150, 225] = 0
+    """Tokens of a prompt that CLIP text encoders read, 75 at a time; 0: as in the run of the LoRA,
+    else 75."""
     max_sequence_length: Annotated[int, AtLeast(0)] = 0
     """Tokens of a T5 prompt; 0: as in the run of the LoRA, else 512, or 256 for a model without
     guidance embedding."""
@@ -102,7 +105,6 @@ if __name__ == "__main__":
     answer_help(Infer, sys.argv[1:], prog="infer.py", example=EXAMPLE)  # before torch is imported
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,17 +125,19 @@ from lora_core.memory.placed_family import take_turns
 from lora_core.memory.quantized_weights import check_installed
 from lora_core.memory.residency import check_offload, leaves_device
 from lora_core.prompt_tags import TAG as LORA_TAG
+from lora_core.prompt_weights import check_prompt_weights
 from lora_core.runs.destination import check_free_names, check_path_lengths
 from lora_core.runs.image_grid import Axis, grid_cells, grid_rows, parse_axis
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
+from lora_core.runs.lora_strengths import LoraStrengths
 from lora_core.runs.loras import (
+    TEXT_SETTINGS,
     LoraSource,
     apply_loras,
     lora_text,
     parse_lora,
     read_run_settings,
     refuse_other_files,
-    set_strengths,
     warn_of_whole_model,
 )
 from lora_core.runs.pictures import ImageRow, draw_grid, save_png, to_images
@@ -185,7 +189,7 @@ class Drawing:
             config,
             self.start.pixels,
             self.start.mask,
-            prepare=partial(set_strengths, self.patches, loras, settings),
+            prepare=LoraStrengths(self.patches, loras, settings),
         )
 
     def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
@@ -214,6 +218,9 @@ def infer(config: Infer) -> list[Path]:
     if not config.adapter_kind:
         for lora in loras:
             warn_of_whole_model(config.model, Path(lora.path))
+    texts = [prompt.text for prompt in prompts]
+    if sentence := check_prompt_weights([*texts, config.negative, *config.region], config.emphasis):
+        print_note(sentence)
     if config.threads:
         torch.set_num_threads(config.threads)
     family, refiner = open_models(config, loras)
@@ -225,7 +232,6 @@ def infer(config: Infer) -> list[Path]:
         patches = apply_loras(family, loras, stack, words, kind=config.adapter_kind)
         family, refiner = place_models(config, family, refiner, patches)
         drawing = Drawing(family, refiner, start, patches, loras, regions, words)
-        texts = [prompt.text for prompt in prompts]
         others = [config.negative]
         for region in regions:
             others += [region.prompt, region.negative]
@@ -250,8 +256,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         first_device(config),
         config.vae,
         scheduler=run.scheduler,
-        clip_skip=text.get("clip_skip", config.clip_skip),
-        max_sequence_length=text.get("max_sequence_length", config.max_sequence_length),
+        **{name: text.get(name, getattr(config, name)) for name in TEXT_SETTINGS},
         config=config.model_config,
         family=config.family,
     )

@@ -8,7 +8,7 @@
     python train.py CONFIG.toml --plan             # the GPU memory that it needs, and options
     python train.py --data.images FOLDER --data.prepare blip face     # captions and masks by models
     python train.py --list losses                  # or schedules, kinds ...: what there is
-    python train.py --from-kohya train_network_config.toml     # kohya's config as it is
+    python train.py --from-kohya CONFIG.toml       # the config of kohya's train_network.py
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
 loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`).

@@ -31,6 +31,7 @@ class LoadOptions:
     scheduler: dict[str, Any] = field(default_factory=dict)
     clip_skip: int = 0  # last layers of the CLIP text encoders that are left out
     max_sequence_length: int = 0  # tokens of a T5 prompt; 0: the model's own
+    max_token_length: int = 0  # tokens of a prompt for CLIP, a multiple of 75; 0: 75
     config: str = ""  # folder or hub id with the configs and tokenizers of a single-file model
     family: str = ""  # FILE.py:FAMILY of a family that is not built in
 

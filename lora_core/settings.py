@@ -402,6 +402,13 @@ class SamplerSettings(SamplingMethod):
     first image."""
     refiner_start: Annotated[float, Share(zero=False)] = 0.8
     """Share of the steps after which the refiner takes over, (0, 1)."""
+    adapter_guidance: float = 1.0
+    """Guidance away from the base model: base + W (adapted - base), each with its own
+    classifier-free guidance. 1: the LoRAs as they are; 0: the base model; above 1: further from
+    it. Other values than 0 and 1 double the time of a step."""
+    emphasis: Literal["none", "a1111"] = "none"
+    """Weights in prompts, for CLIP. a1111: (word) has 1.1, [word] 1 / 1.1, (word:1.2) its own, and
+    a backslash makes a bracket text; none: brackets are text."""
 
 
 def scheduler_changes(prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:

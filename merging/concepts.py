@@ -22,7 +22,13 @@ from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
 from lora_core.placeholders import Placeholder, Prompt, bind_layers, has_placeholder
-from lora_core.runs.loras import LoraSource, find_token_file, parse_lora, strengths_by_component
+from lora_core.runs.loras import (
+    WHOLE_RANGE,
+    LoraSource,
+    find_token_file,
+    parse_lora,
+    strengths_by_component,
+)
 from lora_core.text import check_prompt_length, read_lines
 from merging.adapter_sums import Term
 from merging.commands import FileReadOptions
@@ -87,6 +93,12 @@ def read_concepts(texts: Sequence[str], layout: Layout, reading: FileReadOptions
     different models, and strengths that are not finite or have no effect.
     """
     sources = [parse_lora(text, "the concept") for text in texts]
+    for text, source in zip(texts, sources):
+        if source.shares != WHOLE_RANGE:
+            raise UserError(
+                f"the concept {text} has a range of noise levels, which a merged model cannot "
+                "keep; leave out what follows @"
+            )
     paths = [source.path for source in sources]
     if len(paths) < 2:
         raise UserError("a fusion takes two or more concepts; fold puts one LoRA into a model")

@@ -110,6 +110,7 @@ def _load_model(options: Fuse, base: BaseModel, paths: Sequence[str]) -> Family:
         scheduler=run.scheduler,
         clip_skip=run.text.get("clip_skip", 0),
         max_sequence_length=run.text.get("max_sequence_length", 0),
+        max_token_length=run.text.get("max_token_length", 0),
         config="" if base.folder else options.files.model_config,
     )
     return load_family(str(base.folder or base.path), how)

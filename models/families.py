@@ -56,7 +56,13 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
     """
     if is_single_file(path) and not how.family:
         return _single_file().load(path, how)
-    return _find_family(path, how.config, how.family).load(path, how)
+    family = _find_family(path, how.config, how.family).load(path, how)
+    if how.max_token_length and not hasattr(family, "max_token_length"):
+        raise UserError(
+            f"--max-token-length {how.max_token_length} has no effect: the family {how.family} "
+            "does not read prompts in chunks; leave it out"
+        )
+    return family
 
 
 def read_layout(path: str, config: str = "", family: str = "") -> Layout:

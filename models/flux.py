@@ -274,6 +274,11 @@ def load(path: str, how: LoadOptions) -> Flux:
             f"--clip-skip has no effect: of the CLIP text encoder of {path} only the pooled vector "
             "is used; leave it out"
         )
+    if how.max_token_length:
+        raise UserError(
+            f"--max-token-length has no effect: of the CLIP text encoder of {path} only the pooled "
+            "vector is used, and T5 reads --max-sequence-length tokens; leave it out"
+        )
     scheduler = _read_scheduler(path, how.scheduler)
     config = read_json(path, "transformer/config.json")
     latent_channels = read_json(path, "vae/config.json").get("latent_channels", 4)

@@ -36,9 +36,10 @@ from models.components import (
     read_json,
     read_prompt_length,
     read_resolution,
-    tokenize_prompts,
 )
+from models.prompt_chunks import check_token_length, join_chunks, split_chunks
 from models.sd import StableDiffusion
+from models.weighted_prompts import emphasize_states, split_weights
 
 PIPELINES = (
     "StableDiffusionXLPipeline",
@@ -94,6 +95,7 @@ class StableDiffusionXL(StableDiffusion):
         self.pipeline = parts.index["_class_name"]
         self.checked_prompts: set[str] = set()
         self.clip_skip = sd.check_clip_skip(how.clip_skip, list(parts.encoders.values()))
+        self.max_token_length = check_token_length(how.max_token_length)
         zeros_for_empty = parts.index.get("force_zeros_for_empty_prompt", True)
         self.zeros = ("prompt_embeds", "text_embeds") if zeros_for_empty else ()
         self.attended = tuple(parts.encoders)  # their hidden states lie side by side
@@ -121,10 +123,12 @@ class StableDiffusionXL(StableDiffusion):
         """
         tokens = {}
         for name, tokenizer in self.tokenizers.items():
-            length = read_prompt_length(tokenizer)
-            tokens[name] = tokenize_prompts(tokenizer, prompts, length, self.checked_prompts)
-        eos_id = self.tokenizers["text_encoder_2"].eos_token_id
-        tokens["end"] = first_eos(tokens["text_encoder_2"], eos_id)
+            tokens[name], weights = self.tokenize_for(tokenizer, prompts)
+            if weights is not None:
+                tokens[f"{name}.weights"] = weights
+        pooled = self.tokenizers["text_encoder_2"]
+        end = first_eos(tokens["text_encoder_2"], pooled.eos_token_id)
+        tokens["end"] = end.clamp(max=read_prompt_length(pooled) - 1)  # of the first chunk
         return {name: value.to(self.device) for name, value in tokens.items()}
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
@@ -133,17 +137,25 @@ class StableDiffusionXL(StableDiffusion):
         The hidden states are before the final norm; the pooled prompt is the projected last state
         at the first EOS. clip_skip k takes the hidden states k layers earlier, not the pooled one.
         With eos_token_id 2 in the encoder's config, diffusers pools at the largest token id, which
-        is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do.
+        is a placeholder once tokens were added; kohya and ComfyUI pool at the EOS, as we do. Long
+        prompts are encoded in chunks, and the first is pooled (kohya).
         """
         states = []
         extra = {}
         for name, encoder in self.encoders.items():
-            out = encoder(tokens[name], output_hidden_states=True)
-            states.append(out.hidden_states[-(self.clip_skip + 2)])
+            count = len(tokens[name])
+            ids = split_chunks(tokens[name], self.tokenizers[name])
+            out = encoder(ids, output_hidden_states=True)
+            hidden = out.hidden_states[-(self.clip_skip + 2)]
+            if f"{name}.weights" in tokens:
+                own = split_weights(tokens[f"{name}.weights"], self.tokenizers[name])
+                hidden = emphasize_states(hidden, own)
+            states.append(join_chunks(hidden, count))
             if name == "text_encoder_2":
                 end = tokens["end"]
-                rows = torch.arange(len(end), device=end.device)
-                extra["text_embeds"] = encoder.text_projection(out.last_hidden_state[rows, end])
+                rows = torch.arange(count, device=end.device)
+                firsts = out.last_hidden_state[:: len(ids) // count]
+                extra["text_embeds"] = encoder.text_projection(firsts[rows, end])
         return self._add_score(Conditioning(torch.cat(states, dim=-1), extra), SCORES[0])
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:

@@ -194,6 +194,7 @@ def load(path: str, how: LoadOptions) -> Family:
     family = sd.StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler | how.scheduler)
     family.pipeline = index["_class_name"]
     family.clip_skip = sd.check_clip_skip(how.clip_skip, [text_encoder])
+    family.max_token_length = sd.check_token_length(how.max_token_length)
     return family
 
 

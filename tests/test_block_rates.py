@@ -12,24 +12,24 @@ from lora_core.adapters.targets import last_match, matches_pattern
 from lora_core.errors import UserError
 from models import sd
 from tests import tiny_sdxl
-from training.block_rates import block_globs, block_rate_patterns, parse_block_weights
+from training.block_rates import block_globs, block_rate_patterns, parse_rate_list
 
 
 def test_curves_and_lists_are_those_of_sd_scripts() -> None:
-    assert parse_block_weights("sine+.5", 12, "") == pytest.approx(
+    assert parse_rate_list("sine+.5", 12, "") == pytest.approx(
         [math.sin(math.pi * (i / 11) / 2) + 0.5 for i in range(12)]
     )
-    assert parse_block_weights("cosine", 9, "") == pytest.approx(
+    assert parse_rate_list("cosine", 9, "") == pytest.approx(
         [math.sin(math.pi * (i / 8) / 2) for i in reversed(range(9))]
     )
-    assert parse_block_weights("linear", 9, "") == [i / 8 for i in range(9)]
-    assert parse_block_weights("reverse_linear+1", 9, "") == [1 + i / 8 for i in range(8, -1, -1)]
-    assert parse_block_weights("zeros+0.3", 3, "") == [0.3] * 3
-    assert parse_block_weights("0.5, ,2", 5, "") == [0.5, 0.0, 2.0, 1.0, 1.0]
-    assert parse_block_weights("1,2,3,4", 2, "") == [1.0, 2.0]
+    assert parse_rate_list("linear", 9, "") == [i / 8 for i in range(9)]
+    assert parse_rate_list("reverse_linear+1", 9, "") == [1 + i / 8 for i in range(8, -1, -1)]
+    assert parse_rate_list("zeros+0.3", 3, "") == [0.3] * 3
+    assert parse_rate_list("0.5, ,2", 5, "") == [0.5, 0.0, 2.0, 1.0, 1.0]
+    assert parse_rate_list("1,2,3,4", 2, "") == [1.0, 2.0]
     for text in ("sinus", "1;2", "sine+x", "1,a"):
         with pytest.raises(UserError, match="down_lr_weight is"):
-            parse_block_weights(text, 12, "down_lr_weight")
+            parse_rate_list(text, 12, "down_lr_weight")
 
 
 @pytest.mark.parametrize("count", [12, 9])

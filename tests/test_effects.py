@@ -236,6 +236,7 @@ TOKEN_STAGE: dict[str, Any] = {"stages.0.groups": BOTH}
 # Option -> its value, what else it needs, and the function that is switched off.
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "clip_skip": (1, {}, with_settings(setup, "load_family", 1, clip_skip=0)),
+    "max_token_length": (150, {}, with_settings(setup, "load_family", 1, max_token_length=0)),
     "seed": (3, {}, (step_inputs, "RandomKeys", lambda f: lambda seed, *rest: f(0, *rest))),
     "processes": (2, {"batch_size": 1}, given(dataset, "iterate_batches", batch=1)),
     "quantize": (

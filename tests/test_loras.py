@@ -9,9 +9,9 @@ from lora_core.runs.loras import parse_lora, warn_of_whole_model
 
 
 def test_strengths_are_read_as_documented() -> None:
-    assert parse_lora("runs/a:0.8") == ("runs/a", 0.8)
-    assert parse_lora("runs/a:unet=0.6,text=0.9") == ("runs/a", {"unet": 0.6, "text": 0.9})
-    assert parse_lora("C:/runs/a") == ("C:/runs/a", 1.0)
+    assert parse_lora("runs/a:0.8") == ("runs/a", 0.8, (0, 1))
+    assert parse_lora("runs/a:unet=0.6,text=0.9") == ("runs/a", {"unet": 0.6, "text": 0.9}, (0, 1))
+    assert parse_lora("C:/runs/a") == ("C:/runs/a", 1.0, (0, 1))
     with pytest.raises(UserError, match="--lora"):
         parse_lora("runs/a:strong")
     for text in ("", " ", ":0.5", " :unet=0.5"):  # else the current folder, as Path("") is

@@ -19,7 +19,7 @@ CURVES: dict[str, Callable[[float], float]] = {
 }
 
 
-def parse_block_weights(text: str, count: int, option: str) -> list[float]:
+def parse_rate_list(text: str, count: int, option: str) -> list[float]:
     """`count` weights of blocks: "1,0.5,..." or a curve with a base, such as "sine+0.25".
 
     An empty place is 0, missing ones at the end are 1 and further ones are dropped, as in
@@ -50,22 +50,18 @@ def block_globs(count: int) -> tuple[list[tuple[str, ...]], ...]:
         globs: list[tuple[str, ...]] = []
         for number in range(count):
             block, place = divmod(number, 3)
-            inside = [
-                f"{name}_blocks.{block}.{kind}.{place}.*" for kind in ("attentions", "resnets")
-            ]
+            kinds = ("attentions", "resnets")
+            inside = [f"{name}_blocks.{block}.{kind}.{place}.*" for kind in kinds]
             if place == 2:
                 inside.append(f"{name}_blocks.{block}.{name}samplers.*")
             globs.append(tuple(inside))
         return globs
 
-    mid = [("mid_block.*",)]
+    mid = ["mid_block.*"]
     if count == 9:
-        mid = [
-            ("mid_block.resnets.0.*",),
-            ("mid_block.attentions.0.*",),
-            ("mid_block.resnets.1.*",),
-        ]
-    return [("conv_in",), *side("down", count - 1)], mid, side("up", count)
+        mid = [f"mid_block.{part}.*" for part in ("resnets.0", "attentions.0", "resnets.1")]
+    down = [("conv_in",), *side("down", count - 1)]
+    return down, [(glob,) for glob in mid], side("up", count)
 
 
 def block_rate_patterns(
@@ -84,7 +80,7 @@ def block_rate_patterns(
     for text, name, blocks in zip(weights, names, block_globs(count), strict=True):
         if text is None:
             continue
-        own = parse_block_weights(text, len(blocks), name)
+        own = parse_rate_list(text, len(blocks), name)
         for weight, globs in zip(own, blocks, strict=True):
             for glob in globs:
                 if not any(matches_pattern(path, glob) for path in known):

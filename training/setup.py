@@ -346,6 +346,7 @@ def _open_family(config: Config, device: torch.device) -> Family:
         scheduler_changes(n.prediction, zero_terminal_snr=n.zero_terminal_snr),
         config.clip_skip,
         config.max_sequence_length,
+        config.max_token_length,
         config.model_config,
         config.family,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from lora_core.diffusion.regions import PromptRegion, check_regions
 from lora_core.errors import UserError
 from lora_core.family import Conditioning, Family, Sizes
 from lora_core.layer_prompts import encode_layer_prompts
-from lora_core.placeholders import Placeholder, bind_layers
+from lora_core.placeholders import Placeholder, Prompt, bind_layers
+from lora_core.prompt_weights import WeightedPrompt
 from lora_core.settings import SamplerSettings
 
 # Images that wait, with their encoded prompts, for one network to be done with all of them: with
@@ -38,7 +40,7 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.cat(rows)
 
 
-def _do_nothing() -> None:
+def _do_nothing(share: float | None = None, *, off: bool = False) -> None:
     pass
 
 
@@ -50,8 +52,10 @@ class ImageBatch(NamedTuple):
     settings: SamplerSettings
     init: Tensor | None = None  # [1 or b, 3, h, w] in [-1, 1], the image to start from
     mask: Tensor | None = None  # [1 or b, 1, h, w], 1 where it is to be painted
-    # called before each network works for these images: it may set the strengths of LoRAs
-    prepare: Callable[[], object] = _do_nothing
+    # Called before each network works for these images, it may set the strengths of LoRAs. With an
+    # attribute `follows_level` it is called before each step, too, with the share of noise in it
+    # (NoiseLevel.share). With `adapts`, the keyword off=True takes the LoRAs away.
+    prepare: Callable[..., object] = _do_nothing
 
 
 def generate_images(
@@ -150,9 +154,11 @@ def _generate(
         strength=settings.strength,
     )
     start = _start_sampling(family, batch, shape, levels)
+    if getattr(batch.prepare, "follows_level", False):
+        batch.prepare.check_levels(levels.share[:-1].tolist())  # type: ignore[attr-defined]
     check_regions(family, regions, settings)
     noise = _step_noise(batch.seeds, shape, family.device)
-    stages = [_SamplingStage(family, levels, start.inpaint, placeholders)]
+    stages = [_SamplingStage(family, levels, start.inpaint, placeholders, is_adapted=True)]
     if refiner is not None:
         own, rest = sampling.split_for_refiner(levels, schedule, settings.refiner_start)
         stages[0] = stages[0]._replace(levels=own)
@@ -160,12 +166,17 @@ def _generate(
     yield None
     x = start.x
     for stage in stages:
-        text = encode_guidance(
-            stage.family, batch.prompts, settings, size, stage.placeholders, regions
+        encode = functools.partial(
+            encode_guidance, stage.family, batch.prompts, settings, size, stage.placeholders
         )
+        text, base_text = encode(regions), None
+        if stage.is_adapted and settings.adapter_guidance != 1:
+            batch.prepare(off=True)
+            base_text = encode(regions)
         yield None
-        x = _run_stage(stage, text, settings, start, x, noise)
-        del text  # it would wait on the device for the other batches
+        adapters = _Adapters(batch.prepare, settings.adapter_guidance, base_text)
+        x = _run_stage(stage, text, settings, start, x, noise, adapters)
+        del text, base_text, adapters  # they would wait on the device for the other batches
         yield None
     if start.kept is not None:
         x = torch.where(start.kept.hole, x, start.kept.x0)
@@ -181,6 +192,15 @@ class _SamplingStage(NamedTuple):
     levels: NoiseLevel
     inpaint: Tensor | None = None  # [b, 1 + c, h, w] further inputs of an inpainting model
     placeholders: Sequence[Placeholder] = ()  # that it has learned: a refiner has none
+    is_adapted: bool = False  # has the LoRAs
+
+
+class _Adapters(NamedTuple):
+    """The LoRAs of a stage: their strengths, and guidance away from the model without them."""
+
+    prepare: Callable[..., object]  # of the batch
+    guidance: float
+    base_text: tuple[Conditioning, Conditioning | None] | None  # encoded without them; None: unread
 
 
 class _Start(NamedTuple):
@@ -230,10 +250,16 @@ def _run_stage(
     start: _Start,
     x: Tensor,
     noise: sampling.StepNoise,
+    adapters: _Adapters,
 ) -> Tensor:
     """The latents [b, c, h, w] after the steps of one model, from latents x."""
     model = stage.family
     denoise = _prompted_denoiser(model, text, settings, stage.inpaint)
+    if stage.is_adapted:
+        base = None
+        if adapters.base_text is not None:
+            base = _prompted_denoiser(model, adapters.base_text, settings, stage.inpaint)
+        denoise = _adapted_denoiser(denoise, base, adapters)
     if start.kept is not None:
         denoise = sampling.keep_latents(denoise, start.kept, start=start.t)
     getattr(model, "bring_denoiser", bool)()  # its norms are read before it is called
@@ -283,16 +309,42 @@ def encode_guidance(
         negatives = [settings.negative] * len(prompts)
         inside = [region.negative or settings.negative for region in regions]
         sources.append((family.encode_negative, negatives, inside))
+    bind = prompt_reader(family, placeholders, settings.emphasis)
     for encode, texts, region_texts in sources:
-        bound = [bind_layers(text, placeholders) for text in texts]
+        bound = [bind(text) for text in texts]
         cond = encode_layer_prompts(encode, bound)
         encoded = []
         for region, text in zip(regions, region_texts):
-            own = encode_layer_prompts(encode, [bind_layers(text, placeholders)]).prompt_embeds
+            own = encode_layer_prompts(encode, [bind(text)]).prompt_embeds
             encoded.append(Region(region.box, own.expand(len(prompts), *own.shape[1:])))
         cond = replace(cond, regions=tuple(encoded))
         halves.append(family.add_size_embeddings(cond, sizes, settings.guidance))
     return halves[0], halves[1] if len(halves) > 1 else None
+
+
+def prompt_reader(
+    family: Family, placeholders: Sequence[Placeholder], emphasis: str
+) -> Callable[[str], Prompt]:
+    """What a text encoder reads of a prompt: with tokens in the place of placeholder words, and,
+    with emphasis, as a WeightedPrompt.
+
+    Raises UserError for emphasis on a model that cannot weight prompts.
+    """
+    if emphasis == "none":
+        return lambda text: bind_layers(text, placeholders)
+    if not getattr(family, "reads_weights", False):
+        raise UserError(
+            f"--emphasis {emphasis} scales the hidden states of CLIP, which the denoiser of this "
+            f"model ({family.name}) does not read; leave it out, and weights like (word:1.2) too"
+        )
+
+    def read(text: str) -> Prompt:
+        bound = bind_layers(text, placeholders)
+        if isinstance(bound, str):
+            return WeightedPrompt(bound)
+        return tuple(WeightedPrompt(own) for own in bound)
+
+    return read
 
 
 def guidance_scale(family: Family, settings: SamplerSettings) -> float:
@@ -319,6 +371,36 @@ def _prompted_denoiser(
     return sampling.guided_denoiser(network, family.prediction, cond, uncond, scale)
 
 
+def _adapted_denoiser(
+    denoise: sampling.Denoise, base: sampling.Denoise | None, adapters: _Adapters
+) -> sampling.Denoise:
+    """The denoiser with the LoRAs' strengths of each level, and with guidance W away from the base
+    model: x0 = base + W (adapted - base).
+
+    x0 is affine in the network's output, so that this is the same sum of outputs. The LoRAs are off
+    in `base`, and in its text. At W = 1 and without ranges it is `denoise` itself; at W = 0 `base`
+    alone is called.
+    """
+    prepare, scale = adapters.prepare, adapters.guidance
+    follows_level = getattr(prepare, "follows_level", False)
+    if base is None and not follows_level:
+        return denoise
+
+    def denoise_at(x: Tensor, level: NoiseLevel) -> Tensor:
+        if base is not None and scale == 0:
+            prepare(off=True)
+            return base(x, level)
+        prepare(level.share[0].item() if follows_level else None)
+        adapted = denoise(x, level)
+        if base is None:
+            return adapted
+        prepare(off=True)
+        plain = base(x, level)
+        return plain + scale * (adapted - plain)
+
+    return denoise_at
+
+
 def _check_inputs(family: Family, batch: ImageBatch, size: tuple[int, int]) -> None:
     init, mask, settings = batch.init, batch.mask, batch.settings
     if size[0] % family.multiple or size[1] % family.multiple:
@@ -330,6 +412,11 @@ def _check_inputs(family: Family, batch: ImageBatch, size: tuple[int, int]) -> N
         raise UserError(
             "strength below 1, masks and inpainting models need an image to start from "
             "(--init-image)"
+        )
+    if settings.adapter_guidance != 1 and not getattr(batch.prepare, "adapts", False):
+        raise UserError(
+            f"--adapter-guidance {settings.adapter_guidance:g} has no effect without a LoRA that "
+            "changes a network; add --lora or leave it out"
         )
     if mask is None and family.inpainting:
         raise UserError("an inpainting model needs a mask of what it is to paint (--mask)")

@@ -37,6 +37,13 @@ class NoiseLevel(NamedTuple):
         """[b] signal to noise ratio alpha^2 / sigma^2 (0 at zero terminal SNR)."""
         return (self.alpha / self.sigma) ** 2
 
+    @property
+    def share(self) -> Tensor:
+        """[b] sigma / (alpha + sigma) in [0, 1]: the sigma of a flow model, or s / (1 + s) of s =
+        sigma / alpha, the sigma of EDM and k-diffusion.
+        """
+        return self.sigma / (self.alpha + self.sigma)
+
     def like(self, x: Tensor) -> "NoiseLevel":
         """The same levels shaped [b, 1, ...], which broadcast over x [b, ...], on its device."""
         t, alpha, sigma = self

@@ -21,35 +21,44 @@ from lora_core.formats.cloneofsimo import EMBED
 from lora_core.formats.recognition import model_of_run, recognize_file, refuse_other_kinds
 from lora_core.placeholders import Placeholder
 from lora_core.settings import scheduler_changes
-from lora_core.text import shorten_value
+from lora_core.text import is_number, shorten_value
 from lora_core.toml import parse_toml
 
 TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
+TEXT_SETTINGS = ("clip_skip", "max_token_length", "max_sequence_length")
+WHOLE_RANGE = (0.0, 1.0)
 LARGEST_SETTING = 100_000  # layers or tokens
 
 
 class LoraSource(NamedTuple):
-    """A LoRA file or run folder, and its strength: one for all networks, or one for each."""
+    """A LoRA file or run folder, and its strength: one for all networks, or one for each.
+
+    In the denoiser it acts at noise levels whose share, NoiseLevel.share, is in `shares`.
+    """
 
     path: str
     strength: float | dict[str, float]
+    shares: tuple[float, float] = WHOLE_RANGE  # lowest and highest, both included
 
 
 def parse_lora(text: str, option: str = "--lora") -> LoraSource:
-    """Parses PATH, PATH:0.8 or PATH:unet=0.6,text=0.9.
+    """Parses PATH, PATH:0.8 or PATH:unet=0.6,text=0.9, and a range PATH:0.8@0.2-1.
 
-    Raises UserError, which calls the text a value of `option`, for a strength that is no number.
+    Raises UserError, which calls the text a value of `option`, for a strength that is no number and
+    a range that is none.
     """
     path, colon, tail = text.rpartition(":")
     if not text.strip() or (colon and not path.strip()):
         raise UserError(f"{option} {text!r} names no file; write PATH:0.8")
     if not colon or "/" in tail or "\\" in tail or Path(text).exists():
         return LoraSource(text, 1.0)
+    tail, at, ends = tail.partition("@")
+    shares = _parse_shares(ends, f"{option} {text}") if at else WHOLE_RANGE
     try:
         if "=" not in tail:
-            return LoraSource(path, float(tail))
+            return LoraSource(path, float(tail), shares)
         pairs = (pair.split("=") for pair in tail.split(","))
-        return LoraSource(path, {name: float(value) for name, value in pairs})
+        return LoraSource(path, {name: float(value) for name, value in pairs}, shares)
     except ValueError:
         raise UserError(
             f"{option} {text}: cannot read the strength {tail!r}; "
@@ -57,11 +66,26 @@ def parse_lora(text: str, option: str = "--lora") -> LoraSource:
         ) from None
 
 
+def _parse_shares(text: str, option: str) -> tuple[float, float]:
+    """The range LOW-HIGH of noise levels. Raises UserError for another text."""
+    low, dash, high = text.partition("-")
+    if dash and is_number(low) and is_number(high):
+        shares = float(low), float(high)
+        if 0 <= shares[0] < shares[1] <= 1:
+            return shares
+    raise UserError(
+        f"{option}: cannot read the range {text!r}; write the lowest and the highest noise level "
+        "of 0 to 1, such as 0.2-1"
+    )
+
+
 def lora_text(lora: LoraSource) -> str:
     """The text that `parse_lora` reads as this LoRA."""
+    ends = "" if lora.shares == WHOLE_RANGE else f"@{lora.shares[0]}-{lora.shares[1]}"
     if isinstance(lora.strength, dict):
-        return f"{lora.path}:{','.join(f'{name}={v}' for name, v in lora.strength.items())}"
-    return f"{lora.path}:{lora.strength}"
+        given = ",".join(f"{name}={value}" for name, value in lora.strength.items())
+        return f"{lora.path}:{given}{ends}"
+    return f"{lora.path}:{lora.strength}{ends}"
 
 
 def strengths_by_component(lora: LoraSource, components: Collection[str]) -> dict[str, float]:
@@ -70,7 +94,7 @@ def strengths_by_component(lora: LoraSource, components: Collection[str]) -> dic
         return dict.fromkeys(components, lora.strength)
     strengths: dict[str, float] = dict.fromkeys(components, 1.0)
     for name, value in lora.strength.items():
-        named = _matching_components(name, components, lora.path, value)
+        named = match_components(name, components, lora.path, value)
         strengths |= dict.fromkeys(named, value)
     return strengths
 
@@ -125,28 +149,6 @@ def apply_loras(
     return patches
 
 
-def set_strengths(
-    patches: Sequence[Patch], loras: Sequence[LoraSource], settings: Mapping[str, float]
-) -> None:
-    """Sets the strengths of LoRAs that are on a model, as given and then changed by `settings`.
-
-    `settings` has strength, unet or text, for all of them, or lora0.strength, lora1.unet ...
-    """
-    for i, (applied, lora) in enumerate(zip(patches, loras)):
-        strengths = strengths_by_component(lora, applied.adapted)
-        for name, value in settings.items():
-            which, _, part = name.rpartition(".")
-            if which not in ("", f"lora{i}") or part not in ("strength", "unet", "text"):
-                continue
-            if part == "strength":
-                strengths = dict.fromkeys(applied.adapted, value)
-            else:
-                named = _matching_components(part, applied.adapted, lora.path, value)
-                strengths |= dict.fromkeys(named, value)
-        if applied.adapted:
-            applied.set_strength(strengths)
-
-
 def find_token_file(path: str) -> str:
     """The token file in the folder of a LoRA file that was trained with tokens.
 
@@ -179,7 +181,7 @@ class RunSettings(NamedTuple):
     """The settings of a training run that sampling has to repeat."""
 
     scheduler: dict[str, Any]  # keys of the model's scheduler_config.json that it replaces
-    text: dict[str, int]  # clip_skip and max_sequence_length, where they are not 0
+    text: dict[str, int]  # those of TEXT_SETTINGS that are not 0
 
 
 def read_run_settings(paths: Sequence[str]) -> RunSettings:
@@ -194,7 +196,7 @@ def read_run_settings(paths: Sequence[str]) -> RunSettings:
             _read_setting(noise, "prediction", "model", where),
             zero_terminal_snr=_read_setting(noise, "zero_terminal_snr", False, where),
         )
-        for name in ("clip_skip", "max_sequence_length"):
+        for name in TEXT_SETTINGS:
             if value := _read_setting(trained, name, 0, where):
                 text[name] = value
     return RunSettings(scheduler, text)
@@ -240,7 +242,7 @@ def warn_of_whole_model(model: str, run: Path) -> None:
         )
 
 
-def _matching_components(
+def match_components(
     name: str, components: Collection[str], source: str, value: float
 ) -> list[str]:
     """The networks that a name means: unet is any denoiser, text every text encoder.

@@ -114,6 +114,7 @@ def open_planned_family(config: Config) -> Family:
         META,
         _own_vae(config),
         vae_dtype,
+        max_token_length=config.max_token_length,
         config=config.model_config,
         family=config.family,
     )

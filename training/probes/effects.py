@@ -108,6 +108,7 @@ OPTION_EFFECTS: dict[str, Effect] = {
     "family": Place(OPEN_MODEL),
     "vae": Place(OPEN_MODEL),
     "clip_skip": Shown(model.skips_last_layers, "captions are encoded by all layers"),
+    "max_token_length": Shown(model.has_token_length, "captions have other lengths"),
     "max_sequence_length": Shown(model.has_sequence_length, "captions have other lengths"),
     "device": Place("models:choose_device"),
     "offload": Shown(model.stays_on_device, "networks leave the device"),

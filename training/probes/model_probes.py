@@ -16,6 +16,7 @@ from lora_core.memory.quantized_weights import QuantizedLinear, pack_weight
 from lora_core.memory.streamed_blocks import find_streamed
 from models import DTYPES
 from models.placement import named_blocks, repeated_blocks
+from models.prompt_chunks import CHUNK
 from training.inputs.step_inputs import TokenIds
 from training.probes.first_step import FirstStep, forward_calls
 
@@ -132,11 +133,23 @@ def _add_one(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return (output[0] + 1, *output[1:])
 
 
+def has_token_length(first: FirstStep) -> bool:
+    """--max-token-length: whether the captions of the step have chunks of so many tokens."""
+    chunks = first.config.max_token_length // CHUNK
+    lengths = set()
+    for tokenizer in first.model.family.tokenizers.values():
+        lengths.add((tokenizer.model_max_length - 2) * chunks + 2)
+    return lengths <= _caption_lengths(first)
+
+
 def has_sequence_length(first: FirstStep) -> bool:
     """--max-sequence-length: whether the captions of the step have so many tokens."""
+    return first.config.max_sequence_length in _caption_lengths(first)
+
+
+def _caption_lengths(first: FirstStep) -> set[int]:
+    """The numbers of tokens of the step's captions, in one of the text encoders or encoded."""
     text = first.inputs[-1].text
     if isinstance(text, TokenIds):
-        lengths = {ids.shape[1] for ids in text.ids.values() if ids.ndim == 2}
-    else:
-        lengths = {text.prompt_embeds.shape[-2]}
-    return first.config.max_sequence_length in lengths
+        return {ids.shape[1] for ids in text.ids.values() if ids.ndim == 2}
+    return {text.prompt_embeds.shape[-2]}

@@ -49,13 +49,18 @@ class TranslatedRun:
 
 
 def translate_run(
-    given: Mapping[str, Any], dataset: str | Path | None = None, *, script: str = ""
+    given: Mapping[str, Any],
+    dataset: str | Path | None = None,
+    *,
+    script: str = "",
+    processes: int = 1,
 ) -> TranslatedRun:
     """The config of kohya's options, given as in `kohya_options.read_config_file`.
 
     `dataset`: a dataset file in place of dataset_config. `script`: sdxl or flux where that is known
-    from the script's name; otherwise the model says it. Reads the sizes of the images, to count
-    steps. Raises UserError for unknown options and for what a run of ours cannot be.
+    from the script's name; otherwise the model says it. `processes`: those that share a step. Reads
+    the sizes of the images, to count steps. Raises UserError for unknown options and for what a run
+    of ours cannot be.
     """
     given = dict(given)
     if dataset is not None:
@@ -75,7 +80,7 @@ def translate_run(
     translate_data(options, data)
     settings, batch = _image_settings(options, data)
     batches = count_batches(data.subsets, settings, batch)
-    steps, epoch = translate_length(options, batches)
+    steps, epoch = translate_length(options, batches, processes)
     translate_optimizer(options, groups)
     rate = _settings(options, data)["optimizer"]["lr"][groups[0]]
     translate_schedule(options, steps, rate)
