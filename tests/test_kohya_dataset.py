@@ -184,5 +184,6 @@ def test_an_epoch_has_the_batches_that_kohya_counts(tmp_path: Path) -> None:
 def test_epochs_are_steps_as_kohya_rounds_them(given: dict[str, int], steps: int) -> None:
     options = kohya_options(**given)
     assert translate_length(options, 10)[0] == steps
+    assert translate_length(kohya_options(max_train_epochs=3), 10, processes=4) == (9, 3)
     assert options.options["stages.0.steps"] == steps
     options.check_complete()

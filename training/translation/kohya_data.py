@@ -61,7 +61,7 @@ def translate_data(options: TranslatedOptions, data: ForeignData) -> None:
     common = {name: _is_common(name, subsets) for name in OF_SUBSETS}
     single = len(subsets) == 1 and not subsets[0]["is_reg"] and not subsets[0]["class_tokens"]
     for name in OF_SUBSETS:
-        is_own = name in ("image_dir", "is_reg") or not common[name]
+        is_own = name in ("image_dir", "is_reg", "class_tokens") or not common[name]
         _record_option(options, data, name, in_subsets=is_own and not single)
     _record_caption_source(options, subsets)
     for name in ONE_FOR_ALL:
