@@ -19,7 +19,7 @@ from training.translation.kohya_dataset import (
     RENAMED,
     ForeignData,
     ForeignSubset,
-    list_captions,
+    read_subset_captions,
 )
 from training.translation.kohya_options import IGNORED, LEFT_OUT, TOOL
 from training.translation.translated_options import TranslatedOption, TranslatedOptions
@@ -111,7 +111,7 @@ def _is_common(name: str, subsets: list[ForeignSubset]) -> bool:
 
 def _has_effect(name: str, subset: ForeignSubset) -> bool:
     """Whether an option of captions changes one of the subset, as far as its files can be read."""
-    texts = list_captions(subset)
+    texts = read_subset_captions(subset)
     if name not in OF_TEXTS or not texts:
         return True
     own = {ours: subset[theirs] for theirs, ours in OF_SUBSETS.items() if theirs in OF_TEXTS}
