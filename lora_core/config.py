@@ -52,7 +52,7 @@ class DataConfig(CaptionSettings, ImageSettings):
     """Folder with the training images (jpg, png, webp, tiff, avif ..., heic with the package
     pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
-    file of such concepts. Empty: with --data.dataset. Empty: with --data.dataset."""
+    file of such concepts. Empty: with --data.dataset."""
     subsets: tuple[Subset, ...] = ()
     """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
@@ -338,7 +338,7 @@ class Config(ModelConfig):
     --samples.show-data."""
     push_to_hub: str = ""
     """Hub repository USER/NAME that the finished run is uploaded to; a private one, without
-    --files.public. Empty: none. Empty: none."""
+    --files.public. Empty: none."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
     resume_anyway: bool = False

@@ -27,14 +27,14 @@ class FileSettings:
     title: str = ""
     """Title of the model; empty: the name of its file."""
     author: str = ""
-    """Name of the author."""
+    """Name of the author. Empty: none is written."""
     description: str = ""
-    """The model in a few sentences."""
+    """The model in a few sentences. Empty: none is written."""
     license: str = ""
     """License, for headers and README.md: an id of the hub such as mit, cc-by-4.0 or
-    creativeml-openrail-m, another name, or an address."""
+    creativeml-openrail-m, another name, or an address. Empty: none is written."""
     tags: str = ""
-    """Words to find the model by, separated by commas."""
+    """Words to find the model by, separated by commas. Empty: none."""
     trigger: str = ""
     """Words that a prompt has to have, as managers of LoRA files show them; empty: with learned
     tokens the name of their file, else the placeholder word, or what all captions begin with."""

@@ -18,8 +18,8 @@ class ImageRequest:
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
     PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
-    for several; learned tokens next to a LoRA file are loaded with it. Empty: the base model alone.
-    Empty: the base model alone."""
+    for several; learned tokens next to a LoRA file are loaded with it. Empty: the base model
+    alone."""
     prompt: str = ""
     """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
     ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder. Empty:
@@ -60,8 +60,7 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     """One sheet of images over SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C; repeat the
     flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
     of all LoRAs, lora0.strength, lora1.unet ...; checkpoint=RUN is all checkpoints of a run in
-    their order and its end, in the place of --lora RUN. Empty: single images. Empty: single
-    images."""
+    their order and its end, in the place of --lora RUN. Empty: single images."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""
     """PNG made by this program, whose image is repeated: its prompt, models on this disk, seed,
     sampler and size, which are printed. Flags win, and only they name files to write, start images,

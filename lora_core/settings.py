@@ -315,26 +315,27 @@ class CaptionSettings:
     """Which line of a caption file with several is the caption: any, drawn at each visit, or the
     first."""
     caption_prefix: str = ""
-    """Text before every caption, with a space between them."""
+    """Text before every caption, with a space between them. Empty: none."""
     caption_suffix: str = ""
-    """Text after every caption, with a space between them."""
+    """Text after every caption, with a space between them. Empty: none."""
     wildcards: bool = False
     """Replace {red|blue} in a caption by one of its words, drawn at each visit; {{ and }} are
     braces."""
     shuffle_caption: bool = False
     """Put the tags of a caption in another order at each visit."""
     keep_tokens: Annotated[int, AtLeast(0)] = 0
-    """Tags at the beginning of a caption that are neither shuffled nor dropped."""
+    """Tags at the beginning of a caption that are neither shuffled nor dropped. 0: none."""
     keep_tokens_separator: str = ""
     """Text such as ||| in a caption: the tags before the first one, and those after a second one,
-    are neither shuffled nor dropped. In captions without it --data.keep-tokens counts."""
+    are neither shuffled nor dropped. In captions without it --data.keep-tokens counts. Empty:
+    none."""
     tag_dropout: Annotated[float, Share()] = 0.0
-    """Probability that a tag is left out of a visit's caption, [0, 1)."""
+    """Probability that a tag is left out of a visit's caption, [0, 1). 0: never."""
     tag_separator: str = ","
     """Text between the tags of a caption."""
     secondary_separator: str = ""
     """Text between tags that stay together when tags are shuffled or dropped; it becomes
-    --data.tag-separator."""
+    --data.tag-separator. Empty: none."""
 
     @property
     def varies(self) -> bool:
@@ -365,7 +366,7 @@ class NoiseSettings:
     """Strength of an octave relative to the next finer one, (0, 1]."""
     perturbation: Annotated[float, AtLeast(0)] = 0.0
     """Extra noise on the network's input that the target does not include (gamma of arXiv
-    2301.11706, algorithm 1). 0: none."""
+    2301.11706, algorithm 1). 0: none. 1 is the scale of the noise itself."""
 
     def __post_init__(self) -> None:
         check_options(self, "--noise.")

@@ -21,9 +21,10 @@ class CompareRuns:
 
     compare: Words = ()
     """Runs of side A, which differ in their seed alone: folders of runs, folders that hold runs, or
-    patterns in quotes. Two runs without --against are A and B."""
+    patterns in quotes. Two runs without --against are A and B. Empty: no comparison."""
     against: Words = ()
-    """Runs of side B; with the same seeds as A they are paired by seed."""
+    """Runs of side B; with the same seeds as A they are paired by seed. Empty: two runs of
+    --compare."""
     metric: Words = ()
     """What is compared: loss (recorded by the runs; also without this flag), x0 (squared error of
     the predicted latents), the name of a loss, FILE.py:FUNCTION of the kind of a loss or, with the
