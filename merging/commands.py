@@ -211,6 +211,8 @@ class Mix:
     """the result, of whole models a folder or a single file; OUT may also be the last word"""
     residual: Annotated[str, text("FILE")] = ""
     """for whole models: also write the rounding loss, as a LoRA"""
+    sidecar: Annotated[bool, PLAIN] = False
+    """with kohya's names: also write NAME.json, the trigger words as A1111 reads them"""
     merge: Annotated[MergeMethod, group("merging")] = MergeMethod()
     keep: Annotated[KeepOptions, KEEP] = KeepOptions()
     files: Annotated[AdapterFileOptions, FILES] = AdapterFileOptions()
@@ -349,6 +351,8 @@ class Convert:
     """lora: the update of a DoRA as a plain LoRA, nearest to it at the DoRA's rank"""
     adapter_kind: Annotated[str, text("KIND")] = ""
     """FILE.py:CLASS of a NAME_adapter.safetensors; its code is run on the weights of --model"""
+    sidecar: Annotated[bool, PLAIN] = False
+    """with --to kohya: also write NAME.json, the trigger words as A1111 reads them"""
     svd: Annotated[SvdOptions, SVD] = SvdOptions()
     keep: Annotated[KeepShare, KEEP] = KeepShare()
     files: Annotated[FileOptions, FILES] = FileOptions()
@@ -356,8 +360,7 @@ class Convert:
 
 @dataclass(frozen=True)
 class Info:
-    """Show the ranks, norms and spectra of a file's layers, its tokens and its header; of several
-    files how much they overlap."""
+    """Show a file's ranks, norms, spectra, tokens and header; of several how much they overlap."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder, or a whole model"""

@@ -17,6 +17,7 @@ from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
+from lora_core.formats.training_metadata import HINT, MERGED_FROM, TRIGGER
 from lora_core.placeholders import Placeholder, describe_tokens
 from merging.commands import FileReadOptions, Info
 from merging.layer_spectra import LayerSpectrum, layer_spectra
@@ -67,7 +68,8 @@ def run_info(options: Info) -> None:
             f"{len(spectra)} layers"
         )
         print("\n".join(align_columns(_layer_table(spectra, options.top))))
-    lines = [*_parameter_lines(state), *_token_lines(state, path), *_header_lines(state)]
+    lines = [*_parameter_lines(state), *_token_lines(state, path), *_use_lines(state)]
+    lines += _header_lines(state)
     for line in lines:
         print(one_line(line))
     if plot:
@@ -164,6 +166,18 @@ def _token_lines(state: AdapterState, path: str) -> list[str]:
             line += f", {len(names) // count} for each of {count} cross-attention layers (P+)"
         lines.append(line)
     return lines
+
+
+def _use_lines(state: AdapterState) -> list[str]:
+    """The trigger words, what else a user has to know, and what it was made of."""
+    words = {
+        TRIGGER: "trigger words",
+        HINT: "hint",
+        MERGED_FROM: "merged from",
+        "modelspec.license": "license",
+    }
+    header = state.metadata
+    return [f"{label}: {header[key]}" for key, label in words.items() if header.get(key)]
 
 
 def _header_lines(state: AdapterState) -> list[str]:

@@ -17,7 +17,7 @@ from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank, factor_blocks
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line, print_note
-from lora_core.formats.container import is_finite
+from lora_core.formats.container import is_finite, read_header
 from lora_core.formats.grammar import share_of_down
 from lora_core.formats.known_formats import (
     FORMATS,
@@ -27,6 +27,7 @@ from lora_core.formats.known_formats import (
     import_function,
 )
 from lora_core.formats.layout import Layout
+from lora_core.formats.training_metadata import rename_token_file
 from merging.adapter_sums import layers_by_key
 from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
@@ -61,6 +62,7 @@ class Output:
     dtype: torch.dtype | None = None
     format: str = ""  # of an adapter; empty: the first input's
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    sidecar: bool = False  # whether A1111's NAME.json is written beside an adapter
 
     @property
     def header(self) -> dict[str, str]:
@@ -80,9 +82,13 @@ def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:
         files.dry_run,
         DTYPES.get(files.dtype),
         getattr(files, "format", ""),
+        sidecar=getattr(options, "sidecar", False),
     )
     for path in inputs:
-        is_whole_model(path)  # raises for a path that does not exist
+        if is_whole_model(path) and output.sidecar:  # raises for a path that does not exist
+            raise UserError(
+                f"--sidecar is for LoRA files, and {path} is a whole model; leave it out"
+            )
     if output.dry_run:
         return output
     _refuse_replaced_inputs(output, inputs)
@@ -174,6 +180,7 @@ def settle_format(
     if not layers and not tokens:
         raise UserError(f"nothing is left to write to {path}: no layer and no token")
     if path.suffix == MIXOFSHOW:
+        _check_sidecar(output)
         return replace(output, format="mixofshow", dtype=output.dtype or torch.float32)
     if not layers:
         return _settle_token_format(output)
@@ -190,6 +197,7 @@ def settle_format(
             f"the output {path} should end in .safetensors, in .pt for cloneofsimo's lists, or in "
             ".pth for Mix-of-Show"
         )
+    _check_sidecar(output, output.format or default)
     if path.suffix == ".pt":
         for end in (".text_encoder.pt", ".ti.pt"):
             check_output(replace(output, path=str(path.with_suffix(end))))
@@ -202,12 +210,27 @@ def settle_format(
 
 def _settle_token_format(output: Output) -> Output:
     """`settle_format` for token rows without layers."""
+    _check_sidecar(output)
     if output.format in LORA_FORMATS:
         raise UserError(
             f"{output.format} is a format of LoRA layers, and there are none for {output.path}, "
             f"only token rows; choose one of {', '.join(TOKEN_FORMATS)}"
         )
     return replace(output, format=output.format or ROW_FORMATS[Path(output.path).suffix])
+
+
+def _check_sidecar(output: Output, format: str = "") -> None:
+    """Raises UserError for --sidecar with a file that A1111 does not read, or one that is there."""
+    path = Path(output.path)
+    if not output.sidecar:
+        return
+    if format != "kohya" or path.suffix != ".safetensors":
+        raise UserError(
+            f"--sidecar writes A1111's table beside a LoRA under kohya's names, and {path} is "
+            "none; choose that format (convert --to kohya, mix --format kohya) or leave it out"
+        )
+    beside = import_function("sidecars", "user_metadata_path")(path)
+    check_output(replace(output, path=str(beside)))
 
 
 def token_file_path(path: str | Path) -> Path:
@@ -242,11 +265,20 @@ def write_adapter(state: AdapterState, output: Output, layout: Layout | None) ->
         return import_function("factor_lists", "write_factor_lists")(state, path, layout)
     if output.format in FORMATS_WITH_TOKENS or not state.tokens:
         _save_factors(state, output, layout)
-        return [path]
+        return [path, *_write_sidecar(output)]
     rows = replace(output, path=str(token_file_path(path)), format="embeddings")
+    state = replace(state, metadata=rename_token_file(state.metadata, Path(rows.path).stem))
     _save_factors(replace(state, tokens={}), output, layout)
     _write_tokens(state, rows, layout)
-    return [path, Path(rows.path)]
+    return [path, Path(rows.path), *_write_sidecar(output)]
+
+
+def _write_sidecar(output: Output) -> list[Path]:
+    """Writes A1111's table beside a LoRA file, with --sidecar."""
+    path = Path(output.path)
+    if not output.sidecar:
+        return []
+    return [import_function("sidecars", "write_user_metadata")(path, read_header(path))]
 
 
 def round_adapter(
@@ -335,7 +367,10 @@ def _write_tokens(state: AdapterState, output: Output, layout: Layout | None) ->
         writer = {"a1111": "write_pickled_embedding", "textual_inversion": "write_learned_embeds"}
         import_function("embedding_pickles", writer[output.format])(state, output.path)
         return
-    formats.save(state, output.path, format=output.format, layout=layout, metadata=output.header)
+    header = output.header
+    if layout:
+        header |= import_function("model_spec", "embedding_spec")(layout, Path(output.path).stem)
+    formats.save(state, output.path, format=output.format, layout=layout, metadata=header)
 
 
 def _save_factors(state: AdapterState, output: Output, layout: Layout | None) -> None:

@@ -25,7 +25,14 @@ TYPED_WITHOUT_FLAG = (
 TYPED_WITH_FLAG = {"fuse": ("base",)}  # of these, where a command has it as a flag
 SHOWN_INPUTS = 10  # of a recipe, on the screen
 CHUNK = 1 << 22  # bytes hashed at a time
-LEFT_OUT = {"out", "overwrite", "dry_run", "residual", "words"}  # do not change the result
+LEFT_OUT = {
+    "out",
+    "overwrite",
+    "dry_run",
+    "residual",
+    "sidecar",
+    "words",
+}  # do not change the result
 
 
 def make_recipe(command: str, options: Any, inputs: Sequence[str]) -> dict[str, Any]:

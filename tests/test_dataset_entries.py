@@ -11,6 +11,7 @@ from typing import Any
 from lora_core.config import Config, DataConfig
 from lora_core.data.dataset import ImageDataset, scan_folder
 from lora_core.data.step_visits import StepOrder
+from lora_core.settings import CaptionSettings
 from tests.image_examples import noise_image, save_image
 from tests.test_configs import put
 from training.headers.dataset_entries import dataset_entries, steps_per_epoch
@@ -104,3 +105,32 @@ def test_an_epoch_visits_every_image(tmp_path: Path) -> None:
         for step in range(math.ceil(steps)):
             seen |= {visit.record for visit in order.visits(step)}
         assert len(seen) == 6 and steps == (4 if buckets else 3)
+
+
+def test_folders_of_one_run_have_their_own_captions_and_class_images(tmp_path: Path) -> None:
+    """Class images that take turns with the others are counted apart."""
+    config = Config(data=DataConfig(resolution=16))
+    save_folder(tmp_path / "a", ["sks, b"] * 2)
+    save_folder(tmp_path / "b", ["dog"] * 3)
+    shuffled = CaptionSettings(shuffle_caption=True, keep_tokens=1, caption_prefix="x")
+    records = scan_folder(tmp_path / "a", tags=shuffled, repeats=2)
+    records += scan_folder(tmp_path / "b", is_prior=True)
+    found = entries_of(config, ImageDataset(records, config.data))
+    assert (found["ss_num_train_images"], found["ss_num_reg_images"]) == (4, 3)
+    assert (found["ss_shuffle_caption"], found["ss_keep_tokens"]) == (True, 1)
+    (dataset,) = json.loads(found["ss_datasets"])
+    keys = ("is_reg", "num_repeats", "shuffle_caption", "keep_tokens", "caption_prefix")
+    shown = [[own[key] for key in keys] for own in dataset["subsets"]]
+    assert shown == [[False, 2, True, 1, "x"], [True, 1, False, 0, None]]
+
+
+def test_images_that_are_not_enlarged_have_buckets_of_their_own(tmp_path: Path) -> None:
+    data = DataConfig(resolution=32, buckets=True, bucket_step=4, bucket_upscale=False)
+    for i, size in enumerate([(8, 12), (12, 8), (8, 12), (64, 64)]):
+        save_image(noise_image(*size, seed=i), tmp_path / "in" / f"{i}.png")
+        (tmp_path / "in" / f"{i}.txt").write_text("a")
+    training = ImageDataset(scan_folder(tmp_path / "in"), data)
+    entries = entries_of(Config(data=data), training)
+    found = json.loads(entries["ss_bucket_info"])["buckets"]
+    assert len(found) == 3 and sum(own["count"] for own in found.values()) == 4
+    assert entries["ss_bucket_no_upscale"] is True

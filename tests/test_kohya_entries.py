@@ -75,6 +75,8 @@ def test_values_are_those_of_the_run(config: Config, quick: None) -> None:
         "loss_arg": {"delta": 0.3},
         "weighting": "min_snr",
         "data.caption_dropout": 0.5,
+        "optimizer.max_update_norm": 4.0,
+        "noise.adaptive_offset": 0.5,
     }
     found = header_of(config, values)
     expected = {
@@ -102,6 +104,9 @@ def test_values_are_those_of_the_run(config: Config, quick: None) -> None:
         "ss_min_snr_gamma": "5.0",
         "ss_debiased_estimation": "False",
         "ss_caption_dropout_rate": "0.5",
+        "ss_scale_weight_norms": "4.0",
+        "ss_adaptive_noise_scale": "0.5",
+        "ss_max_token_length": "None",
         "ss_resolution": f"({config.data.resolution}, {config.data.resolution})",
         "ss_mixed_precision": "no",
         "ss_training_started_at": "1700000000.0",

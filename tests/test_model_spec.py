@@ -2,7 +2,8 @@
 
 import pytest
 
-from lora_core.formats.model_spec import adapter_spec, embedding_spec
+from lora_core.formats.kohya import adapter_spec
+from lora_core.formats.model_spec import embedding_spec
 from models.known import published_layouts
 
 CODE = "https://github.com/Stability-AI/generative-models"

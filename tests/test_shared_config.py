@@ -15,9 +15,11 @@ from safetensors import safe_open
 
 import train
 from lora_core.config import AdapterConfig, Config
+from lora_core.errors import UserError
 from lora_core.runs import card as cards
 from lora_core.toml import from_table, to_toml
 from tests.conftest import save_pipeline
+from tests.test_configs import put
 from training.shared_config import shared_config
 
 FACE = (255, 0, 254)  # the color of every private image, which no network draws exactly
@@ -170,3 +172,79 @@ def test_headers_hold_the_shared_config(private: Config, quick: None, header: An
         is_result = file.name != "state.safetensors"
         in_captions = {"ss_tag_frequency", "ss_datasets"}
         assert named == (in_captions if header == "full" and is_result else set()), file
+
+
+def test_nothing_that_is_published_names_a_folder_of_this_disk(
+    config: Config, uploaded: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model, the images, the class images, a loss in a file, --out: none of them below the home
+    folder or the current one, each with a name that nothing else has.
+    """
+    places = {name: tmp_path / f"secret_{name}" for name in ("model", "data", "class", "code")}
+    shutil.copytree(config.model, places["model"] / "base")
+    save_private_photos(places["data"])
+    save_private_photos(places["class"])
+    for text in places["class"].glob("*.txt"):
+        text.write_text("a person")
+    places["code"].mkdir()
+    loss = places["code"] / "my_loss.py"
+    loss.write_text(
+        "def my_loss(step):\n    return (step.out - step.target).abs().mean((1, 2, 3))\n"
+    )
+    home = tmp_path / "home" / "alice"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    values = {
+        "model": str(places["model"] / "base"),
+        "vae": str(places["model"] / "base" / "vae"),
+        "data.images": str(places["data"]),
+        "data.cache": str(tmp_path / "secret_cache"),
+        "prior.prompt": "a person",
+        "prior.images": str(places["class"]),
+        "prior.count": 1,
+        "validation.images": str(places["data"]),
+        "loss": f"{loss}:my_loss",
+        "out": str(tmp_path / "secret_out" / "run"),
+        "push_to_hub": "me/run",
+        "files.sidecars": True,
+        "samples.every": 1,
+        "stages.0.groups": ("denoiser", "tokens"),
+    }
+    run = train.train(put(config, values))
+    assert {"run.safetensors", "run.json", "config.toml", "report.html"} <= uploaded.keys()
+    paths = [str(tmp_path), str(Path.cwd()), str(home), "secret_", "alice", "/tmp", "/home"]
+    for name, content in uploaded.items():
+        for path in paths:
+            assert path.encode() not in content, (name, path)
+    published = tomllib.loads(uploaded["config.toml"].decode())
+    assert (published["model"], published["vae"], published["out"]) == ("base", "vae", "run")
+    assert published["loss"] == "my_loss.py:my_loss" and published["data"]["images"] == ""
+    kept = tomllib.loads((run / "config.toml").read_text())
+    assert kept["model"] == values["model"] and kept["loss"] == values["loss"]  # for --resume
+    assert 'from_pretrained("base")' in uploaded["README.md"].decode()
+
+
+@pytest.mark.parametrize("exists", ["private", "public"])
+def test_a_public_repository_is_written_to_only_on_demand(
+    private: Config, monkeypatch: pytest.MonkeyPatch, exists: str
+) -> None:
+    asked: list[bool] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, *, private: bool, **_: Any) -> str:
+            asked.append(private)
+            return repo_id
+
+        def model_info(self, repo_id: str) -> Any:
+            return SimpleNamespace(private=exists == "private")
+
+    monkeypatch.setattr(cards, "HfApi", Api)
+    cards.check_push_target("me/run", public=True)
+    if exists == "public":
+        with pytest.raises(
+            UserError, match=r"is a public repository; add --files.public to publish"
+        ):
+            cards.check_push_target("me/run")
+    else:
+        cards.check_push_target("me/run")
+    assert asked == [False, True]

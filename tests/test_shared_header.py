@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.formats.container import read_header
-from lora_core.formats.shared_header import PRIVATE, hide_captions, published_files
+from lora_core.formats.shared_header import hide_captions, published_files
 from lora_core.formats.sidecars import write_user_metadata
+from lora_core.formats.training_metadata import PRIVATE
 
 DATASET = {
     "num_train_images": 4,

@@ -48,3 +48,8 @@ def test_shards_are_files_of_this_computer() -> None:
     assert share_options({"data": data}, ".") == {"data": {"dataset": "", "streaming": True}}
     hub = {"data": {"dataset": "user/name", "streaming": False}}
     assert share_options(hub, ".") == hub
+
+
+def test_folders_of_subsets_are_nobodys_business() -> None:
+    table = {"data": {"subsets": [{"images": "/home/alice/anna", "repeats": 3}]}}
+    assert share_options(table, ".") == {"data": {"subsets": [{"images": "", "repeats": 3}]}}

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_core.formats.training_metadata import carry_metadata
+from lora_core.formats.training_metadata import carry_metadata, rename_token_file
 from tests.merge_commands import call
 from tests.training_headers import TENSORS, TRAINING
 
@@ -116,3 +116,77 @@ def test_files_without_a_training_are_summed_without_a_line_about_it(here, capsy
     call("mix", "a.safetensors + b.safetensors", "--out", "o.safetensors", "--model", "base")
     assert "training metadata" not in capsys.readouterr().err
     assert header("o.safetensors")["modelspec.merged_from"] == "a, b"
+
+
+# ---------------------------------------------------------------- trigger words
+
+
+@pytest.fixture
+def triggers(here):
+    """Two files of runs with learned tokens of their own, and one with a plain word."""
+    tensors = load_file("b.safetensors")
+    for name, trigger in (("cat", "cat_emb"), ("dog", "dog_emb"), ("sks", "sks")):
+        header = {
+            "modelspec.trigger_phrase": trigger,
+            "modelspec.tags": f"pet, {name}",
+            "modelspec.license": "mit" if name != "sks" else "cc0-1.0",
+        }
+        if trigger.endswith("_emb"):
+            hint = f"TOK of the captions is {trigger} in prompts, with {trigger}.safetensors"
+            header["modelspec.usage_hint"] = hint
+        save_file(tensors, f"{name}.safetensors", TRAINING | header)
+    return here
+
+
+def test_a_sum_has_all_trigger_words_and_shows_them(triggers, capsys):
+    words = ("--out", "o.safetensors", "--model", "base", "--format", "kohya", "--sidecar")
+    call("mix", "cat.safetensors + 0.5*sks.safetensors", *words)
+    found = header("o.safetensors")
+    assert found["modelspec.trigger_phrase"] == "cat_emb, sks"
+    assert found["modelspec.tags"] == "pet, cat, sks"
+    assert "modelspec.license" not in found  # theirs differ
+    assert "written: o.json" in capsys.readouterr().out
+    table = json.loads(Path("o.json").read_text())
+    assert table["activation text"] == "cat_emb, sks" and "cat_emb.safetensors" in table["notes"]
+    call("info", "o.safetensors", "--model", "base")
+    said = capsys.readouterr().out
+    assert "trigger words: cat_emb, sks" in said and "merged from: My cat, My cat" in said
+
+
+def test_trigger_words_name_the_file_of_tokens_that_was_written():
+    old = {
+        "modelspec.trigger_phrase": "cat_emb, sks, big cat_emb",
+        "modelspec.usage_hint": "embedding:cat_emb, with cat_emb.safetensors; big cat_emb",
+        "ss_tag_frequency": json.dumps({"images": {"a cat_emb": 2}}),
+    }
+    found = rename_token_file(old, "o_emb")
+    assert found == {
+        "modelspec.trigger_phrase": "o_emb, sks",
+        "modelspec.usage_hint": "embedding:o_emb, with o_emb.safetensors; o_emb",
+        "ss_tag_frequency": json.dumps({"images": {"a o_emb": 2}}),
+    }
+    plain = {"modelspec.trigger_phrase": "sks"}
+    assert rename_token_file(plain, "o_emb") == plain
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("convert", "b.safetensors", "o.safetensors", "--sidecar"), "choose that format"),
+        (("convert", "b.safetensors", "o.pt", "--sidecar"), "choose that format"),
+        (("convert", "base", "o", "--sidecar"), "is a whole model; leave it out"),
+    ],
+)
+def test_a_sidecar_is_for_kohyas_files(here, capsys, words, message):
+    call(*words, "--model", "base", status=2)
+    assert message in capsys.readouterr().err
+
+
+def test_a_sidecar_that_is_there_is_not_replaced_unasked(triggers, capsys):
+    Path("o.json").write_text("mine")
+    words = ("convert", "cat.safetensors", "o.safetensors", "--to", "kohya", "--sidecar")
+    call(*words, "--model", "base", status=2)
+    assert "o.json is there already" in capsys.readouterr().err
+    assert Path("o.json").read_text() == "mine" and not Path("o.safetensors").exists()
+    call(*words, "--model", "base", "--overwrite")
+    assert json.loads(Path("o.json").read_text())["activation text"] == "cat_emb"

@@ -33,9 +33,10 @@ from lora_core.report import write_report
 from lora_core.runs import card, pictures, reports
 from lora_core.runs.card import ModelCard
 from lora_core.runs.run_folder import Run
+from lora_core.runs.shared_options import find_folders, hide_folders
 from lora_core.settings import scheduler_changes
 from lora_core.text import hide_home
-from lora_core.toml import to_toml
+from lora_core.toml import to_table, to_toml
 from models import read_schedule, save_family
 from training import nonfinite
 from training.checkpoints import Checkpoints
@@ -51,6 +52,7 @@ from training.scores import Scorer, comparable_scores, loss_table, losses_by_tim
 from training.setup import Model
 from training.shared_config import shared_config
 
+TEXTS = (".md", ".html", ".json", ".jsonl")  # endings of the texts that a run writes
 Before = tuple[Sequence[Score], Sequence[Score]]  # scores before and after
 
 
@@ -234,13 +236,19 @@ def _summary_notes(log: Log, checkpoints: Checkpoints, note: str) -> dict[str, A
 
 
 def _upload_run(folder: Path, config: Config, samples: SampleImages) -> str:
-    """Uploads the run's files, with the shared form of its config and headers without the user's
-    captions; returns the address.
+    """Uploads the run's files, with the shared form of its config, without folders of this disk in
+    texts, and with headers without the user's captions; returns the address.
     """
     ignore = list(card.IGNORED)
     if not samples.are_public:
         ignore += ["samples/*", "before_after.png"]  # and report.html has none of their images
-    contents = {"config.toml": to_toml(shared_config(config, folder)).encode()}
+    folders = find_folders(to_table(config), folder)
+    contents: dict[str, bytes] = {}
+    for file in folder.iterdir():
+        if file.suffix in TEXTS and (text := file.read_text(encoding="utf-8")):
+            hidden = hide_folders(text, folders)
+            contents |= {file.name: hidden.encode()} if hidden != text else {}
+    contents["config.toml"] = to_toml(shared_config(config, folder)).encode()
     public = config.files.public
     return card.push_to_hub(
         folder, config.push_to_hub, ignore=ignore, contents=contents, public=public

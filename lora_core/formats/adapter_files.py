@@ -31,7 +31,6 @@ from lora_core.formats.known_formats import (
     run_file_names,
 )
 from lora_core.formats.layout import Layout, nearest_name
-from lora_core.formats.model_spec import embedding_spec
 from lora_core.formats.recognition import (
     BUNDLED,
     model_of_run,
@@ -417,7 +416,8 @@ def save_run(
             file=sys.stderr,
         )
     if rows in written:
-        own = embedding_spec(layout, rows.stem) | dict(metadata or {})
+        spec = import_function("model_spec", "embedding_spec")(layout, rows.stem)
+        own = spec | dict(metadata or {})
         save(state, rows, format="embeddings", layout=layout, metadata=own)
     return written
 

@@ -41,7 +41,7 @@ from lora_core.formats.grammar import (
     to_adapter_state,
 )
 from lora_core.formats.layout import Component, Layout
-from lora_core.formats.model_spec import adapter_spec
+from lora_core.formats.training_metadata import SPEC_VERSION
 
 GRAMMAR = Grammar(
     heads=lambda name, component: component.prefixes,
@@ -255,3 +255,12 @@ def _make_header(
         "ss_output_name": title,
     }
     return header | adapter_spec(layout, title)
+
+
+def adapter_spec(layout: Layout, title: str) -> dict[str, str]:
+    """The entries of Stability's model spec (formats.model_spec) that a LoRA file has to have."""
+    entries = {"modelspec.sai_model_spec": SPEC_VERSION, "modelspec.title": title}
+    if layout.architecture:
+        entries["modelspec.architecture"] = layout.architecture
+        entries["modelspec.implementation"] = layout.implementation
+    return entries

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.formats.container import read_header, with_header
-from lora_core.formats.model_spec import PREFIX
 from lora_core.formats.sidecars import encode_user_metadata, user_metadata_path
+from lora_core.formats.training_metadata import PRIVATE, TRIGGER
 
-TRIGGER = f"{PREFIX}trigger_phrase"
-# Entry of a header whose captions come from files of the user, not from options: what of it says
-# more than its own words, "tags" or "tags, trigger".
-PRIVATE = "lora_core.private_captions"
 TAGS, DATASETS = "ss_tag_frequency", "ss_datasets"
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.adapters.weight_updates import AdapterState
+from lora_core.formats.known_formats import EMBEDDINGS
 
 NETWORK_ARGS = "ss_network_args"
+SPEC_VERSION = "1.0.1"  # of modelspec.*, as sd-scripts write it
 # entries that describe the tensors, or the format, of the file they were read from
 DESCRIBES_TENSORS = re.compile(
     r"format|lora_adapter_metadata|ss_network_(dim|alpha|module|args)|sshs_.*"
@@ -36,7 +38,19 @@ BASE_MODEL = (
     "ss_new_sd_model_hash",
     "modelspec.architecture",
     "modelspec.prediction_type",
+    "modelspec.implementation",
+    "modelspec.resolution",
 )
+# entries that are true of a sum where all inputs agree; of different ones none is
+SHARED = (*BASE_MODEL, "modelspec.license", "modelspec.author")
+# entries of several files that a sum has all of: texts between commas, each once
+TRIGGER, HINT = "modelspec.trigger_phrase", "modelspec.usage_hint"
+LISTED = (TRIGGER, "modelspec.tags")
+CAPTIONS = ("ss_tag_frequency", "ss_datasets")  # entries with captions, as they are prompted
+# Entry of a header whose captions come from files of the user, not from options: what of it says
+# more than its own words, "tags" or "tags, trigger".
+PRIVATE = "lora_core.private_captions"
+TOKEN_FILE = EMBEDDINGS.removesuffix(".safetensors")  # how names of token files end
 
 
 def carry_metadata(old: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
@@ -59,18 +73,26 @@ def join_metadata(
 ) -> tuple[dict[str, str], list[str]]:
     """(header entries of a merge without those of its tokens, a sentence about entries left out).
 
-    One input keeps its header. Of several, the entries about the base model in which all agree,
-    and their titles (or file names without folders) as modelspec.merged_from.
+    One input keeps its header. Of several, the entries about the base model, license and author in
+    which all agree, all trigger words, tags and hints, and their titles (or file names without
+    folders) as modelspec.merged_from.
     """
     if len(states) == 1:
         return dict(states[0].metadata), []
     headers = [state.metadata for state in states]
     joined = {}
-    for key in BASE_MODEL:
+    for key in SHARED:
         if len({header.get(key) for header in headers}) == 1 and key in headers[0]:
             joined[key] = headers[0][key]
     titles = [header.get(TITLE) or Path(path).stem for header, path in zip(headers, paths)]
     joined[MERGED_FROM] = ", ".join(titles)
+    for key in LISTED:
+        if words := _list_once([header.get(key, "") for header in headers]):
+            joined[key] = ", ".join(words)
+    if hints := dict.fromkeys([header[HINT] for header in headers if header.get(HINT)]):
+        joined[HINT] = "; ".join(hints)
+    if private := _list_once([header.get(PRIVATE, "") for header in headers]):
+        joined[PRIVATE] = ", ".join(private)
     left_out: set[str] = set()
     for header in headers:
         left_out |= {key for key in header if key.startswith("ss_")}
@@ -83,6 +105,34 @@ def join_metadata(
             "their sum"
         ]
     return joined, notes
+
+
+def rename_token_file(header: Mapping[str, str], stem: str) -> dict[str, str]:
+    """The header of a LoRA whose token rows are now in STEM.safetensors: trigger words, hints and
+    tags that name their old files name this one.
+    """
+    words = _list_once([header.get(TRIGGER, "")])
+    old = [word for word in words if word.endswith(TOKEN_FILE)]
+    renamed = dict(header)
+    if not old:
+        return renamed
+    others = [stem if word in old else word for word in words]
+    renamed[TRIGGER] = ", ".join(dict.fromkeys(others))
+    for key in (HINT, *CAPTIONS):
+        text = renamed.get(key, "")
+        for word in sorted(old, key=len, reverse=True):
+            text = text.replace(word, stem)
+        if text:
+            renamed[key] = text
+    return renamed
+
+
+def _list_once(texts: Sequence[str]) -> list[str]:
+    """What stands between the commas of these texts, each once, in the order in which it is met."""
+    words: dict[str, None] = {}
+    for text in texts:
+        words |= dict.fromkeys(word.strip() for word in text.split(",") if word.strip())
+    return list(words)
 
 
 def _training_args(text: str) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def push_to_hub(
     the repository, as those with captions of the user's files in their headers have. Raises
     UserError when the hub refuses or cannot be reached; the folder is not changed.
     """
-    contents = published_files(Path(folder)) | dict(contents or {})
+    contents = {**(contents or {}), **published_files(Path(folder))}
     try:
         api = HfApi()
         url = api.create_repo(repo_id, repo_type="model", private=not public, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,38 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
         is_local = bool(data.get("streaming")) or Path(str(data.get("dataset"))).exists()
         if "dataset" in data and is_local:
             data["dataset"] = ""
+        if isinstance(data.get("subsets"), list | tuple):
+            data["subsets"] = [own | {"images": ""} for own in data["subsets"]]
         if "pairs" in data and not names_columns(str(data["pairs"])):
             data["pairs"] = ""
         if isinstance(data.get("masks"), str):
             data["masks"] = shorten_mask_source(data["masks"], folder)
     return {name: _hide_folders(value) for name, value in shared.items()}
+
+
+def find_folders(table: dict[str, Any], folder: Path | str) -> list[str]:
+    """The folders of this disk that a text about the run in `folder` may name, those inside others
+    first: of all absolute paths among its options (`table`), its own, the current one, home.
+    """
+    paths = [os.path.abspath(folder), os.path.join(Path.cwd(), ""), os.path.join(Path.home(), "")]
+    tables: list[Any] = [table]
+    while tables:
+        own = tables.pop()
+        if isinstance(own, dict):
+            tables += own.values()
+        elif isinstance(own, list | tuple):
+            tables += own
+        elif isinstance(own, str) and os.path.isabs(own):
+            paths.append(own)
+    folders = {os.path.dirname(path) for path in paths}
+    return sorted((own for own in folders if len(Path(own).parts) > 1), key=len, reverse=True)
+
+
+def hide_folders(text: str, folders: Sequence[str]) -> str:
+    """A text with paths in these folders, absolute ones, cut to what is below them."""
+    for own in folders:
+        text = text.replace(f"{own}/", "").replace(own, ".")
+    return text
 
 
 def _hide_folders(value: Any) -> Any:

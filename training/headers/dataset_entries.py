@@ -23,7 +23,7 @@ IMAGES, CLASS_IMAGES = "images", "class images"  # for names of folders, which s
 
 
 @dataclass(frozen=True)
-class Subset:
+class CountedFolder:
     """The images of one folder, as kohya counts them."""
 
     name: str
@@ -38,25 +38,53 @@ class Subset:
     @property
     def repeats(self) -> int:
         """How often an epoch has each of them."""
-        return len(self.records) // len(self.images)
+        return max(1, len(self.records) // len(self.images))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """kohya's name, kind and counts of it."""
+        return {
+            "image_dir": self.name,
+            "is_reg": self.is_prior,
+            "img_count": len(self.images),
+            "num_repeats": self.repeats,
+        }
+
+    @property
+    def captions(self) -> dict[str, Any]:
+        """kohya's options of its captions."""
+        tags = self.records[0].tags
+        return {
+            "shuffle_caption": tags.shuffle_caption,
+            "keep_tokens": tags.keep_tokens,
+            "keep_tokens_separator": tags.keep_tokens_separator,
+            "secondary_separator": tags.secondary_separator or None,
+            "enable_wildcard": tags.wildcards,
+            "caption_prefix": tags.caption_prefix or None,
+            "caption_suffix": tags.caption_suffix or None,
+        }
 
 
-def split_subsets(data: Data) -> list[Subset]:
+def split_subsets(data: Data) -> list[CountedFolder]:
     """The folders of the training images, then those of class images; a folder has its number for
     its name: `images`, `images (2)` ...
     """
+    by_folder: dict[tuple[bool, Path], list[Record]] = {}
+    for folder in filter(None, (data.training, data.class_images)):
+        for record in folder.records:
+            by_folder.setdefault((record.is_prior, record.path.parent), []).append(record)
     subsets = []
-    for folder, name in ((data.training, IMAGES), (data.class_images, CLASS_IMAGES)):
-        by_folder: dict[Path, list[Record]] = {}
-        for record in folder.records if folder else ():
-            by_folder.setdefault(record.path.parent, []).append(record)
-        for number, records in enumerate(by_folder.values(), start=1):
-            own = name if number == 1 else f"{name} ({number})"
-            subsets.append(Subset(own, tuple(records), folder is data.class_images))
+    for is_prior, name in ((False, IMAGES), (True, CLASS_IMAGES)):
+        own = [records for (prior, _), records in by_folder.items() if prior is is_prior]
+        for number, records in enumerate(own, start=1):
+            numbered = name if number == 1 else f"{name} ({number})"
+            subsets.append(CountedFolder(numbered, tuple(records), is_prior))
     return subsets
 
 
-def count_tags(subset: Subset, placeholders: Sequence[Placeholder], name: str) -> dict[str, int]:
+def count_tags(
+    subset: CountedFolder, placeholders: Sequence[Placeholder], name: str
+) -> dict[str, int]:
     """Tag -> number of captions that have it; tags are what stands between commas, in lower case.
 
     Learned words are called as in prompts of A1111 (`caption_in_tools`); `name` is that of the
@@ -85,11 +113,13 @@ def describe_buckets_entry(
         for record, (h, w) in zip(folder.records, folder.sizes, strict=True):
             height, width = record.size
             errors[record.path, record.key] = abs(w / h - width / height)
-    sizes = bucket_sizes(config.data.resolution, config.data.bucket_step)
-    order = {size: number for number, size in enumerate(sizes)}
+    d = config.data
+    sizes = bucket_sizes(d.resolution, d.bucket_step, d.bucket_min, d.bucket_max)
+    own = sorted(set(counts) - set(sizes))  # of images that are not enlarged
     buckets = {}
-    for (h, w), count in sorted(counts.items(), key=lambda item: order.get(item[0], len(order))):
-        buckets[str(order.get((h, w), len(order)))] = {"resolution": [w, h], "count": count}
+    for number, (h, w) in enumerate([*sizes, *own]):
+        if count := counts[h, w]:
+            buckets[str(number)] = {"resolution": [w, h], "count": count}
     mean = math.fsum(errors.values()) / len(errors)
     return {"buckets": buckets, "mean_img_ar_error": mean}
 
@@ -114,10 +144,12 @@ def dataset_entries(
     folders = list(filter(None, (data.training, data.class_images)))
     has_captions = config.files.header == "full"
     tags = {own.name: count_tags(own, placeholders, name) for own in subsets if has_captions}
-    sizes = bucket_sizes(d.resolution, d.bucket_step) if d.buckets else ()
+    sizes: Sequence[Size] = ()
+    if d.buckets:
+        sizes = bucket_sizes(d.resolution, d.bucket_step, d.bucket_min, d.bucket_max)
     shared = {
-        "num_train_images": len(data.training),
-        "num_reg_images": len(data.class_images) if data.class_images else 0,
+        "num_train_images": sum(len(own.records) for own in subsets if not own.is_prior),
+        "num_reg_images": sum(len(own.records) for own in subsets if own.is_prior),
         "batch_size_per_device": config.batch_size,
         "enable_bucket": d.buckets,
         "min_bucket_reso": min(map(min, sizes), default=None),
@@ -132,15 +164,10 @@ def dataset_entries(
     described = []
     dirs: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     for own in subsets:
-        counts = {"img_count": len(own.images), "num_repeats": own.repeats}
         words = None if own.is_prior else trigger or None
         if has_captions:
             words = _shared_caption(own, placeholders, name) or words
-        described.append(
-            {"image_dir": own.name, "is_reg": own.is_prior, "class_tokens": words}
-            | counts
-            | augmentation
-        )
+        described.append({**own.sizes, **augmentation, **own.captions, "class_tokens": words})
         dirs[own.is_prior][own.name] = {"n_repeats": own.repeats, "img_count": len(own.images)}
     square = [d.resolution, d.resolution]
     dataset = {"is_dreambooth": True, "resolution": square} | shared | tables
@@ -149,6 +176,10 @@ def dataset_entries(
     if not has_captions:
         del tables["tag_frequency"], dataset["tag_frequency"]
     flat: dict[str, Any] = {**shared, **augmentation, "resolution": tuple(square)}
+    flat["bucket_no_upscale"] = d.buckets and not d.bucket_upscale
+    for key in ("shuffle_caption", "keep_tokens"):
+        flat[key] = subsets[0].captions[key]
+    flat["caption_tag_dropout_rate"] = subsets[0].records[0].tags.tag_dropout
     for key, value in tables.items():
         flat[key] = json.dumps(value, ensure_ascii=False)
     flat["total_batch_size"] = config.images_per_step
@@ -157,7 +188,9 @@ def dataset_entries(
     return {f"ss_{key}": value for key, value in flat.items()}
 
 
-def _shared_caption(subset: Subset, placeholders: Sequence[Placeholder], name: str) -> str | None:
+def _shared_caption(
+    subset: CountedFolder, placeholders: Sequence[Placeholder], name: str
+) -> str | None:
     """The caption that all images of a folder have; None where they differ."""
     captions: set[str] = set()
     for record in subset.records:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from lora_core.config import Config
-from lora_core.formats.shared_header import TRIGGER
+from lora_core.formats.training_metadata import TRIGGER
 from training.headers.dataset_entries import dataset_entries
 from training.headers.kohya_entries import encode_entries, progress_entries, training_entries
 from training.headers.spec_entries import date_entry, spec_entries

@@ -47,6 +47,7 @@ def training_entries(
         "ss_clip_skip": c.clip_skip + 1 if c.clip_skip else None,  # 1: the last layer
         "ss_caption_dropout_rate": c.data.caption_dropout,
         "ss_prior_loss_weight": c.prior.weight,
+        "ss_max_token_length": c.max_token_length if c.max_token_length > 75 else None,
         "ss_training_comment": None,
     }
     return (
@@ -111,6 +112,7 @@ def _optimizer_entries(c: Config, optimization: Optimization) -> dict[str, Any]:
         "ss_lr_scheduler": schedule,
         "ss_lr_warmup_steps": o.warmup,
         "ss_max_grad_norm": o.clip,
+        "ss_scale_weight_norms": o.max_update_norm or None,
     }
 
 
@@ -139,6 +141,7 @@ def _objective_entries(c: Config) -> dict[str, Any]:
     n, loss = c.noise, c.loss.split(":")[-1]
     entries = {
         "ss_noise_offset": n.offset or None,
+        "ss_adaptive_noise_scale": n.adaptive_offset or None,
         "ss_multires_noise_iterations": n.multires_levels or None,
         "ss_multires_noise_discount": n.multires_discount if n.multires_levels else None,
         "ss_ip_noise_gamma": n.perturbation or None,

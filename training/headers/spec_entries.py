@@ -8,7 +8,7 @@ from lora_core.config import Config
 from lora_core.data.captions import TYPED
 from lora_core.data.records import Record
 from lora_core.formats.model_spec import PREFIX
-from lora_core.formats.shared_header import PRIVATE
+from lora_core.formats.training_metadata import PRIVATE
 from lora_core.run_clock import iso_date
 from training.headers import trigger_words
 from training.setup import Data, Model

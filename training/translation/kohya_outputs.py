@@ -22,6 +22,14 @@ SAMPLERS = {
     "dpmsolver": "dpmpp_2m",
 }
 SAMPLE_STEPS, SAMPLE_SCALE = 30, 7.5  # of its sample images
+METADATA = {  # of the header -> option of [files]
+    "metadata_title": "title",
+    "metadata_author": "author",
+    "metadata_description": "description",
+    "metadata_license": "license",
+    "metadata_tags": "tags",
+    "metadata_trigger_phrase": "trigger",
+}
 NAME = "last"  # of a model without output_name
 
 
@@ -45,6 +53,13 @@ def translate_outputs(options: TranslatedOptions, steps: int, epoch: int, versio
         options.take("log_with", {"report": report})
     if options["huggingface_repo_id"]:
         options.take("huggingface_repo_id", {"push_to_hub": options["huggingface_repo_id"]})
+        if options["huggingface_repo_visibility"] == "public":
+            options.take("huggingface_repo_visibility", {"files.public": True})
+    for name, ours in METADATA.items():
+        if options[name]:
+            options.take(name, {f"files.{ours}": str(options[name])})
+    if options["no_metadata"]:
+        options.take("no_metadata", {"files.header": "short"})
     if options["seed"] is None:
         options.change("seed", {"seed": 0}, "drawn anew each time there")
     else:
