@@ -17,93 +17,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, groupby, product
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any
 
 from lora_core.command_line import is_given, parse_command_line, parser_of, show_help, top_flags
-from lora_core.config import ModelConfig
+from lora_core.image_options import Infer
 from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.placeholders import Placeholder
 from lora_core.plugin_lists import LIST_FLAG, print_list
 from lora_core.program_flags import DRAW_FLAGS
 from lora_core.script_pages import INFER_PAGE
-from lora_core.settings import AtLeast, SamplerSettings
 
 EXAMPLE = (
     "python infer.py --model toy/model --lora runs/demo:0.8 --count 4 "
     '--prompt "a photo of TOK in the snow" --out snow.png'
 )
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """The images that are asked for; these options are the first of the help."""
-
-    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A LoRA file or run folder and its strength: PATH (strength 1), PATH:0.8, or
-    PATH:unet=0.6,text=0.9; PATH:0.8@0.2-1 acts at noise levels of 0.2 to 1 only. Repeat the flag
-    for several; learned tokens next to a LoRA file are loaded with it."""
-    prompt: str = ""
-    """Text to draw; it may hold the placeholder words of the LoRAs, and A1111's tags for further
-    ones: <lora:NAME:0.7> is NAME or NAME.safetensors in the current folder, or a run folder."""
-    prompts: str = ""
-    """Text file with one prompt a line, instead of --prompt; with --grid a sheet has a row for each
-    prompt."""
-    out: str = "out.png"
-    """PNG to write; several images get _000, _001 ... before the ending. OUT.gif or OUT.webp is an
-    animation over one --grid axis."""
-    overwrite: bool = False
-    """Replace images and animations that exist."""
-    seed: int = 0
-    """Seed of the first image; each further one adds 1. The noise at the start is that of diffusers
-    with torch.Generator("cpu").manual_seed(seed)."""
-    count: Annotated[int, AtLeast(1)] = 1
-    """Images for each prompt."""
-
-
-@dataclass(frozen=True)
-class Infer(SamplerSettings, ModelConfig, ImageRequest):
-    """Draw images with a text-to-image model and LoRA files."""
-
-    clip_skip: Annotated[int, AtLeast(0)] = 0
-    """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
-    left out, else none."""
-    max_token_length: Literal[0, 75, 150, 225] = 0
-    """Tokens of a prompt that CLIP text encoders read, 75 at a time; 0: as in the run of the LoRA,
-    else 75."""
-    max_sequence_length: Annotated[int, AtLeast(0)] = 0
-    """Tokens of a T5 prompt; 0: as in the run of the LoRA, else 512, or 256 for a model without
-    guidance embedding."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the networks."""
-    batch: Annotated[int, AtLeast(1)] = 4
-    """Images sampled together; fewer need less memory."""
-    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """One sheet of images over SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C; repeat the
-    flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
-    of all LoRAs, lora0.strength, lora1.unet ...; checkpoint=RUN is all checkpoints of a run in
-    their order and its end, in the place of --lora RUN."""
-    source: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """PNG made by this program, whose image is repeated: its prompt, models on this disk, seed,
-    sampler and size, which are printed. Flags win, and only they name files to write, start images,
-    and models to fetch."""
-    init_image: str = ""
-    """Image to start from (with --strength), or to paint in (with --mask)."""
-    mask: str = ""
-    """Inpainting: image that is white where --init-image is to be painted. An inpainting model sees
-    the rest of the image; of other models the latents of the rest are put back before each step."""
-    region: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A box of the image with a prompt of its own, "x0,y0,x1,y1: PROMPT" or "x0,y0,x1,y1: PROMPT;
-    negative: TEXT", in pixels (left, top, right, bottom). Repeat the flag for several; where boxes
-    overlap, they are averaged (Mix-of-Show). Without a negative prompt it has --negative."""
-    refiner: str = ""
-    """Folder or hub id of a refiner model, which runs the last steps as image to image."""
-    adapter_kind: str = ""
-    """Class of the adapters of a --lora that a run with --adapter.kind FILE.py:Class wrote
-    (NAME_adapter.safetensors). The code in FILE.py is run."""
-
-
 SCRIPT = Script(
     "lora-infer",
     INFER_PAGE,
@@ -157,7 +84,7 @@ from lora_core.runs.prompt_loras import (
     combine_loras,
     loras_of_prompt,
     prompts_without_words,
-    read_prompts,
+    read_prompt_lines,
     read_tagged_prompt,
 )
 from lora_core.runs.run_checkpoints import find_checkpoints
@@ -222,7 +149,8 @@ def infer(config: Infer) -> list[Path]:
 
     Raises UserError before any file is written when the options do not fit together.
     """
-    prompts = [read_tagged_prompt(text) for text in read_prompts(config.prompt, config.prompts)]
+    texts = read_prompt_lines(config.prompt, config.prompts)
+    prompts = list(map(read_tagged_prompt, texts))
     given = [parse_lora(text) for text in config.lora]
     axes = [find_checkpoints(parse_axis(text), given) for text in config.grid]
     loras = combine_loras(given, prompts)

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from lora_core.errors import UserError, exit_status, print_error, print_help
-from lora_core.instant_answers import Script, answer_instantly
+from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.option_types import REGISTRY
 from lora_core.parser_errors import parse_words
 from lora_core.program_flags import MERGE_FLAGS
@@ -179,6 +179,8 @@ def _read_word(word: str, following: str) -> str:
         return word if has_value else f"{word}=True"
     return escape_word(word)
 
+
+answer_at_start(__name__, sys.argv, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(main())

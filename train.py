@@ -9,7 +9,7 @@
     python train.py CONFIG.toml --plan             # the GPU memory that it needs, and options
     python train.py --data.images FOLDER --data.prepare blip face     # captions and masks by models
     python train.py --list losses                  # or schedules, kinds ...: what there is
-    python train.py --from-kohya train_network_config.toml     # kohya's config as it is
+    python train.py --from-kohya CONFIG.toml       # the config of kohya's train_network.py
 
 `training_step` is the function to read first, then `train`. `train(config, loss=fn)` takes another
 loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`).
@@ -99,6 +99,7 @@ from training.step import (
 )
 from training.translation import lora_ppim as lora_ppim_command
 from training.translation import lora_pti as lora_pti_command
+from training.translation import lora_scripts
 from training.translation.kohya_command import FROM_KOHYA, read_kohya_command
 
 
@@ -273,9 +274,22 @@ def lora_pti(argv: Sequence[str] | None = None) -> int:
     return run_cloneofsimo(run_lora_pti, lora_pti_command.describe_flags(), argv)
 
 
+def lora_script(name: str, argv: Sequence[str] | None = None) -> int:
+    """The command line of a script of examples/cloneofsimo; returns its exit status."""
+
+    def run(words: list[str]) -> None:
+        train_pivotal_job(lora_scripts.translate_script(name, words))
+
+    return run_cloneofsimo(run, lora_scripts.describe_script(name), argv)
+
+
 def run_lora_pti(words: list[str]) -> None:
-    """Train as a command line of lora_pti says, and write its file into the run's folder."""
-    job = lora_pti_command.translate_lora_pti(words)
+    """Train as a command line of lora_pti says."""
+    train_pivotal_job(lora_pti_command.translate_lora_pti(words))
+
+
+def train_pivotal_job(job: lora_pti_command.PivotalJob) -> None:
+    """Print what became of the flags, train, and write the file into the run's folder."""
     if processes.is_first():
         print_escaped(job.table)
     if job.face_model:

@@ -141,7 +141,7 @@ def draw_tab(runs: PhotoRuns, tab: gr.Tab) -> None:
         rows = lora_rows(runs, tab, "Strength", 1)
         form: list[Any] = [prompt, negative]
         with gr.Row():
-            for label, number in {"Images": 4, "Seed": 0, "Steps": 25}.items():
+            for label, number in {"Images, if no grid": 4, "Seed": 0, "Steps": 25}.items():
                 form.append(gr.Number(number, label=label, precision=0, min_width=80))
             form.append(gr.Number(4, label="Guidance", min_width=80))
         with gr.Row():

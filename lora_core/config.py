@@ -8,12 +8,13 @@ scripts and training/ read a Config; the core takes plain values and settings.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NewType, get_args
+from typing import Annotated, Any, Literal, NewType
 
 import tyro
 
 from lora_core.file_settings import FileSettings
-from lora_core.option_types import GROUP_NUMBERS, name_or_file
+from lora_core.model_settings import ModelConfig
+from lora_core.option_types import DENSITY_NAMES, SCHEDULE_NAMES, WEIGHTING_NAMES, name_or_file
 from lora_core.settings import (
     Above,
     AdapterSpec,
@@ -24,44 +25,23 @@ from lora_core.settings import (
     SamplingMethod,
     Share,
 )
+from lora_core.stage_settings import OptimizerConfig, ScheduleName, Stage
 from lora_core.subset_options import CaptionSource, Subset
 
-# Options that are one of these names or file.py:fn; the tables are imported with torch only.
+# Options that are one of these names or file.py:fn.
 WeightingName = NewType("WeightingName", str)
 DensityName = NewType("DensityName", str)
-ScheduleName = NewType("ScheduleName", str)
 PLUGIN_NAMES: dict[Any, tuple[str, ...]] = {
-    WeightingName: (
-        "none",
-        "min_snr",
-        "soft_min_snr",
-        "debiased",
-        "p2",
-        "snr",
-        "sigma_sqrt",
-        "cosmap",
-    ),
-    DensityName: ("uniform", "logit_normal", "mode", "cosmap"),
-    ScheduleName: (
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_restarts",
-        "polynomial",
-        "wsd",
-        "rex",
-        "inverse_sqrt",
-    ),
+    WeightingName: WEIGHTING_NAMES,
+    DensityName: DENSITY_NAMES,
+    ScheduleName: SCHEDULE_NAMES,
 }
 _WEIGHTING = name_or_file("weighting", PLUGIN_NAMES[WeightingName])
 _DENSITY = name_or_file("density", PLUGIN_NAMES[DensityName])
-_SCHEDULE = name_or_file("schedule", PLUGIN_NAMES[ScheduleName])
 SegmenterWords = NewType("SegmenterWords", str)  # clipseg:WORDS or clipseg@MODEL:WORDS
 FoundMasks = Literal["none", "file", "alpha", "auto", "any"]
 MaskSource = FoundMasks | SegmenterWords
-Group = Literal["denoiser", "text_encoder", "tokens"]
 Checkpointing = Literal["none", "blocks", "all"]
-GROUPS: tuple[str, ...] = get_args(Group)
 
 
 @dataclass(frozen=True)
@@ -72,12 +52,12 @@ class DataConfig(CaptionSettings, ImageSettings):
     """Folder with the training images (jpg, png, webp, tiff, avif ..., heic with the package
     pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
-    file of such concepts."""
+    file of such concepts. Empty: with --data.dataset. Empty: with --data.dataset."""
     subsets: tuple[Subset, ...] = ()
     """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
     """Instead of a folder: a dataset of the hub, or anything else that datasets.load_dataset takes
-    (extra: datasets)."""
+    (extra: datasets). Empty: the folder."""
     streaming: bool = False
     """Read the images of the dataset where they are, in its shards, and export nothing: a folder of
     tar files (WebDataset), parquet, Arrow or images, or files such as shards/{000..009}.tar. The
@@ -96,9 +76,9 @@ class DataConfig(CaptionSettings, ImageSettings):
     caption: str = ""
     """The one caption of all images, e.g. "a photo of TOK", or of those without a text in their
     file or table. Of a dataset: of all images, or, with --data.caption-column, of those without a
-    text."""
+    text. Empty: only where each image has a text."""
     caption_dropout: Annotated[float, Share()] = 0.0
-    """Probability that a visit has no caption, [0, 1)."""
+    """Probability that a visit has no caption, [0, 1). 0: never."""
     dropped: Literal["model", "zeros", "empty"] = "model"
     """Conditioning of a dropped caption: zeros, the encoding of the empty prompt, or whichever of
     the two the model samples an empty prompt with (SDXL: zeros; A1111 and ComfyUI sample it with
@@ -106,7 +86,7 @@ class DataConfig(CaptionSettings, ImageSettings):
     pairs: str = ""
     """Pairs for losses that compare a preferred image with another: the folder of the losers, which
     have the names of the winners in --data.images; or two columns of its metadata.jsonl with file
-    names, WINNER,LOSER."""
+    names, WINNER,LOSER. Empty: no pairs."""
     repeats: Annotated[int, AtLeast(1)] = 1
     """Visits of each image in an epoch."""
     masks: Annotated[MaskSource, tyro.conf.arg(aliases=("--data.mask",))] = "none"
@@ -127,7 +107,8 @@ class DataConfig(CaptionSettings, ImageSettings):
     """Folder that keeps encoded latents, captions where no text trains, and which image files were
     checked; many runs and processes may share it. Empty: memory only."""
     workers: Annotated[int, AtLeast(0)] = 0
-    """Threads that load images ahead of the loop; any number gives the same bits."""
+    """Threads that load images ahead of the loop; any number gives the same bits. 0: the loop loads
+    them itself."""
 
     def __post_init__(self) -> None:
         """Nothing here: config_checks looks at all sections once the flags have been read."""
@@ -149,9 +130,9 @@ class PriorConfig:
     swap: dict[str, str] = field(default_factory=dict)
     """Differential output preservation: with each WORD of the captions replaced by its CLASS
     (TOK=dog), the output is held to that of the model without adapters; costs two more forward
-    passes. Instead of class images, or in addition to them."""
+    passes. Instead of class images, or in addition to them. Empty: none."""
     swap_weight: Annotated[float, AtLeast(0)] = 1.0
-    """Weight of that loss."""
+    """Weight of the loss of --prior.swap."""
     outside_mask: Annotated[float, AtLeast(0)] = 0.0
     """Weight of a loss that keeps the base model's output outside the mask; the base model reads
     the caption with the classes of --prior.swap, or else the initializer's words, in place of the
@@ -207,15 +188,15 @@ class NoiseConfig(NoiseSettings):
     """Timesteps and noise that training images get, and the parameterization of the loss."""
 
     low: float = 0.0
-    """Lowest timestep trained on, as a fraction of the schedule."""
+    """Lowest timestep trained on, as a fraction of the schedule. 0: from the clean image on."""
     high: float = 1.0
-    """Highest timestep trained on, as a fraction of the schedule."""
+    """Highest timestep trained on, as a fraction of the schedule. 1: to pure noise."""
     density: Annotated[DensityName, _DENSITY] = DensityName("uniform")
     """Distribution of timesteps: uniform, logit_normal, mode, cosmap (arXiv 2403.03206), or
     my_density.py:fn, with fn(u) the quantile function; towards 1 is towards noise, also for
     logit_normal's mean."""
     density_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the density, e.g. mean=0.5 std=1."""
+    """Arguments of the density, e.g. mean=0.5 std=1. Empty: the density's own defaults."""
     shift: Annotated[float, Above(0)] = 1.0
     """Flow models: sigma -> shift sigma / (1 + (shift - 1) sigma); above 1 is more noise."""
     dynamic_shift: bool = False
@@ -233,88 +214,6 @@ class NoiseConfig(NoiseSettings):
 
     def __post_init__(self) -> None:
         """Nothing here: config_checks looks at all sections once the flags have been read."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """One optimizer; a group each for denoiser, text_encoder and tokens."""
-
-    name: str = "adamw"
-    """adamw, prodigy, the dotted path of any torch optimizer, or my_optimizer.py:Class."""
-    lr: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(default_factory=dict)
-    """Learning rate: one number for all groups, or per group; others: denoiser=1e-4
-    text_encoder=1e-5 tokens=5e-4, with prodigy 1 each, with other classes their own default."""
-    weight_decay: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(
-        default_factory=dict
-    )
-    """Weight decay: one number for all groups, or per group; others: 0.01 for adapters, 0 for
-    tokens."""
-    betas: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Betas per group, e.g. "tokens=0.9,0.99"."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimizer's class, e.g. safeguard_warmup=true d_coef=2."""
-    schedule: Annotated[ScheduleName, _SCHEDULE] = ScheduleName("constant")
-    """Learning rate over a stage: constant, linear, cosine, cosine_restarts, polynomial, wsd, rex,
-    inverse_sqrt, or my_schedule.py:fn, with fn(step, steps)."""
-    schedule_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the schedule, e.g. cycles=3 or power=2."""
-    schedules: dict[str, str] = field(default_factory=dict)
-    """Schedule per group, e.g. "denoiser=cosine tokens=constant"; others: --optimizer.schedule,
-    whose arguments a group of the same schedule has, too."""
-    warmup: Annotated[int, AtLeast(0)] = 0
-    """Steps of linear warm-up at the beginning of each stage."""
-    lr_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
-    """Learning rate of layers with adapters relative to their group's, per glob on their paths,
-    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one."""
-    lora_plus: Annotated[float, Above(0)] = 1.0
-    """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
-    clip: Annotated[float, AtLeast(0, infinite=True)] = 1.0
-    """Largest norm of the gradient; 0: no clipping."""
-    max_update_norm: Annotated[float, AtLeast(0)] = 0.0
-    """Largest Frobenius norm of a LoRA layer's update, alpha / rank * up @ down, whose factors are
-    scaled down after each step (kohya's max norm, usually 1); 0: no limit."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of training: the groups that train, and for how many steps.
-
-    Options that are not set are those of [optimizer], [noise] and [tokens].
-    """
-
-    steps: int = 1000
-    """Steps of the optimizer in this stage."""
-    groups: tuple[Group, ...] = ("denoiser",)
-    """Groups that step; the others are frozen and keep their optimizer state."""
-    lr: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(default_factory=dict)
-    """Learning rate in this stage: one number for all its groups, or per group."""
-    weight_decay: Annotated[dict[str, float], AtLeast(0), GROUP_NUMBERS] = field(
-        default_factory=dict
-    )
-    """Weight decay in this stage: one number for all its groups, or per group."""
-    schedule: Annotated[ScheduleName | None, _SCHEDULE] = None
-    """Learning rate over this stage, of all its groups but those of --stages.I.schedules."""
-    schedules: dict[str, str] = field(default_factory=dict)
-    """Schedule per group in this stage."""
-    warmup: Annotated[int | None, AtLeast(0)] = None
-    """Steps of linear warm-up at the beginning of this stage; unset: --optimizer.warmup."""
-    low: float | None = None
-    """Lowest timestep of this stage, as a fraction of the schedule."""
-    high: float | None = None
-    """Highest timestep of this stage, as a fraction of the schedule."""
-    norm: Literal["none", "pull", "rescale", "stop"] | None = None
-    """Norm control of the token rows in this stage."""
-    mask_temperature: Annotated[float, Above(0)] = 1.0
-    """The mask is raised to this power: above 1 the background counts less."""
-
-    def schedule_of(self, group: str, usual: OptimizerConfig) -> str:
-        """The schedule of a group's learning rate in this stage."""
-        own = self.schedules.get(group) or self.schedule
-        return own or usual.schedules.get(group) or usual.schedule
-
-    def warmup_of(self, usual: OptimizerConfig) -> int:
-        """The steps of linear warm-up in this stage."""
-        return usual.warmup if self.warmup is None else self.warmup
 
 
 NEW_PROMPTS = ("{} in the snow", "{} on a beach", "{} in a city at night", "{} in a meadow")
@@ -366,43 +265,6 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The base model and the device that it runs on."""
-
-    model: str = ""
-    """The base model: a folder or hub id in the diffusers layout, or a single file (.safetensors,
-    .ckpt) of SD 1.x, 2.x or SDXL."""
-    model_config: str = ""
-    """Folder or hub id with the configs and tokenizers of a single-file model; empty: those it was
-    published with."""
-    family: str = ""
-    """my_family.py:FAMILY, the functions of a model family of your own, for models that no built-in
-    one reads."""
-    vae: str = ""
-    """Folder or hub id of another VAE."""
-    clip_skip: Annotated[int, AtLeast(0)] = 0
-    """Last layers of the CLIP text encoders that are left out."""
-    max_token_length: Literal[0, 75, 150, 225] = 0
-    """Tokens of a prompt that CLIP text encoders read, 75 at a time (SD and SDXL; as kohya); 0:
-    75."""
-    max_sequence_length: Annotated[int, AtLeast(0)] = 0
-    """Tokens of a T5 prompt; 0: 512, or 256 for a model without guidance embedding."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
-    offload: bool = True
-    """Keep a network on the GPU only while it works, else in host memory, which costs the time of a
-    copy when it comes back."""
-    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
-    """Form in which frozen linear layers of the denoiser and of T5 are stored: fp8 and int8 take
-    half the memory of bf16, int4 (NF4, as in QLoRA) about a quarter (extra: torchao)."""
-    stream: bool = False
-    """Keep the denoiser's blocks in host memory and copy each to the GPU for its turn, at most two
-    at once: slower; training needs --gradient-checkpointing."""
-    threads: Annotated[int, AtLeast(0)] = 0
-    """CPU threads; 0: torch's choice."""
-
-
-@dataclass(frozen=True)
 class Config(ModelConfig):
     """Fine-tune a text-to-image model with LoRA, DoRA, learned tokens, or all of them in stages."""
 
@@ -438,7 +300,7 @@ class Config(ModelConfig):
     denoiser's blocks, or all, where a text encoder or tokens train."""
     from_lora: str = ""
     """LoRA file or run folder that training starts from, in any format that is read here: its
-    update, its ranks and alphas, and the learned tokens of words that both have."""
+    update, its ranks and alphas, and the learned tokens of words that both have. Empty: none."""
     from_lora_rank: Literal["file", "adapter"] = "file"
     """Ranks of the layers that --from-lora has: those in the file, or --adapter.rank and alpha, for
     which they are cut by SVD or padded."""
@@ -446,7 +308,8 @@ class Config(ModelConfig):
     """mse, l1, huber, smooth_l1, attention (mse, and learned tokens are to act inside the mask),
     edlora (Mix-of-Show's form of that), or my_loss.py:my_loss."""
     loss_arg: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the loss, e.g. delta=0.1, or attention_weight=0.01 full_identity=true."""
+    """Arguments of the loss, e.g. delta=0.1, or attention_weight=0.01 full_identity=true. Empty:
+    the loss's own defaults."""
     mask_scale: Literal["mean", "mixofshow", "cloneofsimo", "unnormalized"] = "mean"
     """How a mask m weights the loss e of a latent with c channels. mean: sum(m e) / (c sum(m));
     mixofshow: sum(m e) / sum(m), c times as much; unnormalized: the mean of m e (kohya);
@@ -457,7 +320,7 @@ class Config(ModelConfig):
     """Weight over noise levels: none, min_snr, soft_min_snr, debiased, p2, snr, sigma_sqrt, cosmap,
     or my_weighting.py:fn, with fn(snr) the weight of the squared error of x0."""
     weighting_arg: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the weighting, e.g. gamma=5."""
+    """Arguments of the weighting, e.g. gamma=5. Empty: the weighting's own defaults."""
     ema: Annotated[float, Share()] = 0.0
     """Decay of a moving average of the trained parameters, [0, 1); samples, validation and files
     then have the average. 0: none."""
@@ -475,7 +338,7 @@ class Config(ModelConfig):
     --samples.show-data."""
     push_to_hub: str = ""
     """Hub repository USER/NAME that the finished run is uploaded to; a private one, without
-    --files.public."""
+    --files.public. Empty: none. Empty: none."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT."""
     resume_anyway: bool = False
@@ -488,7 +351,7 @@ class Config(ModelConfig):
     adapter: AdapterConfig = AdapterConfig()
     tokens: TokensConfig = TokensConfig()
     noise: NoiseConfig = NoiseConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009 - frozen
     stages: tuple[Stage, ...] = (Stage(),)
     samples: SamplesConfig = SamplesConfig()
     validation: ValidationConfig = ValidationConfig()

@@ -39,11 +39,13 @@ def parse_fire_words(
         flag, equals, text = word.partition("=")
         following = words[position : position + 1]
         is_switch = not equals and (not following or _is_flag(following[0]))
-        name, value = _resolve_name(flag, defaults, command, is_switch=is_switch)
-        if not is_switch:
-            value = text if equals else following[0]
-            position += not equals
-        given[name] = value if is_switch else _read_value(value, name, defaults[name], command)
+        name, switched = _resolve_name(flag, defaults, command, is_switch=is_switch)
+        if is_switch:
+            given[name] = switched
+            continue
+        position += not equals
+        text = text if equals else following[0]
+        given[name] = _read_value(text, name, defaults[name], command)
     free = [name for name in defaults if name not in given]
     if len(loose) > len(free):
         raise UserError(f"{command} has no place for {shorten_value(loose[-1])}; leave it out")

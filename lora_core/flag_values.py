@@ -124,3 +124,6 @@ read_timesteps = rename_value(
 )
 read_precision = rename_value({"no": "fp32", "float": "fp32"})
 read_report = rename_value({"tensorboard": "tensorboard", "wandb": "wandb"}, others=False)
+read_visibility = rename_value(
+    {"public": "--files.public", "private": "--files.no-public"}, others=False
+)

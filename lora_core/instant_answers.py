@@ -18,6 +18,7 @@ from lora_core.errors import UserError, exit_status, print_help
 from lora_core.flag_values import OtherFlag
 from lora_core.other_flags import refuse_other_flags
 from lora_core.plugin_lists import answer_list
+from lora_core.quiet_libraries import speak_alone
 
 VERSION_FLAG = "--version"
 COMPLETION_FLAG = "--tyro-print-completion"
@@ -52,6 +53,8 @@ class Script(NamedTuple):
 def answer_at_start(module: str, argv: Sequence[str], script: Script) -> None:
     """Answers and ends the process where its words ask for an instant answer or a list.
 
+    Else the libraries are silenced, which the script imports then.
+
     A script calls it before it imports torch. Nothing happens where this process runs another
     program: `module` is "__main__" for `python train.py`, and the installed command imports the
     script as a module.
@@ -61,6 +64,7 @@ def answer_at_start(module: str, argv: Sequence[str], script: Script) -> None:
     answer_list(argv[1:])
     if (status := answer_instantly(script, argv[1:])) is not None:
         sys.exit(status)
+    speak_alone()
 
 
 def answer_instantly(script: Script, words: Sequence[str]) -> int | None:

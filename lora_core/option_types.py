@@ -25,6 +25,15 @@ from lora_core.text import is_number, unknown_name
 
 REGISTRY = ConstructorRegistry()
 
+# Functions that options name, or file.py:fn; their own tables are imported with torch only.
+WEIGHTING_NAMES = (
+    "none", "min_snr", "soft_min_snr", "debiased", "p2", "snr", "sigma_sqrt", "cosmap",
+)  # fmt: skip
+DENSITY_NAMES = ("uniform", "logit_normal", "mode", "cosmap")
+SCHEDULE_NAMES = (
+    "constant", "linear", "cosine", "cosine_restarts", "polynomial", "wsd", "rex", "inverse_sqrt",
+)  # fmt: skip
+
 # ---------------------------------------------------------------- options of a dataclass
 
 

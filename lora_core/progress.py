@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
@@ -134,28 +135,36 @@ def track(items: Iterable[Item], title: str, unit: str, total: int) -> Iterator[
 @contextmanager
 def phase(title: str) -> Iterator[None]:
     """A task whose steps cannot be counted: its name on a terminal while it lasts, without one
-    after WAIT_SECONDS; and a line with its time at the end if it took long.
+    after WAIT_SECONDS and every LINE_SECONDS; and a line with its time at the end if it took long.
     """
     if not distributed.is_main_process():
         yield
         return
     bar, began = ProgressBar(title, 0, ""), time.monotonic()
-    timer = threading.Timer(WAIT_SECONDS, print_error, [f"{bar.title} ..."])
-    timer.daemon = True
+    ended = threading.Event()
     hidden = hides_progress()
     if hidden:
-        timer.start()
+        speaker = partial(_name_until, ended, f"{bar.title} ...")
+        threading.Thread(target=speaker, name="progress", daemon=True).start()
     else:
         TERMINAL.open(bar)
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
         if not hidden:
             TERMINAL.close(bar)
     took = time.monotonic() - began
     if took >= LONG_SECONDS:
         print_error(f"{bar.title}: {format_duration(took)}")
+
+
+def _name_until(ended: threading.Event, sentence: str) -> None:
+    """Print the sentence after WAIT_SECONDS and every LINE_SECONDS from then on, until the end."""
+    wait = WAIT_SECONDS
+    while not ended.wait(wait):
+        print_error(sentence)
+        wait = LINE_SECONDS
 
 
 def _printable(text: str) -> str:

@@ -163,7 +163,7 @@ class AdapterSpec:
 
     targets: tuple[str, ...]
     exclude: tuple[str, ...] = ()
-    """Globs of layers that get no adapter although --adapter.targets matches them."""
+    """Globs of layers that get no adapter although --adapter.targets matches them. Empty: none."""
     kind: str = "lora"
     """lora, dora, lokr, loha, full (trains the weights themselves, without rank and alpha), or
     my_adapter.py:Class."""
@@ -172,16 +172,16 @@ class AdapterSpec:
     alpha: Annotated[float, AtLeast(0)] = 0.0
     """Update is alpha / rank * up @ down; 0: alpha = rank."""
     rank_pattern: Annotated[dict[str, float], WholeAtLeast(1)] = field(default_factory=dict)
-    """Rank per glob, e.g. "*.attn2.*=4"."""
+    """Rank per glob, e.g. "*.attn2.*=4"; others: --adapter.rank."""
     alpha_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
-    """Alpha per glob."""
+    """Alpha per glob; others: --adapter.alpha."""
     dropout: Annotated[float, Share()] = 0.0
-    """Probability that an input element of an adapter is dropped, [0, 1); the frozen layer sees
-    all of them."""
+    """Probability that an input element of an adapter is dropped, [0, 1); the frozen layer sees all
+    of them. 0: none."""
     rank_dropout: Annotated[float, Share()] = 0.0
-    """Probability that a rank of an adapter is dropped for an image, [0, 1)."""
+    """Probability that a rank of an adapter is dropped for an image, [0, 1). 0: none."""
     module_dropout: Annotated[float, Share()] = 0.0
-    """Probability that a whole adapter is dropped for an image, [0, 1)."""
+    """Probability that a whole adapter is dropped for an image, [0, 1). 0: none."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     norm_grad: Literal["detach", "full"] = "detach"
@@ -353,7 +353,7 @@ class NoiseSettings:
 
     offset: Annotated[float, AtLeast(0)] = 0.0
     """Noise offset: strength of one extra random constant per image and channel, in the target too
-    (crosslabs.org, "Diffusion with offset noise")."""
+    (crosslabs.org, "Diffusion with offset noise"). 0: none. 0: none."""
     adaptive_offset: float = 0.0
     """Added to the strength of the noise offset for each |mean| of 1 of a latent channel of the
     image, where the sum is not negative (kohya; images much brighter or darker than usual); 0:
@@ -365,7 +365,7 @@ class NoiseSettings:
     """Strength of an octave relative to the next finer one, (0, 1]."""
     perturbation: Annotated[float, AtLeast(0)] = 0.0
     """Extra noise on the network's input that the target does not include (gamma of arXiv
-    2301.11706, algorithm 1)."""
+    2301.11706, algorithm 1). 0: none."""
 
     def __post_init__(self) -> None:
         check_options(self, "--noise.")
@@ -384,9 +384,9 @@ class SamplingMethod:
     """Classifier-free guidance scale, 1 turns it off; for a guidance-distilled model the scale that
     it takes as an input, usually 3.5."""
     negative: str = ""
-    """Negative prompt, from which guidance steers away."""
+    """Negative prompt, from which guidance steers away. Empty: the empty prompt."""
     sampler_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the sampler, e.g. eta=1 of ddim."""
+    """Arguments of the sampler, e.g. eta=1 of ddim. Empty: its own defaults."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lora_core.flag_values import (
     read_scheme,
     read_side,
     read_timesteps,
+    read_visibility,
     rename_value,
     split_value,
 )
@@ -44,19 +45,6 @@ TRAIN_FLAGS = (
         "whatever --precision is, adapters train and are saved in fp32",
     ),
     OtherFlag("save_precision", (KOHYA,), "--files.precision {}", read=read_precision),
-    OtherFlag("no_metadata", (KOHYA,), "--files.header short"),
-    OtherFlag("metadata_title", (KOHYA,), "--files.title {}"),
-    OtherFlag("metadata_author", (KOHYA,), "--files.author {}"),
-    OtherFlag("metadata_description", (KOHYA,), "--files.description {}"),
-    OtherFlag("metadata_license", (KOHYA,), "--files.license {}"),
-    OtherFlag("metadata_tags", (KOHYA,), "--files.tags {}"),
-    OtherFlag("metadata_trigger_phrase", (KOHYA,), "--files.trigger {}"),
-    OtherFlag(
-        "metadata_thumbnail",
-        (KOHYA,),
-        "",
-        "--files.thumbnail N is the size of a sample of the end, which is the thumbnail",
-    ),
     OtherFlag("fp8_base", (KOHYA,), "--quantize fp8"),
     OtherFlag("blocks_to_swap", (KOHYA,), "--stream", "of all blocks, not of a number of them"),
     OtherFlag("train_batch_size", ALL, "--batch-size {}"),
@@ -67,9 +55,7 @@ TRAIN_FLAGS = (
     OtherFlag("image_column", (DIFFUSERS,), "--data.image-column {}"),
     OtherFlag("caption_column", (DIFFUSERS,), "--data.caption-column {}"),
     OtherFlag("use_template", (PTI,), "--data.captions {}"),
-    OtherFlag(
-        "caption_extension", (KOHYA,), "", "--data.captions auto reads NAME.txt, else NAME.caption"
-    ),
+    OtherFlag("caption_extension", (KOHYA,), "--data.caption-extension {}"),
     OtherFlag(
         "metadata_file", (KOHYA,), "--data.captions metadata", "a metadata.jsonl with the images"
     ),
@@ -342,9 +328,6 @@ TRAIN_FLAGS = (
     OtherFlag("log_wandb", (PTI,), "--report wandb"),
     OtherFlag("hub_model_id", (DIFFUSERS,), "--push-to-hub {}"),
     OtherFlag("huggingface_repo_id", (KOHYA,), "--push-to-hub {}"),
-    OtherFlag(
-        "huggingface_repo_visibility", (KOHYA,), "--files.public", "private without that option"
-    ),
     # without a counterpart
     OtherFlag(
         "enable_xformers_memory_efficient_attention",
@@ -380,9 +363,42 @@ TRAIN_FLAGS = (
         "text is cached whenever no text group trains, with --data.cache on the disk",
     ),
     OtherFlag("v2", (KOHYA,), "", "what a model is, is read from --model"),
+    OtherFlag("shuffle_caption", (KOHYA,), "--data.shuffle-caption"),
+    OtherFlag("keep_tokens", (KOHYA,), "--data.keep-tokens {}"),
+    OtherFlag("keep_tokens_separator", (KOHYA,), "--data.keep-tokens-separator {}"),
+    OtherFlag("caption_tag_dropout_rate", (KOHYA,), "--data.tag-dropout {}"),
+    OtherFlag("caption_separator", (KOHYA,), "--data.tag-separator {}"),
+    OtherFlag("secondary_separator", (KOHYA,), "--data.secondary-separator {}"),
+    OtherFlag("caption_prefix", (KOHYA,), "--data.caption-prefix {}"),
+    OtherFlag("caption_suffix", (KOHYA,), "--data.caption-suffix {}"),
+    OtherFlag("enable_wildcard", (KOHYA,), "--data.wildcards"),
+    OtherFlag("token_warmup_step", (KOHYA,), "", "all tags are there from the first step on"),
     OtherFlag(
-        "shuffle_caption keep_tokens", (KOHYA,), "", "give an image several captions instead"
+        "caption_dropout_every_n_epochs",
+        (KOHYA,),
+        "",
+        "captions are dropped at random, by --data.caption-dropout",
     ),
+    OtherFlag(
+        "config_file dataset_config",
+        (KOHYA,),
+        "",
+        "train.py --from-kohya FILE --dataset FILE reads these files (docs/from_kohya.md)",
+    ),
+    OtherFlag("metadata_title", (KOHYA,), "--files.title {}"),
+    OtherFlag("metadata_author", (KOHYA,), "--files.author {}"),
+    OtherFlag("metadata_description", (KOHYA,), "--files.description {}"),
+    OtherFlag("metadata_license", (KOHYA,), "--files.license {}"),
+    OtherFlag("metadata_tags", (KOHYA,), "--files.tags {}"),
+    OtherFlag("metadata_trigger_phrase", (KOHYA,), "--files.trigger {}"),
+    OtherFlag(
+        "metadata_thumbnail",
+        (KOHYA,),
+        "--files.thumbnail 256",
+        "the longest side in pixels of an image that the run draws",
+    ),
+    OtherFlag("no_metadata", (KOHYA,), "--files.header short"),
+    OtherFlag("huggingface_repo_visibility", (KOHYA,), "{}", read=read_visibility),
     OtherFlag("max_token_length", (KOHYA,), "--max-token-length {}"),
     OtherFlag("scale_weight_norms", (KOHYA,), "--optimizer.max-update-norm {}"),
     OtherFlag("adaptive_noise_scale", (KOHYA,), "--noise.adaptive-offset {}"),

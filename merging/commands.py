@@ -360,8 +360,7 @@ class Convert:
 
 @dataclass(frozen=True)
 class Info:
-    """Show the ranks, norms and spectra of a file's layers, its tokens and its header; of several
-    files how much they overlap."""
+    """Show a file's ranks, norms, spectra, tokens and header; of several how much they overlap."""
 
     file: Positional[Annotated[str, text("FILE")]] = ""
     """a LoRA file or run folder, or a whole model"""

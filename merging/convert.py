@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def convert_each(options: Convert) -> None:
             )
         outputs[out] = path
         given = Output(str(out), options.files.overwrite, options.files.dry_run)
-        check_output(given, folder=is_whole_model(path) and not out.suffix)
+        check_output(given, folder=not out.suffix)
     failed = []
     for number, (out, path) in enumerate(outputs.items(), start=1):
         print(f"[{number}/{len(outputs)}] {path}")
@@ -92,19 +93,25 @@ def convert_each(options: Convert) -> None:
             print(f"not converted: {error}")
             failed.append(f"{path} ({error})")
     if failed:
+        end = "; the others are written" if len(failed) < len(outputs) else ""
         raise UserError(
-            f"{len(failed)} of {len(outputs)} files could not be converted: {'; '.join(failed)}; "
-            "the others are written"
+            f"{len(failed)} of {len(outputs)} files could not be converted: "
+            f"{'; '.join(failed)}{end}"
         )
 
 
 def converted_name(path: str, to: str) -> str:
     """The name of a converted file: that of the file or folder, with the first ending of the format
-    `to` where the format has another one.
+    `to` where the format has another one. Raises UserError for a path that does not exist.
     """
-    place = Path(path).resolve()
-    if is_whole_model(path):
-        return place.name
+    place = Path(os.path.abspath(path))  # a link keeps its name
+    try:
+        if is_whole_model(path):
+            return place.name
+    except UserError:
+        if not place.exists():
+            raise
+        # a damaged file, whose conversion fails in its turn
     stem = place.name if place.is_dir() else place.stem
     endings = FORMATS[to or "diffusers"].endings
     return stem + (place.suffix if place.is_file() and place.suffix in endings else endings[0])

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
+from lora_core.progress import track
 from merging.adapter_sums import LayerKey, layers_by_key
 from merging.commands import OpenOptions
 from merging.factor_sums import one_thread
@@ -111,7 +110,7 @@ def _show_layers(layers: Sequence[Mapping[LayerKey, LowRank]]) -> Iterator[Layer
     keys: dict[LayerKey, None] = {}
     for own in layers:
         keys |= dict.fromkeys(own)
-    yield from tqdm(keys, unit="layer", disable=hides_progress(), leave=False)
+    yield from track(keys, "overlap", "layer", len(keys))
 
 
 def _add_layer(pair: PairOverlap, key: LayerKey, a: LayerSpaces, b: LayerSpaces) -> None:

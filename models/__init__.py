@@ -5,10 +5,10 @@ The public names are loaded when they are first used: `import models.known` impo
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from lora_core import load_names_lazily
+from lora_core.quiet_libraries import silence_libraries
 
 if TYPE_CHECKING:
     from lora_core.family import Conditioning, Family, LoadOptions, Sizes
@@ -47,9 +47,6 @@ MODULES = {  # public name -> its module
     "Layout": "lora_core.formats.layout",
 }
 
-# Libraries that diffusers and transformers import where they are installed, and that warn then of
-# parts that they lack on this machine.
-for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+silence_libraries()  # before they are imported
 
 __getattr__ = load_names_lazily(__name__, MODULES)

@@ -13,15 +13,12 @@ from transformers import (
     BlipForConditionalGeneration,
     Florence2ForConditionalGeneration,
 )
-from transformers.utils import logging
 
 from lora_core.data.images import image_to_tensor
 from lora_core.errors import UserError
 from lora_core.text import shorten_value
 from models.components import config_errors, load_network, load_part, read_json
 from models.segmenter import read_preparation
-
-logging.disable_progress_bar()  # that of loading, for a second
 
 MOST_TOKENS = 60  # of a caption: a text encoder of CLIP reads 75
 BEAMS = 3  # of the search, as in both models' own examples; the same caption in each run

@@ -9,15 +9,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPTokenizer, OwlViTForObjectDetection
-from transformers.utils import logging
 
 from lora_core.data.images import image_to_tensor
 from lora_core.errors import UserError
 from lora_core.text import shorten_value
 from models.components import config_errors, load_network, load_part, read_json
 from models.segmenter import read_preparation
-
-logging.disable_progress_bar()  # that of loading, for a second
 
 FACE_WORDS = "a photo of a face"
 SURE = 0.1  # smallest score of a box, the default of the library's own example

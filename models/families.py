@@ -6,7 +6,6 @@ A family's file is imported when a model of that family is opened.
 from __future__ import annotations
 
 import importlib
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +22,6 @@ from lora_core.formats.known_formats import is_single_file
 from lora_core.formats.layout import Layout
 from lora_core.plugins import find_plugin
 from models.components import read_json
-
-# diffusers 0.42 warns at import of classes that newer versions of torchao moved; it is not used for
-# files of torchao here.
-logging.getLogger("diffusers.quantizers.torchao").setLevel(logging.ERROR)
 
 DTYPES = {  # --precision
     "fp32": torch.float32,

@@ -21,7 +21,6 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-from transformers.utils import logging
 
 from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion import noise
@@ -48,8 +47,6 @@ from models.components import (
 )
 from models.flux_attention import install_joint_attention, keep_maps
 from models.flux_names import SWAPPED, original_flux_names
-
-logging.disable_progress_bar()
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
 # Components that adapter files may name.

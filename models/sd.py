@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging
 
 from lora_core.cross_attention import AttentionMap, CrossAttention, cross_attention_paths
 from lora_core.diffusion import noise
@@ -47,8 +46,6 @@ from models.prompt_chunks import (
     split_chunks,
 )
 from models.weighted_prompts import emphasize_states, split_weights, tokenize_weighted
-
-logging.disable_progress_bar()  # it would show for every text encoder, which loads in a second
 
 PIPELINES = (
     "StableDiffusionPipeline",

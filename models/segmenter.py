@@ -8,14 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
-from transformers.utils import logging
 
 from lora_core.data.images import image_to_tensor
 from lora_core.errors import UserError
 from lora_core.text import shorten_value
 from models.components import LARGEST_SIDE, load_network, load_part, read_json, read_prompt_length
-
-logging.disable_progress_bar()  # that of loading, for a second
 
 BIAS = 0.01  # of lora_ppim, so that no part of an image is left out wholly
 

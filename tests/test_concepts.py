@@ -38,6 +38,7 @@ def test_strengths_are_read_by_network(here: Path, layout: Layout) -> None:
         (["run", "run/run_emb.safetensors"], "given twice"),
         (["run", "base"], "base is a whole model"),
         (["run", "c.safetensors:much"], "the concept c.safetensors:much: cannot read the strength"),
+        (["run", "c.safetensors:1@0-0.5"], "has a range of noise levels"),
         (["run", "c.safetensors:nan"], "expected a finite number"),
         (["run", "c.safetensors:text=0.5,transformer=1"], "would have no effect"),
         (["run", "nowhere.safetensors"], "does not exist"),

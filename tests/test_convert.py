@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import scaled_product
+from merging.convert import converted_name
 from tests.adapter_checks import header
 from tests.merge_commands import SQUARE, assert_equal, call, deltas, dora_on, save_dora
 
@@ -137,3 +138,68 @@ def test_as_lora_is_repeated_from_its_recipe(here, capsys):
     call("redo", "o.safetensors")
     shown = capsys.readouterr().out
     assert "--as lora" in shown and "the same as before: o.safetensors" in shown
+
+
+def test_several_files_become_files_of_their_names_in_a_folder(here, capsys):
+    """Each is what a call for it alone writes, its recipe included."""
+    words = ["--to", "kohya", "--model", "base"]
+    call("convert", "c.safetensors", "run", "a.safetensors", "--out", "new/all", *words)
+    said = capsys.readouterr().out
+    places = [said.index(f"[{i}/3] {name}") for i, name in ((1, "c."), (2, "run"), (3, "a."))]
+    assert places == sorted(places)
+    written = sorted(path.name for path in Path("new/all").iterdir())
+    names = ["a", "c", "c_emb", "run", "run_emb"]
+    assert written == [f"{name}.safetensors" for name in names]
+    for name, source in (("a", "a.safetensors"), ("c", "c.safetensors"), ("run", "run")):
+        call("convert", source, "--out", "alone.safetensors", "--overwrite", *words)
+        together = load_file(f"new/all/{name}.safetensors")
+        alone = load_file("alone.safetensors")
+        assert together.keys() == alone.keys()
+        assert all(torch.equal(together[key], alone[key]) for key in alone)
+    call("redo", "new/all/a.safetensors", "--dry-run")
+
+
+def test_files_have_an_ending_of_their_format(here):
+    assert converted_name("run", "") == "run.safetensors"
+    assert converted_name("run", "mixofshow") == "run.pth"
+    assert converted_name("c.safetensors", "mixofshow") == "c.pth"
+    assert converted_name("c.safetensors", "a1111") == "c.safetensors"
+    assert converted_name("base", "") == "base"  # a model's folder
+
+
+def test_names_that_exist_or_are_the_same_are_refused_before_any_work(here, capsys):
+    words = ["--out", "all", "--to", "kohya", "--model", "base"]
+    Path("all").mkdir()
+    Path("all/c.safetensors").write_bytes(b"mine")
+    call("convert", "a.safetensors", "c.safetensors", *words, status=2)
+    assert "is there already; pass --overwrite" in capsys.readouterr().err
+    assert [path.name for path in Path("all").iterdir()] == ["c.safetensors"]
+    Path("other").mkdir()
+    save_file(load_file("a.safetensors"), "other/a.safetensors")
+    call("convert", "a.safetensors", "other/a.safetensors", *words, status=2)
+    assert "would both be" in capsys.readouterr().err
+    call("convert", "a.safetensors", "c.safetensors", "--out", "x.safetensors", status=2)
+    assert "need a folder" in capsys.readouterr().err
+    call("convert", "a.safetensors", "c.safetensors", "run", "--to", "kohya", status=2)
+    assert "several files only with --out FOLDER" in capsys.readouterr().err
+    call("convert", "a.safetensors", "none.safetensors", *words, status=2)
+    assert not Path("all/a.safetensors").exists()
+    call("convert", "a.safetensors", "c.safetensors", *words, "--overwrite")
+    assert Path("all/a.safetensors").exists()
+
+
+def test_the_others_are_converted_when_one_file_fails(here, capsys):
+    """The end of the output names each failure with its reason, and the status is 2."""
+    Path("bad.safetensors").write_bytes(b"no tensors at all")
+    words = ["--out", "all", "--to", "kohya", "--model", "base"]
+    call("convert", "a.safetensors", "bad.safetensors", "c.safetensors", *words, status=2)
+    said = capsys.readouterr()
+    assert "1 of 3 files could not be converted: bad.safetensors (" in said.err
+    assert "the others are written" in said.err and "not converted: " in said.out
+    assert Path("all/a.safetensors").exists() and Path("all/c.safetensors").exists()
+    assert not Path("all/bad.safetensors").exists()
+
+
+def test_two_words_are_still_a_file_and_its_output(here):
+    call("convert", "a.safetensors", "o.safetensors", "--to", "kohya", "--model", "base")
+    assert Path("o.safetensors").is_file()

@@ -45,6 +45,15 @@ def test_every_option_is_in_the_table_and_unknown_ones_are_said(tmp_path: Path) 
     assert job.config.samples.prompts == ("a <TOK>", "<TOK> b")
 
 
+def test_parts_between_commas_are_shuffled_where_there_are_some(tmp_path: Path) -> None:
+    file = save_example(tmp_path)
+    with contextlib.chdir(tmp_path):
+        assert not translate_options(file).config.data.shuffle_caption
+        (file.parent / "caption/0.txt").write_text("a <TOK>, b, c\n")
+        data = translate_options(file).config.data
+    assert (data.shuffle_caption, data.keep_tokens) == (True, 1)
+
+
 def test_without_captions_the_concepts_prompt_is_the_caption(tmp_path: Path) -> None:
     file = save_example(tmp_path)
     text = file.read_text().replace("use_caption: true", "use_caption: false")

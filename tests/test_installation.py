@@ -29,6 +29,7 @@ OPTIONAL = {
     "torchao",
     "wandb",
 }  # extras, imported where they are asked for
+UNPINNED = {"gradio", "wandb"}  # not among the tests' packages; gradio asks for pillow below 13
 BROUGHT = {"pyarrow": "datasets"}  # package -> the extra of ours that requires it
 
 # Trains two steps, draws, merges and folds, in the environment that it is started in.
@@ -209,9 +210,8 @@ def test_every_dependency_has_a_lower_bound_that_the_pinned_version_meets(
         canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, lines)
     }
     name = canonicalize_name(requirement.name)
-    assert name == "wandb" or requirement.specifier.contains(
-        pinned[name]
-    )  # wandb is not among the tests' packages
+    if name not in UNPINNED:
+        assert requirement.specifier.contains(pinned[name])
 
 
 # ---------------------------------------------------------------- in place or not at all

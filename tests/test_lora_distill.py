@@ -52,7 +52,8 @@ def test_lora_add_merges_a_full_model_with_a_lora(here: Path, layout: Layout) ->
     state = formats.load(here / "example_loras/lora_krk.safetensors", layout)
     for path, lr in state.components["unet"].items():
         name = f"{path}.weight"
-        expected = before[name].double() + 0.8 * scaled_product(lr).double()  # type: ignore[arg-type]
+        update = scaled_product(lr).double()  # type: ignore[arg-type]
+        expected = before[name].double() + 0.8 * update
         assert torch.allclose(after[name].double(), expected, atol=1e-6), path
 
 

@@ -1,18 +1,20 @@
 """lora_ppim as it is typed: the folder that it writes is cloneofsimo's, and lora_pti's to read."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import train
 from lora_core.errors import UserError
 from lora_core.fire_words import parse_fire_words
 from models.captioner import Captioner
 from models.face_detector import FaceDetector
 from models.segmenter import ClipSegmenter
 from tests.conftest import save_photos
-from tests.installed_commands import install_commands, run_typed
+from tests.installed_commands import typed_words
 from tests.tiny_annotators import save_blip, save_owlvit
 from tests.tiny_clipseg import save_clipseg
 from training.translation.lora_ppim import (
@@ -55,18 +57,18 @@ def models_of(weights: Path) -> list[str]:
 
 
 def test_the_command_as_typed_writes_the_folder_of_cloneofsimo(
-    weights: Path, plain: Path, tmp_path: Path
+    weights: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands = install_commands(tmp_path / "bin")
     line = f"lora_ppim {plain} prepared --target_prompts 'a face' --target_size 32 --n_length=3 "
-    done = run_typed(line + " ".join(models_of(weights)), commands, tmp_path)
-    assert done.returncode == 0, done.stderr
+    (words,) = typed_words(line + " ".join(models_of(weights)), tmp_path)
+    with contextlib.chdir(tmp_path):
+        assert train.lora_ppim(words) == 0
     names = ["0.mask.png", "0.src.jpg", "1.mask.png", "1.src.jpg", "2.mask.png", "2.src.jpg"]
     assert sorted(path.name for path in (tmp_path / "prepared").iterdir()) == [
         *names,
         "caption.txt",
     ]
-    assert "written: 0.src.jpg, 0.mask.png (" in done.stdout
+    assert "written: 0.src.jpg, 0.mask.png (" in capsys.readouterr().out
     for name in names:
         with Image.open(tmp_path / "prepared" / name) as image:
             assert image.size == (32, 32) and image.mode == ("L" if "mask" in name else "RGB")

@@ -1,7 +1,6 @@
 """Ranges of noise levels of LoRAs, and guidance away from the base model: steps by hand."""
 
-from __future__ import annotations
-
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from lora_core.diffusion.generation import ImageBatch
 from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.formats import embeddings
+from lora_core.memory.placed_family import PlacedFamily
+from lora_core.memory.residency import Residency, model_parts
 from lora_core.placeholders import bind_placeholders
 from lora_core.runs.lora_strengths import LoraStrengths
 from lora_core.runs.loras import LoraSource, apply_loras, lora_text, parse_lora
@@ -55,7 +56,7 @@ def drawn(
     """The pixels that the program draws."""
     prepare = LoraStrengths(patches, loras, {})
     batch = ImageBatch([prompt], [3], settings, prepare=prepare)
-    words = [word for patch in patches for word in patch.placeholders]
+    words = list(itertools.chain.from_iterable(patch.placeholders for patch in patches))
     (pixels,) = generation.generate_batches(family, [batch], placeholders=words)
     return pixels
 
@@ -68,7 +69,7 @@ def by_hand(
     levels = sampling.sampler_levels(
         "euler", family.schedule, settings.steps, spacing=family.spacing, offset=family.offset
     )
-    words = [word for patch in patches for word in patch.placeholders]
+    words = list(itertools.chain.from_iterable(patch.placeholders for patch in patches))
 
     def set_all(factors: list[float], *, text: bool = True) -> None:
         for patch, lora, factor in zip(patches, loras, factors):
@@ -166,6 +167,22 @@ def test_at_1_and_0_and_in_the_whole_range_nothing_changes(folder: Path) -> None
         assert len(calls) == 3 * STEPS
         off = [lora._replace(strength=0.0)]
         assert torch.equal(base, drawn(family, patches, off, "a c", settings_of()))
+
+
+@pytest.mark.parametrize("name", ["a", "d"])
+def test_networks_that_come_to_work_give_the_same(folder: Path, name: str) -> None:
+    """Offloading: with encodings that are kept where no text encoder has adapters."""
+    family = load_family(str(folder / "model"))
+    lora = parse_lora(f"{folder / name}:0.9@0.2-1")
+    settings = settings_of(adapter_guidance=1.5, emphasis="a1111")
+    with ExitStack() as stack:
+        patches = apply_loras(family, [lora], stack)
+        usual = drawn(family, patches, [lora], "a (c:1.3)", settings)
+        residency = Residency(model_parts(family), torch.device("cpu"), moves=True,
+                              place=lambda *_: 0)  # fmt: skip
+        placed = PlacedFamily(family, residency, keeps_texts=name == "d")
+        for _ in range(2):
+            assert torch.equal(drawn(placed, patches, [lora], "a (c:1.3)", settings), usual)
 
 
 def test_the_share_is_a_flows_sigma_and_k_diffusions_in_the_others() -> None:

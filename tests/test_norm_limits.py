@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train
@@ -90,6 +91,20 @@ def test_a_run_keeps_its_limit_and_logs_it(config: Config, optimizer: str, quick
         assert all(row["limited_layers"] > 0 and row["largest_update"] > 0.01 for row in limited)
     plain = train.train(replace(config, out=config.out + "2", stages=stages))
     assert "limited_layers" not in (Path(plain) / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_a_resumed_run_ends_bit_identical(config: Config, name: str, quick: None) -> None:
+    own = replace(config.optimizer, name=name, lr={"denoiser": 1.0}, max_update_norm=0.01)
+    changed = replace(config, optimizer=own, stages=(Stage(4),), save_every=2, ema=0.5)
+    whole = train.train(changed)
+    parted = replace(changed, out=config.out + "_parted")
+    train.train(replace(parted, stages=(Stage(2),)))
+    again = train.train(replace(parted, resume=True))
+    name = "pytorch_lora_weights.safetensors"
+    expected, found = load_file(whole / name), load_file(again / name)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_the_limit_holds_with_other_groups_an_average_and_accumulation(

@@ -12,11 +12,12 @@ import pytest
 import infer
 import merge
 from lora_core.command_line import parse_command_line, top_flags
-from lora_core.config import GROUPS, Config
+from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.flag_values import DIFFUSERS, KOHYA, PTI, OtherFlag
 from lora_core.other_flags import explain_flag, refuse_other_flags, split_flags
 from lora_core.program_flags import DRAW_FLAGS, MERGE_FLAGS
+from lora_core.stage_settings import GROUPS
 from lora_core.trainer_flags import TRAIN_FLAGS
 from merging.commands import COMMANDS, flatten
 from merging.commands import Mix as MixOptions
@@ -25,7 +26,7 @@ PAGE = (Path(__file__).parent.parent / "docs/flags.md").read_text(encoding="utf-
 TRAINERS, WITHOUT, DRAWERS, MERGERS = re.split(r"\n## .+\n", PAGE)
 COLUMNS = {DIFFUSERS: 2, PTI: 3, KOHYA: 4}
 EXAMPLES = ("16", "150", "0.5", "cosine", "lanczos", "object", "bf16", "euler", "fp16", "mode",
-            "sigmoid", "tensorboard", "a=1", "a.safetensors")  # fmt: skip
+            "sigmoid", "tensorboard", "a=1", "a.safetensors", "public")  # fmt: skip
 # Words of ours that stand for what only the user knows.
 PLACEHOLDERS = {"my_schedule.py:fn": "my_schedule.py:fn", "SHARE": "0.1", "PATH": "a"}
 

@@ -16,7 +16,7 @@ from lora_core.errors import UserError
 from lora_core.toml import read_toml
 from training import photo_run, setup
 from training.checks import config_checks
-from training.photo_run import CAPTION, PhotoRun, PhotoRuns, caption_table, scale_stages
+from training.photo_run import CAPTION, PhotoRun, PhotoRuns, caption_table, stretch_stages
 
 ZIB = sorted(Path("toy/concepts/zib").glob("*.png"))
 TOY_CONFIG = Path("configs/toy_pti.toml")
@@ -88,9 +88,9 @@ def test_a_run_is_the_preset_with_what_the_form_says(runs: PhotoRuns, tmp_path: 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=5), st.integers(1, 20_000))
 def test_stages_keep_their_proportions(lengths: list[int], steps: int) -> None:
     stages = tuple(Stage(steps=length) for length in lengths)
-    assert scale_stages(stages, sum(lengths)) == stages
+    assert stretch_stages(stages, sum(lengths)) == stages
     try:
-        scaled = [stage.steps for stage in scale_stages(stages, steps)]
+        scaled = [stage.steps for stage in stretch_stages(stages, steps)]
     except UserError:
         assert steps * min(lengths) / sum(lengths) < 1.5  # else no stage is left without any
         return

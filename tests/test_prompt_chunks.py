@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from lora_core.runs.loras import read_run_settings
 from models import load_family
 from models.prompt_chunks import long_prompt_length, split_chunks
 from tests import tiny_flux, tiny_sdxl
+from tests.opened_run import open_parts
 from tests.tiny_pipeline import LETTERS
 from training.checks.model_checks import token_limits
+from training.inputs.caption_tokens import CaptionReader
 
 CHUNK = 14  # tokens of the tiny models' 16 without BOS and EOS
 
@@ -127,20 +130,29 @@ def test_a_run_trains_on_long_captions_and_images_read_them_the_same(
     assert "cut off" in capsys.readouterr().err
 
 
-def test_tokens_learn_in_the_second_chunk(config: Config, tmp_path: Path, quick: None) -> None:
-    """The placeholder lies beyond 14 tokens, which a run of one chunk refuses."""
+def test_tokens_learn_in_the_second_chunk_where_attention_finds_them(
+    config: Config, tmp_path: Path, quick: None
+) -> None:
+    """The placeholder lies across the end of the first 14 tokens; a run of one chunk refuses it."""
     photos = tmp_path / "photos"
     photos.mkdir()
-    for image in Path(config.data.images).glob("?.png"):
+    for image in Path(config.data.images).glob("*.png"):
         (photos / image.name).write_bytes(image.read_bytes())
-        (photos / f"{image.stem}.txt").write_text(" ".join([*words(13), "TOK"]))
+    for image in photos.glob("?.png"):
+        (photos / f"{image.stem}.txt").write_text(" ".join([*words(12), "TOK"]))
     stage = replace(config.stages[0], groups=("tokens", "denoiser"))
-    data = replace(config.data, images=str(photos))
+    data = replace(config.data, images=str(photos), masks="file")
     own = replace(config, data=data, stages=(stage,), optimizer=replace(config.optimizer, lr={}))
-    train.train(replace(own, max_token_length=150))
-    tokens = replace(own.tokens, vectors=4)
+    own = replace(own, tokens=replace(own.tokens, vectors=4), loss="attention")
+    long = replace(own, max_token_length=150)
+    parts = open_parts(long)
+    reader = CaptionReader(parts.data, parts.model, keeps_text=True)
+    (caption,) = {record.captions[0] for record in parts.data.training.records}
+    assert reader.read([caption]).learned.tolist() == [[13, 14, 15, 16]]
+    shutil.rmtree(long.out)
+    train.train(long)
     with pytest.raises(UserError, match="lies beyond the 16 tokens"):
-        train.train(replace(own, tokens=tokens, out=str(tmp_path / "short")))
+        train.train(replace(own, out=str(tmp_path / "short")))
 
 
 def test_other_lengths_and_models_without_chunks_are_refused(tmp_path: Path, model: Path) -> None:

@@ -17,7 +17,7 @@ from lora_core.config import Config, Stage
 from lora_core.diffusion import validation
 from lora_core.diffusion.validation import Score
 from lora_core.prodigy import read_distance
-from lora_core.progress import ProgressBar, phase
+from lora_core.progress import ProgressBar
 from lora_core.runs.pictures import ImageRow
 from lora_core.runs.reports import LogBook
 from lora_core.runs.run_folder import Run
@@ -96,8 +96,7 @@ class Log:
         """
         if self.config.validation.every < 0 or done in self.validated:
             return
-        with phase("validation"):
-            scores = scorer.score()
+        scores = scorer.score()
         self.validated.add(done)
         first = min(self.scores, default=done)
         # The first and the newest one: a long run would keep thousands.

@@ -143,13 +143,13 @@ def make_config(preset: Config, choices: PhotoRun, out: Path, images: Path) -> C
         out=str(out),
         overwrite=choices.overwrite,
         log_every=LOG_EVERY,
-        stages=scale_stages(preset.stages, choices.steps),
+        stages=stretch_stages(preset.stages, choices.steps),
         data=replace(preset.data, images=str(images), resolution=choices.resolution),
         samples=samples,
     )
 
 
-def scale_stages(stages: Sequence[Stage], steps: int) -> tuple[Stage, ...]:
+def stretch_stages(stages: Sequence[Stage], steps: int) -> tuple[Stage, ...]:
     """The stages with `steps` steps together, in their proportions. Raises UserError where that
     leaves none for a stage.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from lora_core.diffusion.validation import Score
 from lora_core.family import Conditioning, Sizes
 from lora_core.layer_prompts import encode_layer_prompts
 from lora_core.placeholders import bind_layers
+from lora_core.progress import ProgressBar
 from training import step
 from training.setup import Data, Model, Optimization
 
@@ -51,10 +53,11 @@ class Scorer:
         count = len(self.images)
         size = min(self.config.batch_size, count)
         firsts, at_once = range(0, count, size), max(1, IMAGES_AT_ONCE // size)
-        with self.model.evaluating(), self.optimization.averaged():
+        with self.model.evaluating(), self.optimization.averaged(), ExitStack() as stack:
             own = distributed.take_share(firsts, even=self.config.shard)
             # The last batch is as large as the others: a GEMM's bits depend on its row count.
             ranges = [range(start, start + size) for start in (min(i, count - size) for i in own)]
+            shown = stack.enter_context(ProgressBar("validation", len(ranges) * size, "image"))
             for number, (first, images) in enumerate(zip(own, ranges)):
                 if number % at_once == 0 and self.model.residency.moves:
                     ahead = ranges[number : number + at_once]
@@ -63,6 +66,7 @@ class Scorer:
                 start = images.start
                 kept = [score for i, score in enumerate(scores) if start + i % size >= first]
                 batches.append(kept)
+                shown.advance(size)
         self.texts.clear()
         every = distributed.gather_shares(batches)[: len(firsts)]
         found = list(itertools.chain(*every))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.config import GROUPS, Config, Stage
+from lora_core.config import Config, Stage
 from lora_core.option_types import ALL_GROUPS
+from lora_core.stage_settings import GROUPS
 from training.setup import Model, Optimization
 
 

@@ -37,7 +37,7 @@ def read_metadata(
 def _read_indexed(path: Path) -> dict[Path, tuple[str, ...]]:
     """Image -> its line of caption.txt. Raises UserError for an image without a line."""
     lines = read_text(path, LONGEST_TABLE).split("\n")
-    found = {}
+    found: dict[Path, tuple[str, ...]] = {}
     for image in sorted(path.parent.iterdir()):
         index = image_index(image)
         if index is None or image.suffix.lower() not in IMAGE_SUFFIXES:

@@ -24,6 +24,7 @@ from lora_core.kernels import winners
 from lora_core.kernels.candidate import VARIABLE, Candidate, read_candidate
 from lora_core.kernels.device import HAS_TRITON
 from lora_core.kernels.winners import ANY, REPLAYED, Winners
+from lora_core.quiet_libraries import Notice
 
 MODES = ("auto", "reference", "fused", "triton")
 # Shapes remembered per op, device and dtype, some 1 MB; a run has as many as layers times buckets.
@@ -127,7 +128,7 @@ def _run_triton(name: str, op: Op, *args: Any) -> Any:
         return op.triton(*args)
     if f"{name}: {reason}" not in _warned:
         _warned.add(f"{name}: {reason}")
-        warnings.warn(f"op {name} runs without its triton kernel: {reason}", stacklevel=3)
+        warnings.warn(f"op {name} runs without its triton kernel: {reason}", Notice, stacklevel=3)
     return (op.fused or op.reference)(*args)
 
 
@@ -274,7 +275,7 @@ def reload_winners() -> None:
             _tables.insert(0, winners.read_winners(path))
         except ValueError as error:
             advice = f"delete it, or measure again with {winners.COMMAND}"
-            warnings.warn(f"{error}; it is ignored: {advice}", stacklevel=2)
+            warnings.warn(f"{error}; it is ignored: {advice}", Notice, stacklevel=2)
 
 
 def _find_rows(
@@ -296,6 +297,7 @@ def _find_rows(
         warnings.warn(
             f"no kernel was measured on {device}: ops take estimated winners, from an H100's; "
             f"{command} measures",
+            Notice,
             stacklevel=3,
         )
     if not has_triton:

@@ -23,7 +23,7 @@ class TaggedPrompt:
     loras: tuple[LoraSource, ...] = ()
 
 
-def read_prompts(prompt: str, file: str) -> list[str]:
+def read_prompt_lines(prompt: str, file: str) -> list[str]:
     """The prompt, or the lines of a prompt file. Raises UserError for both, neither, and a file
     without any.
     """

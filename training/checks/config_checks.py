@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_core import distributed, kernels
-from lora_core.config import GROUPS, Config, Stage
+from lora_core.config import Config, Stage
 from lora_core.diffusion import densities, losses, sampling
 from lora_core.errors import UserError
 from lora_core.optim import building
@@ -25,6 +25,7 @@ from lora_core.placeholders import has_placeholder
 from lora_core.runs import card, destination, lock, trackers
 from lora_core.runs.run_folder import Run
 from lora_core.settings import CaptionSettings, check_options
+from lora_core.stage_settings import GROUPS
 from lora_core.text import check_unicode
 from lora_core.toml import to_table
 from training.checks.combination_checks import check_combinations

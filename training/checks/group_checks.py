@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_core.config import GROUPS, Config, Stage
+from lora_core.config import Config, Stage
 from lora_core.errors import UserError
 from lora_core.optim import schedules
+from lora_core.stage_settings import GROUPS
 
 
 def stage_schedules(c: Config, stage: Stage) -> dict[str, list[str]]:

@@ -28,9 +28,10 @@ class CompareRuns:
     """What is compared: loss (recorded by the runs; also without this flag), x0 (squared error of
     the predicted latents), the name of a loss, FILE.py:FUNCTION of the kind of a loss or, with the
     attribute reads_samples = True, of (images, prompts), or clip:MODEL (folder or hub id of a CLIP
-    model: likeness of drawn images to prompts and training images); one or several."""
+    model: likeness of drawn images to prompts and training images); one or several. Empty: the
+    recorded loss."""
     metric_arg: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the one metric, e.g. delta=0.2."""
+    """Arguments of the one metric, e.g. delta=0.2. Empty: its own defaults."""
     plot: str = ""
     """PNG file of the plot; empty: compare_A.png in the first folder of side B."""
 

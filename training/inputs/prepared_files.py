@@ -7,12 +7,11 @@ Existing files are kept. Nothing is trained: the user looks at the files first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from lora_core.atomic_files import atomic_write
 from lora_core.config import Config
@@ -21,7 +20,7 @@ from lora_core.data.concept_folders import list_images
 from lora_core.data.images import mask_path, read_image
 from lora_core.data.listing import FolderContents
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
+from lora_core.progress import track
 from lora_core.text import print_escaped
 from models import choose_device
 from training.inputs.annotators import (
@@ -70,8 +69,7 @@ def prepare_files(config: Config, words: list[str]) -> None:
         _write_captions(wanted.captions, texts, config)
         parts = list_images(folder).parts
     if wanted.masks:
-        captions = {image: _caption_of(part, image) for part in parts for image in part.images}
-        _write_masks(wanted.masks, masks, captions, config)
+        _write_masks(wanted.masks, masks, _all_captions(parts), config)
     count = sum(len(part.images) for part in parts)
     print_escaped(f"{_describe_kept(wanted, count, len(texts), len(masks))}; nothing was trained")
 
@@ -99,6 +97,14 @@ def _caption_of(part: FolderContents, image: Path) -> str:
     return ""
 
 
+def _all_captions(parts: Sequence[FolderContents]) -> dict[Path, str]:
+    """The first caption of each image of all folders."""
+    found: dict[Path, str] = {}
+    for part in parts:
+        found |= {image: _caption_of(part, image) for image in part.images}
+    return found
+
+
 def _describe_kept(wanted: Annotators, count: int, texts: int, masks: int) -> str:
     kept = []
     if wanted.captions:
@@ -113,7 +119,7 @@ def _write_captions(wanted: Annotator, images: list[Path], config: Config) -> No
     if not images:
         return
     captioner = open_captioner(wanted, choose_device(config.device))
-    for image in tqdm(images, desc="captions", disable=hides_progress()):
+    for image in track(images, "captions", "image", len(images)):
         place = image.with_suffix(".txt")
         if place.exists() and read_caption_file(place):  # two images of one name
             continue
@@ -142,7 +148,7 @@ def _write_masks(
         return
     find = bind_words(wanted, config)
     empty = []
-    for image in tqdm(images, desc="masks", disable=hides_progress()):
+    for image in track(images, "masks", "image", len(images)):
         place = mask_path(image)
         if place.exists():
             continue
@@ -151,7 +157,7 @@ def _write_masks(
             empty.append(image)
             continue
         save_mask(mask, place)
-        print_escaped(f"written: {place}: {describe_mask(mask)}")
+        print_escaped(f"written: {place}: {describe_whiteness(mask)}")
     print(f"masks: correct them there, in NAME.mask.png; {wanted.weights} painted them")
     if empty:
         raise UserError(
@@ -180,7 +186,7 @@ def bind_words(
     return find
 
 
-def describe_mask(mask: Image.Image) -> str:
+def describe_whiteness(mask: Image.Image) -> str:
     """How much of a mask is at least half white."""
     levels = mask.histogram()
     return f"{sum(levels[128:]) / sum(levels):.0%} of it white"

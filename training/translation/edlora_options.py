@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import yaml
 
 from lora_core import distributed
 from lora_core.config import Config
+from lora_core.data.captions import read_caption_file
 from lora_core.data.concept_folders import list_images
+from lora_core.data.listing import FolderContents
 from lora_core.errors import UserError
 from lora_core.text import is_number, read_text, shorten_value
 from training.translation.edlora_training import translate_models, translate_train
@@ -175,14 +177,26 @@ def _translate_data(record: TranslatedOptions) -> int:
         record.take("datasets.train.use_caption", one, "the concept's instance_prompt")
     elif "datasets.train.use_caption" in record.given:
         record.take("datasets.train.use_caption", {})
+    tags = _count_tags(parts)
     for name in record.given:
         if name.startswith(f"{TRANSFORM}."):
-            _translate_transform(record, name, dict(record[name]))
+            _translate_transform(record, name, dict(record[name]), tags)
     return sum(len(part.images) for part in parts)
 
 
-def _translate_transform(record: TranslatedOptions, name: str, values: dict[str, Any]) -> None:
-    """One transform of images or captions."""
+def _count_tags(parts: Sequence[FolderContents]) -> int:
+    """The largest number of parts between commas that a caption has."""
+    most = 0
+    for part in parts:
+        for path in itertools.chain.from_iterable(part.texts.values()):
+            most = max([most, *(len(text.split(",")) for text in read_caption_file(path))])
+    return most
+
+
+def _translate_transform(
+    record: TranslatedOptions, name: str, values: dict[str, Any], tags: int
+) -> None:
+    """One transform of images or captions, of which one has `tags` parts."""
     kind = name.rpartition(".")[2]
     if kind in FORMS:
         record.take(name, {}, "pixels in [-1, 1], as here")
@@ -191,13 +205,22 @@ def _translate_transform(record: TranslatedOptions, name: str, values: dict[str,
         why = "cut to a square at a random place and size; there in half of the visits shrunk and "
         why += "put on black, which the loss leaves out"
         record.change(name, ours, why if kind in TRANSFORMS else f"unknown here; {why}")
+    elif kind == "ShuffleCaption":
+        kept = int(values.get("keep_token_num", 0))
+        if tags < kept + 2:
+            record.ignore(name, "no caption has two parts between commas that could change places")
+            return
+        ours = {"data.shuffle_caption": True, "data.keep_tokens": kept}
+        record.take(name, ours, "the parts between commas")
     else:
         record.leave_out(name, "captions are as they are written")
 
 
 def _translate_validation(record: TranslatedOptions) -> None:
     """The prompts, strengths and sampler of the validation sheets."""
-    record.take("datasets.val_vis.prompts", {"samples.prompts": list(read_prompts(record))})
+    record.take(
+        "datasets.val_vis.prompts", {"samples.prompts": list(read_validation_prompts(record))}
+    )
     strengths = [float(alpha) for alpha in value_of(record, "val.alpha_list", [1.0])]
     record.take("val.alpha_list", {"samples.strengths": strengths}, "rows of the sample sheets")
     steps = int(value_of(record, "val.sample.num_inference_steps", 50))
@@ -210,7 +233,7 @@ def _translate_validation(record: TranslatedOptions) -> None:
             record.change(name, {}, "test_edlora.py draws as many; a sheet here has one each")
 
 
-def read_prompts(record: TranslatedOptions) -> tuple[str, ...]:
+def read_validation_prompts(record: TranslatedOptions) -> tuple[str, ...]:
     """The lines of the file of validation prompts. Raises UserError where there is none."""
     file = value_of(record, "datasets.val_vis.prompts")
     if not isinstance(file, str) or not Path(file).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -42,7 +43,7 @@ def _translate_tokens(record: TranslatedOptions) -> tuple[str, ...]:
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{name} is missing; write the word of the captions and its concepts")
     listed = {str(word): str(names).split() for word, names in mapping.items()}
-    wanted = [concept for names in listed.values() for concept in names]
+    wanted = list(itertools.chain.from_iterable(listed.values()))
     if wanted != concepts or len(starts) not in (len(concepts), 1):
         raise record.refuse(
             "models.new_concept_token",
@@ -178,6 +179,5 @@ def _translate_optimizer(record: TranslatedOptions) -> None:
     norm = float(record.given.get("train.emb_norm_threshold") or 0.55)
     ours = {"tokens.norm": "stop", "tokens.norm_target": norm}
     record.take("train.emb_norm_threshold", ours, "the tokens stop at that mean norm")
-    rate = record.given.get("train.unet_kv_drop_rate")
-    if rate:
+    if record.given.get("train.unet_kv_drop_rate"):
         record.leave_out("train.unet_kv_drop_rate", "keys and values are not dropped here")

@@ -4,6 +4,7 @@ the commands in examples/kohya, which read kohya's own flags.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def read_kohya_command(words: Sequence[str]) -> Config | None:
     dataset, target = _take_option(rest, DATASET), _take_option(rest, WRITE_CONFIG)
     if file is None:
         raise UserError(f"{FROM_KOHYA} needs the file that kohya's --config_file takes")
-    run = translate_run(read_config_file(Path(file)), dataset)
-    print_escaped(run.format_tables())
+    run = translate_run(read_config_file(Path(file)), dataset, processes=_process_count())
+    _print_tables(run)
     config = parse_command_line(
         Config, rest, prog="train.py", example=EXAMPLE, takes_file=False, default=run.config
     )
@@ -69,7 +70,7 @@ def translate_kohya_flags(words: Sequence[str], *, script: str = "") -> Translat
     flags = read_flags(words)
     file = flags.pop("config_file", None)
     given = read_config_file(Path(file)) if file else {}
-    return translate_run(given | flags, script=script)
+    return translate_run(given | flags, script=script, processes=_process_count())
 
 
 def run_kohya_command(
@@ -77,5 +78,21 @@ def run_kohya_command(
 ) -> None:
     """Train as a command line of kohya's says; prints the table first."""
     run = translate_kohya_flags(words, script=script)
-    print_escaped(run.format_tables())
-    print(f"done: {train(run.config)}")
+    _print_tables(run)
+    folder = train(run.config)
+    if _is_first():
+        print(f"done: {folder}")
+
+
+def _print_tables(run: TranslatedRun) -> None:
+    if _is_first():
+        print_escaped(run.format_tables())
+
+
+def _process_count() -> int:
+    """The processes that torchrun or accelerate started, before they have met."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -4,7 +4,7 @@ adapters of ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_core.errors import UserError
@@ -69,8 +69,8 @@ KNOWN = (
 )  # fmt: skip
 
 
-def translate_network(options: TranslatedOptions) -> dict[str, str]:
-    """Record what becomes of the network; returns its network_args.
+def translate_network(options: TranslatedOptions, groups: Sequence[str]) -> dict[str, str]:
+    """Record what becomes of the network, of which `groups` train; returns its network_args.
 
     The rates of blocks (down_lr_weight ...) are left to `translate_block_rates`, which needs the
     model's layers. Raises UserError for a network or an algorithm that is not here.
@@ -97,7 +97,7 @@ def translate_network(options: TranslatedOptions) -> dict[str, str]:
     if kind in ("lora", "dora"):
         ours["adapter.init"] = "kaiming"
     options.take("network_module", ours)
-    _record_arguments(options, module, arguments)
+    _record_arguments(options, module, arguments, groups)
     if options["network_dropout"]:
         options.change(
             "network_dropout",
@@ -132,14 +132,16 @@ def _read_kind(options: TranslatedOptions, module: str, arguments: Mapping[str, 
 
 
 def _record_arguments(
-    options: TranslatedOptions, module: str, arguments: Mapping[str, str]
+    options: TranslatedOptions, module: str, arguments: Mapping[str, str], groups: Sequence[str]
 ) -> None:
-    """The entry of network_args: the layers, convolutions, dropouts; one line each."""
+    """The entry of network_args: the layers, convolutions, dropouts."""
     targets, patterns = _read_targets(options, module, arguments)
-    ours: dict[str, Any] = {"adapter.targets": targets, "adapter.text_targets": ["kohya"]}
-    if arguments.get("preset") == "attn-only":
-        ours["adapter.text_targets"] = ["attention"]
-    ours |= patterns
+    ours: dict[str, Any] = {}
+    if "denoiser" in groups:
+        ours = {"adapter.targets": targets, **patterns}
+    if "text_encoder" in groups:
+        is_attention = arguments.get("preset") == "attn-only"
+        ours["adapter.text_targets"] = ["attention" if is_attention else "kohya"]
     simple = {"rank_dropout": "adapter.rank_dropout", "module_dropout": "adapter.module_dropout"}
     simple |= {"loraplus_lr_ratio": "optimizer.lora_plus"}
     for name, option in simple.items():

@@ -9,7 +9,7 @@ from training.translation.translated_options import TranslatedOptions
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 FILE_PRECISIONS = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}
 LOSSES = {"l2": "mse", "l1": "l1", "huber": "huber", "smooth_l1": "smooth_l1"}
-LENGTH = 77  # tokens of a caption
+LENGTHS = (150, 225)  # tokens of a caption; its usual 75 are ours
 TIMESTEPS = 1000  # of the schedule that min_timestep and max_timestep count
 
 
@@ -42,8 +42,8 @@ def translate_model(options: TranslatedOptions, version: str) -> None:
     if options["torch_compile"]:
         options.take("torch_compile", {"compile": True})
     _record_clip_skip(options, version)
-    if options["max_token_length"] and int(options["max_token_length"]) > LENGTH:
-        options.leave_out("max_token_length", "captions have 77 tokens; longer ones are reported")
+    if options["max_token_length"] and int(options["max_token_length"]) in LENGTHS:
+        options.take("max_token_length", {"max_token_length": int(options["max_token_length"])})
 
 
 def _record_clip_skip(options: TranslatedOptions, version: str) -> None:

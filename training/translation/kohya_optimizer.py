@@ -70,7 +70,8 @@ def translate_groups(options: TranslatedOptions) -> tuple[str, ...]:
         "denoiser": usual if options["unet_lr"] is None else float(options["unet_lr"]),
         "text_encoder": usual if texts is None else float(texts),
     }
-    if options["network_train_unet_only"]:
+    preset = read_pairs(options["network_args"], "network_args").get("preset", "")
+    if options["network_train_unet_only"] or preset.startswith("unet-"):
         rates.pop("text_encoder")
     if options["network_train_text_encoder_only"]:
         rates.pop("denoiser")

@@ -49,13 +49,18 @@ class TranslatedRun:
 
 
 def translate_run(
-    given: Mapping[str, Any], dataset: str | Path | None = None, *, script: str = ""
+    given: Mapping[str, Any],
+    dataset: str | Path | None = None,
+    *,
+    script: str = "",
+    processes: int = 1,
 ) -> TranslatedRun:
     """The config of kohya's options, given as in `kohya_options.read_config_file`.
 
     `dataset`: a dataset file in place of dataset_config. `script`: sdxl or flux where that is known
-    from the script's name; otherwise the model says it. Reads the sizes of the images, to count
-    steps. Raises UserError for unknown options and for what a run of ours cannot be.
+    from the script's name; otherwise the model says it. `processes`: those that share a step. Reads
+    the sizes of the images, to count steps. Raises UserError for unknown options and for what a run
+    of ours cannot be.
     """
     given = dict(given)
     if dataset is not None:
@@ -68,14 +73,14 @@ def translate_run(
         raise options.refuse("dataset_class", "classes are not read; give folders of images")
     version = _model_version(options, script)
     translate_model(options, version)
-    arguments = translate_network(options)
+    groups = translate_groups(options)
+    arguments = translate_network(options, groups)
     file = options["dataset_config"]
     data = read_datasets(options, Path(file) if file else None)
     translate_data(options, data)
     settings, batch = _image_settings(options, data)
     batches = count_batches(data.subsets, settings, batch)
-    steps, epoch = translate_length(options, batches)
-    groups = translate_groups(options)
+    steps, epoch = translate_length(options, batches, processes)
     translate_optimizer(options, groups)
     rate = _settings(options, data)["optimizer"]["lr"][groups[0]]
     translate_schedule(options, steps, rate)
@@ -96,7 +101,8 @@ def translate_run(
 def _is_usual(entry: TranslatedOption) -> bool:
     """Whether an entry is of a default that is ours, too."""
     usual = flatten_table(to_table(Config()))
-    return entry.is_default and all(usual.get(name) == own for name, own in entry.ours.items())
+    is_same = entry.is_default and entry.outcome == "taken"
+    return is_same and all(usual.get(name) == own for name, own in entry.ours.items())
 
 
 def _renamed_defaults(options: TranslatedOptions) -> dict[str, Any]:

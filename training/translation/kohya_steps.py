@@ -57,13 +57,15 @@ def _bucket(path: Path, settings: ImageSettings) -> Size:
         return cut_size(settings, (image.height, image.width), path)
 
 
-def translate_length(options: TranslatedOptions, batches: int) -> tuple[int, int]:
-    """Record steps, batch and accumulation; returns (steps of the run, of an epoch).
+def translate_length(
+    options: TranslatedOptions, batches: int, processes: int = 1
+) -> tuple[int, int]:
+    """Record steps and accumulation; returns (steps of the run, of an epoch).
 
-    max_train_epochs wins over max_train_steps: epochs x ceil(batches / accumulation).
+    max_train_epochs wins over max_train_steps: epochs x ceil(batches / processes / accumulation).
     """
     accumulation = int(options["gradient_accumulation_steps"])
-    epoch = math.ceil(batches / accumulation)
+    epoch = math.ceil(batches / processes / accumulation)
     epochs = options["max_train_epochs"]
     steps = int(epochs) * epoch if epochs else int(options["max_train_steps"])
     if epochs:

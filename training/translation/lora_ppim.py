@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from lora_core.data.images import MASK_SUFFIX, image_to_tensor, read_image
 from lora_core.errors import UserError
-from lora_core.escaped_output import hides_progress
 from lora_core.fire_words import REQUIRED, parse_fire_words
+from lora_core.progress import track
 from lora_core.text import print_escaped, shorten_value
 from models import choose_device
 from training.inputs.annotators import WEIGHTS, Annotator, open_captioner, open_masker
 from training.inputs.mask_files import save_mask
-from training.inputs.prepared_files import describe_mask
+from training.inputs.prepared_files import describe_whiteness
 
 IMAGES = (".png", ".jpg")  # the suffixes that lora_ppim looks for in a folder
 JPEG_QUALITY = 99
@@ -102,7 +101,9 @@ def run_lora_ppim(words: Sequence[str]) -> None:
     for number, each in enumerate(prepared):
         each.image.save(job.output_dir / f"{number}.src.jpg", quality=JPEG_QUALITY)
         save_mask(each.mask, job.output_dir / f"{number}.mask.png")
-        print_escaped(f"written: {number}.src.jpg, {number}.mask.png ({describe_mask(each.mask)})")
+        print_escaped(
+            f"written: {number}.src.jpg, {number}.mask.png ({describe_whiteness(each.mask)})"
+        )
     captions = "".join(f"{each.caption}\n" for each in prepared)
     (job.output_dir / "caption.txt").write_text(captions, encoding="utf-8")
     print_escaped(f"written: {job.output_dir / 'caption.txt'}, a line for each image")
@@ -182,12 +183,12 @@ def prepare_images(job: PreparationJob) -> list[PreparedImage]:
     images = [read_image(path).image for path in job.files]
     captioner = open_captioner(job.captioner, device)
     captions = []
-    for image in tqdm(images, desc="captions", disable=hides_progress()):
+    for image in track(images, "captions", "image", len(images)):
         captions.append(captioner.describe(image, job.caption_text))
     prompts = job.target_prompts or captions
     find = _bind_masker(job, device)
     prepared = []
-    for number, image in enumerate(tqdm(images, desc="masks", disable=hides_progress())):
+    for number, image in enumerate(track(images, "masks", "image", len(images))):
         mask = find(image, prompts[number])
         if mask is None:
             raise UserError(

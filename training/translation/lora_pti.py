@@ -24,7 +24,7 @@ from lora_core.fire_words import REQUIRED, parse_fire_words
 from lora_core.formats.grammar import fold_scale
 from models import read_layout
 from training.inputs.annotators import WEIGHTS
-from training.translation.pti_data import translate_data
+from training.translation.pti_data import translate_pti_data
 from training.translation.pti_stages import translate_stages
 from training.translation.translated_options import TranslatedOptions
 
@@ -87,7 +87,11 @@ DEFAULTS: dict[str, Any] = {  # of lora_pti, in the order of its arguments
     "enable_xformers_memory_efficient_attention": False,
     "out_name": "final_lora",
 }
-OWN = {"face_model": WEIGHTS["face"], "overwrite": False, "resume": False}  # flags of ours
+OWN: dict[str, Any] = {
+    "face_model": WEIGHTS["face"],
+    "overwrite": False,
+    "resume": False,
+}  # flags of ours
 MOVED = {  # models that have left the hub -> where they are now
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
@@ -152,7 +156,7 @@ def translate_lora_pti(words: Sequence[str]) -> PivotalJob:
     known = {name: None if value is REQUIRED else value for name, value in DEFAULTS.items()}
     record = TranslatedOptions("lora_pti", known, given, spell="--{}")
     _translate_places(record)
-    needs_faces = translate_data(record)
+    needs_faces = translate_pti_data(record)
     translate_stages(record)
     _translate_adapter(record)
     _translate_rest(record)
@@ -174,7 +178,7 @@ def _translate_places(record: TranslatedOptions) -> None:
         raise record.refuse("revision", "download that revision and give its folder as the model")
     vae = record["pretrained_vae_name_or_path"]
     if vae is not None:
-        record.take("pretrained_vae_name_or_path", {"vae": vae})
+        record.take("pretrained_vae_name_or_path", {"vae": str(vae)})
     record.take("output_dir", {"out": record["output_dir"]})
     if not record.is_given("device"):
         record.take("device", {"device": "auto"}, "cuda where there is one")

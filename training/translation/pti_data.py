@@ -15,7 +15,7 @@ DUMMY = "DUMMY"  # the word that lora_pti replaces where --placeholder_token_at_
 ENCODER = "clip_l"
 
 
-def translate_data(record: TranslatedOptions) -> bool:
+def translate_pti_data(record: TranslatedOptions) -> bool:
     """Record the options of images, captions, tokens and masks.
 
     Returns whether masks of faces are to be painted first. Raises UserError for a folder or a

@@ -1,0 +1,15 @@
+"""cloneofsimo's DreamBooth script with this project's loop.
+
+    accelerate launch train_lora_dreambooth.py --pretrained_model_name_or_path=MODEL \
+        --instance_data_dir=IMAGES --output_dir=OUT --instance_prompt="style of sks" \
+        --learning_rate=1e-4 --max_train_steps=1000 --train_batch_size=1
+
+A table says what became of each flag. OUT/lora_weight.safetensors is in cloneofsimo's format.
+"""
+
+import sys
+
+import train
+
+if __name__ == "__main__":
+    sys.exit(train.lora_script("train_lora_dreambooth.py"))
