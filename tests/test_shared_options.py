@@ -48,3 +48,10 @@ def test_shards_are_files_of_this_computer() -> None:
     assert share_options({"data": data}, ".") == {"data": {"dataset": "", "streaming": True}}
     hub = {"data": {"dataset": "user/name", "streaming": False}}
     assert share_options(hub, ".") == hub
+
+
+def test_folders_of_subsets_are_not_shared() -> None:
+    table = {"data": {"subsets": [{"images": "/home/anna/photos", "repeats": 3}, {"images": "b"}]}}
+    shared = share_options(table, ".")
+    assert shared == {"data": {"subsets": [{"images": "", "repeats": 3}, {"images": ""}]}}
+    assert table["data"]["subsets"][0]["images"] == "/home/anna/photos"

@@ -31,7 +31,8 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
     """The options of a run in `folder` (the table of its config.toml) without what only its owner
     has. Options that the table lacks stay away.
 
-    Left out are PRIVATE_OPTIONS, a dataset in files of this computer, and pairs that are a folder.
+    Left out are PRIVATE_OPTIONS, the folders of subsets, a dataset in files of this computer, and
+    pairs that are a folder.
     Other paths are those of `shorten_path`, or have ~ for the home folder.
     """
     shared: dict[str, Any] = {}
@@ -54,6 +55,9 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
             data["dataset"] = ""
         if "pairs" in data and not names_columns(str(data["pairs"])):
             data["pairs"] = ""
+        if isinstance(data.get("subsets"), list):
+            tables = [own for own in data["subsets"] if isinstance(own, dict)]
+            data["subsets"] = [own | {"images": ""} for own in tables]
         if isinstance(data.get("masks"), str):
             data["masks"] = shorten_mask_source(data["masks"], folder)
     return {name: _hide_homes(value) for name, value in shared.items()}
