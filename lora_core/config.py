@@ -52,7 +52,8 @@ class DataConfig(CaptionSettings, ImageSettings):
     """Folder with the training images (jpg, png, webp, tiff, avif ..., heic with the package
     pillow-heif); or with kohya's folders N_name, each for N repeats, or with a folder train; or
     with Mix-of-Show's folders image, caption and mask, in itself or in sub-folders, or its JSON
-    file of such concepts. Empty: with --data.dataset."""
+    file of such concepts. Several folders: [[data.subsets]] tables in a TOML file. Empty: with
+    --data.dataset."""
     subsets: tuple[Subset, ...] = ()
     """Several folders instead of one, each with its own repeats and captions: [[data.subsets]]."""
     dataset: str = ""
