@@ -1,7 +1,9 @@
 """Ranges of noise levels of LoRAs, and guidance away from the base model: steps by hand."""
 
-import itertools
+from __future__ import annotations
+
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,7 @@ def drawn(
     """The pixels that the program draws."""
     prepare = LoraStrengths(patches, loras, {})
     batch = ImageBatch([prompt], [3], settings, prepare=prepare)
-    words = list(itertools.chain.from_iterable(patch.placeholders for patch in patches))
+    words = list(chain.from_iterable(patch.placeholders for patch in patches))
     (pixels,) = generation.generate_batches(family, [batch], placeholders=words)
     return pixels
 
@@ -69,7 +71,7 @@ def by_hand(
     levels = sampling.sampler_levels(
         "euler", family.schedule, settings.steps, spacing=family.spacing, offset=family.offset
     )
-    words = list(itertools.chain.from_iterable(patch.placeholders for patch in patches))
+    words = list(chain.from_iterable(patch.placeholders for patch in patches))
 
     def set_all(factors: list[float], *, text: bool = True) -> None:
         for patch, lora, factor in zip(patches, loras, factors):
