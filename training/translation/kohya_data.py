@@ -19,7 +19,7 @@ from training.translation.kohya_dataset import (
     RENAMED,
     ForeignData,
     ForeignSubset,
-    list_captions,
+    read_subset_captions,
 )
 from training.translation.kohya_options import IGNORED, LEFT_OUT, TOOL
 from training.translation.translated_options import TranslatedOption, TranslatedOptions
@@ -58,9 +58,10 @@ INTERPOLATIONS = {"lanczos": "lanczos", "bilinear": "bilinear", "linear": "bilin
 INTERPOLATIONS |= {"bicubic": "bicubic", "cubic": "bicubic"}
 
 
-def translate_data(options: TranslatedOptions, data: ForeignData) -> None:
+def translate_data(options: TranslatedOptions, data: ForeignData, version: str = "") -> None:
     """Record what becomes of the data sets, in `options` and in the record of the dataset file.
 
+    `version`: "sdxl..." for a model whose empty prompt is zeros here and an encoding in kohya's.
     Raises UserError for what one run of ours cannot have.
     """
     subsets = data.subsets
@@ -74,6 +75,9 @@ def translate_data(options: TranslatedOptions, data: ForeignData) -> None:
         is_own = name in ("image_dir", "is_reg", "class_tokens") or not common[name]
         _record_option(options, data, name, in_subsets=is_own and not single)
     _record_caption_source(options, subsets)
+    if version.startswith("sdxl") and any(_values("caption_dropout_rate", subsets)):
+        words = "a dropped caption is the empty one"
+        options.take("caption_dropout_rate", {"data.dropped": "empty"}, words)
     for name in ONE_FOR_ALL:
         _record_common(options, data, name)
     _record_rest(options, data)
@@ -111,7 +115,7 @@ def _is_common(name: str, subsets: list[ForeignSubset]) -> bool:
 
 def _has_effect(name: str, subset: ForeignSubset) -> bool:
     """Whether an option of captions changes one of the subset, as far as its files can be read."""
-    texts = list_captions(subset)
+    texts = read_subset_captions(subset)
     if name not in OF_TEXTS or not texts:
         return True
     own = {ours: subset[theirs] for theirs, ours in OF_SUBSETS.items() if theirs in OF_TEXTS}
@@ -251,10 +255,7 @@ def _common_option(name: str, value: Any, data: ForeignData) -> tuple[dict[str, 
         "alpha_mask": ({"data.masks": "any"} if value else {}, ""),
     }
     if name in simple:
-        ours, remark = simple[name]
-        if name == "caption_dropout_rate" and value:
-            ours |= {"data.dropped": "empty"}
-        return ours, remark
+        return simple[name]
     if not buckets:
         return {}, ""
     limits = {"min_bucket_reso": "data.bucket_min", "max_bucket_reso": "data.bucket_max"}

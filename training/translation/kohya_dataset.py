@@ -89,7 +89,7 @@ def read_datasets(options: TranslatedOptions, file: Path | None) -> ForeignData:
     return ForeignData([*subsets, *_folders(options, "reg_data_dir", is_reg=True)])
 
 
-def list_captions(subset: ForeignSubset) -> list[str]:
+def read_subset_captions(subset: ForeignSubset) -> list[str]:
     """The captions of a subset's images: a line of each file, all lines with wildcards, and the
     class tokens of images without one. None where the folder does not exist.
     """
