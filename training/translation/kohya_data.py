@@ -58,9 +58,10 @@ INTERPOLATIONS = {"lanczos": "lanczos", "bilinear": "bilinear", "linear": "bilin
 INTERPOLATIONS |= {"bicubic": "bicubic", "cubic": "bicubic"}
 
 
-def translate_data(options: TranslatedOptions, data: ForeignData) -> None:
+def translate_data(options: TranslatedOptions, data: ForeignData, version: str = "") -> None:
     """Record what becomes of the data sets, in `options` and in the record of the dataset file.
 
+    `version`: "sdxl..." for a model whose empty prompt is zeros here and an encoding in kohya's.
     Raises UserError for what one run of ours cannot have.
     """
     subsets = data.subsets
@@ -74,6 +75,9 @@ def translate_data(options: TranslatedOptions, data: ForeignData) -> None:
         is_own = name in ("image_dir", "is_reg", "class_tokens") or not common[name]
         _record_option(options, data, name, in_subsets=is_own and not single)
     _record_caption_source(options, subsets)
+    if version.startswith("sdxl") and any(_values("caption_dropout_rate", subsets)):
+        words = "a dropped caption is the empty one"
+        options.take("caption_dropout_rate", {"data.dropped": "empty"}, words)
     for name in ONE_FOR_ALL:
         _record_common(options, data, name)
     _record_rest(options, data)
@@ -251,10 +255,7 @@ def _common_option(name: str, value: Any, data: ForeignData) -> tuple[dict[str, 
         "alpha_mask": ({"data.masks": "any"} if value else {}, ""),
     }
     if name in simple:
-        ours, remark = simple[name]
-        if name == "caption_dropout_rate" and value:
-            ours |= {"data.dropped": "empty"}
-        return ours, remark
+        return simple[name]
     if not buckets:
         return {}, ""
     limits = {"min_bucket_reso": "data.bucket_min", "max_bucket_reso": "data.bucket_max"}
