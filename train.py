@@ -19,7 +19,7 @@ loss (`--loss FILE:FN`), `train(config, step=fn)` a whole step (`--step FILE:FN`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lora_core.command_line import parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import Config
@@ -71,14 +71,13 @@ from lora_core.diffusion import losses, masked_losses
 from lora_core.diffusion.losses import StepOutput
 from lora_core.diffusion.noise import add_noise
 from lora_core.diffusion.prediction import to_loss_space
-from lora_core.errors import exit_status, print_help
+from lora_core.errors import exit_status
 from lora_core.runs import destination
-from lora_core.text import check_unicode, print_escaped
 from training import processes, results, run_presets, setup, starting_lora
 from training.checkpoints import Checkpoints
 from training.comparisons import comparing
 from training.cuda_graph import GraphReplay, call_eagerly
-from training.inputs.prepared_files import prepare_faces, prepare_files, split_prepare_words
+from training.inputs.prepared_files import prepare_files, split_prepare_words
 from training.inputs.step_inputs import InputSource, StepInputs, make_step_inputs
 from training.log import Log
 from training.memory import memory_advice, plan_table
@@ -97,9 +96,7 @@ from training.step import (
     lazy_members,
     optimizer_step,
 )
-from training.translation import lora_ppim as lora_ppim_command
-from training.translation import lora_pti as lora_pti_command
-from training.translation import lora_scripts
+from training.translation import pivotal_commands
 from training.translation.kohya_command import FROM_KOHYA, read_kohya_command
 
 
@@ -271,53 +268,12 @@ def train_config(config: Config) -> None:
 
 def lora_pti(argv: Sequence[str] | None = None) -> int:
     """The command line of the installed lora_pti; returns its exit status."""
-    return run_cloneofsimo(run_lora_pti, lora_pti_command.describe_flags(), argv)
-
-
-def lora_script(name: str, argv: Sequence[str] | None = None) -> int:
-    """The command line of a script of examples/cloneofsimo; returns its exit status."""
-
-    def run(words: list[str]) -> None:
-        train_pivotal_job(lora_scripts.translate_script(name, words))
-
-    return run_cloneofsimo(run, lora_scripts.describe_script(name), argv)
-
-
-def run_lora_pti(words: list[str]) -> None:
-    """Train as a command line of lora_pti says."""
-    train_pivotal_job(lora_pti_command.translate_lora_pti(words))
-
-
-def train_pivotal_job(job: lora_pti_command.PivotalJob) -> None:
-    """Print what became of the flags, train, and write the file into the run's folder."""
-    if processes.is_first():
-        print_escaped(job.table)
-    if job.face_model:
-        prepare_faces(job.config, job.face_model)
-    folder = train(job.config)
-    if processes.is_first():
-        print(f"done: {lora_pti_command.save_pivotal_file(folder, job)}, and the run's own files")
+    return pivotal_commands.run_pti_command(sys.argv[1:] if argv is None else argv, train)
 
 
 def lora_ppim(argv: Sequence[str] | None = None) -> int:
     """The command line of the installed lora_ppim; returns its exit status."""
-    return run_cloneofsimo(lora_ppim_command.run_lora_ppim, lora_ppim_command.HELP, argv)
-
-
-def run_cloneofsimo(
-    run: Callable[[list[str]], object], help_text: str, argv: Sequence[str] | None
-) -> int:
-    """Run a command of cloneofsimo's by its words, or print its help; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or {"-h", "--help"} & set(words):
-        print_help(lambda: print(help_text))
-        return 0 if words else 2
-
-    def carry_out() -> None:
-        check_unicode(words, "the argument")
-        run(words)
-
-    return exit_status(carry_out)
+    return pivotal_commands.run_ppim_command(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lora_core.config import ModelConfig
+from lora_core.model_settings import ModelConfig
 from lora_core.settings import AtLeast, SamplerSettings
 
 

@@ -35,6 +35,9 @@ def silence_libraries() -> None:
     """Before the libraries are imported: no bars, and no logs below errors."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    hub = sys.modules.get("huggingface_hub.utils")
+    if hub is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+        hub.disable_progress_bars()  # of a program, or a gradio, that imported it before us
     for name in (*LOGGERS, "torch.utils._pytree", "diffusers.quantizers.torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -162,7 +162,9 @@ class StableDiffusion:
         Padded to the tokenizer's length, BOS and EOS included. clip_skip k takes the state k layers
         earlier, through the same final norm. Long prompts are encoded in chunks.
         """
-        ids = split_chunks(tokens["ids"], self.tokenizer)
+        ids = tokens["ids"]
+        if self.max_token_length > CHUNK:
+            ids = split_chunks(ids, self.tokenizer)
         if not self.clip_skip:
             states = self.text_encoder(ids).last_hidden_state
         else:
@@ -170,7 +172,9 @@ class StableDiffusion:
             states = final_norm(self.text_encoder)(every[-(self.clip_skip + 1)])
         if "weights" in tokens:
             states = emphasize_states(states, split_weights(tokens["weights"], self.tokenizer))
-        return Conditioning(join_chunks(states, len(tokens["ids"])))
+        if self.max_token_length > CHUNK:
+            states = join_chunks(states, len(tokens["ids"]))
+        return Conditioning(states)
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         return self.encode_prompts(prompts)

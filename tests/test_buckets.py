@@ -150,7 +150,7 @@ def test_images_that_are_not_enlarged_have_the_buckets_of_sd_scripts(w, h, resol
     except ZeroDivisionError:  # it has no bucket for so long an image
         return
     if 0 in bucket:
-        with pytest.raises(UserError, match=r"less than --data\.bucket-step 32 on a side"):
+        with pytest.raises(UserError, match=r"less than --data\.bucket-step 32 on a"):
             buckets.cut_size(own, (h, w), "a.png")
         return
     assert buckets.kept_size(own, (h, w)) == resized[::-1]
@@ -179,6 +179,12 @@ def test_an_image_that_is_not_enlarged_is_cut_out_of_its_own_pixels(folder):
     enlarged = ImageDataset(scan_folder(folder), ImageSettings(16, buckets=True, bucket_step=8))
     keys.add(enlarged.cache_key(enlarged.records[0], 0))
     assert dataset.sizes[0] == enlarged.sizes[0] and len(keys) == 2
+    for resolution in (18, 20):  # its own 20 pixels fit the second: other pixels, cut to one size
+        kept = ImageSettings(resolution, buckets=True, bucket_upscale=False, bucket_step=8)
+        other = ImageDataset(scan_folder(folder)[:1], kept)
+        assert other.sizes[0] == (16, 16)
+        keys.add(other.cache_key(other.records[0], 0))
+    assert len(keys) == 3
 
 
 def test_limits_of_buckets_that_leave_out_the_resolution_are_refused():

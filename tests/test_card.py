@@ -407,3 +407,21 @@ def test_words_for_layers_are_drawn_by_our_own_commands(
     assert options[options.index("--prompt") + 1] == 'a <dog> "b" TOK cat'
     assert infer.main(options) == 0
     assert RepoCard.load(run / "README.md").data.to_dict()["instance_prompt"].startswith("a <dog>")
+
+
+def test_the_hubs_parser_finds_license_pipeline_and_description(card: ModelCard, run: Path) -> None:
+    own = replace(
+        card,
+        license="CreativeML OpenRAIL-M",
+        description="A cat.",
+        tags=("pet", "lora"),
+        repo="a/b",
+    )
+    loaded = huggingface_hub.ModelCard.load(write_card(replace(own, base_model="org/base"), run))
+    data = loaded.data.to_dict()
+    assert data["license"] == "creativeml-openrail-m" and "license_name" not in data
+    assert data["pipeline_tag"] == "text-to-image" and data["base_model"] == "org/base"
+    assert data["tags"].count("lora") == 1 and "pet" in data["tags"]
+    assert "\n\nA cat.\n" in loaded.text
+    other = huggingface_hub.ModelCard.load(write_card(replace(own, license="Mine only"), run))
+    assert (other.data.license, other.data.license_name) == ("other", "mine-only")

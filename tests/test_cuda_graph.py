@@ -207,6 +207,11 @@ CASES: dict[str, dict[str, Any]] = {
         "tokens": TokensConfig(per_layer=True, norm="stop", norm_target=5.0),
     },
     "autocast": {"autocast": True},
+    "a limit of the updates, rates by layer, long captions": {
+        "stages": (Stage(6, ALL),),
+        "optimizer": OptimizerConfig(max_update_norm=1e-3, lr_pattern={"*.to_k": 0.5}),
+        "max_token_length": 150,
+    },
     "attention on a word, logged": {
         "stages": (Stage(6, ALL),),
         "loss": "examples/attention_in_mask.py:attention_in_mask",

@@ -49,6 +49,7 @@ THEMES = {  # test files that are named after what cuts across many modules
     "installation", "kills", "large_models", "large_sets", "loss_examples", "objectives",
     "packed_turns", "resume", "soak", "toy", "trained_files", "traps", "web_demo",
 }  # fmt: skip
+HELP_TEXTS = {"config.py", "model_settings.py", "settings.py"}  # files of options
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}
 
 
@@ -129,7 +130,7 @@ def test_core_imports_no_model_library_and_nothing_above_it() -> None:
 def test_core_names_no_family() -> None:
     offenders = []
     for path in CORE:
-        if path.name not in {"config.py", "settings.py"}:  # help texts give examples
+        if path.name not in HELP_TEXTS:  # they give examples
             found = [text for text in code_strings(path) if FAMILIES.search(text)]
             offenders += [f"{short(path)}: {text}" for text in found]
     assert not offenders

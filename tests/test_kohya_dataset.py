@@ -123,6 +123,42 @@ def test_what_one_run_cannot_have_is_one_sentence(tmp_path: Path, text: str, mes
         translate_data(*read(tmp_path / "d.toml", text))
 
 
+@pytest.mark.parametrize(
+    ("caption", "taken"),
+    [
+        ("a photo of garp", set()),
+        ("garp, in town", {"shuffle_caption", "tag_dropout"}),
+        ("garp, in town, {red|blue}", {"tag_dropout", "keep_tokens", "wildcards"}),
+        ("x ||| a, b", {"shuffle_caption", "tag_dropout", "keep_tokens_separator"}),
+    ],
+)
+def test_options_that_change_no_caption_are_left_out(
+    tmp_path: Path, caption: str, taken: set[str]
+) -> None:
+    """A run of ours refuses what does nothing; kohya's files often shuffle whole sentences."""
+    save_photos(tmp_path / "a", caption, count=2)
+    text = f"[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'a'}'\n"
+    given: dict[str, Any] = {
+        "shuffle_caption": True,
+        "keep_tokens": 2,
+        "caption_tag_dropout_rate": 1e-4,
+    }
+    given |= {"enable_wildcard": True, "caption_extension": ".txt", "keep_tokens_separator": "|||"}
+    if "," in caption and "{" not in caption:
+        given["keep_tokens"] = 0
+    options, data = read(tmp_path / "d.toml", text, **given)
+    translate_data(options, data)
+    names = {"shuffle_caption", "tag_dropout", "keep_tokens", "wildcards", "keep_tokens_separator"}
+    found = {name.removeprefix("data.") for name in options.options}
+    assert found & names == taken
+    if not taken:
+        idle = [entry for entry in options.entries if entry.outcome == "ignored"]
+        assert (
+            "no caption changes by it"
+            in {entry.name: entry.remark for entry in idle}["shuffle_caption"]
+        )
+
+
 def test_a_folder_that_stands_twice_is_read_once(tmp_path: Path) -> None:
     text = "[[datasets]]\nresolution = 64\n" + "[[datasets.subsets]]\nimage_dir = 'a'\n" * 2
     options, data = read(tmp_path / "d.toml", text)

@@ -85,3 +85,21 @@ def test_epochs_between_checkpoints_and_samples_are_steps(tmp_path: Path) -> Non
     assert outputs("flux1", sample_prompts=["a"]).options["samples.guidance"] == 3.5
     with pytest.raises(UserError, match="save_precision"):
         outputs(save_precision="fp8")
+
+
+def test_words_of_the_header_and_the_repository_are_taken() -> None:
+    words = ("title", "author", "description", "license", "tags", "trigger_phrase")
+    given = {f"metadata_{word}": f"my {word}" for word in words}
+    options = outputs(
+        **given,
+        no_metadata=True,
+        save_precision="fp16",
+        huggingface_repo_id="me/run",
+        huggingface_repo_visibility="public",
+    ).options
+    for word in words:
+        ours = {"trigger_phrase": "trigger"}.get(word, word)
+        assert options[f"files.{ours}"] == f"my {word}"
+    assert options["files.header"] == "short" and options["files.precision"] == "fp16"
+    assert options["push_to_hub"] == "me/run" and options["files.public"] is True
+    assert "files.public" not in outputs(huggingface_repo_id="me/run").options

@@ -9,13 +9,16 @@ import pytest
 import tomli_w
 
 import train
-from lora_core.config import ValidationConfig
+from lora_core.config import Config, ValidationConfig
 from lora_core.data.step_visits import StepOrder
 from lora_core.errors import UserError
 from lora_core.toml import from_table, read_toml, to_toml
+from models import read_layout
+from tests import tiny_flux, tiny_sdxl
 from tests.conftest import final, same, save_photos
 from training import setup
 from training.checks.config_checks import check_config
+from training.checks.model_checks import plan_adapters
 from training.translation.kohya_objective import translate_objective
 from training.translation.kohya_options import KOHYA_DEFAULTS, read_config_file, read_flags
 from training.translation.kohya_runs import translate_run
@@ -209,7 +212,7 @@ steps = {run.config.steps}
 groups = ["denoiser", "text_encoder"]
 """
     (data / "ours.toml").write_text(by_hand)
-    ours = read_toml(data / "ours.toml")
+    ours: Config = read_toml(data / "ours.toml")
     plain = ValidationConfig(every=-1)
     folders = []
     for config in (run.config, ours):
@@ -294,3 +297,29 @@ def test_noise_levels_and_losses(given: dict[str, Any], version: str, ours: dict
     options = TranslatedOptions("kohya", KOHYA_DEFAULTS, given)
     translate_objective(options, version)
     assert options.options == ours
+
+
+def test_the_scripts_of_sdxl_and_flux(data: Path) -> None:
+    tiny_sdxl.save(data / "sdxl")
+    tiny_flux.save(data / "flux")
+    common = {"learning_rate": 1e-3, "resolution": 16, "caption_extension": ".txt"}
+    common |= {"max_train_steps": 2}
+    weights = "down_lr_weight=0,0.5,0,1"
+    given = common | {"network_module": "networks.lora", "clip_skip": 2, "no_half_vae": True}
+    given |= {"network_args": ["conv_dim=2", "conv_alpha=1", weights]}
+    path = write_file(data, given, str(data / "sdxl"))
+    config = translate_run(read_config_file(path), script="sdxl").config
+    check_config(config)
+    assert config.clip_skip == 0 and "down_blocks.0.resnets.1.*" in config.adapter.exclude
+    assert set(config.optimizer.lr_pattern.values()) == {0.5}
+    plan_adapters(config, read_layout(config.model))
+    given = common | {"network_module": "networks.lora_flux", "network_train_unet_only": True}
+    given |= {"timestep_sampling": "shift", "discrete_flow_shift": 3.1, "guidance_scale": 1.0}
+    given |= {"network_args": ["train_blocks=single"], "clip_l": "l.safetensors"}
+    path = write_file(data, given, str(data / "flux"))
+    config = translate_run(read_config_file(path)).config
+    check_config(config)
+    assert config.noise.shift == 3.1 and config.noise.guidance == 1.0
+    assert config.noise.density == "logit_normal"
+    (spec,) = plan_adapters(config, read_layout(config.model)).values()
+    assert spec.targets and config.stages[0].groups == ("denoiser",)

@@ -15,6 +15,7 @@ from lora_core import formats
 from lora_core.adapters.injection import layer_spec
 from lora_core.errors import UserError
 from lora_core.formats.grammar import fold_scale
+from lora_core.runs.loras import find_token_file
 from lora_core.toml import read_toml
 from models import read_layout
 from tests import readme_lines
@@ -105,6 +106,9 @@ def test_the_readmes_line_runs_as_installed_and_writes_their_file(tmp_path: Path
         for path, lr in modules.items():
             up = theirs.components[component][path].up  # type: ignore[union-attr]
             assert torch.equal(up, fold_scale(lr).up.half()), path  # type: ignore[arg-type]
+    assert find_token_file(str(folder / "final_lora.safetensors")) == ""  # it has them itself
+    kohya = str(folder / "output_dsn.safetensors")
+    assert find_token_file(kohya).endswith("output_dsn_emb.safetensors")
     config = read_toml(folder / "config.toml")
     assert config.tokens.words == ("<s1><s2>",) and config.accumulation == 4
     cuda = torch.cuda.is_available()

@@ -13,6 +13,7 @@ from tests.installed_commands import ROOT, typed_words
 from tests.readme_lines import append_flags
 from tests.test_lora_pti import TOY, read_as_cloneofsimo, variables
 from training.translation.lora_scripts import SCRIPTS, SHARED, translate_script
+from training.translation.pivotal_commands import run_script_command
 
 
 def run_line(line: str, cwd: Path, images: Path) -> Path:
@@ -20,7 +21,7 @@ def run_line(line: str, cwd: Path, images: Path) -> Path:
     (words,) = typed_words(line, cwd, variables(images))
     assert words[0] == "launch" and (ROOT / "examples/cloneofsimo" / words[1]).is_file()
     with contextlib.chdir(cwd):
-        assert train.lora_script(words[1], words[2:]) == 0
+        assert run_script_command(words[1], words[2:], train.train) == 0
     return cwd / "exps/output_dsn"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def drawn(
     """The pixels that the program draws."""
     prepare = LoraStrengths(patches, loras, {})
     batch = ImageBatch([prompt], [3], settings, prepare=prepare)
-    words = [word for patch in patches for word in patch.placeholders]
+    words = list(chain.from_iterable(patch.placeholders for patch in patches))
     (pixels,) = generation.generate_batches(family, [batch], placeholders=words)
     return pixels
 
@@ -70,7 +71,7 @@ def by_hand(
     levels = sampling.sampler_levels(
         "euler", family.schedule, settings.steps, spacing=family.spacing, offset=family.offset
     )
-    words = [word for patch in patches for word in patch.placeholders]
+    words = list(chain.from_iterable(patch.placeholders for patch in patches))
 
     def set_all(factors: list[float], *, text: bool = True) -> None:
         for patch, lora, factor in zip(patches, loras, factors):

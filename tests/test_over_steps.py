@@ -7,7 +7,12 @@ import pytest
 from PIL import Image
 
 from lora_core.runs import pictures
-from lora_core.runs.over_steps import read_sampled_step, save_over_steps, split_captions
+from lora_core.runs.over_steps import (
+    read_sampled_step,
+    rows_beside,
+    save_over_steps,
+    split_captions,
+)
 from lora_core.runs.pictures import CELLS, OVER_STEPS, ImageRow
 from lora_core.runs.report_images import read_images
 from tests.report_runs import flat
@@ -93,3 +98,9 @@ def test_the_strength_nearest_to_1_is_shown(tmp_path: Path) -> None:
     found = read_sampled_step(tmp_path / "samples" / "step_000003.png", CAPTIONS)
     assert found is not None and found.step == 3
     assert found.images[1].getpixel((5, 5)) == color(3, 1)
+
+
+def test_rows_of_few_steps_stand_beside_each_other() -> None:
+    assert rows_beside(4, 2) == 2 and rows_beside(5, 2) == 3 and rows_beside(6, 2) == 3
+    assert rows_beside(1, 2) == 1 and rows_beside(4, 5) == 1 and rows_beside(4, 3) == 2
+    assert rows_beside(3, 3) == 2

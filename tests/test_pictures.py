@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,22 @@ def test_short_labels_stand_on_the_left_and_long_ones_above() -> None:
     assert len(tops) == 1
 
 
-def test_headings_stand_above_their_columns() -> None:
-    rows = [ImageRow("", [Image.new("RGB", (64, 64), RED)] * 3)]
-    with_headings = pictures.draw_grid(rows, headings=["before training", "10 steps", "20 steps"])
-    without = pictures.draw_grid(rows)
-    assert with_headings.height > without.height + 15
+@pytest.mark.parametrize("label", ["", "seed 0", "a photo of TOK on a red striped background"])
+def test_headings_stand_above_their_columns_and_labels(
+    label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two texts of a sheet overlap."""
+    boxes: list[tuple[float, float, float, float]] = []
+    real = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, place: Any, words: str, *rest: Any) -> None:
+        boxes.append(self.textbbox(place, words, font=rest[1]))
+        real(self, place, words, *rest)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    rows = [ImageRow(label, [Image.new("RGB", (64, 64), RED)] * 2, ["one", "two"])] * 2
+    headings = ["before training", "10 steps"]
+    sheet = pictures.draw_grid(rows, title="a title", columns=4, headings=headings * 2)
+    images = [tuple(cell["box"]) for cell in sheet.info[CELLS]]
+    for (a, b, c, d), (e, f, g, h) in combinations([*boxes, *images], 2):
+        assert c <= e or g <= a or d <= f or h <= b

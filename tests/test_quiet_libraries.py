@@ -77,3 +77,11 @@ import logging, os
 print(os.environ["TRANSFORMERS_VERBOSITY"], logging.getLogger("torch").level == logging.ERROR)
 """
     assert run_code(code).splitlines()[-1] == "error True"
+
+
+def test_bars_are_silent_where_the_hub_was_imported_before_us() -> None:
+    """As by gradio in examples/web_demo.py; transformers asks the hub when it is imported."""
+    code = "import huggingface_hub.utils, models; from transformers.utils import logging; "
+    code += "print(logging.is_progress_bar_enabled())"
+    assert run_code(code) == "False\n"
+    assert run_code(code, HF_HUB_DISABLE_PROGRESS_BARS="0") == "True\n"

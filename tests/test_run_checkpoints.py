@@ -36,9 +36,9 @@ def test_the_end_is_last_and_shown_once(tmp_path: Path) -> None:
     names = find_checkpoints(parse_axis(f"checkpoint={run}")).captions
     assert names == ["step 5", "step 100", "end"]
     (run / "summary.json").write_text('{"steps": 100}')
-    axis = find_checkpoints(parse_axis(f"checkpoint={run}:0.5"))
+    axis = find_checkpoints(parse_axis(f"checkpoint={run}:0.5@0.2-1.0"))
     assert axis.captions == ["step 5", "step 100, the end"]
-    assert parse_lora(axis.loras[-1]) == (str(run), 0.5)
+    assert parse_lora(axis.loras[-1]) == parse_lora(f"{run}:0.5@0.2-1.0")
 
 
 def test_no_run_and_a_run_twice_are_refused(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_shards_are_files_of_this_computer() -> None:
     assert share_options(hub, ".") == hub
 
 
-def test_folders_of_subsets_are_nobodys_business() -> None:
-    table = {"data": {"subsets": [{"images": "/home/alice/anna", "repeats": 3}]}}
-    assert share_options(table, ".") == {"data": {"subsets": [{"images": "", "repeats": 3}]}}
+def test_folders_of_subsets_are_not_shared() -> None:
+    table = {"data": {"subsets": [{"images": "/home/anna/photos", "repeats": 3}, {"images": "b"}]}}
+    shared = share_options(table, ".")
+    assert shared == {"data": {"subsets": [{"images": "", "repeats": 3}, {"images": ""}]}}
+    assert table["data"]["subsets"][0]["images"] == "/home/anna/photos"

@@ -192,7 +192,8 @@ def optimizer_step(
             before[name] = embedding.rows.detach().clone()
     norm = update_parameters(moving, model, optimization, stage, config, total)
     control_token_norms(model, optimization, stage, config, before)
-    limit_updates(model, optimization, stage, config, readings)
+    if config.optimizer.max_update_norm:
+        limit_updates(model, optimization, stage, config, readings)
     return StepResult(total, norm, mean_readings(readings) if readings else {})
 
 
@@ -276,10 +277,10 @@ def limit_updates(
     """Apply --optimizer.max-update-norm to the adapters that the stage trains, after an optimizer
     step that was not skipped, and log how many layers it scaled and the largest norm before that.
     """
-    limit = config.optimizer.max_update_norm
     networks = trained_networks(model, stage)
-    if not limit or not networks:
+    if not networks:
         return
+    limit = config.optimizer.max_update_norm
     limited = limit_update_norms_(networks, limit, skip=optimization.skip)
     add_reading(readings, "limited_layers", limited.scaled)
     add_reading(readings, "largest_update", limited.largest)

@@ -9,7 +9,8 @@ A table says what became of each flag. OUT/lora_weight.safetensors is in cloneof
 
 import sys
 
-import train
+from train import train
+from training.translation.pivotal_commands import run_script_command
 
 if __name__ == "__main__":
-    sys.exit(train.lora_script("train_lora_w_ti.py"))
+    sys.exit(run_script_command("train_lora_w_ti.py", sys.argv[1:], train))

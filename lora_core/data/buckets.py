@@ -74,12 +74,13 @@ def cut_size(settings: ImageSettings, image: Size, name: object = "an image") ->
     if s.bucket_upscale:
         sizes = bucket_sizes(s.resolution, s.bucket_step, s.bucket_min, s.bucket_max)
         return nearest_size(image, sizes)
-    h, w = (side // s.bucket_step * s.bucket_step for side in kept_size(s, image))
+    kept = kept_size(s, image)
+    h, w = (side // s.bucket_step * s.bucket_step for side in kept)
     if not (h and w):
         raise UserError(
-            f"{name} has {image[1]} x {image[0]} pixels, less than --data.bucket-step "
-            f"{s.bucket_step} on a side, and --data.no-bucket-upscale does not enlarge it; lower "
-            "the step or leave the image out"
+            f"{name} has {kept[1]} x {kept[0]} pixels at --data.resolution {s.resolution}, less "
+            f"than --data.bucket-step {s.bucket_step} on a side, and --data.no-bucket-upscale does "
+            "not enlarge it; lower the step or leave the image out"
         )
     return h, w
 

@@ -193,7 +193,8 @@ class ImageDataset:
             "reading": READER_VERSION,
         }
         if s.buckets and not s.bucket_upscale:
-            settings["upscale"] = False
+            own = size or cut_size(s, record.size)
+            settings["scaled"] = self._scaled_size(record, own)
         if self.hard_masks:  # a crop without any of the mask moves to it
             settings["masks"] = "hard"
         if s.is_random:

@@ -17,6 +17,7 @@ from lora_core.adapters.patch import Patch, patch
 from lora_core.errors import UserError
 from lora_core.family import Family
 from lora_core.formats import embeddings
+from lora_core.formats.cloneofsimo import EMBED
 from lora_core.formats.recognition import model_of_run, recognize_file, refuse_other_kinds
 from lora_core.placeholders import Placeholder
 from lora_core.settings import scheduler_changes
@@ -151,11 +152,12 @@ def apply_loras(
 def find_token_file(path: str) -> str:
     """The token file in the folder of a LoRA file that was trained with tokens.
 
-    "" where there is none, or more than one.
+    "" where there is none, or more than one, and for a file that holds its tokens (cloneofsimo's).
     """
     found = sorted(Path(path).parent.glob(f"*{formats.EMBEDDINGS}"))
     is_lora_file = Path(path).is_file() and path not in map(str, found)
-    has_tokens = is_lora_file and embeddings.TOKEN_NAMES in read_headers(path)
+    headers = read_headers(path) if is_lora_file else {}
+    has_tokens = embeddings.TOKEN_NAMES in headers and EMBED not in headers.values()
     return str(found[0]) if has_tokens and len(found) == 1 else ""
 
 

@@ -13,6 +13,7 @@ from lora_core.data.images import READ_ERRORS, decode_image
 from lora_core.runs import pictures
 from lora_core.runs.pictures import CELLS, OVER_STEPS, ImageRow
 from lora_core.runs.report_images import evenly_chosen
+from lora_core.runs.sheet_layout import MOST_COLUMNS, MOST_EMPTY, empty_share
 
 MOST_STEPS = 7  # columns beside the one before training
 MOST_ROWS = 8
@@ -51,10 +52,22 @@ def save_over_steps(
     title = f"{folder.name}: over the steps"
     if prompt:
         title += f", \N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}"
-    sheet = pictures.draw_grid(rows, title=title, headings=headings)
+    beside = rows_beside(len(rows), len(headings))
+    columns = beside * len(headings)
+    sheet = pictures.draw_grid(rows, title=title, columns=columns, headings=headings * beside)
     path = folder / "samples" / OVER_STEPS
     pictures.save_sheet(sheet, path, step=steps[-1].step, is_private=is_private)
     return path
+
+
+def rows_beside(count: int, images: int) -> int:
+    """How many of `count` rows of so many images stand beside each other, for a sheet that is not
+    tall: as many as leave little of it empty.
+    """
+    for beside in range(min(count, MOST_COLUMNS // images), 1, -1):
+        if empty_share([images] * count, beside * images) <= MOST_EMPTY:
+            return beside
+    return 1
 
 
 def split_captions(captions: Sequence[str]) -> tuple[str, list[str]]:

@@ -138,9 +138,10 @@ def draw_grid(
     height = top - GAP - LINE_GAP * is_above + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     draw_text(sheet, (MARGIN, MARGIN), title, width - 2 * MARGIN, size=TITLE_SIZE, color=INK)
+    labels_top = tops[0] - (max(rows[i].label_height(cell) for i in lines[0]) if is_above else 0)
     for i, text in enumerate(headings):
         x = left + i * (cell + GAP)
-        _draw_bottom(sheet, (x, tops[0] - 4), text, cell, FAINT)
+        _draw_bottom(sheet, (x, labels_top - 4), text, cell, FAINT)
     cells: list[dict[str, Any]] = []
     for line, top in zip(lines, tops):
         x = left

@@ -47,7 +47,7 @@ def find_checkpoints(axis: Axis, given: Sequence[LoraSource] = ()) -> Axis:
     chosen = evenly_chosen(list(names), MOST_VALUES)
     if len(chosen) < len(names):
         print_note(f"{len(chosen)} of {len(names)} checkpoints of {folder}, evenly chosen")
-    loras = [lora_text(LoraSource(str(names[name]), source.strength)) for name in chosen]
+    loras = [lora_text(source._replace(path=str(names[name]))) for name in chosen]
     values = [float(place) for place in range(len(chosen))]
     return Axis(axis.setting, values, axis.run, tuple(chosen), tuple(loras))
 

@@ -39,8 +39,8 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
     """The options of a run in `folder` (the table of its config.toml) without what only its owner
     has. Options that the table lacks stay away.
 
-    Left out are PRIVATE_OPTIONS, a dataset in files of this computer, and pairs that are a folder.
-    Other paths are those of `share_path`, or have ~ for the home folder.
+    Left out are PRIVATE_OPTIONS, the folders of subsets, a dataset in files of this computer, and
+    pairs that are a folder. Other paths are those of `share_path`, or have ~ for the home folder.
     """
     shared: dict[str, Any] = {}
     for name, value in table.items():
@@ -60,10 +60,11 @@ def share_options(table: dict[str, Any], folder: Path | str) -> dict[str, Any]:
         is_local = bool(data.get("streaming")) or Path(str(data.get("dataset"))).exists()
         if "dataset" in data and is_local:
             data["dataset"] = ""
-        if isinstance(data.get("subsets"), list | tuple):
-            data["subsets"] = [own | {"images": ""} for own in data["subsets"]]
         if "pairs" in data and not names_columns(str(data["pairs"])):
             data["pairs"] = ""
+        if isinstance(data.get("subsets"), list | tuple):
+            tables = [own for own in data["subsets"] if isinstance(own, dict)]
+            data["subsets"] = [own | {"images": ""} for own in tables]
         if isinstance(data.get("masks"), str):
             data["masks"] = shorten_mask_source(data["masks"], folder)
     return {name: _hide_folders(value) for name, value in shared.items()}

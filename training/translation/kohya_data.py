@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from lora_core.data.caption_tags import compose_caption
 from lora_core.errors import UserError
+from lora_core.settings import CaptionSettings
 from lora_core.text import shorten_value
 from training.translation.kohya_dataset import (
     FOLDERS,
@@ -14,6 +19,7 @@ from training.translation.kohya_dataset import (
     RENAMED,
     ForeignData,
     ForeignSubset,
+    read_subset_captions,
 )
 from training.translation.kohya_options import IGNORED, LEFT_OUT, TOOL
 from training.translation.translated_options import TranslatedOption, TranslatedOptions
@@ -35,22 +41,27 @@ OF_SUBSETS = {
     "caption_separator": "tag_separator",
     "secondary_separator": "secondary_separator",
 }
+OF_TEXTS = (  # that act on some captions and not on others
+    "enable_wildcard", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
+    "caption_tag_dropout_rate", "caption_separator", "secondary_separator",
+)  # fmt: skip
+MOVES = ("shuffle_caption", "caption_tag_dropout_rate")  # without which nothing need be kept
+VISITS = 32
 ONE_FOR_ALL = (
     "caption_dropout_rate", "flip_aug", "color_aug", "random_crop", "alpha_mask",
     "resize_interpolation", "resolution", "batch_size", "enable_bucket", "bucket_reso_steps",
     "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale",
 )  # fmt: skip
-OF_TAGS = ("keep_tokens", "keep_tokens_separator")  # of no use where no tag moves
-NO_TAGS = "no tag is shuffled or dropped, so it has no effect (in kohya's script neither)"
+IDLE = "no caption changes by it (in kohya's script neither)"
 OVERRIDDEN = "every subset has a value of its own"
-EMPTY: dict[str, Any] = {"keep_tokens": 0, "shuffle_caption": False, "caption_separator": ","}
 INTERPOLATIONS = {"lanczos": "lanczos", "bilinear": "bilinear", "linear": "bilinear"}
 INTERPOLATIONS |= {"bicubic": "bicubic", "cubic": "bicubic"}
 
 
-def translate_data(options: TranslatedOptions, data: ForeignData) -> None:
+def translate_data(options: TranslatedOptions, data: ForeignData, version: str = "") -> None:
     """Record what becomes of the data sets, in `options` and in the record of the dataset file.
 
+    `version`: "sdxl..." for a model whose empty prompt is zeros here and an encoding in kohya's.
     Raises UserError for what one run of ours cannot have.
     """
     subsets = data.subsets
@@ -64,6 +75,9 @@ def translate_data(options: TranslatedOptions, data: ForeignData) -> None:
         is_own = name in ("image_dir", "is_reg", "class_tokens") or not common[name]
         _record_option(options, data, name, in_subsets=is_own and not single)
     _record_caption_source(options, subsets)
+    if version.startswith("sdxl") and any(_values("caption_dropout_rate", subsets)):
+        words = "a dropped caption is the empty one"
+        options.take("caption_dropout_rate", {"data.dropped": "empty"}, words)
     for name in ONE_FOR_ALL:
         _record_common(options, data, name)
     _record_rest(options, data)
@@ -99,23 +113,36 @@ def _is_common(name: str, subsets: list[ForeignSubset]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def _moves_tags(subset: ForeignSubset) -> bool:
-    return bool(subset["shuffle_caption"] or subset["caption_tag_dropout_rate"])
+def _has_effect(name: str, subset: ForeignSubset) -> bool:
+    """Whether an option of captions changes one of the subset, as far as its files can be read."""
+    texts = read_subset_captions(subset)
+    if name not in OF_TEXTS or not texts:
+        return True
+    own = {ours: subset[theirs] for theirs, ours in OF_SUBSETS.items() if theirs in OF_TEXTS}
+    given = {ours: value for ours, value in own.items() if value}
+    for other in MOVES if name not in MOVES else ():
+        if not _has_effect(other, subset):
+            given.pop(OF_SUBSETS[other], None)
+    if given.get("tag_dropout"):
+        given["tag_dropout"] = 0.5  # which the visits below show, however rare it is
+    tags: Any = replace(CaptionSettings(), **given)
+    usual: Any = replace(tags, **{OF_SUBSETS[name]: getattr(CaptionSettings(), OF_SUBSETS[name])})
+    return any(_outcomes(text, tags) != _outcomes(text, usual) for text in texts)
 
 
-def _has_effect(name: str, subsets: list[ForeignSubset]) -> bool:
-    """Whether an option of captions acts in some subset."""
-    if name in OF_TAGS:
-        return any(map(_moves_tags, subsets))
-    if name == "caption_separator":
-        return any(_moves_tags(subset) or subset["secondary_separator"] for subset in subsets)
-    return True
+def _outcomes(text: str, tags: CaptionSettings) -> list[str]:
+    """Captions of some visits with one generator, in which any option that acts is seen."""
+    generator = torch.Generator().manual_seed(0)
+    return [compose_caption(text, tags, generator) for _ in range(VISITS)]
 
 
 def _record_option(
     options: TranslatedOptions, data: ForeignData, name: str, *, in_subsets: bool
 ) -> None:
     """The entries of an option of subsets: one for each place where it stands."""
+    is_active = [_has_effect(name, subset) for subset in data.subsets]
+    if not in_subsets:
+        is_active = [any(is_active)]
     ours: dict[str, dict[str, Any]] = {}  # place -> options of ours
     for i, subset in enumerate(data.subsets):
         given = subset.values[name]
@@ -123,7 +150,7 @@ def _record_option(
         key = f"data.subsets.{i}.{OF_SUBSETS[name]}" if in_subsets else f"data.{OF_SUBSETS[name]}"
         own = ours.setdefault(given.place, {})
         is_unset = value in (None, "", False) and not in_subsets
-        if value is not None and not is_unset and _has_effect(name, data.subsets):
+        if value is not None and not is_unset and is_active[i if in_subsets else 0]:
             own[key] = value
     usual = RENAMED.get(name, name)
     for place, found in ours.items():
@@ -138,10 +165,12 @@ def _record_option(
         if found:
             record.take(own_name, found)
         elif record.is_given(own_name):
-            record.ignore(own_name, "" if _has_effect(name, data.subsets) else NO_TAGS)
+            record.ignore(own_name, "" if any(is_active) else IDLE)
 
 
-def _entry_of_folder(name: str, found: dict[str, Any], subsets: list[ForeignSubset]) -> Any:
+def _entry_of_folder(
+    name: str, found: dict[str, Any], subsets: list[ForeignSubset]
+) -> TranslatedOption:
     values = _values(name, subsets)
     value = values[0] if len(values) == 1 else values
     return TranslatedOption(name, value, "taken", found, "of the folders' names", False)
@@ -226,10 +255,7 @@ def _common_option(name: str, value: Any, data: ForeignData) -> tuple[dict[str, 
         "alpha_mask": ({"data.masks": "any"} if value else {}, ""),
     }
     if name in simple:
-        ours, remark = simple[name]
-        if name == "caption_dropout_rate" and value:
-            ours |= {"data.dropped": "empty"}
-        return ours, remark
+        return simple[name]
     if not buckets:
         return {}, ""
     limits = {"min_bucket_reso": "data.bucket_min", "max_bucket_reso": "data.bucket_max"}

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_core.data.captions import read_caption_file
+from lora_core.data.listing import list_one_folder
 from lora_core.errors import UserError
 from lora_core.text import nearest_names, shorten_value
 from training.translation.kohya_options import TOOL, read_foreign_toml, without_empty
@@ -85,6 +87,24 @@ def read_datasets(options: TranslatedOptions, file: Path | None) -> ForeignData:
             "folders N_name of images; give it, or a dataset file with dataset_config or --dataset"
         )
     return ForeignData([*subsets, *_folders(options, "reg_data_dir", is_reg=True)])
+
+
+def read_subset_captions(subset: ForeignSubset) -> list[str]:
+    """The captions of a subset's images: a line of each file, all lines with wildcards, and the
+    class tokens of images without one. None where the folder does not exist.
+    """
+    folder, extension = Path(subset["image_dir"]), str(subset["caption_extension"]).lower()
+    if not folder.is_dir():
+        return []
+    contents = list_one_folder(folder, extension)
+    texts: list[str] = []
+    for image in contents.images:
+        files = [path for path in contents.texts.get(image, ()) if path.suffix.lower() == extension]
+        lines = read_caption_file(files[0]) if files else ()
+        texts += lines if subset["enable_wildcard"] else lines[:1]
+        if not lines and subset["class_tokens"]:
+            texts.append(subset["class_tokens"])
+    return texts
 
 
 def _folders(options: TranslatedOptions, name: str, *, is_reg: bool) -> list[ForeignSubset]:

@@ -90,7 +90,8 @@ def translate_network(options: TranslatedOptions, groups: Sequence[str]) -> dict
         options.take("network_dim", {}, "the weights themselves are trained, without a rank")
     else:
         rank = 4 if options["network_dim"] is None else int(options["network_dim"])
-        options.take("network_dim", {"adapter.rank": rank}, "" if options["network_dim"] else "4")
+        words = "" if options["network_dim"] else "its rank then"
+        options.take("network_dim", {"adapter.rank": rank}, words)
         alpha = float(options["network_alpha"] or 0)
         options.take("network_alpha", {"adapter.alpha": alpha})
     ours: dict[str, Any] = {} if kind == "lora" else {"adapter.kind": kind}

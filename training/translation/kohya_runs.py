@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lora_core.adapters.targets import matches_pattern
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.settings import ImageSettings
@@ -77,7 +78,7 @@ def translate_run(
     arguments = translate_network(options, groups)
     file = options["dataset_config"]
     data = read_datasets(options, Path(file) if file else None)
-    translate_data(options, data)
+    translate_data(options, data, version)
     settings, batch = _image_settings(options, data)
     batches = count_batches(data.subsets, settings, batch)
     steps, epoch = translate_length(options, batches, processes)
@@ -149,7 +150,9 @@ def _translate_block_rates(
     layout = read_layout(config.model, config.model_config, config.family)
     plan = plan_adapters(config, layout)
     component = next(name for name in plan if name not in layout.encoders)
-    paths = layout.components[component].modules
+    globs = plan[component].targets
+    modules = layout.components[component].modules
+    paths = [path for path in modules if any(matches_pattern(path, glob) for glob in globs)]
     count = 9 if layout.base_model_version.startswith("sdxl") else 12
     threshold = float(arguments.get("block_lr_zero_threshold") or 0)
     rates, excluded = block_rate_patterns(weights, count, paths, threshold=threshold)
