@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lora_core.config import Config
 from training.translation.kohya_objective import FILE_PRECISIONS
 from training.translation.kohya_prompts import read_sample_prompts
 from training.translation.translated_options import TranslatedOptions
@@ -91,18 +89,13 @@ def _record_checkpoints(options: TranslatedOptions, steps: int, epoch: int) -> N
 
 
 def _record_precision(options: TranslatedOptions) -> None:
-    """save_precision, which here is a section of its own where there is one."""
+    """Record the precision of the files."""
     if not options.is_given("save_precision"):
         return
     precision = FILE_PRECISIONS.get(str(options["save_precision"]))
     if precision is None:
         raise options.refuse("save_precision", f"choose {', '.join(FILE_PRECISIONS)}")
-    if "files" in {option.name for option in fields(Config)}:
-        options.take("save_precision", {"files.precision": precision})
-    elif precision == "fp32":
-        options.take("save_precision", {})
-    else:
-        options.change("save_precision", {}, "files are in fp32, which loses nothing")
+    options.take("save_precision", {"files.precision": precision})
 
 
 def _record_samples(options: TranslatedOptions, steps: int, epoch: int, version: str) -> None:
