@@ -6,7 +6,9 @@ python: the blocks of a page share one namespace. toml: a valid config. text: no
 """
 
 import ast
+import glob
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -28,7 +30,7 @@ import merge
 import train
 from benchmarks import loss_lab
 from lora_core import report
-from lora_core.command_line import parse_command_line
+from lora_core.command_line import parse_command_line, take_flag
 from lora_core.config import Config
 from lora_core.toml import read_toml, to_toml
 from tests.process_groups import ProcessGroups, process_groups
@@ -36,6 +38,8 @@ from tests.test_kohya_command import LINE
 from training.checks import config_checks
 from training.comparisons.compare_options import CompareRuns
 from training.comparisons.measures import find_measures
+from training.inputs.prepared_files import split_prepare_words
+from training.run_presets import take_preset
 from training.translation.kohya_command import DATASET, FROM_KOHYA, WRITE_CONFIG
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +49,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 FEW = ["--rounds", "1", "--shape", "32,16,16", "--threads", "1"]  # of a benchmark
 PLACEHOLDER = re.compile(r"\b[A-Z]{4,}|\bRUN_A\b")  # a word for what a user has
-HUB = re.compile(r"stable-diffusion-v1-5/")  # models that are downloaded
+HUB = re.compile(r"(stable-diffusion-v1-5|stabilityai)/")  # models that are downloaded
+TOY = "toy/model"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = read_toml(Path("configs/toy_pti.toml"))
         train.train(shorten(replace(config, out="runs/demo")))
         shutil.copytree("runs/demo", "runs/trilo")
+        Path("loras").mkdir()
+        for name in ("zib_0", "zib_1", "trilo_0", "ink_0"):
+            shutil.copy("runs/demo/demo.safetensors", f"loras/{name}.safetensors")
     for seed, name in enumerate(("a", "b", "my style")):
         save_sd1_lora(folder / f"{name}.safetensors", seed)
     return folder
@@ -134,8 +142,10 @@ def run_command(command: str, groups: ProcessGroups) -> None:
                 Config, drop_kohya_files(words[2:]), prog="train.py", example=""
             )
             return
-        config = parse_command_line(Config, words[2:], prog="train.py", example="")
-        if not HUB.match(config.model):
+        words, annotators = split_prepare_words(words[2:])
+        preset, words = take_local_preset(words)
+        config = parse_command_line(Config, words, prog="train.py", example="", preset=preset)
+        if annotators is None and not HUB.match(config.model):
             # two pages train to one folder
             train.train(replace(shorten(config), overwrite=not config.resume))
     elif words[0] == "torchrun":
@@ -150,12 +160,15 @@ def run_command(command: str, groups: ProcessGroups) -> None:
             )
     elif words[:2] == ["python", "infer.py"]:
         more = [] if words[2] == "--list" else ["--steps", "1", "--device", "cpu"]
-        assert infer.main([*words[2:], *more]) == 0
+        if HUB.search(command):
+            assert infer.parse_arguments(words[2:]).prompt
+        else:
+            assert infer.main([*words[2:], *more]) == 0
     elif words[:2] == ["python", "merge.py"]:
         more = [] if words[2] in ("info", "diff", "explain") else ["--overwrite"]
         if words[2] == "fuse" and "sum" not in words:
             more += ["--steps", "1"]
-        assert merge.main([*words[2:], *more]) == 0
+        assert merge.main([*expand_patterns(words[2:]), *more]) == 0
     elif words[:3] == ["python", "-m", "lora_core.report"]:
         assert report.main(words[3:]) == 0
     elif words[:3] == ["python", "-m", "benchmarks.loss_lab"]:  # minutes
@@ -169,8 +182,24 @@ def run_command(command: str, groups: ProcessGroups) -> None:
         assert done.returncode == 0, done.stderr
     elif words[0] == "accelerate":  # test_kohya_command.py runs it
         assert tuple(words[1:]) == LINE
+    elif words[0] == "cp":
+        shutil.copy(words[1], words[2])
     else:
-        assert words[:2] == ["git", "clone"] or words[0] == "cd", command
+        assert words[:2] == ["git", "clone"] or words[0] in ("cd", "source"), command
+
+
+def expand_patterns(words: list[str]) -> list[str]:
+    """The words with the files that they match, as a shell gives them."""
+    found = [sorted(glob.glob(word)) or [word] for word in words]
+    return list(itertools.chain.from_iterable(found))
+
+
+def take_local_preset(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The preset's file and the other words; the model of the hub in them is Stable Diffusion's."""
+    model, others = take_flag("model", words)
+    is_remote = "--preset" in words and model and HUB.match(model)
+    preset, rest = take_preset([*others, "--model", TOY] if is_remote else words)
+    return preset, [*rest, "--model", str(model)] if is_remote else rest
 
 
 def drop_kohya_files(words: list[str]) -> list[str]:
