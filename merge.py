@@ -7,45 +7,52 @@ python merge.py COMMAND --help                               # every command has
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from lora_core.errors import UserError, exit_status, print_error, print_help
-from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.option_types import REGISTRY
-from lora_core.parser_errors import parse_words
-from lora_core.program_flags import MERGE_FLAGS
 from lora_core.text import check_unicode
 from merging.arguments import escape_word, place_words
 from merging.commands import COMMANDS, flatten, run_merge_command
-from merging.lora_distill import HELP, run_lora_distill
 
-EXAMPLES = (
-    f"python merge.py mix {COMMANDS['mix'].example}",
-    f"python merge.py fold {COMMANDS['fold'].example}",
-    f"python merge.py info {COMMANDS['info'].example}",
-)
-ENDING = (
-    "  COMMAND --help                its flags with an example;  --version",
-    "  --tyro-print-completion bash  completion for the installed lora-merge (docs/training.md)",
-    "Flags of other programs are answered with those here: try --ratios, --new_rank.",
-)
+MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of merge.py; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if (status := answer_instantly(SCRIPT, words)) is not None:
-        return status
+    if not has_own_flags(words):
+        from merging.command_page import answer_words  # with tables of other programs' flags
+
+        if (status := answer_words(words, show_command_help)) is not None:
+            return status
     if words[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         print_error(f"error: there is no command {words[0]}; choose {known}")
         return 2
     return run(words[0], words[1:])
+
+
+def has_own_flags(words: Sequence[str]) -> bool:
+    """Whether the words are a command and no other flags than its own."""
+    if not words or words[0] not in COMMANDS:
+        return False
+    own = {f"--{name}" for name in flatten(COMMANDS[words[0]].options())}
+    given = {word.partition("=")[0].replace("-", "_") for word in words[1:] if word[:1] == "-"}
+    return {f"--{flag[2:]}" for flag in given} <= own
+
+
+def show_command_help(command: str) -> None:
+    """Prints the help of a command and ends as the parser does."""
+    parse_options(command, ["--help"], f"merge.py {command}")
 
 
 def lora_add(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +62,8 @@ def lora_add(argv: Sequence[str] | None = None) -> int:
 
 def lora_distill(argv: Sequence[str] | None = None) -> int:
     """The command line of the installed lora_distill; returns its exit status."""
+    from merging.lora_distill import HELP, run_lora_distill
+
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print_help(lambda: print(HELP))
@@ -84,52 +93,6 @@ def run(command: str, words: Sequence[str], prog: str = "") -> int:
     return exit_status(carry_out, undone="nothing was written")
 
 
-def show_merge_help(words: Sequence[str]) -> None:
-    """Prints the help of the command that the words name, else the page of them all."""
-    if words[0] in COMMANDS:
-        parse_options(words[0], ["--help"], f"merge.py {words[0]}")
-    print(overview())
-
-
-def overview() -> str:
-    """The page of merge.py: the most used lines, and every command in a line."""
-    lines = ["merge.py: " + (__doc__ or "").splitlines()[0], "", *map("  {}".format, EXAMPLES), ""]
-    for name, command in COMMANDS.items():
-        lines.append(f"  {name:9}{command.options.__doc__}")
-    return "\n".join([*lines, "", *ENDING])
-
-
-def merge_flags(words: Sequence[str]) -> set[str]:
-    """The names of the flags of the command that the words name."""
-    command = COMMANDS.get(words[0])
-    return set(flatten(command.options())) if command else set()
-
-
-def take_options(options: type) -> Callable[..., None]:
-    """A function that takes the options of a command, as tyro wants to have it."""
-
-    def take(options: Any = options()) -> None:  # noqa: B008 -- read by tyro, called by no one
-        pass
-
-    take.__annotations__["options"] = options
-    return take
-
-
-MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-SCRIPT = Script(
-    "lora-merge",
-    overview(),
-    show_merge_help,
-    MERGE_FLAGS,
-    merge_flags,
-    partial(
-        tyro.extras.subcommand_cli_from_dict,
-        {name: take_options(command.options) for name, command in COMMANDS.items()},
-        config=MARKERS,
-    ),
-)
-
-
 # ---------------------------------------------------------------- parsing
 
 
@@ -152,7 +115,16 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
         registry=REGISTRY,
         return_unknown_args=True,
     )
-    parsed: tuple[Any, list[str]] = parse_words(parse, advice)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed: tuple[Any, list[str]] = parse()
+    except SystemExit as end:
+        if not end.code:
+            raise
+        from lora_core.parser_errors import read_parser_error
+
+        raise UserError(f"{read_parser_error(box.getvalue())}; {advice}") from None
     return place_words(name, *parsed, advice)
 
 
@@ -180,7 +152,10 @@ def _read_word(word: str, following: str) -> str:
     return escape_word(word)
 
 
-answer_at_start(__name__, sys.argv, SCRIPT)
+if __name__ == "__main__" or Path(sys.argv[0]).stem == "lora-merge":
+    from lora_core.quiet_libraries import speak_alone
+
+    speak_alone()
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,6 +6,8 @@ terminal erases lines, changes its title, or types; and marks that reverse the o
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,19 @@ CONTROLS = re.compile(
 SURROGATES = re.compile(r"[\ud800-\udfff]")
 # A progress bar writes a carriage return and its line, or moves up as many lines as it has.
 PROGRESS = re.compile(r"\r|(\n|\x1b\[A)+(?!.)", re.DOTALL)
+QUICK_BYTES = 1 << 28  # that LoRA files are read, hashed and summed of within a few seconds
+# Read by the libraries when they are imported; where the user has set one, that counts.
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+}
+# Of these, bitsandbytes and torchao warn where they are imported by diffusers and transformers.
+LOGGERS = ("torch", "torchao", "bitsandbytes", "matplotlib", "PIL", "fsspec", "httpx", "urllib3")
 
 
 def escape_controls(text: str) -> str:
@@ -44,10 +59,28 @@ def escape_surrogates(text: str) -> str:
     return SURROGATES.sub(_escape, text)
 
 
+def silence_libraries() -> None:
+    """Before the libraries are imported: no bars, and no logs below errors."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    hub = sys.modules.get("huggingface_hub.utils")
+    if hub is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+        hub.disable_progress_bars()  # of a program, or a gradio, that imported it before us
+    for name in (*LOGGERS, "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def hides_progress() -> bool:
     """Whether progress bars are left out: standard error, escaped or not, is no terminal."""
     stream = bottom_stream(sys.stderr)
     return stream is None or not stream.isatty()
+
+
+def is_quick(size: int) -> bool:
+    """Whether work on so many bytes ends before a line about its progress would be due, and no bar
+    is shown.
+    """
+    return size < QUICK_BYTES and hides_progress()
 
 
 def bottom_stream(stream: Any) -> Any:

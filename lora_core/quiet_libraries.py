@@ -6,40 +6,14 @@ rename, how they load a file. Errors are raised as ever. `progress` shows how fa
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import warnings
 
-from lora_core.escaped_output import one_line
-
-# Read by the libraries when they are imported; where the user has set one, that counts.
-ENVIRONMENT = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars too
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "DATASETS_VERBOSITY": "error",
-}
-# Of these, bitsandbytes and torchao warn where they are imported by diffusers and transformers.
-LOGGERS = ("torch", "torchao", "bitsandbytes", "matplotlib", "PIL", "fsspec", "httpx", "urllib3")
+from lora_core.escaped_output import one_line, silence_libraries
 
 
 class Notice(UserWarning):
     """A warning of ours, which the programs show in our form."""
-
-
-def silence_libraries() -> None:
-    """Before the libraries are imported: no bars, and no logs below errors."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    hub = sys.modules.get("huggingface_hub.utils")
-    if hub is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
-        hub.disable_progress_bars()  # of a program, or a gradio, that imported it before us
-    for name in (*LOGGERS, "torch.utils._pytree", "diffusers.quantizers.torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def speak_alone() -> None:

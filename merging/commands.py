@@ -213,7 +213,7 @@ class Mix:
     """for whole models: also write the rounding loss, as a LoRA"""
     sidecar: Annotated[bool, PLAIN] = False
     """with kohya's names: also write NAME.json, the trigger words as A1111 reads them"""
-    merge: Annotated[MergeMethod, group("merging")] = MergeMethod()
+    merge: Annotated[MergeMethod, arg(name="", help="")] = MergeMethod()  # among the others
     keep: Annotated[KeepOptions, KEEP] = KeepOptions()
     files: Annotated[AdapterFileOptions, FILES] = AdapterFileOptions()
 
@@ -343,8 +343,7 @@ class Convert:
     others: Positional[Annotated[tuple[str, ...], text("FILE")]] = ()
     """further ones, with --out FOLDER"""
     out: Annotated[str, text("OUT")] = ""
-    """the result, of a whole model a folder or a file in .safetensors or .ckpt; OUT may also be
-    the last word; of several files the folder for files of their names"""
+    """the result; of several files a folder, of a model one or a .ckpt; may be the last word"""
     to: Annotated[str, choice("FORMAT", WRITABLE), PLAIN] = ""
     """diffusers, kohya, cloneofsimo, mixofshow, embeddings, a1111, textual_inversion (diffusers)"""
     as_: Annotated[str, choice("KIND", ("lora",)), arg(name="as", help_behavior_hint="")] = ""

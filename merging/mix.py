@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
-from lora_core.escaped_output import print_note
+from lora_core.escaped_output import hides_progress, print_note
 from lora_core.formats.known_formats import TOKEN_FORMATS
 from lora_core.formats.layout import Layout
 from lora_core.formats.training_metadata import join_metadata
@@ -27,7 +27,6 @@ from merging.adapter_sums import (
     Term,
     every_layer,
     has_magnitude,
-    update_bytes,
     weighted_layers,
 )
 from merging.commands import (
@@ -67,6 +66,8 @@ from merging.output import (
 from merging.stored_layers import OWN_LAYERS, StoredLayers, stored_layers
 from merging.truncation import ApproximationReport, Keep
 from models.published import PUBLISHED_MODELS
+
+MANY_LAYERS = 4000  # of all files; sums of fewer take seconds
 
 if TYPE_CHECKING:
     from merging.survival import SurvivalTally
@@ -291,7 +292,10 @@ def merge_terms(
     tally = None
     with one_thread():
         layers = _merge_layers(terms, keep, method, dtype, dense, stored)
-        layers = _show_progress(layers, terms, stored, f"{method.method} of {len(terms)}")
+        if not hides_progress() or sum(map(count_layers, terms)) >= MANY_LAYERS:
+            from merging.byte_progress import show_merged_layers
+
+            layers = show_merged_layers(layers, terms, stored, f"{method.method} of {len(terms)}")
         if dtype is not None or keep:
             from merging.survival import SurvivalTally
 
@@ -307,18 +311,10 @@ def merge_terms(
     return Merge(state, reports, tally.shares() if tally else [])
 
 
-def _show_progress(
-    layers: Iterable[MergedLayer], terms: Sequence[Term], stored: StoredLayers, title: str
-) -> Iterator[MergedLayer]:
-    """The layers with a bar over the bytes of what is merged."""
-    from merging.byte_progress import count_items
-
-    own = {key: update_bytes(weighted) for key, weighted in weighted_layers(terms).items()}
-    sizes: dict[LayerKey, int] = {}
-    for key, parts in stored.group_parts(own).items():
-        sizes[key] = sum(own[part] for part in parts)
-    sized = ((layer, sizes.get((layer.component, layer.path), 0)) for layer in layers)
-    return count_items(sized, sum(sizes.values()), title)
+def count_layers(term: Term) -> int:
+    """The layers of a file."""
+    state = term.state
+    return sum(map(len, state.components.values())) + sum(map(len, state.dense.values()))
 
 
 def _merge_parameters(terms: Sequence[Term], method: MergeMethod) -> dict[str, dict[str, Tensor]]:

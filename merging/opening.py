@@ -18,6 +18,7 @@ import models
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
+from lora_core.escaped_output import is_quick
 from lora_core.formats.adapter_files import HOW_TO_DISTILL, load_mapped
 from lora_core.formats.known_formats import TOKEN_FORMATS, WRITABLE
 from lora_core.formats.layout import Layout
@@ -155,10 +156,12 @@ def open_each(
 
 
 def _show_progress(paths: Sequence[str]) -> Iterator[str]:
-    """The paths with a bar over the bytes of their files."""
+    """The paths with a bar over the bytes of their files, if these are many."""
+    sized = [(path, os.path.getsize(path) if os.path.exists(path) else 0) for path in paths]
+    if is_quick(sum(size for _, size in sized)):
+        return iter(paths)
     from merging.byte_progress import count_items
 
-    sized = [(path, os.path.getsize(path) if os.path.exists(path) else 0) for path in paths]
     return count_items(sized, sum(size for _, size in sized), "reading")
 
 

@@ -188,7 +188,7 @@ def _file_table(
         ranks = [lr.rank for lr in layers if not isinstance(lr, DenseUpdate)]
         low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
         rank = "dense" if not ranks else f"{low}" if low == high else f"{low}..{high}"
-        name = f"{number}  {Path(path).name}"
+        name = f"{number:{len(str(len(paths)))}}  {Path(path).name}"
         table.append((name, formats.detect_format(path), str(len(layers)), rank, f"{norm:.4g}"))
     return table
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import UserError
-from lora_core.escaped_output import one_line
+from lora_core.escaped_output import is_quick, one_line
 from lora_core.formats.known_formats import PICKLED
 from lora_core.text import hide_home, read_text
 from merging.commands import flatten
@@ -110,10 +110,13 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def digest_inputs(inputs: Sequence[str]) -> dict[str, str]:
-    """Path -> `sha256_digest`, with a bar over the bytes that are read."""
+    """Path -> `sha256_digest`, with a bar over the bytes that are read, if these are many."""
+    total = sum(map(_hashed_bytes, inputs))
+    if is_quick(total):
+        return {path: sha256_digest(path) for path in inputs}
     from merging.byte_progress import ByteBar
 
-    bar = ByteBar(sum(map(_hashed_bytes, inputs)), "hashing")
+    bar = ByteBar(total, "hashing")
     return {path: sha256_digest(path, bar.add) for path in inputs}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_core import load_names_lazily
-from lora_core.quiet_libraries import silence_libraries
+from lora_core.escaped_output import silence_libraries
 
 if TYPE_CHECKING:
     from lora_core.family import Conditioning, Family, LoadOptions, Sizes
