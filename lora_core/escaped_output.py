@@ -66,6 +66,9 @@ def silence_libraries() -> None:
     hub = sys.modules.get("huggingface_hub.utils")
     if hub is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
         hub.disable_progress_bars()  # of a program, or a gradio, that imported it before us
+    loading = sys.modules.get("transformers.utils.logging")
+    if loading is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+        loading.disable_progress_bar()
     for name in (*LOGGERS, "torch.utils._pytree", "diffusers.quantizers.torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
