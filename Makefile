@@ -68,7 +68,7 @@ lint: ready
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-WINGS := adapters data diffusion formats kernels memory optim runs config family placeholders prodigy tokens
+WINGS := adapters data diffusion flags formats kernels memory optim runs config family placeholders prodigy tokens
 DOCUMENTED := lora_core $(foreach wing,$(WINGS),lora_core.$(wing)) merging training models
 docs: ready          ## API reference of lora_core, merging, training and models: build/docs/index.html
 	$(PIP) -c constraints.txt -e ".[docs]"

@@ -19,13 +19,19 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain, groupby, product
 from typing import Any
 
-from lora_core.command_line import is_given, parse_command_line, parser_of, show_help, top_flags
+from lora_core.flags.command_line import (
+    is_given,
+    parse_command_line,
+    parser_of,
+    show_help,
+    top_flags,
+)
+from lora_core.flags.instant_answers import Script, answer_at_start, answer_instantly
+from lora_core.flags.program_flags import DRAW_FLAGS
+from lora_core.flags.script_pages import INFER_PAGE
 from lora_core.image_options import Infer
-from lora_core.instant_answers import Script, answer_at_start, answer_instantly
 from lora_core.placeholders import Placeholder
 from lora_core.plugin_lists import LIST_FLAG, print_list
-from lora_core.program_flags import DRAW_FLAGS
-from lora_core.script_pages import INFER_PAGE
 
 EXAMPLE = (
     "python infer.py --model toy/model --lora runs/demo:0.8 --count 4 "

@@ -122,7 +122,7 @@ def parse_options(name: str, words: Sequence[str], prog: str) -> Any:
     except SystemExit as end:
         if not end.code:
             raise
-        from lora_core.parser_errors import read_parser_error
+        from lora_core.flags.parser_errors import read_parser_error
 
         raise UserError(f"{read_parser_error(box.getvalue())}; {advice}") from None
     return place_words(name, *parsed, advice)

@@ -21,12 +21,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lora_core.command_line import parse_command_line, parser_of, show_help, top_flags
 from lora_core.config import Config
-from lora_core.instant_answers import Script, answer_at_start, answer_instantly
+from lora_core.flags.command_line import parse_command_line, parser_of, show_help, top_flags
+from lora_core.flags.instant_answers import Script, answer_at_start, answer_instantly
+from lora_core.flags.script_pages import TRAIN_PAGE
+from lora_core.flags.trainer_flags import TRAIN_FLAGS
 from lora_core.plugin_lists import LIST_FLAG, print_list
-from lora_core.script_pages import TRAIN_PAGE
-from lora_core.trainer_flags import TRAIN_FLAGS
 from training.comparisons.compare_options import COMPARE_EXAMPLE, CompareRuns, asks_for_comparison
 
 EXAMPLE = (

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import train
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config, Stage
 from lora_core.diffusion.losses import LOSSES
 from lora_core.errors import UserError, exit_status
+from lora_core.flags.command_line import parse_command_line
 from lora_core.plugins import find_plugin
 from lora_core.report import write_report
 from lora_core.runs.comparison import Comparison, RecordedRun, config_changes, read_recorded_run

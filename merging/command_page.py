@@ -10,8 +10,8 @@ from typing import Any
 
 import tyro
 
-from lora_core.instant_answers import Script, answer_instantly
-from lora_core.program_flags import MERGE_FLAGS
+from lora_core.flags.instant_answers import Script, answer_instantly
+from lora_core.flags.program_flags import MERGE_FLAGS
 from merging.commands import COMMANDS, flatten
 
 TITLE = (

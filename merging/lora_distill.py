@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.fire_words import REQUIRED, parse_fire_words
+from lora_core.flags.fire_words import REQUIRED, parse_fire_words
 from merging.commands import Distill, DistillFileOptions, KeepShare
 
 ARGUMENTS: dict[str, Any] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "numpy")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from infer import Infer
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line
 
 
 def parse(*words: str) -> Config:

@@ -15,8 +15,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from lora_core.adapters.injection import target_paths
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
+from lora_core.flags.command_line import parse_command_line
 from lora_core.toml import read_toml
 from models import flux, sd, sdxl
 from tests.adapter_examples import meta_sd15

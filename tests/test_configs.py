@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 import train
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.data import captions
+from lora_core.flags.command_line import parse_command_line
 from lora_core.toml import read_toml
 from tests import tiny_flux, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline

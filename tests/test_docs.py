@@ -30,8 +30,8 @@ import merge
 import train
 from benchmarks import loss_lab
 from lora_core import report
-from lora_core.command_line import parse_command_line, take_flag
 from lora_core.config import Config
+from lora_core.flags.command_line import parse_command_line, take_flag
 from lora_core.toml import read_toml, to_toml
 from tests.process_groups import ProcessGroups, process_groups
 from tests.test_kohya_command import LINE

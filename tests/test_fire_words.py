@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lora_core.errors import UserError
-from lora_core.fire_words import REQUIRED, parse_fire_words
+from lora_core.flags.fire_words import REQUIRED, parse_fire_words
 
 DEFAULTS: dict[str, Any] = {
     "folder": REQUIRED,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
+from lora_core.flags.command_line import parse_command_line
 from training.run_presets import PRESETS
 
 ROOT = Path(__file__).parent.parent

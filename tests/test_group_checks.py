@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line
 from lora_core.toml import read_toml, to_toml
 from training.checks import config_checks
 

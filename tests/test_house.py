@@ -25,10 +25,10 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 # A reader looks for the tests of a file in tests/test_NAME.py, except for those here.
 TESTED_BY = {
     "benchmarks/layer_contenders.py": "test_contenders.py",
-    "lora_core/flag_values.py": "test_other_flags.py",
-    "lora_core/program_flags.py": "test_other_flags.py",
-    "lora_core/script_pages.py": "test_instant_answers.py",
-    "lora_core/trainer_flags.py": "test_other_flags.py",
+    "lora_core/flags/flag_values.py": "test_other_flags.py",
+    "lora_core/flags/program_flags.py": "test_other_flags.py",
+    "lora_core/flags/script_pages.py": "test_instant_answers.py",
+    "lora_core/flags/trainer_flags.py": "test_other_flags.py",
     "lora_core/kernels/flat_steps.py": "test_steps.py",
     "lora_core/kernels/linear_builds.py": "test_ahead.py",
     "lora_core/kernels/linear_kernels.py": "test_linear.py",

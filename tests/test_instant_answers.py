@@ -13,7 +13,7 @@ import pytest
 import infer
 import merge
 import train
-from lora_core.instant_answers import describe_versions
+from lora_core.flags.instant_answers import describe_versions
 from tests.test_command_line import HEAVY, run_fresh
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from PIL import Image
 
 import train
 from lora_core.errors import UserError
-from lora_core.fire_words import parse_fire_words
+from lora_core.flags.fire_words import parse_fire_words
 from models.captioner import Captioner
 from models.face_detector import FaceDetector
 from models.segmenter import ClipSegmenter

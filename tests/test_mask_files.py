@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 import train
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config, SegmenterWords
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line
 from lora_core.runs.shared_options import shorten_mask_source
 from tests.conftest import merged, save_photos
 from tests.tiny_clipseg import save_clipseg

@@ -11,14 +11,14 @@ import pytest
 
 import infer
 import merge
-from lora_core.command_line import parse_command_line, top_flags
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.flag_values import DIFFUSERS, KOHYA, PTI, OtherFlag
-from lora_core.other_flags import explain_flag, refuse_other_flags, split_flags
-from lora_core.program_flags import DRAW_FLAGS, MERGE_FLAGS
+from lora_core.flags.command_line import parse_command_line, top_flags
+from lora_core.flags.flag_values import DIFFUSERS, KOHYA, PTI, OtherFlag
+from lora_core.flags.other_flags import explain_flag, refuse_other_flags, split_flags
+from lora_core.flags.program_flags import DRAW_FLAGS, MERGE_FLAGS
+from lora_core.flags.trainer_flags import TRAIN_FLAGS
 from lora_core.stage_settings import GROUPS
-from lora_core.trainer_flags import TRAIN_FLAGS
 from merging.commands import COMMANDS, flatten
 from merging.commands import Mix as MixOptions
 

@@ -3,10 +3,10 @@
 import pytest
 
 import train
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.parser_errors import read_parser_error
+from lora_core.flags.command_line import parse_command_line
+from lora_core.flags.parser_errors import read_parser_error
 
 
 @pytest.mark.parametrize(

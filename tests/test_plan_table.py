@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import train
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
+from lora_core.flags.command_line import parse_command_line
 from models.published import HUB_NAMES, PUBLISHED_MODELS, config_source
 
 

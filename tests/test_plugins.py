@@ -19,12 +19,12 @@ import train
 from examples.my_loss import edges
 from examples.my_optimizer import Lion
 from lora_core import plugins
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config, OptimizerConfig
 from lora_core.diffusion import losses
 from lora_core.diffusion.losses import StepOutput, huber, mse
 from lora_core.diffusion.noise import flow_schedule
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line
 from lora_core.toml import from_table, read_toml, to_toml
 from tests.conftest import learned, merged, same
 from training.checks import config_checks

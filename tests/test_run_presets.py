@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import train
-from lora_core.command_line import parse_command_line, take_flag
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line, take_flag
 from lora_core.toml import from_table, layer_tables, read_toml
 from tests import tiny_flux, tiny_sdxl
 from training.run_presets import FOLDER, PRESETS, preset_file, read_preset, take_preset

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.command_line import take_flag
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.flags.command_line import take_flag
 from lora_core.text import nearest_names
 from lora_core.toml import read_table
 from models import read_layout

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import train
-from lora_core.command_line import override_options
 from lora_core.errors import exit_status
+from lora_core.flags.command_line import override_options
 from lora_core.text import print_escaped
 from training import processes
 from training.translation.edlora_files import save_experiment

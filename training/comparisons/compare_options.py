@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from lora_core.command_line import is_given
+from lora_core.flags.command_line import is_given
 
 COMPARE_EXAMPLE = 'python train.py --compare "runs/mse_*" --against "runs/huber_*"'
 # Words after a flag that may be there several times.

@@ -9,8 +9,8 @@ from glob import glob
 from itertools import chain
 from pathlib import Path
 
-from lora_core.command_line import parse_command_line
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line
 from lora_core.runs import pictures
 from lora_core.runs.comparison import (
     Comparison,

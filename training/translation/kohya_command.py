@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_core.command_line import parse_command_line
 from lora_core.config import Config
 from lora_core.errors import UserError
+from lora_core.flags.command_line import parse_command_line
 from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from training.translation.kohya_options import read_config_file, read_flags

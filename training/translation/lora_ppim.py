@@ -18,7 +18,7 @@ from PIL import Image
 
 from lora_core.data.images import MASK_SUFFIX, image_to_tensor, read_image
 from lora_core.errors import UserError
-from lora_core.fire_words import REQUIRED, parse_fire_words
+from lora_core.flags.fire_words import REQUIRED, parse_fire_words
 from lora_core.progress import track
 from lora_core.text import print_escaped, shorten_value
 from models import choose_device

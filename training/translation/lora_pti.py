@@ -20,7 +20,7 @@ import torch
 from lora_core import formats
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.fire_words import REQUIRED, parse_fire_words
+from lora_core.flags.fire_words import REQUIRED, parse_fire_words
 from lora_core.formats.grammar import fold_scale
 from models import read_layout
 from training.inputs.annotators import WEIGHTS

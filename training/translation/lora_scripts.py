@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.fire_words import REQUIRED, parse_fire_words
+from lora_core.flags.fire_words import REQUIRED, parse_fire_words
 from training.translation.lora_pti import MOVED, SDPA, PivotalJob
 from training.translation.pti_stages import SCHEDULES
 from training.translation.translated_options import TranslatedOptions

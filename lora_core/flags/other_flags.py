@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from lora_core.errors import UserError
-from lora_core.flag_values import OtherFlag
+from lora_core.flags.flag_values import OtherFlag
 from lora_core.text import is_number
 
 FALSE = ("false", "0", "no")  # of a switch that takes a value in other tools

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_core.flag_values import (
+from lora_core.flags.flag_values import (
     COMPVIS,
     DIFFUSERS,
     DISTILL,

@@ -16,8 +16,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 
 from lora_core.errors import UserError
+from lora_core.flags.parser_errors import parse_words
 from lora_core.option_types import REGISTRY
-from lora_core.parser_errors import parse_words
 from lora_core.text import check_unicode
 from lora_core.toml import flatten_table, from_file_table, layer_tables, read_table, read_toml
 

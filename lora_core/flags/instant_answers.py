@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_core.errors import UserError, exit_status, print_help
-from lora_core.flag_values import OtherFlag
-from lora_core.other_flags import refuse_other_flags
+from lora_core.flags.flag_values import OtherFlag
+from lora_core.flags.other_flags import refuse_other_flags
 from lora_core.plugin_lists import answer_list
 from lora_core.quiet_libraries import speak_alone
 
@@ -24,7 +24,7 @@ VERSION_FLAG = "--version"
 COMPLETION_FLAG = "--tyro-print-completion"
 SHELLS = ("bash", "zsh")
 LIBRARIES = ("torch", "diffusers", "transformers")  # whose versions decide what a run does
-PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 # tyro's script completes no file names as the first word. Where it finds nothing, the shell's own
 # completion has its turn. zsh reads its script as a file of its fpath.
 FILES_TOO = {
