@@ -13,9 +13,15 @@ from torch.distributed.run import get_args_parser
 
 from infer import Infer
 from lora_core.config import Config, Stage
+from lora_core.flags.program_flags import MERGE_FLAGS
+from lora_core.flags.trainer_flags import TRAIN_FLAGS
+from lora_core.subset_options import Subset
+from merging import lora_distill
 from merging.commands import COMMANDS, flatten
 from tests.test_house import PRODUCT, ROOT
 from training.comparisons.compare_options import CompareRuns
+from training.translation import lora_ppim, lora_pti, lora_scripts
+from training.translation.kohya_options import KOHYA_DEFAULTS
 
 UNKNOWN = "\0"  # stands for what a message fills in
 FLAG = re.compile(r"--([a-z\0][\w.\-\0]*)(?: (\w+))?")
@@ -45,6 +51,8 @@ def options(cls: type, before: str = "") -> Iterator[tuple[str, Any]]:
             yield from options(kind, f"{name}.")
         elif kind == tuple[Stage, ...]:
             yield from options(Stage, f"{name}.0.")
+        elif kind == tuple[Subset, ...]:
+            yield from options(Subset, f"{name}.0.")
         else:
             yield name, kind
             if kind is bool:
@@ -71,15 +79,26 @@ TAKEN = CONFIG | dict(options(Infer)) | dict(options(CompareRuns))
 TAKEN |= dict.fromkeys(merge_flags(), str)
 # The launcher's own flags, in the sentences of the files that speak of it.
 TORCHRUN = {flag.removeprefix("--") for flag in get_args_parser()._option_string_actions}
+# Flags of the scripts that are no options of a config.
+OF_SCRIPTS = {"compare", "data.prepare", "dataset", "from-kohya", "help", "list", "plan", "preset"}
+OF_SCRIPTS |= {"preview-density", "tyro-print-completion", "version", "write-config"}
+# The commands of other tools speak of their own flags.
+OF_OTHERS = {name for row in (*TRAIN_FLAGS, *MERGE_FLAGS) for name in row.names.split()}
+OF_OTHERS |= {*lora_pti.DEFAULTS, *lora_pti.OWN, *lora_ppim.ARGUMENTS, *lora_scripts.SHARED}
+OF_OTHERS |= {*lora_distill.ARGUMENTS, *KOHYA_DEFAULTS, "lora-path"}
 READ_BY_HAND = {
     "distributed.py": TORCHRUN,
     "processes.py": TORCHRUN,
     "sharding.py": TORCHRUN,
-    "train.py": {"compare", "list", "plan", "preview-density"},
+    "annotators.py": {"data.prepare"},
+    "command_page.py": OF_SCRIPTS | {"ratios", "new_rank"},
+    "config_checks.py": {f"data.subsets.{UNKNOWN}"},
+    "prepared_files.py": {"data.prepare"},
+    "run_presets.py": {"preset"},
+    "train.py": OF_SCRIPTS,
     "memory_advice.py": {"plan"},
     "plan_table.py": {"plan"},
     "plugin_lists.py": {"list", "metric", "metric-arg", "op"},
-    "command_line.py": {"help"},
     "config.py": {"data.mask"},  # the other spelling of data.masks
     "image_recipe.py": {"from"},
     "add.py": {"with_text_lora"},
@@ -115,6 +134,15 @@ def messages(path: Path) -> Iterator[str]:
 def is_taken(name: str, path: Path | None = None) -> bool:
     pattern = re.compile(r"[\w\-.]+".join(map(re.escape, name.split(UNKNOWN))))
     own = READ_BY_HAND.get(path.name, set()) if path else set()
+    if path and (path.parent.name == "translation" or path.name == "lora_distill.py"):
+        own = own | OF_OTHERS | OF_SCRIPTS
+    if path and path.parent.name == "flags":
+        own = (
+            own
+            | OF_SCRIPTS
+            | OF_OTHERS
+            | {f"stages.1.{name}" for name in ("groups", "lr", "steps")}
+        )
     return (
         name.strip(".-" + UNKNOWN) == ""
         or name in own
