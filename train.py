@@ -263,7 +263,7 @@ def train_config(config: Config) -> None:
     with memory_advice.explained(config, resolve):
         folder = train(config)
     if processes.is_first():
-        print(f"done: {folder}")
+        print(f"done: {folder}; look at before_after.png, and open report.html in a browser")
 
 
 def lora_pti(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ class ModelConfig:
     vae: str = ""
     """Folder or hub id of another VAE. Empty: the model's own."""
     clip_skip: Annotated[int, AtLeast(0)] = 0
-    """Last layers of the CLIP text encoders that are left out. 0: none. 0: none."""
+    """Last layers of the CLIP text encoders that are left out. 0: none."""
     max_token_length: Literal[0, 75, 150, 225] = 0
     """Tokens of a prompt that CLIP text encoders read, 75 at a time (SD and SDXL; as kohya); 0:
     75."""

@@ -39,6 +39,7 @@ WAIT_SECONDS = 20.0  # after which a task without steps is named where there is 
 RATE_SECONDS = 120.0  # the newest steps, over which a rate is measured
 REDRAW_SECONDS = 0.1
 BYTES = "byte"  # the unit of bars over files
+_OPEN: list[ProgressBar] = []  # the bars of this process that have begun, the innermost last
 
 
 def format_duration(seconds: float) -> str:
@@ -54,7 +55,8 @@ def format_duration(seconds: float) -> str:
 class ProgressBar:
     """A task of a known number of steps, of which `done` are done at its beginning.
 
-    It is shown inside its context. `unit` is one step in a word, BYTES for sizes of files.
+    It is shown inside its context. `unit` is one step in a word, BYTES for sizes of files. Rates
+    leave out the time of other bars inside, such as those of images that a training run draws.
     """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
@@ -63,10 +65,12 @@ class ProgressBar:
         self.shown: _Terminal | _Lines | None = None
         self.marks: deque[tuple[float, int]] = deque()  # (second, steps done) of the newest steps
         self.began, self.first = 0.0, done
+        self.between = 0.0  # seconds of other bars inside this one
 
     def __enter__(self) -> ProgressBar:
         self.began = time.monotonic()
         self.marks.append((self.began, self.done))
+        _OPEN.append(self)
         if self.total > self.done and distributed.is_main_process():
             self.shown = _Lines() if hides_progress() else TERMINAL
             self.shown.open(self)
@@ -78,15 +82,23 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        whole = time.monotonic() - self.began
+        if self in _OPEN:
+            _OPEN.remove(self)
+        _count_between(whole)
         shown, self.shown = self.shown, None
         if shown is None:
             return
         shown.close(self)
-        took = time.monotonic() - self.began
-        if kind is None and took >= LONG_SECONDS:
+        took = whole - self.between
+        if kind is None and whole >= LONG_SECONDS:
             count = self.done - self.first
-            rate = _rate_words(count / took, self.unit)
-            print_error(f"{self.title}: {self._amount(count)} in {format_duration(took)}, {rate}")
+            words = f"{self._amount(count)} in {format_duration(took)}"
+            rate = _rate_words(count / max(took, REDRAW_SECONDS), self.unit)
+            more = ""
+            if self.between >= 1:
+                more = f" (in all {format_duration(whole)}, with the other lines here)"
+            print_error(f"{self.title}: {words}, {rate}{more}")
 
     def advance(self, count: int = 1) -> None:
         """Count steps as done."""
@@ -94,9 +106,10 @@ class ProgressBar:
         if self.shown is None:
             return
         now = time.monotonic()
-        if now - self.marks[-1][0] >= REDRAW_SECONDS:
-            self.marks.append((now, self.done))
-        while len(self.marks) > 2 and now - self.marks[1][0] > RATE_SECONDS:
+        own = now - self.between
+        if own - self.marks[-1][0] >= REDRAW_SECONDS:
+            self.marks.append((own, self.done))
+        while len(self.marks) > 2 and own - self.marks[1][0] > RATE_SECONDS:
             self.marks.popleft()
         self.shown.update(self, now)
 
@@ -112,8 +125,9 @@ class ProgressBar:
             parts = [f"{self.done:,} of {self._amount(self.total)}"]
         parts += [f"{name} {value}" for name, value in self.values.items()]
         since, before = self.marks[0]
-        if self.done > before and now > since:
-            rate = (self.done - before) / (now - since)
+        seconds = now - self.between - since
+        if self.done > before and seconds > 0:
+            rate = (self.done - before) / seconds
             left = max(0, self.total - self.done) / rate
             parts += [_rate_words(rate, self.unit), f"{format_duration(left)} left"]
         return ", ".join(parts)
@@ -155,8 +169,15 @@ def phase(title: str) -> Iterator[None]:
         if not hidden:
             TERMINAL.close(bar)
     took = time.monotonic() - began
+    _count_between(took)
     if took >= LONG_SECONDS:
         print_error(f"{bar.title}: {format_duration(took)}")
+
+
+def _count_between(seconds: float) -> None:
+    """Count the seconds of a task that has ended as none of the innermost bar around it."""
+    if _OPEN:
+        _OPEN[-1].between += seconds
 
 
 def _name_until(ended: threading.Event, sentence: str) -> None:

@@ -354,7 +354,7 @@ class NoiseSettings:
 
     offset: Annotated[float, AtLeast(0)] = 0.0
     """Noise offset: strength of one extra random constant per image and channel, in the target too
-    (crosslabs.org, "Diffusion with offset noise"). 0: none. 0: none."""
+    (crosslabs.org, "Diffusion with offset noise"). 0: none."""
     adaptive_offset: float = 0.0
     """Added to the strength of the noise offset for each |mean| of 1 of a latent channel of the
     image, where the sum is not negative (kohya; images much brighter or darker than usual); 0:

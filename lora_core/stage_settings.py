@@ -42,7 +42,7 @@ class OptimizerConfig:
     """Schedule per group, e.g. "denoiser=cosine tokens=constant"; others: --optimizer.schedule,
     whose arguments a group of the same schedule has, too."""
     warmup: Annotated[int, AtLeast(0)] = 0
-    """Steps of linear warm-up at the beginning of each stage. 0: none. 0: none."""
+    """Steps of linear warm-up at the beginning of each stage. 0: none."""
     lr_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
     """Learning rate of layers with adapters relative to their group's, per glob on their paths,
     e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one; others: 1; others: 1."""

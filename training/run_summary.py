@@ -125,7 +125,8 @@ def _describe_length(folder: ImageDataset, length: RunLength) -> str:
     product = f" ({length.batch} x {length.accumulation})" if length.accumulation > 1 else ""
     steps = f"{length.steps:,} step{'s' * (length.steps > 1)}"
     visits = f"{images} {'pair' if folder.has_pairs else 'image'}{'s' * (images > 1)}{product}"
-    return f"training: {steps} of {visits}, {epochs:,.3g} epochs of {len(folder):,}"
+    passes = f"{epochs:,.3g} epoch{'' if f'{epochs:,.3g}' == '1' else 's'}"
+    return f"training: {steps} of {visits}, {passes} of {len(folder):,}"
 
 
 def _list_files(paths: Sequence[Path], root: Path, records: Sequence[Record]) -> str:
