@@ -83,7 +83,7 @@ TORCHRUN = {flag.removeprefix("--") for flag in get_args_parser()._option_string
 OF_SCRIPTS = {"compare", "data.prepare", "dataset", "from-kohya", "help", "list", "plan", "preset"}
 OF_SCRIPTS |= {"preview-density", "tyro-print-completion", "version", "write-config"}
 # The commands of other tools speak of their own flags.
-OF_OTHERS = {name for row in (*TRAIN_FLAGS, *MERGE_FLAGS) for name in row.names.split()}
+OF_OTHERS = set(" ".join(row.names for row in (*TRAIN_FLAGS, *MERGE_FLAGS)).split())
 OF_OTHERS |= {*lora_pti.DEFAULTS, *lora_pti.OWN, *lora_ppim.ARGUMENTS, *lora_scripts.SHARED}
 OF_OTHERS |= {*lora_distill.ARGUMENTS, *KOHYA_DEFAULTS, "lora-path"}
 READ_BY_HAND = {
