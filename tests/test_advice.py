@@ -81,7 +81,7 @@ TAKEN |= dict.fromkeys(merge_flags(), str)
 TORCHRUN = {flag.removeprefix("--") for flag in get_args_parser()._option_string_actions}
 # Flags of the scripts that are no options of a config.
 OF_SCRIPTS = {"compare", "data.prepare", "dataset", "from-kohya", "help", "list", "plan", "preset"}
-OF_SCRIPTS |= {"preview-density", "tyro-print-completion", "version", "write-config"}
+OF_SCRIPTS |= {"from", "preview-density", "tyro-print-completion", "version", "write-config"}
 # The commands of other tools speak of their own flags.
 OF_OTHERS = set(" ".join(row.names for row in (*TRAIN_FLAGS, *MERGE_FLAGS)).split())
 OF_OTHERS |= {*lora_pti.DEFAULTS, *lora_pti.OWN, *lora_ppim.ARGUMENTS, *lora_scripts.SHARED}
@@ -141,7 +141,7 @@ def is_taken(name: str, path: Path | None = None) -> bool:
             own
             | OF_SCRIPTS
             | OF_OTHERS
-            | {f"stages.1.{name}" for name in ("groups", "lr", "steps")}
+            | {f"stages.1.{name}" for name in ("groups", "lr", "schedule", "steps")}
         )
     return (
         name.strip(".-" + UNKNOWN) == ""

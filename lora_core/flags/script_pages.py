@@ -2,9 +2,11 @@
 
 TRAIN_PAGE = """train.py: fine-tune a text-to-image model with LoRA, DoRA or learned tokens
 
-  python train.py --model MODEL --data.images FOLDER --data.caption "a photo of TOK" --out runs/mine
+  python train.py --preset character --model MODEL --data.images FOLDER \\
+      --data.caption "a photo of TOK" --out runs/mine        presets: character, style, object
   python train.py configs/toy_pti.toml --optimizer.lr 1e-4 --stages.0.steps 200 --overwrite
   python train.py CONFIG.toml --resume
+  python train.py --from-kohya train_network_config.toml --dataset dataset.toml
 
 MODEL is a folder in the diffusers layout, a file, or a hub id. A config in TOML comes first, and
 flags win over it. The run writes its LoRA and before_after.png into the folder of --out.
