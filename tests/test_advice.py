@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from infer import Infer
 from lora_core.config import Config, Stage
-from lora_core.flags.program_flags import MERGE_FLAGS
+from lora_core.flags.program_flags import DRAW_FLAGS, MERGE_FLAGS
 from lora_core.flags.trainer_flags import TRAIN_FLAGS
 from lora_core.subset_options import Subset
 from merging import lora_distill
@@ -83,7 +83,7 @@ TORCHRUN = {flag.removeprefix("--") for flag in get_args_parser()._option_string
 OF_SCRIPTS = {"compare", "data.prepare", "dataset", "from-kohya", "help", "list", "plan", "preset"}
 OF_SCRIPTS |= {"from", "preview-density", "tyro-print-completion", "version", "write-config"}
 # The commands of other tools speak of their own flags.
-OF_OTHERS = set(" ".join(row.names for row in (*TRAIN_FLAGS, *MERGE_FLAGS)).split())
+OF_OTHERS = set(" ".join(row.names for row in (*TRAIN_FLAGS, *DRAW_FLAGS, *MERGE_FLAGS)).split())
 OF_OTHERS |= {*lora_pti.DEFAULTS, *lora_pti.OWN, *lora_ppim.ARGUMENTS, *lora_scripts.SHARED}
 OF_OTHERS |= {*lora_distill.ARGUMENTS, *KOHYA_DEFAULTS, "lora-path"}
 READ_BY_HAND = {
@@ -141,7 +141,7 @@ def is_taken(name: str, path: Path | None = None) -> bool:
             own
             | OF_SCRIPTS
             | OF_OTHERS
-            | {f"stages.1.{name}" for name in ("groups", "lr", "schedule", "steps")}
+            | {flag.replace("stages.0.", "stages.1.") for flag in CONFIG}
         )
     return (
         name.strip(".-" + UNKNOWN) == ""
