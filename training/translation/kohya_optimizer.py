@@ -64,8 +64,8 @@ def translate_groups(options: TranslatedOptions) -> tuple[str, ...]:
     usual = float(options["learning_rate"])
     texts = options["text_encoder_lr"]
     several = [float(rate) for rate in texts] if isinstance(texts, list) else []
-    if several:
-        texts = several[0]
+    if isinstance(texts, list):
+        texts = several[0] if several else None
     rates = {
         "denoiser": usual if options["unet_lr"] is None else float(options["unet_lr"]),
         "text_encoder": usual if texts is None else float(texts),
