@@ -22,6 +22,7 @@ from training.translation.kohya_dataset import (
     read_subset_captions,
 )
 from training.translation.kohya_options import IGNORED, LEFT_OUT, TOOL
+from training.translation.kohya_values import read_sides
 from training.translation.translated_options import TranslatedOption, TranslatedOptions
 
 # Options of a subset -> ours in [data] and [[data.subsets]].
@@ -242,20 +243,18 @@ def _common_option(name: str, value: Any, data: ForeignData) -> tuple[dict[str, 
             return {"data.interpolation": INTERPOLATIONS[value]}, ""
         given = value or "area down, lanczos up"
         return {"data.interpolation": "bilinear"}, f"{given} there; bilinear averages as it shrinks"
-    simple: dict[str, tuple[dict[str, Any], str]] = {
-        "batch_size": ({"batch_size": value}, ""),
-        "caption_dropout_rate": ({"data.caption_dropout": float(value or 0)}, ""),
-        "flip_aug": ({"data.flip": bool(value)}, ""),
-        "color_aug": (
-            {"data.jitter": bool(value)},
-            "brightness and contrast by 10 %, without hue" if value else "",
-        ),
-        "random_crop": ({"data.crop": "random" if value else "center"}, ""),
-        "enable_bucket": ({"data.buckets": bool(value)}, ""),
-        "alpha_mask": ({"data.masks": "any"} if value else {}, ""),
-    }
-    if name in simple:
-        return simple[name]
+    if name in ("batch_size", "caption_dropout_rate"):
+        ours = "batch_size" if name == "batch_size" else "data.caption_dropout"
+        return {ours: value or 0}, ""
+    if name == "color_aug":
+        words = "brightness and contrast by 10 %, without hue" if value else ""
+        return {"data.jitter": value}, words
+    if name in ("flip_aug", "enable_bucket"):
+        return {"data.flip" if name == "flip_aug" else "data.buckets": value}, ""
+    if name == "random_crop":
+        return {"data.crop": "random" if value else "center"}, ""
+    if name == "alpha_mask":
+        return ({"data.masks": "any"} if value else {}), ""
     if not buckets:
         return {}, ""
     limits = {"min_bucket_reso": "data.bucket_min", "max_bucket_reso": "data.bucket_max"}
@@ -269,11 +268,10 @@ def _common_option(name: str, value: Any, data: ForeignData) -> tuple[dict[str, 
 
 def _resolution(value: Any, *, buckets: bool) -> tuple[dict[str, Any], str]:
     """(options, remark) of "512", "512,768", 512 or [512, 768]: width and height."""
-    parts = value.split(",") if isinstance(value, str) else value
-    sides = [int(side) for side in (parts if isinstance(parts, list | tuple) else [parts or 0])]
-    width, height = sides[0], sides[-1]
-    if not width:
+    sides = read_sides(value)
+    if not sides:
         raise UserError(f"resolution of {TOOL} is missing; give it, such as resolution = 512")
+    width, height = sides[0], sides[-1]
     if width == height:
         return {"data.resolution": width}, ""
     if not buckets:

@@ -13,7 +13,14 @@ from lora_core.data.captions import read_caption_file
 from lora_core.data.listing import list_one_folder
 from lora_core.errors import UserError
 from lora_core.text import nearest_names, shorten_value
-from training.translation.kohya_options import TOOL, read_foreign_toml, without_empty
+from training.translation.kohya_options import (
+    KOHYA_DEFAULTS,
+    TOOL,
+    kind_of,
+    read_foreign_toml,
+    without_empty,
+)
+from training.translation.kohya_values import check_tables, check_value
 from training.translation.translated_options import TranslatedOptions
 
 # Options of a subset, which may also stand in [[datasets]] and [general].
@@ -123,10 +130,10 @@ def _folders(options: TranslatedOptions, name: str, *, is_reg: bool) -> list[For
 
 
 def _read_file(file: Path, options: TranslatedOptions) -> ForeignData:
-    table = read_foreign_toml(file)
+    table = _read_tables(file)
     record = TranslatedOptions(f"{TOOL}'s dataset", *_flatten(table, str(file)))
     data = ForeignData([], record)
-    general = without_empty(table.get("general", {}))
+    general = table.get("general", {})
     for i, dataset in enumerate(table.get("datasets", [])):
         own = {name: value for name, value in dataset.items() if name != "subsets"}
         place, folders = f"datasets.{i}.", set()
@@ -136,12 +143,48 @@ def _read_file(file: Path, options: TranslatedOptions) -> ForeignData:
                 data.skipped.append(inner)
                 continue
             folders.add(subset.get("image_dir"))
-            levels = [(inner, without_empty(subset)), (place, without_empty(own))]
-            levels.append(("general.", general))
+            levels = [(inner, subset), (place, own), ("general.", general)]
             data.subsets.append(_resolve(levels, options, i, inner))
     if not data.subsets:
         raise UserError(f"{file} has no [[datasets.subsets]] with an image_dir")
     return data
+
+
+def _read_tables(file: Path) -> dict[str, Any]:
+    """The sections of the dataset file, with values that are checked and without empty ones."""
+    table = read_foreign_toml(file)
+    check_tables(table, str(file))
+
+    def read(section: Mapping[str, Any], place: str) -> dict[str, Any]:
+        found = without_empty(section)
+        names = [name for name in found if name in (*INHERITED, *OF_A_SUBSET, *OF_A_DATASET)]
+        return found | {
+            name: check_value(place + name, found[name], kind_of(name), f"{file}: ")
+            for name in names
+        }
+
+    read_tables = dict(table)
+    if "general" in table:
+        read_tables["general"] = read(table["general"], "general.")
+    read_tables["datasets"] = []
+    for i, dataset in enumerate(table.get("datasets", [])):
+        own = read(dataset, f"datasets.{i}.")
+        rows = enumerate(dataset.get("subsets", []))
+        own["subsets"] = [read(subset, f"datasets.{i}.subsets.{j}.") for j, subset in rows]
+        read_tables["datasets"].append(own)
+    return read_tables
+
+
+def _unknown(place: str, name: str, names: Sequence[str], file: str) -> UserError:
+    """The error for a key that a section of the dataset file does not have."""
+    elsewhere = (*INHERITED, *OF_A_SUBSET, *OF_A_DATASET, *RENAMED.values())
+    if name in KOHYA_DEFAULTS and name not in elsewhere:
+        return UserError(
+            f"{file}: {place}{name} belongs in the training file, which --from-kohya takes; move "
+            "it there"
+        )
+    near = nearest_names(name, names)[0]
+    return UserError(f"{file}: {place}{name} is no option there; the nearest is {place}{near}")
 
 
 def _flatten(table: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,10 +208,7 @@ def _flatten(table: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[
         known |= {place + name: DEFAULTS.get(name) for name in names}
         for name, value in without_empty(section).items():
             if name not in names:
-                near = nearest_names(name, names)[0]
-                raise UserError(
-                    f"{file}: {place}{name} is no option there; the nearest is {place}{near}"
-                )
+                raise _unknown(place, name, names, file)
             if name != "subsets":
                 given[place + name] = value
     return known, given

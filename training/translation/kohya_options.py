@@ -12,6 +12,7 @@ from typing import Any
 from lora_core.errors import UserError
 from lora_core.text import nearest_names, read_text, shorten_value
 from lora_core.toml import LONGEST_TOML, parse_toml
+from training.translation.kohya_values import PROMPTS, SIDES, TEXT, check_value, expected_kind
 
 TOOL = "kohya"
 SDPA = "attention always uses torch's SDPA"
@@ -285,7 +286,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Option -> value, of the file that --config_file takes: a TOML file whose sections are only
     for the eye. A name without .toml gets it. Empty texts are options that are not set.
 
-    Raises UserError for no file, no TOML, and one option in two sections with other values.
+    Raises UserError for no file, no TOML, one option in two sections with other values, and a value
+    of the wrong kind.
     """
     if path.suffix != ".toml":
         path = path.with_name(f"{path.name}.toml")
@@ -299,7 +301,23 @@ def read_config_file(path: Path) -> dict[str, Any]:
                     f"{shorten_value(own)}; leave one of them out"
                 )
             given[key] = own
-    return without_empty(given)
+    return check_given(without_empty(given), f"{path}: ")
+
+
+def check_given(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The known options with values of the kind that kohya reads, and the unknown ones as they are.
+
+    Raises UserError, which begins with `where`, for a value of another kind or out of range.
+    """
+    return {
+        name: check_value(name, value, kind_of(name), where) if name in KOHYA_DEFAULTS else value
+        for name, value in given.items()
+    }
+
+
+def kind_of(name: str) -> str:
+    """What the value of an option of the training file or the dataset file is to be."""
+    return expected_kind(name, KOHYA_DEFAULTS.get(name), is_read=name not in IGNORED)
 
 
 def without_empty(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,7 +339,8 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
     """Option -> value, of a command line of kohya's scripts: --network_dim=8 or --network_dim 8,
     several values for the options that take a list, none for switches.
 
-    Raises UserError for a word that is no flag, an unknown flag, and a flag without its value.
+    Raises UserError for a word that is no flag, an unknown flag, and a flag without its value or
+    with one of the wrong kind.
     """
     given: dict[str, Any] = {}
     rest = list(words)
@@ -343,13 +362,13 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
         else:
             if not equals and (not rest or rest[0].startswith("--")):
                 raise UserError(f"{flag} has no value; write {flag}=VALUE")
-            given[name] = read_value(value if equals else rest.pop(0), KOHYA_DEFAULTS[name])
-    return given
+            given[name] = read_value(value if equals else rest.pop(0), kind_of(name))
+    return check_given(given, "")
 
 
-def read_value(text: str, default: Any) -> Any:
+def read_value(text: str, kind: str) -> Any:
     """A value of the command line: a number or a truth value where it is written as one."""
-    if isinstance(default, str):
+    if kind in (TEXT, SIDES, PROMPTS):
         return text
     try:
         return ast.literal_eval(text)
