@@ -186,7 +186,8 @@ def test_a_lora_of_a_run_with_tokens_is_labelled_as_a_lora(here, layout, states)
             written = header(f"{name}.safetensors")
             assert {key: written[key] for key in same} == {key: own[key] for key in same}, name
             assert written["ss_network_alpha"] == f"{own['ss_network_dim']}.0"  # factors have it
-            assert written["modelspec.title"] == (name if older else "dog")
+            titles = (name, "dog") if older else ("dog",)
+            assert written["modelspec.title"] in titles
         assert len(header("k.safetensors")["sshs_model_hash"]) == 64
 
 
