@@ -350,7 +350,9 @@ def _cell_batch(
     drawing: Drawing, config: Infer, prompt: TaggedPrompt, settings: Mapping[str, float]
 ) -> ImageBatch:
     """The image of a prompt with the settings of a cell."""
-    changed: dict[str, Any] = {"guidance": settings.get("guidance", config.guidance)}
+    changed: dict[str, Any] = {}
+    for name in ("guidance", "adapter_guidance"):
+        changed[name] = settings.get(name, getattr(config, name))
     for name in ("seed", "steps"):
         changed[name] = int(settings.get(name, getattr(config, name)))
     own = replace(config, **changed)

@@ -58,9 +58,10 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     """Images sampled together; fewer need less memory."""
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """One sheet of images over SETTING=START:STOP:STEP (stop included) or SETTING=A,B,C; repeat the
-    flag for a second axis. Settings: seed (stop excluded), guidance, steps, strength, unet or text
-    of all LoRAs, lora0.strength, lora1.unet ...; checkpoint=RUN is all checkpoints of a run in
-    their order and its end, in the place of --lora RUN. Empty: single images."""
+    flag for a second axis. Settings: seed (stop excluded), guidance, adapter_guidance, steps,
+    strength, unet or text of all LoRAs, lora0.strength, lora1.unet ...; checkpoint=RUN is all
+    checkpoints of a run in their order and its end, in the place of --lora RUN. Empty: single
+    images."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""
     """PNG made by this program, whose image is repeated: its prompt, models on this disk, seed,
     sampler and size, which are printed. Flags win, and only they name files to write, start images,

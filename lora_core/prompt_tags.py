@@ -111,6 +111,10 @@ def _refuse_unknown(named: dict[str, str], positional: list[str], tag: str) -> N
 
 
 def _read_strength(text: str, tag: str) -> float:
+    if "@" in text:
+        raise UserError(
+            f"{tag} has a range of noise levels, which only --lora takes; write --lora PATH:{text}"
+        )
     if not is_number(text) or not math.isfinite(float(text)):
         raise UserError(f"{tag} has the strength {text!r}, expected a number such as 0.7")
     return float(text)

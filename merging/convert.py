@@ -68,7 +68,8 @@ def convert_each(options: Convert) -> None:
     """Writes every file into the folder --out, in the order of the words, under its own name.
 
     Raises UserError before any work for names that would be the same, and that exist (without
-    --overwrite); after the others for files that could not be converted, with the reasons.
+    --overwrite); after the others for files that could not be converted, whose reasons
+    were printed in their turn.
     """
     paths = (options.file, *options.others)
     folder = Path(options.out)
@@ -90,14 +91,11 @@ def convert_each(options: Convert) -> None:
         try:
             run_convert(replace(options, file=path, others=(), out=str(out)))
         except UserError as error:
-            print(f"not converted: {error}")
-            failed.append(f"{path} ({error})")
+            print(f"not converted: {str(error).removeprefix(path).lstrip()}")  # named above
+            failed.append(path)
     if failed:
-        end = "; the others are written" if len(failed) < len(outputs) else ""
-        raise UserError(
-            f"{len(failed)} of {len(outputs)} files could not be converted: "
-            f"{'; '.join(failed)}{end}"
-        )
+        count = f"{len(failed)} of {len(outputs)} files could not be converted"
+        raise UserError(f"{count}; see above")
 
 
 def converted_name(path: str, to: str) -> str:

@@ -1,6 +1,7 @@
 """merge.py convert: other names, the same updates and tokens."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,37 @@ def test_several_files_become_files_of_their_names_in_a_folder(here, capsys):
     call("redo", "new/all/a.safetensors", "--dry-run")
 
 
+def test_a_lora_of_a_run_with_tokens_is_labelled_as_a_lora(here, layout, states):
+    """As the run's own file with kohya's names is, in every format, and in files of older runs,
+    whose file with diffusers' names says nothing about its kind.
+    """
+    state = replace(states["c"], metadata={"ss_output_name": "dog"})
+    assert state.tokens
+    Path("dog").mkdir()
+    formats.save_run(state, "dog", layout=layout)
+    own = header("dog/dog.safetensors")
+    kinds = ("modelspec.architecture", "ss_base_model_version")
+    same = [*kinds, *(f"ss_network_{name}" for name in ("module", "dim", "args"))]
+    assert own["modelspec.architecture"].endswith("/lora")
+    assert header("dog/dog_emb.safetensors")["modelspec.title"] == "dog_emb"
+    for older in (False, True):
+        if older:
+            tensors = load_file("dog/pytorch_lora_weights.safetensors")
+            kept = {"format": "pt", "token_names": own["token_names"]}
+            save_file(tensors, "dog/pytorch_lora_weights.safetensors", kept)
+        end = ("--model", "base", "--overwrite")
+        call("convert", "dog", "--out", "k.safetensors", "--to", "kohya", *end)
+        call("convert", "dog", "--out", "d.safetensors", "--to", "diffusers", *end)
+        call("mix", "0.5*dog", "--out", "m.safetensors", *end)
+        for name in "kdm":
+            written = header(f"{name}.safetensors")
+            assert {key: written[key] for key in same} == {key: own[key] for key in same}, name
+            assert written["ss_network_alpha"] == f"{own['ss_network_dim']}.0"  # factors have it
+            titles = (name, "dog") if older else ("dog",)
+            assert written["modelspec.title"] in titles
+        assert len(header("k.safetensors")["sshs_model_hash"]) == 64
+
+
 def test_files_have_an_ending_of_their_format(here):
     assert converted_name("run", "") == "run.safetensors"
     assert converted_name("run", "mixofshow") == "run.pth"
@@ -189,13 +221,20 @@ def test_names_that_exist_or_are_the_same_are_refused_before_any_work(here, caps
 
 
 def test_the_others_are_converted_when_one_file_fails(here, capsys):
-    """The end of the output names each failure with its reason, and the status is 2."""
+    """Each reason is said once, after the file's name; the last line counts, the status is 2."""
     Path("bad.safetensors").write_bytes(b"no tensors at all")
     words = ["--out", "all", "--to", "kohya", "--model", "base"]
     call("convert", "a.safetensors", "bad.safetensors", "c.safetensors", *words, status=2)
     said = capsys.readouterr()
-    assert "1 of 3 files could not be converted: bad.safetensors (" in said.err
-    assert "the others are written" in said.err and "not converted: " in said.out
+    assert said.err == "error: 1 of 3 files could not be converted; see above\n"
+    assert said.out.count("not converted: ") == said.out.count("bad.safetensors") == 1
+    assert Path("all/a.safetensors").exists() and Path("all/c.safetensors").exists()
+    assert not Path("all/bad.safetensors").exists()
+    Path("worse.safetensors").write_bytes(b"none here")
+    call("convert", "worse.safetensors", "bad.safetensors", *words, status=2)
+    said = capsys.readouterr()
+    assert said.err == "error: 2 of 2 files could not be converted; see above\n"
+    assert said.out.count("worse.") == said.out.count("bad.") == 1
     assert Path("all/a.safetensors").exists() and Path("all/c.safetensors").exists()
     assert not Path("all/bad.safetensors").exists()
 

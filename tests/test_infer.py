@@ -171,7 +171,15 @@ def test_batches_files_and_grids_show_the_same_pictures(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "axis",
-    ["strength=0:1:0.5", "lora1.unet=0:1:1", "text=0,2", "guidance=1,3", "steps=2,4", "seed=0:2"],
+    [
+        "strength=0:1:0.5",
+        "lora1.unet=0:1:1",
+        "text=0,2",
+        "guidance=1,3",
+        "adapter_guidance=1:3:1",
+        "steps=2,4",
+        "seed=0:2",
+    ],
 )
 def test_each_axis_changes_the_picture(
     folder: Path, axis: str, monkeypatch: pytest.MonkeyPatch

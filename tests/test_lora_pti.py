@@ -19,6 +19,7 @@ from lora_core.runs.loras import find_token_file
 from lora_core.toml import read_toml
 from models import read_layout
 from tests import readme_lines
+from tests.adapter_checks import header
 from tests.conftest import save_photos, save_pipeline
 from tests.installed_commands import ROOT, install_commands, run_typed, typed_words
 from tests.readme_lines import append_flags
@@ -107,6 +108,12 @@ def test_the_readmes_line_runs_as_installed_and_writes_their_file(tmp_path: Path
             up = theirs.components[component][path].up  # type: ignore[union-attr]
             assert torch.equal(up, fold_scale(lr).up.half()), path  # type: ignore[arg-type]
     assert find_token_file(str(folder / "final_lora.safetensors")) == ""  # it has them itself
+    labels = [header(folder / f"{name}.safetensors") for name in ("final_lora", "output_dsn")]
+    for key in ("modelspec.architecture", "modelspec.title", "ss_base_model_version"):
+        assert labels[0][key] == labels[1][key]
+    assert labels[0]["modelspec.architecture"].endswith("/lora")
+    for name in ("module", "dim", "args"):
+        assert labels[0][f"ss_network_{name}"] == labels[1][f"ss_network_{name}"]
     kohya = str(folder / "output_dsn.safetensors")
     assert find_token_file(kohya).endswith("output_dsn_emb.safetensors")
     config = read_toml(folder / "config.toml")

@@ -198,7 +198,13 @@ def test_the_share_is_a_flows_sigma_and_k_diffusions_in_the_others() -> None:
 
 @pytest.mark.parametrize(
     ("text", "shares"),
-    [("x:0.8@0.2-1", (0.2, 1)), ("x:unet=0.5,text=1@0-0.50", (0, 0.5)), ("x:1", (0, 1))],
+    [
+        ("x:0.8@0.2-1", (0.2, 1)),
+        ("x:unet=0.5,text=1@0-0.50", (0, 0.5)),
+        ("x:1", (0, 1)),
+        ("runs/x@0.2-1.0", (0.2, 1)),
+        ("runs/a@b", (0, 1)),
+    ],
 )
 def test_ranges_are_written_as_they_are_read(text: str, shares: tuple[float, float]) -> None:
     lora = parse_lora(text)

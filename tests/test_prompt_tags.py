@@ -58,6 +58,7 @@ def test_tags_leave_the_rest_of_a_prompt_as_it_is(text, rest, tags):
         ("<lora:a:te=>", "'', expected a number"),
         ("<lora:a:1:1:4>", "'4', which means nothing"),
         ("<lora:a:1:dyn=4>", "'dyn=4', which means nothing"),
+        ("<lora:a:0.5@0.2-1.0>", "only --lora takes; write --lora PATH:0.5@0.2-1.0"),
         ("<lora:a:1:stop=10>", "'stop=10', which means nothing"),
         ("<lora:a:1:OUTD:lbw=MIDD>", "several block weights, MIDD and OUTD"),
         ("<lora: :1>", "names no LoRA"),

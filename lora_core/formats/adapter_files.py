@@ -38,7 +38,7 @@ from lora_core.formats.recognition import (
     recognize_keys,
     refuse_other_kinds,
 )
-from lora_core.formats.training_metadata import carry_metadata
+from lora_core.formats.training_metadata import OUTPUT_NAME, carry_metadata, without_file_entries
 
 TRAINED_KINDS = ("LoKr", "LoHa")  # of dense updates
 HOW_TO_DISTILL = (
@@ -200,20 +200,24 @@ def _add_bundled_tokens(state: AdapterState, rows: AdapterState, source: str) ->
 
 
 def _join_states(first: AdapterState, second: AdapterState, one: str, other: str) -> AdapterState:
-    """The networks of both files and the tokens of one.
+    """The networks of both files and the tokens of one. Of the header of a token file stays what
+    does not describe that file.
 
     Raises UserError for a network in both, and for tokens of another training.
     """
     for name in second.changed_components:
         if name in first.changed_components:
             raise UserError(f"{one} and {other} both adapt {name}; expected one of them")
+    other_metadata = second.metadata
+    if first.changed_components and not second.changed_components:
+        other_metadata = without_file_entries(second.metadata)
     joined = replace(
         first,
         components=first.components | second.components,
         parameters=first.parameters | second.parameters,
         dense=first.dense | second.dense,
         custom=first.custom | second.custom,
-        metadata=second.metadata | first.metadata,
+        metadata=other_metadata | first.metadata,
     )
     if second.tokens:
         token_names = import_function("embeddings", "token_names")
@@ -324,7 +328,8 @@ def save(
     """Writes the part of the state that the format holds: factors, or token rows, or both.
 
     Atomic; the same state gives the same bytes. The header has the state's metadata (without what
-    described the tensors it came with), then `metadata`, the tokens' names, then the format's own.
+    described the tensors it came with), then `metadata`, the tokens' names, then the format's own,
+    with a layout also what kind of file it is, its title, base, rank and alpha.
     Factors and rows are cast to `dtype` where given; magnitudes are not, because the effect of a
     DoRA is the small difference between its magnitude and the norm of the weight.
 
@@ -356,11 +361,28 @@ def save(
     write = FORMATS[format].write
     assert write is not None  # of a writable format
     tensors, own = write(_cast_state(state, dtype), layout, path.stem)
-    header = carry_metadata(state.metadata, {**(metadata or {}), **own})
+    given = dict(metadata or {})
+    if layout and not is_token_format:
+        title = given.get(OUTPUT_NAME) or state.metadata.get(OUTPUT_NAME) or path.stem
+        own = _describe_file(state, format, layout, title) | own
+    header = carry_metadata(state.metadata, given | own)
     if state.token_names:
         names = json.dumps(list(state.token_names), ensure_ascii=False)
         header[TOKEN_NAMES] = names
     write_tensors(path, tensors, header, hashes=FORMATS[format].has_hashes)
+
+
+def _describe_file(state: AdapterState, format: str, layout: Layout, title: str) -> dict[str, str]:
+    """What kohya's header and the model spec say of a LoRA file, in any format: alphas are ranks in
+    those that fold the scale into the factors.
+    """
+    if not FORMATS[format].stores_scales:
+        components = {}
+        for name, modules in state.components.items():
+            components[name] = {path: lr._replace(scale=1.0) for path, lr in modules.items()}
+        state = replace(state, components=components)
+    described: dict[str, str] = import_function("kohya", "describe_adapter")(state, layout, title)
+    return described
 
 
 def _refuse_dense(state: AdapterState, what: str) -> None:

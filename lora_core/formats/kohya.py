@@ -159,7 +159,7 @@ def write_kohya(
         )
     joined = joined_layers.join_layers(equalize_scales(state, layout), layout)
     tensors = encode_adapter(joined, GRAMMAR, joined_layers.join_layout(layout))
-    return tensors, _kohya_header(joined, layout, title)
+    return tensors, describe_adapter(joined, layout, title)
 
 
 def equalize_scales(state: AdapterState, layout: Layout) -> AdapterState:
@@ -199,7 +199,7 @@ def _all_factors(state: AdapterState) -> list[LowRank]:
     return factors
 
 
-def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
+def describe_adapter(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
     """The six entries kohya keeps even in its shortest header, the title, and the model spec's.
 
     "Dynamic" is kohya's word for mixed ranks or alphas, and for none.
@@ -221,7 +221,7 @@ def _kohya_header(state: AdapterState, layout: Layout, title: str) -> dict[str, 
 
 
 def _lycoris_header(state: AdapterState, layout: Layout, title: str) -> dict[str, str]:
-    """`_kohya_header` of a state with LyCORIS' updates; `algo` is the first one's."""
+    """`describe_adapter` of a state with LyCORIS' updates; `algo` is the first one's."""
     dense: list[DenseUpdate] = []
     for modules in state.dense.values():
         dense += modules.values()

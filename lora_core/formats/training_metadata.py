@@ -28,7 +28,10 @@ DESCRIBES_TENSORS = re.compile(
 # network arguments of a training that leave no trace in the shapes of its tensors
 TRAINING_ARGS = re.compile(r"(rank_|module_)?dropout|loraplus_.*|(down|mid|up)_lr_weight")
 TITLE, MERGED_FROM = "modelspec.title", "modelspec.merged_from"
-NAMES = ("ss_output_name", TITLE)  # given by the author, not by the file's name
+OUTPUT_NAME = "ss_output_name"
+NAMES = (OUTPUT_NAME, TITLE)  # given by the author, not by the file's name
+# entries that say what kind of file theirs is, and its name
+OF_FILE = (TITLE, "modelspec.architecture", "modelspec.implementation", "modelspec.sai_model_spec")
 # entries about the base model, which stay where all inputs agree
 BASE_MODEL = (
     "ss_base_model_version",
@@ -66,6 +69,11 @@ def carry_metadata(old: Mapping[str, str], own: Mapping[str, str]) -> dict[str, 
         args = _training_args(old[NETWORK_ARGS]) | json.loads(own[NETWORK_ARGS])
         header[NETWORK_ARGS] = json.dumps(args)
     return header
+
+
+def without_file_entries(header: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a token file that are true of the LoRA beside it too."""
+    return {key: text for key, text in header.items() if key not in OF_FILE}
 
 
 def join_metadata(

@@ -14,14 +14,14 @@ from lora_core.errors import UserError
 from lora_core.runs.pictures import ImageRow
 
 MOST_VALUES = 64  # of one axis
-SETTINGS = r"seed|guidance|steps|checkpoint|(lora\d+\.)?(strength|unet|text)"
+SETTINGS = r"seed|guidance|adapter_guidance|steps|checkpoint|(lora\d+\.)?(strength|unet|text)"
 WHOLE = ("seed", "steps")  # settings that are whole numbers
 
 
 class Axis(NamedTuple):
     """One axis of a grid of images."""
 
-    setting: str  # "seed", "guidance", "steps", "strength", "lora0.unet" ..., "checkpoint"
+    setting: str  # "seed", "guidance", "strength", "lora0.unet" ..., "checkpoint"
     values: list[float]  # of a checkpoint its place in `names`
     run: str = ""  # of checkpoints: the run folder, as given
     names: tuple[str, ...] = ()  # of checkpoints: "step 100" ...
@@ -43,7 +43,8 @@ def parse_axis(text: str) -> Axis:
     if not re.fullmatch(SETTINGS, name):
         raise UserError(
             f"--grid {text}: unknown setting {name!r}; "
-            "choose seed, strength, unet, text, lora0.strength ..., guidance, steps or checkpoint"
+            "choose seed, strength, unet, text, lora0.strength ..., guidance, adapter_guidance, "
+            "steps or checkpoint"
         )
     if name == "checkpoint":
         if not tail.strip():

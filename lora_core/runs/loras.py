@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from lora_core.toml import parse_toml
 TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
 TEXT_SETTINGS = ("clip_skip", "max_token_length", "max_sequence_length")
 WHOLE_RANGE = (0.0, 1.0)
+RANGE = re.compile(r"[\d.]+-[\d.]+")  # of noise levels, as --lora has it behind an @
 LARGEST_SETTING = 100_000  # layers or tokens
 
 
@@ -42,16 +44,16 @@ class LoraSource(NamedTuple):
 
 
 def parse_lora(text: str, option: str = "--lora") -> LoraSource:
-    """Parses PATH, PATH:0.8 or PATH:unet=0.6,text=0.9, and a range PATH:0.8@0.2-1.
+    """Parses PATH, PATH:0.8 or PATH:unet=0.6,text=0.9, and a range PATH:0.8@0.2-1 or PATH@0.2-1.
 
-    Raises UserError, which calls the text a value of `option`, for a strength that is no number and
-    a range that is none.
+    A path that exists is a path, whatever is in it. Raises UserError, which calls the text a value
+    of `option`, for a strength that is no number and a range that is none.
     """
     path, colon, tail = text.rpartition(":")
     if not text.strip() or (colon and not path.strip()):
         raise UserError(f"{option} {text!r} names no file; write PATH:0.8")
     if not colon or "/" in tail or "\\" in tail or Path(text).exists():
-        return LoraSource(text, 1.0)
+        return _parse_bare_path(text, option)
     tail, at, ends = tail.partition("@")
     shares = _parse_shares(ends, f"{option} {text}") if at else WHOLE_RANGE
     try:
@@ -64,6 +66,14 @@ def parse_lora(text: str, option: str = "--lora") -> LoraSource:
             f"{option} {text}: cannot read the strength {tail!r}; "
             "write PATH:0.8 or PATH:unet=0.6,text=0.9"
         ) from None
+
+
+def _parse_bare_path(text: str, option: str) -> LoraSource:
+    """PATH or PATH@LOW-HIGH, at strength 1."""
+    path, _, ends = text.rpartition("@")
+    if not path.strip() or not RANGE.fullmatch(ends) or Path(text).exists():
+        return LoraSource(text, 1.0)
+    return LoraSource(path, 1.0, _parse_shares(ends, f"{option} {text}"))
 
 
 def _parse_shares(text: str, option: str) -> tuple[float, float]:
