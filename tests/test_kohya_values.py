@@ -1,5 +1,6 @@
 """kohya's options with values of the wrong kind: taken, or one sentence, never a traceback."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,23 @@ import pytest
 import tomli_w
 
 from lora_core.errors import UserError
+from models import read_layout
 from tests.conftest import save_photos
-from training.translation.kohya_dataset import INHERITED, OF_A_DATASET, OF_A_SUBSET
-from training.translation.kohya_options import KOHYA_DEFAULTS, read_config_file, read_flags
+from training.translation import kohya_runs
+from training.translation.kohya_data import translate_data
+from training.translation.kohya_dataset import INHERITED, OF_A_DATASET, OF_A_SUBSET, read_datasets
+from training.translation.kohya_options import (
+    IGNORED,
+    KOHYA_DEFAULTS,
+    LEFT_OUT,
+    TRANSLATED,
+    read_config_file,
+    read_flags,
+)
 from training.translation.kohya_runs import TranslatedRun, translate_run
+from training.translation.translated_options import TranslatedOptions
 
-ODD: tuple[Any, ...] = ("x", -1, 0, 1.5, True, [], {}, 7, "64x64", [1.5, "y"], float("nan"))
+ODD: tuple[Any, ...] = ("x", -1, 1.5, True, [], {}, 7, float("nan"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +53,26 @@ def translate(folder: Path, training: dict[str, Any], dataset: dict[str, Any]) -
     return run
 
 
-@pytest.mark.parametrize("name", KOHYA_DEFAULTS)
+@pytest.fixture(scope="module", autouse=True)
+def read_once(model: Path) -> Iterator[None]:
+    """The layout of the model is read once: it is none of these tests' concern."""
+    layout = read_layout(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kohya_runs, "read_layout", lambda *_: layout)
+        yield
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_options_without_effect_are_read_or_one_sentence(name: str, folder: Path) -> None:
+    for value in ODD:
+        (folder / "ignored.toml").write_text(tomli_w.dumps({"all": {name: value}}))
+        try:
+            read_config_file(folder / "ignored.toml")
+        except UserError as error:
+            assert f"{name} = " in str(error)
+
+
+@pytest.mark.parametrize("name", TRANSLATED | LEFT_OUT)
 def test_a_training_file_is_taken_or_one_sentence(name: str, folder: Path, model: Path) -> None:
     for value in ODD:
         training = good_training(folder, model) | {name: value}
@@ -53,16 +84,17 @@ def test_a_training_file_is_taken_or_one_sentence(name: str, folder: Path, model
 
 @pytest.mark.parametrize("place", ["general", "datasets", "subsets"])
 @pytest.mark.parametrize("name", dict.fromkeys((*INHERITED, *OF_A_DATASET, *OF_A_SUBSET)))
-def test_a_dataset_file_is_taken_or_one_sentence(
-    name: str, place: str, folder: Path, model: Path
-) -> None:
+def test_a_dataset_file_is_taken_or_one_sentence(name: str, place: str, folder: Path) -> None:
     for value in ODD:
         dataset = good_dataset(folder)
         whole = dataset["datasets"][0]
         places = {"general": dataset["general"], "datasets": whole, "subsets": whole["subsets"][0]}
         places[place][name] = value
         try:
-            translate(folder, good_training(folder, model), dataset)
+            (folder / "dataset.toml").write_text(tomli_w.dumps(dataset))
+            options = TranslatedOptions("kohya", KOHYA_DEFAULTS, {"caption_extension": ".txt"})
+            data = read_datasets(options, folder / "dataset.toml")
+            translate_data(options, data)
         except UserError as error:
             assert len(str(error)) > 20
 
@@ -79,6 +111,8 @@ def test_a_dataset_file_is_taken_or_one_sentence(
         ("unet_lr", True, "unet_lr = true of kohya: expected a number"),
         ("resolution", "64x64", "expected a number of pixels, or width and height"),
         ("resolution", [], "expected a number of pixels"),
+        ("seed", 10**400, "expected a whole number"),
+        ("seed", "9" * 5000, "expected a whole number"),
         ("max_token_length", 200, "expected one of 75, 150, 225"),
         ("save_model_as", "onnx", "expected one of safetensors, ckpt, pt"),
     ],
@@ -121,5 +155,52 @@ def test_numbers_may_be_texts_and_texts_of_flags_may_be_numbers(folder: Path, mo
         "seed": 7,
         "resolution": "64,96",
     }
-    with pytest.raises(UserError, match="seed = .*expected a whole number"):
+    with pytest.raises(UserError, match=r"seed = .*expected a whole number"):
         read_flags(["--seed=fortytwo"])
+
+
+@pytest.mark.parametrize(
+    ("option", "argument"),
+    [
+        ("network_args", "conv_dim=many"), ("network_args", "rank_dropout=x"),
+        ("network_args", "block_lr_zero_threshold=x"), ("optimizer_args", "weight_decay=much"),
+        ("optimizer_args", "betas=0.9,x"), ("network_args", "conv_dim"),
+    ],
+)  # fmt: skip
+def test_a_text_for_a_number_of_an_argument_is_one_sentence(
+    option: str, argument: str, folder: Path, model: Path
+) -> None:
+    training = good_training(folder, model) | {option: [argument]}
+    with pytest.raises(UserError, match="expected"):
+        translate(folder, training, good_dataset(folder))
+
+
+def test_rates_of_blocks_of_an_untrained_unet_have_no_effect(folder: Path, model: Path) -> None:
+    training = good_training(folder, model) | {"unet_lr": 0, "text_encoder_lr": 1e-4}
+    training |= {"network_args": ["down_lr_weight=0,1", "mid_lr_weight=0.5"]}
+    run = translate(folder, training, good_dataset(folder))
+    entry = next(e for e in run.records[0].entries if "weight: without" in e.remark)
+    assert (entry.name, entry.outcome) == ("network_args", "ignored")
+    assert "down_lr_weight, mid_lr_weight: without effect" in entry.remark
+    assert not run.config.optimizer.lr_pattern
+    table = run.format_tables()
+    assert table.count("down_lr_weight=0,1") == 1 and "network_args = ..." in table
+
+
+@pytest.mark.parametrize("name", ["sample_every_n_epochs", "sample_every_n_steps"])
+def test_without_prompts_nothing_is_drawn_as_in_kohyas_script(
+    name: str, folder: Path, model: Path
+) -> None:
+    training = good_training(folder, model) | {name: 1}
+    run = translate(folder, training, good_dataset(folder))
+    assert run.config.samples.every == 0
+    entry = next(e for e in run.records[0].entries if e.name == name)
+    assert entry.outcome == "ignored" and "draws nothing" in entry.remark
+
+
+def test_samples_of_epochs_win_over_those_of_steps(folder: Path, model: Path) -> None:
+    """sd-scripts: where sample_every_n_epochs is set, sample_every_n_steps is not read."""
+    training = good_training(folder, model) | {"sample_prompts": ["a TOK"], "max_train_steps": 9}
+    training |= {"sample_every_n_epochs": 2, "sample_every_n_steps": 1}
+    run = translate(folder, training, good_dataset(folder))
+    assert run.config.samples.every == 2 * 2  # two images of an epoch, each a step

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.text import nearest_names
+from lora_core.text import is_number, nearest_names
 from training.translation.kohya_options import read_pairs
 from training.translation.translated_options import TranslatedOptions
 
@@ -62,6 +62,10 @@ UNREAD = {
     "block_lr_zero_threshold": "read with the block weights",
 }
 BLOCK_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+NUMBERS = (
+    "conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "loraplus_lr_ratio",
+    "block_lr_zero_threshold", "factor",
+)  # fmt: skip
 KNOWN = (
     "algo", "preset", "conv_dim", "conv_alpha", "factor", "dora_wd", "use_dora", "rs_lora",
     "use_rslora", "rank_dropout", "module_dropout", "dropout", "loraplus_lr_ratio", "train_blocks",
@@ -85,6 +89,7 @@ def translate_network(options: TranslatedOptions, groups: Sequence[str]) -> dict
         if name not in KNOWN:
             near = nearest_names(name, KNOWN)[0]
             raise UserError(f"network_args has {name}, which is unknown; the nearest is {near}")
+    _check_numbers(options, arguments)
     kind = _read_kind(options, module, arguments)
     if kind == "full":
         options.take("network_dim", {}, "the weights themselves are trained, without a rank")
@@ -113,6 +118,14 @@ def translate_network(options: TranslatedOptions, groups: Sequence[str]) -> dict
         norm = float(options["scale_weight_norms"])
         options.take("scale_weight_norms", {"optimizer.max_update_norm": norm})
     return arguments
+
+
+def _check_numbers(options: TranslatedOptions, arguments: Mapping[str, str]) -> None:
+    for name in NUMBERS:
+        text = arguments.get(name, "0")
+        if not (text.lstrip("-").isdigit() if name == "factor" else is_number(text)):
+            kind = "a whole number" if name == "factor" else "a number"
+            raise options.refuse("network_args", f"{name} is {text}; expected {kind}")
 
 
 def _read_kind(options: TranslatedOptions, module: str, arguments: Mapping[str, str]) -> str:

@@ -42,8 +42,8 @@ def translate_model(options: TranslatedOptions, version: str) -> None:
     if options["torch_compile"]:
         options.take("torch_compile", {"compile": True})
     _record_clip_skip(options, version)
-    if options["max_token_length"] and int(options["max_token_length"]) in LENGTHS:
-        options.take("max_token_length", {"max_token_length": int(options["max_token_length"])})
+    if options["max_token_length"] in LENGTHS:
+        options.take("max_token_length", {"max_token_length": options["max_token_length"]})
 
 
 def _record_clip_skip(options: TranslatedOptions, version: str) -> None:

@@ -123,11 +123,17 @@ def translate_optimizer(options: TranslatedOptions, groups: Sequence[str]) -> No
         name = WITHOUT_GPU[name]
     else:
         options.take(source, {"optimizer.name": name})
+    for key in ("weight_decay", "betas"):
+        several = values.get(key, 0.0)
+        several = several if key == "betas" and isinstance(several, list | tuple) else [several]
+        if not all(isinstance(value, int | float) for value in several):
+            raise options.refuse("optimizer_args", f"{key} is {arguments[key]}; expected numbers")
     ours: dict[str, Any] = {}
     decay = values.pop("weight_decay", _default_decay(name))
     ours |= {f"optimizer.weight_decay.{group}": float(decay) for group in groups}
     if "betas" in values:
-        betas = [float(beta) for beta in values.pop("betas")]
+        given = values.pop("betas")
+        betas = [float(beta) for beta in (given if isinstance(given, list | tuple) else [given])]
         if len(betas) == 2:
             ours |= {f"optimizer.betas.{group}": betas for group in groups}
         else:

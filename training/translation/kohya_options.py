@@ -12,13 +12,7 @@ from typing import Any
 from lora_core.errors import UserError
 from lora_core.text import nearest_names, read_text, shorten_value
 from lora_core.toml import LONGEST_TOML, parse_toml
-from training.translation.kohya_values import (
-    PROMPTS,
-    SIDES,
-    TEXT,
-    check_value,
-    expected_kind,
-)
+from training.translation.kohya_values import PROMPTS, SIDES, TEXT, check_value, expected_kind
 
 TOOL = "kohya"
 SDPA = "attention always uses torch's SDPA"

@@ -28,6 +28,7 @@ METADATA = {  # of the header -> option of [files]
     "metadata_tags": "tags",
     "metadata_trigger_phrase": "trigger",
 }
+SAMPLE_EVERY = ("sample_every_n_epochs", "sample_every_n_steps")  # the first one wins
 NAME = "last"  # of a model without output_name
 
 
@@ -100,14 +101,17 @@ def _record_precision(options: TranslatedOptions) -> None:
 
 def _record_samples(options: TranslatedOptions, steps: int, epoch: int, version: str) -> None:
     """Record the sample images: prompts, how often, and the settings that all of them share."""
-    for name, unit in (("sample_every_n_epochs", epoch), ("sample_every_n_steps", 1)):
-        if options[name]:
-            every = int(options[name]) * unit
-            options.take(name, {"samples.every": every} if every <= steps else {})
+    given = [name for name in SAMPLE_EVERY if options[name]]
     if not options["sample_prompts"]:
-        if options.is_given("sample_sampler"):
-            options.ignore("sample_sampler", "there are no sample_prompts")
+        for name in (*given, "sample_sampler"):
+            if options.is_given(name):
+                options.ignore(name, "there are no sample_prompts, so kohya's script draws nothing")
         return
+    for name in given[:1]:
+        every = int(options[name]) * (epoch if name == "sample_every_n_epochs" else 1)
+        options.take(name, {"samples.every": every} if every <= steps else {})
+    for name in given[1:]:
+        options.ignore(name, f"{given[0]} wins")
     prompts = read_sample_prompts(options["sample_prompts"])
     if not prompts:
         options.ignore("sample_prompts", "it has no prompt")

@@ -93,15 +93,15 @@ def translate_run(
     _record_rest(options, data)
     config: Config = from_table(_settings(options, data))
     records = (options,) if data.record is None else (options, data.record)
+    usual = flatten_table(to_table(Config()))
     for record in records:
         record.check_complete()
-        record.entries = [entry for entry in record.entries if not _is_usual(entry)]
+        record.entries = [entry for entry in record.entries if not _is_usual(entry, usual)]
     return TranslatedRun(config, records)
 
 
-def _is_usual(entry: TranslatedOption) -> bool:
+def _is_usual(entry: TranslatedOption, usual: Mapping[str, Any]) -> bool:
     """Whether an entry is of a default that is ours, too."""
-    usual = flatten_table(to_table(Config()))
     is_same = entry.is_default and entry.outcome == "taken"
     return is_same and all(usual.get(name) == own for name, own in entry.ours.items())
 
@@ -149,7 +149,11 @@ def _translate_block_rates(
     config: Config = from_table(_settings(options, data))
     layout = read_layout(config.model, config.model_config, config.family)
     plan = plan_adapters(config, layout)
-    component = next(name for name in plan if name not in layout.encoders)
+    component = next((name for name in plan if name not in layout.encoders), None)
+    if component is None:
+        given = ", ".join(name for name in BLOCK_WEIGHTS if arguments.get(name))
+        options.ignore("network_args", f"{given}: without effect, the UNet is not trained")
+        return
     globs = plan[component].targets
     modules = layout.components[component].modules
     paths = [path for path in modules if any(matches_pattern(path, glob) for glob in globs)]

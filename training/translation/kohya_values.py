@@ -104,7 +104,7 @@ def _read_as(kind: str, value: Any) -> Any:
     if kind in (TEXT, TRUTH):
         return value if isinstance(value, str if kind == TEXT else bool) else None
     if kind == SIDES:
-        return value if read_sides(value) else None
+        return value if split_resolution(value) else None
     if kind == NUMBERS:
         several = value if isinstance(value, list) else [value]
         return value if all(_read_number(item) is not None for item in several) else None
@@ -116,14 +116,25 @@ def _read_as(kind: str, value: Any) -> Any:
 
 def _read_number(value: Any) -> int | float | None:
     """A finite number, also one that is written as a text."""
-    if isinstance(value, str) and is_number(value):
-        value = int(value) if value.strip().isdigit() else float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    is_text = isinstance(value, str) and is_number(value)
+    if isinstance(value, bool) or not (is_text or isinstance(value, int | float)):
         return None
-    return value if math.isfinite(value) else None
+    if not math.isfinite(number := _as_float(value)):
+        return None
+    if is_text:
+        return int(value) if value.strip().isdigit() else number
+    found: int | float = value
+    return found
 
 
-def read_sides(value: Any) -> list[int]:
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def split_resolution(value: Any) -> list[int]:
     """[side] or [width, height] of 512, "512", "512,768" or [512, 768]; [] for anything else."""
     parts = value.split(",") if isinstance(value, str) else value
     several = list(parts) if isinstance(parts, list | tuple) else [parts]

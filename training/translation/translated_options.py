@@ -124,9 +124,11 @@ class TranslatedOptions:
         """The table: theirs = value | ours = value | remark, at most 100 columns.
 
         Taken options first, then changed ones, those that cannot be taken, and those without effect
-        here; in each the given ones before the tool's defaults, which are marked.
+        here; in each the given ones before the tool's defaults, which are marked. The value of an
+        option with several rows is in the first of them.
         """
         lines = _format_row(self.tool, "here", "remark")
+        shown: set[str] = set()
         for outcome, heading in HEADINGS.items():
             entries = [entry for entry in self.entries if entry.outcome == outcome]
             if entries:
@@ -136,7 +138,11 @@ class TranslatedOptions:
                 if entry.is_default:
                     remark = f"default of {self.tool}" + (f"; {remark}" if remark else "")
                 ours = "\n".join(f"{n} = {show_value(v)}" for n, v in entry.ours.items())
-                lines += _format_row(self._spelled(entry.name, entry.value), ours, remark)
+                theirs = self._spelled(entry.name, entry.value)
+                if entry.name in shown:
+                    theirs = f"{self.spell.format(entry.name)} = ..."
+                shown.add(entry.name)
+                lines += _format_row(theirs, ours, remark)
         return printable("\n".join(lines))
 
     def _spelled(self, name: str, value: Any) -> str:
