@@ -16,6 +16,7 @@ NUMBERS = "a number or a list of numbers"
 SIDES = 'a number of pixels, or width and height as in "512,768"'
 PROMPTS = "a file or a list of texts"
 ANY = ""  # read by nobody here
+SHOWN = 60  # characters of a value in a message
 
 # Options whose default is None, or says less than what may be given -> what is expected.
 KINDS: dict[str, str] = {
@@ -90,7 +91,9 @@ def check_value(name: str, value: Any, kind: str, where: str) -> Any:
         found = found if found in CHOICES[last] else None
         expected = f"one of {', '.join(map(str, CHOICES[last]))}"
     if found is None:
-        raise UserError(f"{where}{name} = {show_value(value)} of kohya: expected {expected}")
+        shown = show_value(value)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        raise UserError(f"{where}{name} = {shown} of kohya: expected {expected}")
     return found
 
 
