@@ -111,6 +111,8 @@ def test_a_dataset_file_is_taken_or_one_sentence(name: str, place: str, folder: 
         ("unet_lr", True, "unet_lr = true of kohya: expected a number"),
         ("resolution", "64x64", "expected a number of pixels, or width and height"),
         ("resolution", [], "expected a number of pixels"),
+        ("seed", 10**400, "expected a whole number"),
+        ("seed", "9" * 5000, "expected a whole number"),
         ("max_token_length", 200, "expected one of 75, 150, 225"),
         ("save_model_as", "onnx", "expected one of safetensors, ckpt, pt"),
     ],

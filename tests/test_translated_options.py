@@ -73,3 +73,17 @@ def test_the_table_is_at_most_100_columns_and_has_every_option() -> None:
 def test_values_are_shown_as_toml_writes_them() -> None:
     shown = [show_value(v) for v in (True, 1e-4, "a b", [512, 512], None, {"a": 1}, 3)]
     assert shown == ["true", "0.0001", '"a b"', "[512, 512]", "none", "{a = 1}", "3"]
+
+
+def test_an_option_in_several_rows_has_its_value_in_the_first() -> None:
+    record = make_record({"network_dim": 8})
+    record.ignore("network_dim", "the last row")
+    record.take("network_dim", {"adapter.rank": 8})
+    record.change("network_dim", {}, "the second row")
+    rows = [row for row in record.format_table().splitlines() if row.startswith("network_dim")]
+    assert [row.split(" | ")[0].strip() for row in rows] == [
+        "network_dim = 8",
+        "network_dim = ...",
+        "network_dim = ...",
+    ]
+    assert "adapter.rank = 8" in rows[0] and "the second row" in rows[1]

@@ -22,7 +22,7 @@ from training.translation.kohya_dataset import (
     read_subset_captions,
 )
 from training.translation.kohya_options import IGNORED, LEFT_OUT, TOOL
-from training.translation.kohya_values import read_sides
+from training.translation.kohya_values import split_resolution
 from training.translation.translated_options import TranslatedOption, TranslatedOptions
 
 # Options of a subset -> ours in [data] and [[data.subsets]].
@@ -268,7 +268,7 @@ def _common_option(name: str, value: Any, data: ForeignData) -> tuple[dict[str, 
 
 def _resolution(value: Any, *, buckets: bool) -> tuple[dict[str, Any], str]:
     """(options, remark) of "512", "512,768", 512 or [512, 768]: width and height."""
-    sides = read_sides(value)
+    sides = split_resolution(value)
     if not sides:
         raise UserError(f"resolution of {TOOL} is missing; give it, such as resolution = 512")
     width, height = sides[0], sides[-1]

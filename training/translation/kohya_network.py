@@ -64,9 +64,8 @@ UNREAD = {
 BLOCK_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 NUMBERS = (
     "conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "loraplus_lr_ratio",
-    "block_lr_zero_threshold",
+    "block_lr_zero_threshold", "factor",
 )  # fmt: skip
-WHOLE = ("factor",)
 KNOWN = (
     "algo", "preset", "conv_dim", "conv_alpha", "factor", "dora_wd", "use_dora", "rs_lora",
     "use_rslora", "rank_dropout", "module_dropout", "dropout", "loraplus_lr_ratio", "train_blocks",
@@ -90,11 +89,7 @@ def translate_network(options: TranslatedOptions, groups: Sequence[str]) -> dict
         if name not in KNOWN:
             near = nearest_names(name, KNOWN)[0]
             raise UserError(f"network_args has {name}, which is unknown; the nearest is {near}")
-        if name in (*NUMBERS, *WHOLE) and not _is_numeric(arguments[name], whole=name in WHOLE):
-            words = f"{name} is {arguments[name]}; expected a number"
-            raise options.refuse("network_args", f"{words}, whole for {WHOLE[0]}")
-                "network_args", f"{name} is {arguments[name]}; expected {expected}"
-            )
+    _check_numbers(options, arguments)
     kind = _read_kind(options, module, arguments)
     if kind == "full":
         options.take("network_dim", {}, "the weights themselves are trained, without a rank")
@@ -125,8 +120,12 @@ def translate_network(options: TranslatedOptions, groups: Sequence[str]) -> dict
     return arguments
 
 
-def _is_numeric(text: str, *, whole: bool) -> bool:
-    return text.lstrip("-").isdigit() if whole else is_number(text)
+def _check_numbers(options: TranslatedOptions, arguments: Mapping[str, str]) -> None:
+    for name in NUMBERS:
+        text = arguments.get(name, "0")
+        if not (text.lstrip("-").isdigit() if name == "factor" else is_number(text)):
+            kind = "a whole number" if name == "factor" else "a number"
+            raise options.refuse("network_args", f"{name} is {text}; expected {kind}")
 
 
 def _read_kind(options: TranslatedOptions, module: str, arguments: Mapping[str, str]) -> str:

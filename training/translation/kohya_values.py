@@ -16,6 +16,7 @@ NUMBERS = "a number or a list of numbers"
 SIDES = 'a number of pixels, or width and height as in "512,768"'
 PROMPTS = "a file or a list of texts"
 ANY = ""  # read by nobody here
+SHOWN = 60  # characters of a value in a message
 
 # Options whose default is None, or says less than what may be given -> what is expected.
 KINDS: dict[str, str] = {
@@ -90,7 +91,9 @@ def check_value(name: str, value: Any, kind: str, where: str) -> Any:
         found = found if found in CHOICES[last] else None
         expected = f"one of {', '.join(map(str, CHOICES[last]))}"
     if found is None:
-        raise UserError(f"{where}{name} = {show_value(value)} of kohya: expected {expected}")
+        shown = show_value(value)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        raise UserError(f"{where}{name} = {shown} of kohya: expected {expected}")
     return found
 
 
@@ -104,7 +107,7 @@ def _read_as(kind: str, value: Any) -> Any:
     if kind in (TEXT, TRUTH):
         return value if isinstance(value, str if kind == TEXT else bool) else None
     if kind == SIDES:
-        return value if read_sides(value) else None
+        return value if split_resolution(value) else None
     if kind == NUMBERS:
         several = value if isinstance(value, list) else [value]
         return value if all(_read_number(item) is not None for item in several) else None
@@ -116,14 +119,25 @@ def _read_as(kind: str, value: Any) -> Any:
 
 def _read_number(value: Any) -> int | float | None:
     """A finite number, also one that is written as a text."""
-    if isinstance(value, str) and is_number(value):
-        value = int(value) if value.strip().isdigit() else float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    is_text = isinstance(value, str) and is_number(value)
+    if isinstance(value, bool) or not (is_text or isinstance(value, int | float)):
         return None
-    return value if math.isfinite(value) else None
+    if not math.isfinite(number := _as_float(value)):
+        return None
+    if is_text:
+        return int(value) if value.strip().isdigit() else number
+    found: int | float = value
+    return found
 
 
-def read_sides(value: Any) -> list[int]:
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def split_resolution(value: Any) -> list[int]:
     """[side] or [width, height] of 512, "512", "512,768" or [512, 768]; [] for anything else."""
     parts = value.split(",") if isinstance(value, str) else value
     several = list(parts) if isinstance(parts, list | tuple) else [parts]
