@@ -2,6 +2,8 @@
 and flags of other tools.
 """
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,6 +47,51 @@ def test_the_page_fits_a_screen_and_says_where_to_go_on(
     if script == "train.py":
         wanted |= {"--list", "--plan", "--compare"}
     assert all(any(flag in line for line in page) for flag in wanted)
+
+
+def example_lines(script: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """The words of each line of a script's page that begins with python, remarks left out."""
+    assert SCRIPTS[script].main([]) == 2
+    page = capsys.readouterr().out.replace("\\\n", " ").splitlines()
+    lines = [line.strip() for line in page if line.startswith("  python ")]
+    found = []
+    for line in lines:
+        words = shlex.split(re.split(r" {3}|  (?=the )", re.sub(r" {2,}--", " --", line))[0])
+        assert words[:2] == ["python", script]
+        found.append(words[2:])
+    return found
+
+
+def test_the_lines_of_the_pages_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder where the reader's own files are, in short, in the order of the pages."""
+    (tmp_path / "toy").symlink_to(ROOT / "toy")
+    (tmp_path / "FILE.txt").write_text("a photo of TOK\na TOK\n")
+    config = (ROOT / "configs/toy_pti.toml").read_text().replace("runs/demo", "runs/config")
+    short = config.replace("steps = 100", "steps = 1").replace("steps = 200", "steps = 1")
+    (tmp_path / "photos").mkdir()
+    for file in (ROOT / "toy/concepts/zib").glob("*.png"):
+        shutil.copy(file, tmp_path / "photos")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/toy_pti.toml").write_text(short.replace("steps = 25", "steps = 1"))
+    monkeypatch.chdir(tmp_path)
+    first = ["--data.resolution", "64", "--stages.0.steps", "1", "--samples.steps", "1"]
+    own = {"MODEL": "toy/model", "FOLDER": "photos", "CONFIG.toml": "runs/config/config.toml"}
+    own |= {"200": "1", "RUN_A": "runs/mine", "RUN_B": "runs/demo"}
+    for script, program in SCRIPTS.items():
+        for number, line in enumerate(example_lines(script, capsys)):
+            words = [own.get(word, word) for word in line]
+            if script == "train.py" and number == 0:
+                words += first
+            if script == "infer.py" and "--list" not in words:
+                words += ["--steps", "1"]
+            if "--compare" in words:
+                shutil.copytree("runs/mine", "runs/demo")
+            assert program.main(words) == 0, (words, capsys.readouterr().err)
+            if script == "infer.py" and number == 0:
+                for name in "ab":
+                    shutil.copy("runs/mine/pytorch_lora_weights.safetensors", f"{name}.safetensors")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

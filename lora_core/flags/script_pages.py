@@ -28,8 +28,8 @@ INFER_PAGE = """infer.py: draw images with a text-to-image model and LoRA files
 
   python infer.py --model MODEL --lora runs/mine:0.8 --prompt "a photo of TOK" --out toy.png
   python infer.py --model MODEL --lora a.safetensors --lora b.safetensors:0.5 --prompts FILE.txt
-  python infer.py --model MODEL --lora runs/mine --prompt "a photo of TOK" --count 4 \\
-      --grid strength=0:1.2:0.3 --out sheet.png
+  python infer.py --model MODEL --lora runs/mine --prompt "a photo of TOK" \\
+      --grid strength=0:1.2:0.3 --grid seed=0:4 --out sheet.png
 
 MODEL is a folder in the diffusers layout, a file, or a hub id. A LoRA is a file of any known
 format or the folder of a run, with its strength behind a colon.
