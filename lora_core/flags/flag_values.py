@@ -93,17 +93,16 @@ read_schedule = rename_value(
         "warmup_stable_decay": "wsd",
     }
 )
-read_sampler = rename_value(
-    {
-        "ddim": "ddim",
-        "euler": "euler",
-        "k_euler": "euler",
-        "euler_a": "euler_ancestral",
-        "k_euler_a": "euler_ancestral",
-        "dpmsolver++": "dpmpp_2m",
-    },
-    others=False,
-)
+KOHYA_SAMPLERS = {
+    "ddim": "ddim",
+    "euler": "euler",
+    "k_euler": "euler",
+    "euler_a": "euler_ancestral",
+    "k_euler_a": "euler_ancestral",
+    "dpmsolver++": "dpmpp_2m",
+    "dpmsolver": "dpmpp_2m",
+}
+read_sampler = rename_value(KOHYA_SAMPLERS, others=False)
 read_scheme = rename_value(
     {
         "none": "--weighting none",

@@ -6,19 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lora_core.flags.flag_values import KOHYA_SAMPLERS
 from training.translation.kohya_objective import FILE_PRECISIONS
 from training.translation.kohya_prompts import read_sample_prompts
 from training.translation.translated_options import TranslatedOptions
 
-SAMPLERS = {
-    "ddim": "ddim",
-    "euler": "euler",
-    "k_euler": "euler",
-    "euler_a": "euler_ancestral",
-    "k_euler_a": "euler_ancestral",
-    "dpmsolver++": "dpmpp_2m",
-    "dpmsolver": "dpmpp_2m",
-}
 SAMPLE_STEPS, SAMPLE_SCALE = 30, 7.5  # of its sample images
 METADATA = {  # of the header -> option of [files]
     "metadata_title": "title",
@@ -134,7 +126,7 @@ def _record_samples(options: TranslatedOptions, steps: int, epoch: int, version:
     else:
         options.take("sample_prompts", ours)
     sampler = str(first.get("sample_sampler", options["sample_sampler"]))
-    if sampler in SAMPLERS:
-        options.take("sample_sampler", {"samples.sampler": SAMPLERS[sampler]})
+    if sampler in KOHYA_SAMPLERS:
+        options.take("sample_sampler", {"samples.sampler": KOHYA_SAMPLERS[sampler]})
     else:
         options.change("sample_sampler", {"samples.sampler": "ddim"}, f"{sampler} is not here")
