@@ -76,7 +76,14 @@ def test_the_lines_of_the_pages_work(
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/toy_pti.toml").write_text(short.replace("steps = 25", "steps = 1"))
     monkeypatch.chdir(tmp_path)
-    first = ["--data.resolution", "64", "--stages.0.steps", "1", "--samples.steps", "1"]
+    first = ["--data.resolution", "64", "--samples.steps", "1"]
+    first += ["--stages.0.steps", "1", "--stages.1.steps", "1", "--precision", "fp32"]
+    examples = ROOT / "examples/kohya/lora_example_training_data"
+    kohya = (examples / "train_network_config.toml").read_text().replace("../../", "")
+    kohya = kohya.replace("lora_example_training_data/prompts.txt", "FILE.txt")
+    (tmp_path / "train_network_config.toml").write_text(kohya)
+    dataset = (examples / "dataset_config.toml").read_text().replace("../../", "")
+    (tmp_path / "dataset.toml").write_text(dataset)
     own = {"MODEL": "toy/model", "FOLDER": "photos", "CONFIG.toml": "runs/config/config.toml"}
     own |= {"200": "1", "RUN_A": "runs/mine", "RUN_B": "runs/demo"}
     for script, program in SCRIPTS.items():
@@ -84,6 +91,8 @@ def test_the_lines_of_the_pages_work(
             words = [own.get(word, word) for word in line]
             if script == "train.py" and number == 0:
                 words += first
+            if "--from-kohya" in words:
+                words += ["--write-config", "kohya.toml"]
             if script == "infer.py" and "--list" not in words:
                 words += ["--steps", "1"]
             if "--compare" in words:
