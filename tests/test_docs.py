@@ -75,9 +75,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = read_toml(Path("configs/toy_pti.toml"))
         train.train(shorten(replace(config, out="runs/demo")))
         shutil.copytree("runs/demo", "runs/trilo")
-        Path("loras").mkdir()
+        Path("ten").mkdir()
         for name in ("zib_0", "zib_1", "trilo_0", "ink_0"):
-            shutil.copy("runs/demo/demo.safetensors", f"loras/{name}.safetensors")
+            shutil.copy("runs/demo/demo.safetensors", f"ten/{name}.safetensors")
     for seed, name in enumerate(("a", "b", "my style")):
         save_sd1_lora(folder / f"{name}.safetensors", seed)
     return folder

@@ -44,12 +44,15 @@ def test_the_size_of_a_sum_of_many_files_is_said_before_it_is_written(copies, ca
 
 def test_layers_that_are_kept_on_the_disk_give_the_same_bytes(copies, monkeypatch):
     words = ("0.1*loras/*.safetensors", "--model", "base")
-    call("mix", *words, "--out", "m.safetensors")
+    one, other = Path("one/m.safetensors"), Path("other/m.safetensors")  # the title is the name
+    for file in (one, other):
+        file.parent.mkdir()
+    call("mix", *words, "--out", str(one))
     monkeypatch.setattr(large_results, "LARGE", 0)
     before = os.listdir()
-    call("mix", *words, "--out", "n.safetensors")
-    assert Path("m.safetensors").read_bytes() == Path("n.safetensors").read_bytes()
-    assert sorted(os.listdir()) == sorted([*before, "n.safetensors"])
+    call("mix", *words, "--out", str(other))
+    assert one.read_bytes() == other.read_bytes()
+    assert sorted(os.listdir()) == sorted(before) and os.listdir("other") == [other.name]
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(copies, monkeypatch, capsys):

@@ -216,6 +216,7 @@ def test_an_error_below_a_bar_leaves_the_terminal_as_it_was() -> None:
 def test_a_rate_leaves_out_the_bars_inside(monkeypatch, capsys) -> None:
     """Ten steps of a second with a minute of drawing between: a step a second, not seven."""
     clock = [100.0]
+    monkeypatch.setattr(progress, "_OPEN", [])
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with progress.ProgressBar("training", 20, "step") as bar:
         for number in range(10):

@@ -205,7 +205,7 @@ def describe_adapter(state: AdapterState, layout: Layout, title: str) -> dict[st
     "Dynamic" is kohya's word for mixed ranks or alphas, and for none.
     """
     factors = _all_factors(state)
-    ranks = [lr.rank for lr in factors]
+    ranks = [lr.down.shape[0] for lr in factors]  # lr.rank, without a call for each layer
     alphas = {lr.scale * rank for lr, rank in zip(factors, ranks)}
     if any(state.dense.values()):
         return _lycoris_header(state, layout, title)
