@@ -42,6 +42,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
 os.environ["SOURCE_DATE_EPOCH"] = "1700000000"  # files of equal content have equal bytes
 os.fsync = lambda handle: None  # nothing here outlives a loss of power; a run waits 20 times
 torch.set_num_threads(1)  # a second thread waits at every barrier for a core that a neighbour has
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for scripts that tests start: equal bits
 COLOURS = ["red", "green", "blue", "pink", "navy"]
 # words of benchmarks.kernels: one small layer
 TINY_LAYER = ["--device", "cpu", "--shape", "16,24,24", "--rank", "4", "--rounds", "3"]
@@ -133,6 +134,16 @@ def image_folder(tmp_path: Path) -> Path:
         save_image(noise_image(*size, seed=i), tmp_path / "images" / f"{i}.png")
         (tmp_path / "images" / f"{i}.txt").write_text(f"a photo of TOK {i}\n")
     return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL model on disk, to be read only."""
+    from tests import tiny_sdxl
+
+    folder = tmp_path_factory.mktemp("sdxl") / "model"
+    tiny_sdxl.save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
