@@ -185,18 +185,24 @@ def _header_lines(state: AdapterState) -> list[str]:
     if RECIPE in state.metadata:
         with contextlib.suppress(UserError):  # a recipe of something else
             lines.append(describe_recipe(parse_recipe(state.metadata[RECIPE], "the file")))
-    short, long = [], []
-    for key, value in sorted(state.metadata.items()):
-        if key in (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS, embeddings.LAYERS):
-            continue
-        if len(value) > LONGEST_ENTRY or "\n" in value:
-            long.append(f"{key} ({len(value)} characters)")
-        else:
-            short.append(f"{key}={value}")
-    entries = [*short, *long]
-    if more := len(entries[LISTED_ENTRIES:]):
-        entries[LISTED_ENTRIES:] = [f"and {more:,} more"]
-    return lines + ([f"header: {', '.join(entries)}"] if entries else [])
+    described = (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS, embeddings.LAYERS)
+    entries = [(key, state.metadata[key]) for key in sorted(state.metadata) if key not in described]
+    listed = entries[:LISTED_ENTRIES]
+    if listed:
+        lines.append("header:")
+    width = max((len(key) for key, _ in listed), default=0)
+    for key, value in listed:
+        lines.append(f"  {key.ljust(width)}  {_shorten_entry(value)}".rstrip())
+    if more := len(entries) - len(listed):
+        lines.append(f"  and {more:,} more")
+    return lines
+
+
+def _shorten_entry(value: str) -> str:
+    """The value of a header entry, of a long one its size."""
+    if len(value) > LONGEST_ENTRY or "\n" in value:
+        return f"({len(value):,} characters)"
+    return value
 
 
 def _plot_spectra(spectra: Sequence[LayerSpectrum], path: Path, title: str) -> None:

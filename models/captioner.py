@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -14,42 +14,26 @@ from transformers import (
     Florence2ForConditionalGeneration,
 )
 
-from lora_core.data.images import image_to_tensor
 from lora_core.errors import UserError
-from lora_core.text import shorten_value
-from models.components import config_errors, load_network, load_part, read_json
-from models.segmenter import read_preparation
+from models.components import config_errors
+from models.image_reader import ImageReader
 
 MOST_TOKENS = 60  # of a caption: a text encoder of CLIP reads 75
 BEAMS = 3  # of the search, as in both models' own examples; the same caption in each run
 REQUEST = "Describe in detail what is shown in the image."  # Florence-2's <DETAILED_CAPTION>
-NETWORKS = {
-    "blip": (BlipForConditionalGeneration, BertTokenizer),
-    "florence2": (Florence2ForConditionalGeneration, BartTokenizer),
-}
 
 
-class Captioner:
-    """The network and tokenizer of a captioning model, and how its images are scaled.
+class Captioner(ImageReader):
+    """BLIP or Florence-2: a sentence about an image."""
 
-    The images are prepared here: the processors of the library would need torchvision. Raises
-    UserError for a folder or hub id that is neither a BLIP nor a Florence-2 model.
-    """
-
-    def __init__(self, path: str, device: torch.device | str) -> None:
-        kind = read_json(path, "config.json").get("model_type")
-        if kind not in NETWORKS:
-            raise UserError(
-                f"the model {path} is of the type {shorten_value(kind)}, expected blip or "
-                "florence2; give the folder or hub id of a captioning model, such as "
-                "Salesforce/blip-image-captioning-large or florence-community/Florence-2-base"
-            )
-        network, tokenizer = NETWORKS[kind]
-        self.path, self.device, self.kind = path, torch.device(device), kind
-        self.network = load_network(network, path, "", torch.float32, device)
-        self.tokenizer = load_part(tokenizer.from_pretrained, path, "")
-        self.side, self.mean, self.std = read_preparation(path)
-        self.network.requires_grad_(False).eval()
+    parts: ClassVar = {
+        "blip": (BlipForConditionalGeneration, BertTokenizer),
+        "florence2": (Florence2ForConditionalGeneration, BartTokenizer),
+    }
+    wanted = (
+        "a captioning model, such as Salesforce/blip-image-captioning-large or "
+        "florence-community/Florence-2-base"
+    )
 
     @torch.no_grad()
     def describe(self, image: Image.Image, beginning: str = "") -> str:
@@ -63,7 +47,7 @@ class Captioner:
                 f"{self.path} is a Florence-2 model, whose captions cannot begin with "
                 f"{beginning!r}; leave that out or take a BLIP model"
             )
-        pixels = self.prepare_pixels(image).to(self.device)
+        pixels = self.squeeze(image).to(self.device)
         with config_errors(self.path):
             if self.kind == "blip":
                 written = self._continue_words(pixels, beginning)
@@ -71,11 +55,6 @@ class Captioner:
                 written = self._answer_request(pixels)
         text = self.tokenizer.decode(written[0], skip_special_tokens=True)
         return " ".join(text.split())
-
-    def prepare_pixels(self, image: Image.Image) -> Tensor:
-        """[1, 3, side, side], normalized; both models squeeze an image into a square."""
-        square = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        return ((image_to_tensor(square) / 255 - self.mean) / self.std)[None]
 
     def _continue_words(self, pixels: Tensor, beginning: str) -> Tensor:
         """The token ids of a caption of BLIP."""

@@ -5,16 +5,16 @@ transformers has no detector that knows faces alone; this one finds what it is t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPTokenizer, OwlViTForObjectDetection
 
-from lora_core.data.images import image_to_tensor
 from lora_core.errors import UserError
-from lora_core.text import shorten_value
-from models.components import config_errors, load_network, load_part, read_json
-from models.segmenter import read_preparation
+from models.components import config_errors
+from models.image_reader import ImageReader
 
 FACE_WORDS = "a photo of a face"
 SURE = 0.1  # smallest score of a box, the default of the library's own example
@@ -22,24 +22,11 @@ OUTSIDE, INSIDE = 1, 255  # greys of lora_ppim's face masks
 PROMPT_TOKENS = 16  # that OWL-ViT reads
 
 
-class FaceDetector:
-    """OWL-ViT's network and tokenizer, and how its images are scaled and normalized.
+class FaceDetector(ImageReader):
+    """OWL-ViT: boxes around what the words name."""
 
-    Raises UserError for a folder or hub id that is no OWL-ViT model.
-    """
-
-    def __init__(self, path: str, device: torch.device | str) -> None:
-        found = read_json(path, "config.json").get("model_type")
-        if found != "owlvit":
-            raise UserError(
-                f"the model {path} is of the type {shorten_value(found)}, expected owlvit; give "
-                "the folder or hub id of an OWL-ViT model, such as google/owlvit-base-patch32"
-            )
-        self.path, self.device = path, torch.device(device)
-        self.network = load_network(OwlViTForObjectDetection, path, "", torch.float32, device)
-        self.tokenizer = load_part(CLIPTokenizer.from_pretrained, path, "")
-        self.side, self.mean, self.std = read_preparation(path)
-        self.network.requires_grad_(False).eval()
+    parts: ClassVar = {"owlvit": (OwlViTForObjectDetection, CLIPTokenizer)}
+    wanted = "an OWL-ViT model, such as google/owlvit-base-patch32"
 
     def find(self, image: Image.Image, words: str = FACE_WORDS) -> Image.Image | None:
         """The mask of an RGB image, mode L: white boxes on black; None where nothing is found."""
@@ -57,21 +44,9 @@ class FaceDetector:
 
         Raises UserError for weights that give NaN.
         """
-        square = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        pixels = ((image_to_tensor(square) / 255 - self.mean) / self.std)[None]
-        ids = self.tokenizer(
-            [words],
-            padding="max_length",
-            max_length=PROMPT_TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
+        pixels = self.squeeze(image).to(self.device)
         with config_errors(self.path):
-            found = self.network(
-                input_ids=ids.input_ids,
-                attention_mask=ids.attention_mask,
-                pixel_values=pixels.to(self.device),
-            )
+            found = self.network(pixel_values=pixels, **self.tokenize([words], PROMPT_TOKENS))
         if not (found.logits.isfinite().all() and found.pred_boxes.isfinite().all()):
             raise UserError(
                 f"the detector {self.path} gives NaN or infinity: its weights are damaged; "

@@ -30,7 +30,7 @@ def an_image() -> Image.Image:
 def test_blip_reads_what_its_processor_prepares_and_continues_a_beginning(blip: Path) -> None:
     captioner, image = Captioner(str(blip), "cpu"), an_image()
     theirs = BlipImageProcessorPil(**PREPARATION)(image, return_tensors="pt").pixel_values
-    pixels = captioner.prepare_pixels(image)
+    pixels = captioner.squeeze(image)
     assert torch.allclose(pixels, theirs, atol=1e-5)
     with torch.no_grad():
         ids = captioner.network.generate(
@@ -43,7 +43,7 @@ def test_blip_reads_what_its_processor_prepares_and_continues_a_beginning(blip: 
 
 def test_florence_reads_what_its_processor_prepares(florence: Path) -> None:
     captioner, image = Captioner(str(florence), "cpu"), an_image()
-    count = captioner._count_features(captioner.prepare_pixels(image))
+    count = captioner._count_features(captioner.squeeze(image))
     preparation = CLIPImageProcessorPil(**PREPARATION, do_center_crop=False, resample=3)
     preparation.image_seq_length = count
     tokenizer = captioner.tokenizer
@@ -52,7 +52,7 @@ def test_florence_reads_what_its_processor_prepares(florence: Path) -> None:
     processor = Florence2Processor(preparation, tokenizer)
     read = processor(images=image, text="<DETAILED_CAPTION>", return_tensors="pt")
     assert read.input_ids[0].tolist() == captioner.request_ids(count)
-    assert torch.allclose(read.pixel_values, captioner.prepare_pixels(image), atol=1e-5)
+    assert torch.allclose(read.pixel_values, captioner.squeeze(image), atol=1e-5)
     with torch.no_grad():
         ids = captioner.network.generate(**read, max_new_tokens=60, num_beams=3, do_sample=False)
     expected = tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -20,6 +20,7 @@ from lora_core.formats import layout_of
 from lora_core.formats.container import is_finite
 from tests.adapter_checks import header
 from tests.adapter_examples import save_file, save_good_file
+from tests.manager_readers import tensor_hash
 from tests.tiny_pipeline import random_state
 
 
@@ -174,9 +175,9 @@ def test_hashes_are_those_that_kohya_computes(tmp_path):
         format="diffusers",
         layout=layout,
     )
-    assert (
-        "sshs_model_hash" not in safetensors.safe_open(tmp_path / "b.safetensors", "pt").metadata()
-    )
+    other = safetensors.safe_open(tmp_path / "b.safetensors", "pt").metadata()
+    assert other["sshs_model_hash"] == tensor_hash(tmp_path / "b.safetensors")  # of its own tensors
+    assert other["sshs_model_hash"] != header["sshs_model_hash"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -12,6 +12,7 @@ from lora_core import formats
 from lora_core.adapters.weight_updates import scaled_product
 from merging.convert import converted_name
 from tests.adapter_checks import header
+from tests.manager_readers import tensor_hash
 from tests.merge_commands import SQUARE, assert_equal, call, deltas, dora_on, save_dora
 
 
@@ -188,7 +189,9 @@ def test_a_lora_of_a_run_with_tokens_is_labelled_as_a_lora(here, layout, states)
             assert written["ss_network_alpha"] == f"{own['ss_network_dim']}.0"  # factors have it
             titles = (name, "dog") if older else ("dog",)
             assert written["modelspec.title"] in titles
-        assert len(header("k.safetensors")["sshs_model_hash"]) == 64
+            digest = tensor_hash(Path(f"{name}.safetensors"))
+            assert written["sshs_model_hash"] == digest
+            assert written["modelspec.hash_sha256"] == f"0x{digest}"
 
 
 def test_files_have_an_ending_of_their_format(here):

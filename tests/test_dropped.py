@@ -27,13 +27,6 @@ SIDE = 16
 TEXT, NO_TEXT = Stage(1, ("denoiser", "text_encoder")), Stage(1, ("denoiser",))
 
 
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdxl") / "model"
-    tiny_sdxl.save(folder)
-    return folder
-
-
 def opened(config: Config, model: Path, photos: Path, name: str = "", **data: Any) -> OpenedRun:
     how = {"captions": "txt", "caption_dropout": 0.5, **data}
     return open_parts(

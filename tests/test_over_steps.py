@@ -37,7 +37,7 @@ def write_steps(folder: Path, steps: list[int], captions: list[str] = CAPTIONS) 
 def test_each_cell_is_the_image_of_its_step_and_seed(tmp_path: Path) -> None:
     write_steps(tmp_path, [2, 4, 10])
     before = [flat((1, 2, 3)), flat((4, 5, 6))]
-    path = save_over_steps(tmp_path, CAPTIONS, before, is_private=False)
+    path = save_over_steps(tmp_path, CAPTIONS, before, {}, is_private=False)
     assert path == tmp_path / "samples" / OVER_STEPS
     with Image.open(path) as sheet:
         facts = json.loads(sheet.text[CELLS])
@@ -51,15 +51,32 @@ def test_each_cell_is_the_image_of_its_step_and_seed(tmp_path: Path) -> None:
     assert [cell["label"] for cell in facts["cells"][::4]] == ["seed 0", "seed 1"]
 
 
+@pytest.mark.parametrize(
+    ("words", "heading"),
+    [
+        ({"TOK": "creature"}, "before training, “creature” for TOK"),
+        ({"<a>": "red cat", "<b>": ""}, "before training, “red cat” for <a>, no <b>"),
+    ],
+)
+def test_the_first_column_names_the_words_that_the_base_model_drew(
+    tmp_path: Path, words: dict[str, str], heading: str
+) -> None:
+    write_steps(tmp_path, [2])
+    path = save_over_steps(tmp_path, CAPTIONS, [flat((0, 0, 0))] * 2, words, is_private=False)
+    assert path is not None
+    with Image.open(path) as sheet:
+        assert json.loads(sheet.text[CELLS])["cells"][0]["caption"] == heading
+
+
 def test_sheets_of_other_prompts_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
     before = [flat((1, 2, 3)), flat((4, 5, 6))]
-    assert save_over_steps(tmp_path, CAPTIONS, before, is_private=True) is None
+    assert save_over_steps(tmp_path, CAPTIONS, before, {}, is_private=True) is None
     write_steps(tmp_path, [2], ["a dog", "a cat"])
     (tmp_path / "samples" / "step_000003.png").write_bytes(b"no image")
     flat((0, 0, 0)).save(tmp_path / "samples" / "step_000004.png")
-    assert save_over_steps(tmp_path, CAPTIONS, before, is_private=True) is None
+    assert save_over_steps(tmp_path, CAPTIONS, before, {}, is_private=True) is None
     write_steps(tmp_path, [5])
-    path = save_over_steps(tmp_path, CAPTIONS, before, is_private=True)
+    path = save_over_steps(tmp_path, CAPTIONS, before, {}, is_private=True)
     assert path is not None
     with Image.open(path) as sheet:
         facts = json.loads(sheet.text[CELLS])
@@ -68,7 +85,7 @@ def test_sheets_of_other_prompts_and_damaged_ones_are_passed_over(tmp_path: Path
 
 def test_a_long_run_has_few_columns_and_the_page_shows_the_sheet(tmp_path: Path) -> None:
     write_steps(tmp_path, list(range(1, 21)))
-    save_over_steps(tmp_path, CAPTIONS, [flat((1, 2, 3))] * 2, is_private=False)
+    save_over_steps(tmp_path, CAPTIONS, [flat((1, 2, 3))] * 2, {}, is_private=False)
     with Image.open(tmp_path / "samples" / OVER_STEPS) as sheet:
         cells = json.loads(sheet.text[CELLS])["cells"]
     steps = [cell["caption"].split()[0] for cell in cells[1:8]]

@@ -22,18 +22,9 @@ from models import load_family
 from models.prompt_chunks import long_prompt_length, split_chunks
 from tests import tiny_flux, tiny_sdxl
 from tests.opened_run import open_parts
-from tests.tiny_pipeline import LETTERS
+from tests.tiny_pipeline import CHUNK, LETTERS
 from training.checks.model_checks import token_limits
 from training.inputs.caption_tokens import CaptionReader
-
-CHUNK = 14  # tokens of the tiny models' 16 without BOS and EOS
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdxl") / "model"
-    tiny_sdxl.save(folder)
-    return folder
 
 
 def words(count: int, seed: int = 0) -> list[str]:

@@ -175,13 +175,17 @@ def test_plots_mark_the_stages_and_equal_distances_share_a_line(
 
     monkeypatch.setattr(pictures, "plot_training", plot)
     monkeypatch.setattr(pictures, "plot_validation", plot_bins)
-    assert [path.name for path in reports.plot_metrics(run)] == ["loss.png", "d.png", "val.png"]
+    assert [path.name for path in reports.plot_metrics(run)] == [
+        "loss.png",
+        "distance.png",
+        "val.png",
+    ]
     marks = [(0, "tokens"), (3, "denoiser")]
     assert seen["loss.png"] == (
         ["every step", "mean of 5"],
         TrainingLook(marks=marks, faint="every step"),
     )
-    assert seen["d.png"] == (["d_tokens = d_denoiser"], TrainingLook(log=True, marks=marks))
+    assert seen["distance.png"] == (["d_tokens = d_denoiser"], TrainingLook(log=True, marks=marks))
     bins = ["125", "375", "625", "875", "all"]
     assert seen["val.png"] == (bins, bins, marks)
 
@@ -189,8 +193,11 @@ def test_plots_mark_the_stages_and_equal_distances_share_a_line(
 def test_values_that_a_loss_logs_have_a_plot_with_a_panel_each(tmp_path: Path) -> None:
     rows = [{"step": i, "grad_norm": 1.0, "d": 0.1, "share": i / 9, "size": 9.0} for i in (1, 2)]
     write_jsonl(tmp_path / "metrics.jsonl", rows)
-    assert [path.name for path in reports.plot_metrics(tmp_path)] == ["d.png", "logged.png"]
-    with Image.open(tmp_path / "logged.png") as image:
+    assert [path.name for path in reports.plot_metrics(tmp_path)] == [
+        "distance.png",
+        "logged_values.png",
+    ]
+    with Image.open(tmp_path / "logged_values.png") as image:
         assert image.size == (960, 2 * 312)
 
 

@@ -182,7 +182,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Config) -> None:
         "report.html",
         "loss.png",
         "val.png",
-        "d.png",
+        "distance.png",
         "checkpoints/4/state.safetensors",
     }
     for name in ("loss.png", "before_after.png", "samples/step_000004.png"):

@@ -16,16 +16,8 @@ from lora_core.prompt_weights import WeightedPrompt
 from models import load_family
 from models.sd import final_norm
 from models.weighted_prompts import emphasize_states
-from tests import tiny_flux, tiny_sdxl
-
-CHUNK = 14  # tokens of the tiny models' 16 without BOS and EOS
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdxl") / "model"
-    tiny_sdxl.save(folder)
-    return folder
+from tests import tiny_flux
+from tests.tiny_pipeline import CHUNK
 
 
 def a1111_emphasis(z: Tensor, multipliers: Sequence[float]) -> Tensor:

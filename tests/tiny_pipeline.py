@@ -28,6 +28,8 @@ UNET_TARGETS = (
     "*time_emb_proj",
     "*samplers*conv",
 )
+LONGEST = 16  # tokens of a prompt
+CHUNK = LONGEST - 2  # of them without BOS and EOS
 TEXT_TARGETS = ("*self_attn*proj", "*mlp.fc?")
 
 
@@ -39,7 +41,7 @@ def tokenizer():
             [*LETTERS, *(x + "</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"]
         )
     }
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LONGEST)
 
 
 SMALL_UNET = dict(
@@ -66,7 +68,7 @@ def pipeline(seed=0, blocks=SMALL_UNET):
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     config = CLIPTextConfig(
         vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16,
+        num_attention_heads=2, max_position_embeddings=LONGEST,
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, initializer_range=0.2,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(

@@ -197,11 +197,15 @@ class SampleImages:
         """The prompt for the base model: each placeholder replaced by --samples.base-word, else by
         the words that its tokens were initialized from.
         """
-        base_word = self.config.samples.base_word
-        for word, ordinary in tokens.ordinary_words(self.model.placeholders).items():
-            plain = Placeholder(word, (base_word or ordinary,), "zero")
-            prompt = bind_placeholders(prompt, [plain])
+        for word, ordinary in self.ordinary_words.items():
+            prompt = bind_placeholders(prompt, [Placeholder(word, (ordinary,), "zero")])
         return " ".join(prompt.split())
+
+    @property
+    def ordinary_words(self) -> dict[str, str]:
+        """Placeholder word -> what the base model draws in its place."""
+        initial = tokens.ordinary_words(self.model.placeholders)
+        return {word: self.config.samples.base_word or initial[word] for word in initial}
 
 
 def _repeat(prompts: Iterable[str], count: int) -> list[str]:
@@ -231,7 +235,8 @@ def save_sample_grid(
     is_private = not samples.are_public
     pictures.save_sheet(draw_groups(groups, title), path, step=done, is_private=is_private)
     captions = image_captions(shown)
-    over_steps.save_over_steps(run.folder, captions, before, is_private=is_private)
+    words = samples.ordinary_words
+    over_steps.save_over_steps(run.folder, captions, before, words, is_private=is_private)
     return [] if is_private else list(itertools.chain.from_iterable(groups))
 
 
@@ -295,7 +300,7 @@ def _with_prompt(words: str, shown: Sequence[str]) -> str:
     """The words, and the prompt where a single one has several images."""
     if len(shown) == 1 or len(set(shown)) > 1:
         return words
-    return f"{words}, \N{LEFT DOUBLE QUOTATION MARK}{shown[0]}\N{RIGHT DOUBLE QUOTATION MARK}"
+    return f"{words}, {pictures.in_quotes(shown[0])}"
 
 
 def draw_groups(groups: Sequence[Sequence[ImageRow]], title: str) -> Image.Image:

@@ -369,7 +369,7 @@ def save(
     if state.token_names:
         names = json.dumps(list(state.token_names), ensure_ascii=False)
         header[TOKEN_NAMES] = names
-    write_tensors(path, tensors, header, hashes=FORMATS[format].has_hashes)
+    write_tensors(path, tensors, header, hashes=not is_token_format)
 
 
 def _describe_file(state: AdapterState, format: str, layout: Layout, title: str) -> dict[str, str]:

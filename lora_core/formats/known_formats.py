@@ -121,7 +121,6 @@ class Format:
     holds_parameters: bool = False  # changes of norms and biases
     holds_lycoris: bool = False  # LoHa, LoKr and full updates
     stores_scales: bool = False  # alphas; else the scale is multiplied into the factors
-    has_hashes: bool = False  # whether the header gets kohya's hashes of the file
     joins_layers: bool = False  # whether some layers are stored as one (joined_layers.py)
     endings: tuple[str, ...] = (".safetensors",)  # of the names of files that are written
 
@@ -170,7 +169,6 @@ FORMATS = {  # in the order in which they are tried
         holds_parameters=True,
         holds_lycoris=True,
         stores_scales=True,
-        has_hashes=True,
         joins_layers=True,
     ),
     "cloneofsimo": Format(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +29,17 @@ class SampledStep(NamedTuple):
 
 
 def save_over_steps(
-    folder: Path, captions: Sequence[str], before: Sequence[Image.Image], *, is_private: bool
+    folder: Path,
+    captions: Sequence[str],
+    before: Sequence[Image.Image],
+    words: Mapping[str, str],
+    *,
+    is_private: bool,
 ) -> Path | None:
     """Write samples/over_steps.png of a run: a row for each caption, a column for each of its
-    sheets samples/step_NNNNNN.png, evenly chosen, after the images `before` training. Returns its
-    path, or None where no sheet has these captions, as after a change of the prompts.
+    sheets samples/step_NNNNNN.png, evenly chosen, after the images `before` training, which show
+    ordinary `words` for those to learn ({"TOK": "creature"}). Returns its path, or None where no
+    sheet has these captions, as after a change of the prompts.
 
     Only the chosen sheets are read: a long run has hundreds.
     """
@@ -43,7 +49,7 @@ def save_over_steps(
     steps = [each for each in found if each is not None]
     if not steps:
         return None
-    headings = [BEFORE, *(f"{each.step:,} steps" for each in steps)]
+    headings = [heading_before(words), *(f"{each.step:,} steps" for each in steps)]
     prompt, labels = split_captions(captions)
     rows = []
     for i, label in enumerate(labels):
@@ -51,13 +57,21 @@ def save_over_steps(
         rows.append(ImageRow(label, images, headings, role=SAMPLE, notes=()))
     title = f"{folder.name}: over the steps"
     if prompt:
-        title += f", \N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}"
+        title += f", {pictures.in_quotes(prompt)}"
     beside = rows_beside(len(rows), len(headings))
     columns = beside * len(headings)
     sheet = pictures.draw_grid(rows, title=title, columns=columns, headings=headings * beside)
     path = folder / "samples" / OVER_STEPS
     pictures.save_sheet(sheet, path, step=steps[-1].step, is_private=is_private)
     return path
+
+
+def heading_before(words: Mapping[str, str]) -> str:
+    """What stands over the images before training, with the words that were drawn for others."""
+    heading = BEFORE
+    for word, drawn in words.items():
+        heading += f", {pictures.in_quotes(drawn)} for {word}" if drawn else f", no {word}"
+    return heading
 
 
 def rows_beside(count: int, images: int) -> int:

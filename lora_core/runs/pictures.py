@@ -103,6 +103,11 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
 # ---------------------------------------------------------------- grids
 
 
+def in_quotes(prompt: str) -> str:
+    """A prompt as it stands in a title."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
 def draw_grid(
     rows: Sequence[ImageRow],
     *,

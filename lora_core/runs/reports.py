@@ -113,9 +113,9 @@ MOST_STAGE_NAMES = 3  # that have room above a plot
 def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
     """Plots the logs of a run as OUT/loss.png and OUT/val.png; returns the files that were written.
 
-    An optimizer that estimates a distance gets OUT/d.png too, and a loss that logs values of its
-    own OUT/logged.png. `scored` names the validation loss in
-    the title of val.png, e.g. "held-out loss".
+    An optimizer that estimates a distance, such as Prodigy, gets OUT/distance.png too, and a loss
+    that logs values of its own OUT/logged_values.png. `scored` names the validation loss in the
+    title of val.png, e.g. "held-out loss".
     """
     columns = metric_columns(
         read_rows(folder / "metrics.jsonl", "a run writes it; remove the line", STEP_FIELDS)
@@ -137,7 +137,7 @@ def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
         )
     distances = {name: xy for name, xy in columns.items() if name == "d" or name[:2] == "d_"}
     if distances:
-        written.append(folder / "d.png")
+        written.append(folder / "distance.png")
         lines = merge_equal_lines(Line(name, *xy) for name, xy in distances.items())
         pictures.plot_training(
             {line.name: (line.x, line.y) for line in lines},
@@ -148,7 +148,7 @@ def plot_metrics(folder: Path, scored: str = "loss") -> list[Path]:
         )
     logged = {name: xy for name, xy in columns.items() if not is_own_metric(name)}
     if logged:
-        written.append(folder / "logged.png")
+        written.append(folder / "logged_values.png")
         window = mean_window(max(len(x) for x, _ in logged.values()))
         pictures.plot_logged_values(logged, written[-1], marks=marks, window=window)
     if len(columns.get("val_loss", ([], []))[0]) > 1:
