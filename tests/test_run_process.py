@@ -17,10 +17,10 @@ from tests.conftest import final, merged, same
 from training.run_process import AVERAGED, LONGEST_OUTPUT, Progress, RunProcess
 
 SLOW = """
-import time
+import os, time
 
 def slow(step):
-    time.sleep(0.05)
+    time.sleep(float(os.environ.get("SECONDS_OF_A_STEP", "0")))
     return ((step.out - step.target) ** 2).mean(dim=(1, 2, 3))
 """
 
@@ -35,29 +35,31 @@ def wait_until(run: RunProcess, is_reached: Callable[[Progress], bool]) -> Progr
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
-    config: Config, tmp_path: Path, without_plots: None
+    config: Config, tmp_path: Path, without_plots: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oracle is train.train in this process, which nobody interrupts."""
     (tmp_path / "slow.py").write_text(SLOW)
-    config = merged(config, {"loss": f"{tmp_path / 'slow.py'}:slow", "samples": {"every": 10}})
-    config = replace(config, stages=(Stage(steps=30),))
+    config = merged(config, {"loss": f"{tmp_path / 'slow.py'}:slow", "samples": {"every": 5}})
+    config = replace(config, stages=(Stage(steps=12),))
     whole = train.train(replace(config, out=str(tmp_path / "whole")))
-    run = RunProcess.start(config, tmp_path)
+    with monkeypatch.context() as watched:
+        watched.setenv("SECONDS_OF_A_STEP", "0.3")  # so that it can be stopped in time
+        run = RunProcess.start(config, tmp_path)
     first = wait_until(run, lambda now: now.step > 0)
-    assert first.sentence.startswith(f"step {first.step} of 30, loss ")
+    assert first.sentence.startswith(f"step {first.step} of 12, loss ")
     run.stop()
     run.stop()  # a second click is the same request
     ended = wait_until(run, lambda now: not now.is_running)
     saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert first.step <= saved < 30
+    assert first.step <= saved < 12
     assert ended.sentence.startswith(f"interrupted: the run is saved after step {saved}, go on")
     assert run.process.returncode == 128 + 15
     again = RunProcess.resume(config, tmp_path)
     done = wait_until(again, lambda now: not now.is_running)
-    assert done.sentence.startswith("finished in ") and done.step == 30
+    assert done.sentence.startswith("finished in ") and done.step == 12
     assert f"resumed after step {saved}" in done.output
     assert done.images == tmp_path / "run" / "before_after.png" and done.images.is_file()
-    assert (tmp_path / "run" / "samples" / "step_000020.png").is_file()
+    assert (tmp_path / "run" / "samples" / "step_000010.png").is_file()
     assert same(final(whole), final(tmp_path / "run"))
 
 
