@@ -5,9 +5,11 @@ A family's file is imported when a model of that family is opened.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,4 +202,19 @@ def _find_family(path: str, config: str, own: str) -> FamilyFunctions:
             f"{path} is a {kind}, which is not supported; supported are {known} (train.py and "
             "infer.py also take a family of yours, FILE.py:FAMILY)"
         )
-    return importlib.import_module(FAMILIES[name]).FAMILY
+    with without_collection():
+        return importlib.import_module(FAMILIES[name]).FAMILY
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """A context in which Python does not look for garbage: while diffusers and transformers are
+    imported it would look through all of their objects again and again, a quarter of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,5 +1,6 @@
 """Families: found by the name of a pipeline, imported when needed; other models are refused."""
 
+import gc
 import importlib
 import json
 import shutil
@@ -19,9 +20,21 @@ import train
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
 from models import FAMILIES, load_family, use_device
-from models.families import save_family
+from models.families import save_family, without_collection
 from tests.tiny_pipeline import save_sd_pipeline
 from training import results
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_garbage_is_looked_for_again_after_an_import(is_enabled: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "isenabled", lambda: is_enabled)
+        calls: list[str] = []
+        patch.setattr(gc, "disable", lambda: calls.append("disable"))
+        patch.setattr(gc, "enable", lambda: calls.append("enable"))
+        with pytest.raises(ImportError), without_collection():
+            importlib.import_module("no_such_family")
+    assert calls == ["disable", *(["enable"] if is_enabled else [])]
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
