@@ -60,7 +60,7 @@ def test_our_own_warnings_are_lines_of_ours() -> None:
 
 
 def test_errors_are_raised_as_ever() -> None:
-    code = "from transformers import CLIPTextModel\nCLIPTextModel.from_pretrained('nowhere/x')"
+    code = "from transformers import AutoConfig\nAutoConfig.from_pretrained('nowhere/x')"
     assert "Error" in run_code(QUIET + code)
 
 
