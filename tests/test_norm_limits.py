@@ -116,7 +116,10 @@ def test_the_limit_holds_with_other_groups_an_average_and_accumulation(
     )
     stages = (Stage(2, groups=("text_encoder",)), Stage(2, groups=("denoiser", "text_encoder")))
     changed = replace(config, optimizer=own, stages=stages, ema=0.9, batch_size=1, accumulation=2)
-    train.train(changed)
+    folder = train.train(changed)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == 4 and all(row["limited_layers"] > 0 for row in steps)
 
 
 def test_kinds_without_such_factors_and_schedule_free_optimizers_are_refused(

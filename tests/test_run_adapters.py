@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from lora_core.adapters.adapted_layer import adapted_layers, layers_with_adapter
@@ -96,5 +97,16 @@ def test_a_pattern_without_a_layer_is_refused(config: Config) -> None:
 
 @pytest.mark.parametrize("name", ["prodigy", "torch.optim.SGD"])
 def test_rates_of_layers_go_with_other_optimizers(config: Config, name: str, quick: None) -> None:
-    own = replace(config.optimizer, name=name, lr={"denoiser": 1.0}, lr_pattern={"*.to_k": 0.5})
-    train.train(replace(config, optimizer=own))
+    """After one step at half the rate the ups, which began at 0, are half as large."""
+    own = replace(config.optimizer, name=name, lr={"denoiser": 1.0})
+    config = replace(config, optimizer=own, stages=(Stage(1),))
+    plain = train.train(replace(config, out=f"{config.out}_plain"))
+    halved = replace(own, lr_pattern={"*.to_k": 0.5})
+    changed = train.train(replace(config, optimizer=halved))
+    name = "pytorch_lora_weights.safetensors"
+    expected, found = load_file(plain / name), load_file(changed / name)
+    ups = [key for key in expected if "lora_B" in key or "lora.up" in key]
+    assert any(".to_k." in key for key in ups) and any(".to_q." in key for key in ups)
+    for key in ups:
+        factor = 0.5 if ".to_k." in key else 1.0
+        torch.testing.assert_close(found[key], factor * expected[key], rtol=1e-6, atol=1e-12)
