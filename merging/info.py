@@ -28,7 +28,7 @@ from merging.recipe import RECIPE, describe_recipe, parse_recipe
 from merging.stored_layers import layers_in_file
 
 LISTED_ENTRIES = 100  # of a header; sd-scripts writes 70
-LONGEST_ENTRY = 60  # characters of a header entry that is printed in full
+LONGEST_ENTRY = 66  # characters of a header entry that is printed in full, such as a hash
 PLOTTED_LAYERS = 5
 SMALLEST_PLOTTED = 1e-12  # singular value on a logarithmic axis
 

@@ -55,7 +55,7 @@ def test_each_cell_is_the_image_of_its_step_and_seed(tmp_path: Path) -> None:
     ("words", "heading"),
     [
         ({"TOK": "creature"}, "before training, “creature” for TOK"),
-        ({"<a>": "red cat", "<b>": ""}, "before training, “red cat” for <a>, no <b>"),
+        ({"<a>": "red cat", "<b>": ""}, "before training, “red cat” for <a>, without <b>"),
     ],
 )
 def test_the_first_column_names_the_words_that_the_base_model_drew(

@@ -70,7 +70,7 @@ def heading_before(words: Mapping[str, str]) -> str:
     """What stands over the images before training, with the words that were drawn for others."""
     heading = BEFORE
     for word, drawn in words.items():
-        heading += f", {pictures.in_quotes(drawn)} for {word}" if drawn else f", no {word}"
+        heading += f", {pictures.in_quotes(drawn)} for {word}" if drawn else f", without {word}"
     return heading
 
 
