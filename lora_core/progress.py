@@ -65,7 +65,7 @@ class ProgressBar:
         self.shown: _Terminal | _Lines | None = None
         self.marks: deque[tuple[float, int]] = deque()  # (second, steps done) of the newest steps
         self.began, self.first = 0.0, done
-        self.between = 0.0  # seconds of other bars inside this one
+        self.inside: dict[str, float] = {}  # title of another bar inside this one -> its seconds
 
     def __enter__(self) -> ProgressBar:
         self.began = time.monotonic()
@@ -76,6 +76,11 @@ class ProgressBar:
             self.shown.open(self)
         return self
 
+    @property
+    def between(self) -> float:
+        """Seconds of other bars inside this one."""
+        return sum(self.inside.values())
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -85,7 +90,7 @@ class ProgressBar:
         whole = time.monotonic() - self.began
         if self in _OPEN:
             _OPEN.remove(self)
-        _count_between(whole)
+        _count_inside(self.title, whole)
         shown, self.shown = self.shown, None
         if shown is None:
             return
@@ -97,7 +102,7 @@ class ProgressBar:
             rate = _rate_words(count / max(took, REDRAW_SECONDS), self.unit)
             more = ""
             if self.between >= 1:
-                more = f" (in all {format_duration(whole)}, with the other lines here)"
+                more = f" (in all {format_duration(whole)}, with {' and '.join(self.inside)})"
             print_error(f"{self.title}: {words}, {rate}{more}")
 
     def advance(self, count: int = 1) -> None:
@@ -169,15 +174,16 @@ def phase(title: str) -> Iterator[None]:
         if not hidden:
             TERMINAL.close(bar)
     took = time.monotonic() - began
-    _count_between(took)
+    _count_inside(bar.title, took)
     if took >= LONG_SECONDS:
         print_error(f"{bar.title}: {format_duration(took)}")
 
 
-def _count_between(seconds: float) -> None:
+def _count_inside(title: str, seconds: float) -> None:
     """Count the seconds of a task that has ended as none of the innermost bar around it."""
     if _OPEN:
-        _OPEN[-1].between += seconds
+        inside = _OPEN[-1].inside
+        inside[title] = inside.get(title, 0.0) + seconds
 
 
 def _name_until(ended: threading.Event, sentence: str) -> None:

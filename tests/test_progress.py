@@ -228,5 +228,5 @@ def test_a_rate_leaves_out_the_bars_inside(monkeypatch, capsys) -> None:
                     inner.advance(4)
         assert "1 steps/s, 10 s left" in bar.describe(clock[0])
     said = capsys.readouterr().err
-    assert "training: 10 steps in 10 s, 1 steps/s (in all 1 min 10 s" in said
+    assert "training: 10 steps in 10 s, 1 steps/s (in all 1 min 10 s, with drawing)" in said
     assert "drawing: 4 images in 1 min 0 s" in said and not progress._OPEN
