@@ -202,9 +202,9 @@ def print_report(run: Path, f: dict[str, Any], files: dict[str, int], *, photos:
         rows.append((words, before, after, f"{change:+.1%}"))
     if not photos:
         before, after = f"{f['concept_before']:.0%}", f"{f['concept_after']:.0%}"
-        note = "before: the best plain prompt"
+        note = "before: the best prompt without TOK"
         rows.append(("concept and background right", before, after, note))
-        rows.append(("background right", "", f"{f['background_kept']:.0%}", ""))
+        rows.append(("background right", "-", f"{f['background_kept']:.0%}", ""))
     before, after = f"{f['unrelated_before']:.0%}", f"{f['unrelated_after']:.0%}"
     rows.append(("unrelated captions right", before, after, "object, color, background"))
     print("\n" + f"{'':36}{'before':>9}{'after':>9}")
@@ -221,7 +221,9 @@ def snippets(run: Path) -> str:
     emb = f"{run.name}_emb.safetensors"
     return f"""
 see {run / "before_after.png"}; load the files with
-  diffusers  pipe = StableDiffusionPipeline.from_pretrained("toy/model")
+  diffusers  from diffusers import StableDiffusionPipeline
+             from safetensors.torch import load_file
+             pipe = StableDiffusionPipeline.from_pretrained("toy/model")
              pipe.load_lora_weights("{run}")
              pipe.load_textual_inversion(load_file("{run / emb}")["clip_l"], token=["<s0>", "<s1>"])
              pipe("a photo of <s0><s1> in the desert")
