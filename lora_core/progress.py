@@ -102,7 +102,8 @@ class ProgressBar:
             rate = _rate_words(count / max(took, REDRAW_SECONDS), self.unit)
             more = ""
             if self.between >= 1:
-                more = f" (in all {format_duration(whole)}, with {' and '.join(self.inside)})"
+                named = " and ".join(filter(None, self.inside))
+                more = f" (in all {format_duration(whole)}{named and f', with {named}'})"
             print_error(f"{self.title}: {words}, {rate}{more}")
 
     def advance(self, count: int = 1) -> None:

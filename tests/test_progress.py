@@ -213,7 +213,8 @@ def test_an_error_below_a_bar_leaves_the_terminal_as_it_was() -> None:
     assert written.rindex("\x1b[?25l") < written.rindex("\x1b[?25h")
 
 
-def test_a_rate_leaves_out_the_bars_inside(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("title", "named"), [("drawing", ", with drawing"), ("", "")])
+def test_a_rate_leaves_out_the_bars_inside(monkeypatch, capsys, title: str, named: str) -> None:
     """Ten steps of a second with a minute of drawing between: a step a second, not seven."""
     clock = [100.0]
     monkeypatch.setattr(progress, "_OPEN", [])
@@ -223,10 +224,10 @@ def test_a_rate_leaves_out_the_bars_inside(monkeypatch, capsys) -> None:
             clock[0] += 1
             bar.advance()
             if number == 4:
-                with progress.ProgressBar("drawing", 4, "image") as inner:
+                with progress.ProgressBar(title, 4 if title else 0, "image") as inner:
                     clock[0] += 60
                     inner.advance(4)
         assert "1 steps/s, 10 s left" in bar.describe(clock[0])
     said = capsys.readouterr().err
-    assert "training: 10 steps in 10 s, 1 steps/s (in all 1 min 10 s, with drawing)" in said
-    assert "drawing: 4 images in 1 min 0 s" in said and not progress._OPEN
+    assert f"training: 10 steps in 10 s, 1 steps/s (in all 1 min 10 s{named})" in said
+    assert ("drawing: 4 images in 1 min 0 s" in said) == bool(title) and not progress._OPEN
