@@ -21,14 +21,9 @@ from lora_core.adapters.weight_updates import (
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
+from lora_core.formats.token_files import find_token_file
 from lora_core.placeholders import Placeholder, Prompt, bind_layers, has_placeholder
-from lora_core.runs.loras import (
-    WHOLE_RANGE,
-    LoraSource,
-    find_token_file,
-    parse_lora,
-    strengths_by_component,
-)
+from lora_core.runs.loras import WHOLE_RANGE, LoraSource, parse_lora, strengths_by_component
 from lora_core.text import check_prompt_length, read_lines
 from merging.adapter_sums import Term
 from merging.commands import FileReadOptions

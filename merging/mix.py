@@ -263,8 +263,8 @@ def _refuse_idle_on_tokens(keep: KeepOptions, method: MergeMethod) -> None:
     flags += [f"--{name}" for name, value in vars(method).items() if value != METHOD_DEFAULTS[name]]
     if flags:
         raise UserError(
-            f"leave out {' and '.join(flags)}: these files hold token rows only, which have no "
-            "rank and are taken whole"
+            f"leave out {' and '.join(flags)}: these files hold learned tokens only, which have no "
+            "rank and are not scaled"
         )
 
 

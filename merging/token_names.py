@@ -50,9 +50,9 @@ def join_tokens(
 def describe_whole_rows(
     states: Sequence[AdapterState], paths: Sequence[str], weights: Sequence[float]
 ) -> list[str]:
-    """A sentence for each file whose weight in a sum does not act on its token rows.
+    """A sentence for each file whose weight in a sum does not act on its learned tokens.
 
-    Rows are places in an embedding table, not differences, so that they are taken whole.
+    They are places in an embedding table, not differences, so that they are not scaled.
     """
     sentences = []
     for state, path, weight in zip(states, paths, weights):
@@ -61,7 +61,7 @@ def describe_whole_rows(
         acts = f"the weight {weight:g} acts on its layers only"
         if not state.changed_components:
             acts = f"the weight {weight:g} changes nothing"
-        sentences.append(f"the token rows of {path} are taken whole; {acts}")
+        sentences.append(f"the learned tokens of {path} are not scaled; {acts}")
     return sentences
 
 

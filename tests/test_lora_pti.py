@@ -15,7 +15,7 @@ from lora_core import formats
 from lora_core.adapters.injection import layer_spec
 from lora_core.errors import UserError
 from lora_core.formats.grammar import fold_scale
-from lora_core.runs.loras import find_token_file
+from lora_core.formats.token_files import find_token_file
 from lora_core.toml import read_toml
 from models import read_layout
 from tests import readme_lines

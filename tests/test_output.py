@@ -175,7 +175,7 @@ def test_rows_that_overflow_a_dtype_are_refused(here, rows, capsys):
 def test_weights_of_rows_are_said_to_be_without_effect(words, sentence, rows, here, states, capsys):
     call(*words, *(("--model", "base") if words[0] != "fold" else ()))
     said = capsys.readouterr().err
-    assert ("taken whole" in said) == bool(sentence)
+    assert ("are not scaled" in said) == bool(sentence)
     assert sentence is None or sentence in said
 
 

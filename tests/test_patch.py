@@ -5,6 +5,7 @@ Undone, the very same modules, tables, tokenizer contents and outputs are back.
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,8 +140,16 @@ def test_a_single_file_is_the_lora_alone_in_either_format(pipe, modules, tmp_pat
         )
     with patch(modules, tmp_path / file, 0.7) as p:
         assert_close(outputs(pipe), outputs(other))
-        assert "whose rows it does not hold" in p.report[0] and len(modules["tokenizer"]) == len(
-            other.tokenizer
+        assert p.report == (
+            f"the learned tokens of TOK are in run_a_emb.safetensors, not in {Path(file).name}; "
+            "give it too, or the run's folder",
+        )
+        assert len(modules["tokenizer"]) == len(other.tokenizer)
+    (folder / "run_a_emb.safetensors").unlink()
+    with patch(modules, tmp_path / file, 0.7) as p:
+        assert p.report == (
+            f"no token file beside {Path(file).name} (expected run_a_emb.safetensors), so TOK is "
+            "an ordinary word",
         )
 
 
@@ -257,7 +266,7 @@ def test_patches_without_tokens_come_off_in_any_order_and_a_file_can_be_on_twice
 def test_renamed_tokens_of_words_for_each_layer_are_one_sentence(tmp_path):
     folder = layered_files.save_deep_folder(tmp_path)
     alone = patch(pipeline(blocks=DEEP_UNET), folder / "run" / NATIVE)
-    assert len(alone.report[0]) < 300 and alone.report[0].endswith("; give the run's folder")
+    assert len(alone.report[0]) < 300 and alone.report[0].endswith(", or the run's folder")
     state = formats.load(folder / "run", merging=True)
     names = {name: f"{name[:-1]}-2>" for name in state.token_names}
     other = pipeline(blocks=DEEP_UNET)

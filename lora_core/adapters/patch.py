@@ -40,8 +40,8 @@ from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
 from lora_core.formats.layout import Layout
+from lora_core.formats.token_files import find_token_file, list_words, token_file_of, trained_words
 from lora_core.placeholders import Placeholder, bind_placeholders
-from lora_core.text import SHOWN
 
 MOST_LISTED = 4  # renamed tokens that are reported one by one
 TOKENIZERS = {  # text encoder -> the key of its tokenizer
@@ -433,14 +433,24 @@ def _unexpected_facts(
             "or as renamed"
         )
     if not state.tokens and embeddings.TOKEN_NAMES in state.metadata:
-        listed_names = state.metadata[embeddings.TOKEN_NAMES]
-        if len(listed_names) > SHOWN:
-            listed_names = listed_names[:SHOWN] + " ..."
-        facts.append(
-            f"{source} was trained with the tokens {listed_names}, "
-            "whose rows it does not hold; give the run's folder"
-        )
+        facts.append(_describe_missing_tokens(state, source))
     return tuple(facts)
+
+
+def _describe_missing_tokens(state: AdapterState, source: str) -> str:
+    """Where the learned tokens of a LoRA without them are, and what its words are until then."""
+    trained = trained_words(state.metadata)
+    words = list_words(trained)
+    if found := find_token_file(source):
+        return (
+            f"the learned tokens of {words} are in {Path(found).name}, not in "
+            f"{Path(source).name}; give it too, or the run's folder"
+        )
+    place = "in" if Path(source).is_dir() else "beside"
+    return (
+        f"no token file {place} {Path(source).name} (expected {token_file_of(source).name}), "
+        f"so {words} {'are ordinary words' if len(trained) > 1 else 'is an ordinary word'}"
+    )
 
 
 def _unused_adapter_name(networks: Mapping[str, nn.Module], wanted: str) -> str:

@@ -95,11 +95,11 @@ def join_metadata(
     titles = [header.get(TITLE) or Path(path).stem for header, path in zip(headers, paths)]
     joined[MERGED_FROM] = ", ".join(titles)
     for key in LISTED:
-        if words := _list_once([header.get(key, "") for header in headers]):
+        if words := list_once([header.get(key, "") for header in headers]):
             joined[key] = ", ".join(words)
     if hints := dict.fromkeys([header[HINT] for header in headers if header.get(HINT)]):
         joined[HINT] = "; ".join(hints)
-    if private := _list_once([header.get(PRIVATE, "") for header in headers]):
+    if private := list_once([header.get(PRIVATE, "") for header in headers]):
         joined[PRIVATE] = ", ".join(private)
     left_out: set[str] = set()
     for header in headers:
@@ -119,7 +119,7 @@ def rename_token_file(header: Mapping[str, str], stem: str) -> dict[str, str]:
     """The header of a LoRA whose token rows are now in STEM.safetensors: trigger words, hints and
     tags that name their old files name this one.
     """
-    words = _list_once([header.get(TRIGGER, "")])
+    words = list_once([header.get(TRIGGER, "")])
     old = [word for word in words if word.endswith(TOKEN_FILE)]
     renamed = dict(header)
     if not old:
@@ -135,7 +135,7 @@ def rename_token_file(header: Mapping[str, str], stem: str) -> dict[str, str]:
     return renamed
 
 
-def _list_once(texts: Sequence[str]) -> list[str]:
+def list_once(texts: Sequence[str]) -> list[str]:
     """What stands between the commas of these texts, each once, in the order in which it is met."""
     words: dict[str, None] = {}
     for text in texts:

@@ -16,10 +16,11 @@ from lora_core import formats
 from lora_core.adapters import noise_levels
 from lora_core.adapters.patch import Patch, patch
 from lora_core.errors import UserError
+from lora_core.escaped_output import print_note
 from lora_core.family import Family
 from lora_core.formats import embeddings
-from lora_core.formats.cloneofsimo import EMBED
 from lora_core.formats.recognition import model_of_run, recognize_file, refuse_other_kinds
+from lora_core.formats.token_files import find_token_file, token_file_of
 from lora_core.placeholders import Placeholder
 from lora_core.settings import scheduler_changes
 from lora_core.text import is_number, shorten_value
@@ -128,10 +129,9 @@ def apply_loras(
     del modules["vae"]
     for name, tokenizer in family.tokenizers.items():
         modules[name.replace("text_encoder", "tokenizer")] = tokenizer
-    token_files = [file for lora in loras if (file := find_token_file(lora.path))]
     patches: list[Patch] = []
     has_custom = False
-    for lora in (*loras, *(LoraSource(file, 1.0) for file in token_files)):
+    for lora in (*loras, *_token_files(loras)):
         state = formats.load(lora.path, family.layout, merging=True, custom=bool(kind))
         has_custom = has_custom or bool(state.custom)
         strength = lora.strength
@@ -150,7 +150,7 @@ def apply_loras(
         patches.append(stack.enter_context(applied))
         if not find_token_file(lora.path):  # else its tokens are still to come, from their own file
             for sentence in applied.report:
-                print(f"note: {sentence}", file=sys.stderr)
+                print_note(sentence)
     if kind and not has_custom:
         raise UserError(
             f"--adapter-kind {kind} has no effect: no --lora has adapters of a class of its own; "
@@ -159,16 +159,18 @@ def apply_loras(
     return patches
 
 
-def find_token_file(path: str) -> str:
-    """The token file in the folder of a LoRA file that was trained with tokens.
-
-    "" where there is none, or more than one, and for a file that holds its tokens (cloneofsimo's).
-    """
-    found = sorted(Path(path).parent.glob(f"*{formats.EMBEDDINGS}"))
-    is_lora_file = Path(path).is_file() and path not in map(str, found)
-    headers = read_headers(path) if is_lora_file else {}
-    has_tokens = embeddings.TOKEN_NAMES in headers and EMBED not in headers.values()
-    return str(found[0]) if has_tokens and len(found) == 1 else ""
+def _token_files(loras: Sequence[LoraSource]) -> list[LoraSource]:
+    """The token files of LoRAs that are single files, each once, without those that are given."""
+    found = {}
+    given = {Path(lora.path).resolve() for lora in loras}
+    for lora in loras:
+        file = Path(find_token_file(lora.path))
+        if not file.name or file.resolve() in given:
+            continue
+        if file not in found and file.name != token_file_of(lora.path).name:
+            print_note(f"{lora.path} names {file.name}, whose tokens are taken")
+        found[file] = LoraSource(str(file), 1.0)
+    return list(found.values())
 
 
 def read_headers(path: str) -> dict[str, str]:
