@@ -7,9 +7,12 @@ import glob
 import itertools
 import os
 import re
-from pathlib import PurePath
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 from lora_core.errors import UserError
+from lora_core.escaped_output import print_note
+from lora_core.formats.known_formats import EMBEDDINGS
 
 MOST_MATCHES = 10_000  # files of one name; more are a wrong folder
 WEIGHT_BEHIND = re.compile(r"(.+)\*(\d+\.?\d*|\.\d+)")  # a*0.5
@@ -19,7 +22,8 @@ def expand_pattern(pattern: str, output: str = "") -> list[str]:
     """The files and folders that a name with a * matches, in the order of their names.
 
     A * stands for any characters of one name, without a dot at its beginning; other characters for
-    themselves. Raises UserError for none, for more than MOST_MATCHES, and where the output of the
+    themselves. Token files of LoRAs that match are left out, with a note: they are no terms of a
+    sum. Raises UserError for no file, for more than MOST_MATCHES, and where the output of the
     command would match too.
     """
     found = glob.iglob(_escape(pattern))
@@ -38,7 +42,26 @@ def expand_pattern(pattern: str, output: str = "") -> list[str]:
             f"the output {output} matches {pattern}, so that the next mix would add it to itself; "
             "choose another folder or name"
         )
-    return files
+    return _leave_out_token_files(files, pattern)
+
+
+def _leave_out_token_files(files: Sequence[str], pattern: str) -> list[str]:
+    """The files without the token files that belong to others of them."""
+    if not any(path.endswith(EMBEDDINGS) for path in files):
+        return list(files)
+    from lora_core.formats.token_files import find_token_file  # imports torch
+
+    owned = {Path(found) for path in files if (found := find_token_file(path))}
+    kept = [path for path in files if Path(path) not in owned]
+    if count := len(files) - len(kept):
+        first = next(path for path in files if path not in kept)
+        is_one = count == 1
+        print_note(
+            f"{count:,} token file{'' if is_one else 's'} of the LoRAs in {pattern} "
+            f"{'is' if is_one else 'are'} left out, such as {first}; give run folders to have the "
+            "tokens in the result"
+        )
+    return kept
 
 
 def _escape(pattern: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, DenseUpdate, LowRank
 from lora_core.errors import UserError
+from lora_core.formats.recognition import recognize_file
 from lora_core.progress import track
 from merging.adapter_sums import LayerKey, layers_by_key
 from merging.commands import OpenOptions
@@ -24,6 +25,7 @@ from merging.output import align_columns, print_note
 from merging.svd import factor_svd
 
 TOLERANCE = 1e-5  # of the largest singular value: directions below it are rounding
+LISTED_NAMES = 3  # of files that are left out
 
 
 class LayerSpaces(NamedTuple):
@@ -143,16 +145,14 @@ def _chance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 def print_overlaps(paths: Sequence[str], reading: OpenOptions, top: int) -> None:
     """Prints the norm of each file, the overlap of each pair, and the `top` layers that overlap
-    most. Raises UserError for whole models and files without layers.
+    most. Files of learned tokens are left out. Raises UserError for whole models.
     """
     for path in paths:
         if is_whole_model(path):
             raise UserError(f"{path} is a whole model; several files are compared as adapters")
+    paths = _leave_out_token_files(paths)
     layout = find_layout(paths, reading)
     states = open_each(paths, layout, reading, merging=True)
-    for path, state in zip(paths, states):
-        if not state.changed_components:
-            raise UserError(f"{path} holds token rows only, and overlaps are of layers")
     if any(map(_has_magnitude, states)):
         print_note(
             "of a DoRA only the low-rank part is compared; the magnitudes act through the base "
@@ -173,6 +173,27 @@ def print_overlaps(paths: Sequence[str], reading: OpenOptions, top: int) -> None
     if table := _largest_table(names, pairs, top):
         print(f"\nthe {len(table) - 1} layers that overlap most")
         print("\n".join(align_columns(table)))
+
+
+def _leave_out_token_files(paths: Sequence[str]) -> list[str]:
+    """The paths without files that hold learned tokens only, which have no layers to compare.
+
+    Raises UserError where fewer than two remain.
+    """
+    kept = [path for path in paths if recognize_file(path).kind != "tokens"]
+    left_out = [path for path in paths if path not in kept]
+    if left_out and len(kept) < 2:
+        raise UserError(
+            f"{left_out[0]} holds learned tokens only, and overlaps are of layers; give two files "
+            "with layers"
+        )
+    if left_out:
+        names = ", ".join(left_out[:LISTED_NAMES])
+        more = f" and {len(left_out) - LISTED_NAMES} more" if len(left_out) > LISTED_NAMES else ""
+        print_note(
+            f"files of learned tokens only are left out, as they have no layers: {names}{more}"
+        )
+    return kept
 
 
 def _has_magnitude(state: AdapterState) -> bool:

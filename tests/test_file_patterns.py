@@ -102,3 +102,34 @@ def test_the_mix_of_a_folder_is_the_sum_of_its_files_and_can_be_redone(
     call("redo", "m.safetensors", status=2)
     said = capsys.readouterr().err
     assert "reads loras/c.safetensors, which is not among its inputs" in said
+
+
+def test_the_token_files_of_loras_are_no_terms_of_a_pattern(here, states, layout, capsys):
+    """A mean of two LoRAs is of two files; a name that is written out stays what it is."""
+    Path("ten").mkdir()
+    for name in ("one", "two"):
+        shutil.copy("run/run.safetensors", f"ten/{name}.safetensors")
+        shutil.copy("run/run_emb.safetensors", f"ten/{name}_emb.safetensors")
+    shutil.copy("run/run_emb.safetensors", "ten/apart_emb.safetensors")
+    pattern = "ten/*.safetensors"
+    assert [(file.weight, file.path) for file in parse_files("mean(ten/*o*.safetensors)")] == [
+        (0.5, "ten/one.safetensors"),
+        (0.5, "ten/two.safetensors"),
+    ]
+    assert capsys.readouterr().err == (
+        "note: 2 token files of the LoRAs in ten/*o*.safetensors are left out, such as "
+        "ten/one_emb.safetensors; give run folders to have the tokens in the result\n"
+    )
+    kept = [file.path for file in parse_files(pattern)]  # one belongs to no LoRA of the pattern
+    assert kept == ["ten/apart_emb.safetensors", "ten/one.safetensors", "ten/two.safetensors"]
+    assert len(parse_files("ten/*_emb.safetensors")) == 3
+    assert len(parse_files("ten/one.safetensors + ten/one_emb.safetensors")) == 2
+    capsys.readouterr()
+    assert len(parse_files("ten/one*.safetensors")) == 1
+    assert (
+        "1 token file of the LoRAs in ten/one*.safetensors is left out" in capsys.readouterr().err
+    )
+    call("mix", "mean(ten/*o*.safetensors)", "--out", "m.safetensors", "--model", "base")
+    result = formats.load("m.safetensors", layout)
+    assert_equal(deltas(result), deltas(states["a"]), 1e-5)
+    assert not Path("m_emb.safetensors").exists()

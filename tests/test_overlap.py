@@ -116,6 +116,23 @@ def test_info_of_several_files_prints_norms_and_pairs(here, states, capsys) -> N
     assert len(lines) - lines.index("the 2 layers that overlap most") == 4
 
 
+def test_files_of_learned_tokens_are_left_out(here, capsys) -> None:
+    rows = "run/run_emb.safetensors"
+    call("info", "a.safetensors", rows, "b.safetensors", "--model", "base")
+    said = capsys.readouterr()
+    call("info", "a.safetensors", "b.safetensors", "--model", "base")
+    assert said.out == capsys.readouterr().out
+    assert said.err == (
+        "note: files of learned tokens only are left out, as they have no layers: "
+        "run/run_emb.safetensors\n"
+    )
+    call("info", rows, "a.safetensors", "--model", "base", status=2)
+    assert capsys.readouterr().err == (
+        "error: run/run_emb.safetensors holds learned tokens only, and overlaps are of layers; "
+        "give two files with layers\n"
+    )
+
+
 def test_what_cannot_be_compared_is_refused(here, capsys) -> None:
     mistakes = [
         (["a.safetensors", "base"], "whole model"),
