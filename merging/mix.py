@@ -164,10 +164,11 @@ def _merge_files(
     state = merged.state
     state.metadata, notes = join_metadata(states, paths)
     notes += output_order(state, states, paths, written, layout)
-    if not any(own.tokens for own in states):
+    if not any(own.tokens or own.metadata for own in states):
         return merged, notes
-    from merging.token_names import describe_whole_rows, join_tokens
+    from merging.token_names import describe_missing_tokens, describe_whole_rows, join_tokens
 
+    notes += describe_missing_tokens(states, paths)
     joined, renamed = join_tokens(states, paths)
     state.tokens, state.token_names = joined.tokens, joined.token_names
     state.metadata |= joined.metadata

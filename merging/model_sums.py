@@ -39,7 +39,7 @@ from merging.output import (
 )
 from merging.parameter_sums import weighted_parameters
 from merging.recipe import write_sidecar
-from merging.token_names import describe_whole_rows, join_tokens
+from merging.token_names import describe_missing_tokens, describe_whole_rows, join_tokens
 
 SURVIVING_ENERGY_WARNING = 0.95  # below this share of the update's energy a warning is printed
 
@@ -211,6 +211,7 @@ def _join_tokens(files: Sequence[WeightedFile], states: Sequence[AdapterState]) 
     tokens, notes = join_tokens(states, paths)
     print_notes(notes, files)
     print_notes(describe_whole_rows(states, paths, weights), files)
+    print_notes(describe_missing_tokens(states, paths), files)
     return tokens
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.errors import UserError
 from lora_core.formats import embeddings
+from lora_core.formats.token_files import find_token_file, list_words, trained_words
 
 Rename = Callable[[int, int, str], str]  # (number of the file, row, name there) -> name
 
@@ -63,6 +65,26 @@ def describe_whole_rows(
             acts = f"the weight {weight:g} changes nothing"
         sentences.append(f"the learned tokens of {path} are not scaled; {acts}")
     return sentences
+
+
+def describe_missing_tokens(states: Sequence[AdapterState], paths: Sequence[str]) -> list[str]:
+    """A sentence on the files that were trained with learned tokens which no file of a sum has;
+    none where there are none.
+    """
+    given = {Path(path) for path in paths}
+    missing: dict[str, list[str]] = {}
+    for state, path in zip(states, paths):
+        words = [] if state.tokens else trained_words(state.metadata)
+        if words and Path(find_token_file(path)) not in given:
+            missing[path] = words
+    if not missing:
+        return []
+    words = list(dict.fromkeys(itertools.chain.from_iterable(missing.values())))
+    were = "were" if len(missing) > 1 else "was"
+    return [
+        f"{list_words(list(missing))} {were} trained with learned tokens ({list_words(words)}), "
+        "which the result does not have"
+    ]
 
 
 def free_name(name: str, taken: set[str]) -> str:

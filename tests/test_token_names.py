@@ -48,3 +48,22 @@ def test_tokens_that_clash_are_renamed_and_reported(here, states, layout, capsys
         formats.load("i.safetensors", layout).token_names == state.token_names
         and not Path("i_emb.safetensors").exists()
     )
+
+
+def test_one_note_names_the_files_whose_tokens_the_result_lacks(here, capsys):
+    note = "which the result does not have"
+    file, rows = "run/run.safetensors", "run/run_emb.safetensors"
+    shutil.copy(file, "one.safetensors")
+    for words, names in (
+        (("mix", f"{file} + one.safetensors"), f"{file}, one.safetensors were trained with"),
+        (("mix", f"{file} + b.safetensors"), f"{file} was trained with"),
+        (("fold", "base", f"{file} + b.safetensors"), f"{file} was trained with"),
+    ):
+        out = ("o",) if words[0] == "fold" else ("--out", "o.safetensors", "--model", "base")
+        call(*words, *out, "--overwrite")
+        said = capsys.readouterr().err
+        assert said.count(note) == 1
+        assert f"note: {names} learned tokens (TOK), {note}\n" in said
+    for sum in (f"{file} + {rows}", "run + b.safetensors", "b.safetensors + c.safetensors"):
+        call("mix", sum, "--out", "o.safetensors", "--model", "base", "--overwrite")
+        assert note not in capsys.readouterr().err

@@ -71,14 +71,13 @@ def trained_words(header: Mapping[str, str]) -> list[str]:
         except (ValueError, RecursionError):
             words = [header[entry]]
         if words and isinstance(words, list | dict):
-            return list(map(str, words))
+            return [str(word)[:SHOWN] for word in words]
     return [word for word in list_once([header.get(TRIGGER, "")]) if word.endswith(TOKEN_FILE)]
 
 
 def list_words(words: Sequence[str]) -> str:
-    """The first words between commas, each of them shortened."""
-    shown = [word[:SHOWN] for word in words[:MOST_WORDS]]
-    return ", ".join(shown) + (" ..." if len(words) > MOST_WORDS else "")
+    """The first words between commas."""
+    return ", ".join(words[:MOST_WORDS]) + (" ..." if len(words) > MOST_WORDS else "")
 
 
 def _holds_tokens(path: Path) -> bool:
