@@ -41,8 +41,9 @@ from merging.mix import merge_terms, output_order
 from merging.opening import (
     choose_output_format,
     describe_path,
-    find_layout,
+    find_model,
     is_whole_model,
+    needs_layout,
     open_adapter,
     open_adapters,
 )
@@ -179,7 +180,8 @@ def _check_arguments(job: LoraAddition) -> None:
 
 def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     check_adapter_output(output)
-    layout = find_layout(job.paths, reading)
+    layout, reading = find_model(job.paths, reading, needed=needs_layout(output.format))
+    output = output.with_model(reading.model)
     first, second = open_adapters(job.paths, layout, reading)
     weight_1, weight_2 = job.alphas
     _print_lpl_warning(job)
@@ -210,7 +212,8 @@ def _add_lpl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
 
 def _join_ljl(job: LoraAddition, output: Output, reading: OpenOptions) -> None:
     check_adapter_output(output)
-    layout = find_layout(job.paths, reading)
+    layout, reading = find_model(job.paths, reading, needed=needs_layout(output.format))
+    output = output.with_model(reading.model)
     states = open_adapters(job.paths, layout, reading)
     if any(has_magnitude(state) for state in states):
         raise UserError(

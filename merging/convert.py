@@ -18,7 +18,7 @@ from merging.dora_warning import warn_of_dora_readers
 from merging.expression import WeightedFile
 from merging.factor_sums import frobenius_norm
 from merging.mix import dense_options, merge_terms
-from merging.opening import find_layout, is_whole_model, open_adapter, widest_dtype
+from merging.opening import find_model, is_whole_model, needs_layout, open_adapter, widest_dtype
 from merging.output import (
     ADAPTER_ENDINGS,
     Output,
@@ -55,13 +55,14 @@ def run_convert(options: Convert) -> None:
         return
     output = replace(output, format=options.to)
     check_adapter_output(output)
-    layout, state = _open_file(options)
+    layout, state, reading = _open_file(options)
+    output = output.with_model(reading.model)
     if options.as_:
         keep = KeepOptions(options.keep.rank, options.keep.max_error, options.keep.energy)
         method = MergeMethod(svd=options.svd.svd, seed=options.svd.seed)
-        convert_to_lora(options.file, (layout, state), output, options.files, keep, method)
+        convert_to_lora(options.file, (layout, state), output, reading, keep, method)
     else:
-        convert_adapter((layout, state), output, options.files)
+        convert_adapter((layout, state), output, reading)
 
 
 def convert_each(options: Convert) -> None:
@@ -115,11 +116,14 @@ def converted_name(path: str, to: str) -> str:
     return stem + (place.suffix if place.is_file() and place.suffix in endings else endings[0])
 
 
-def _open_file(options: Convert) -> tuple[Layout | None, AdapterState]:
-    """The adapter in the file, that of a user's class with --adapter-kind, and its layout."""
+def _open_file(options: Convert) -> tuple[Layout | None, AdapterState, OpenOptions]:
+    """(the layout of the file, the adapter in it, that of a user's class with --adapter-kind, how
+    it was read).
+    """
     if not options.adapter_kind:
-        layout = find_layout([options.file], options.files)
-        return layout, open_adapter(options.file, layout, options.files, merging=True)
+        needed = needs_layout(options.to) or bool(options.as_)
+        layout, reading = find_model([options.file], options.files, needed=needed)
+        return layout, open_adapter(options.file, layout, reading, merging=True), reading
     from merging import base_models, custom_updates  # import the networks' libraries
 
     if not options.files.model:
@@ -134,7 +138,8 @@ def _open_file(options: Convert) -> tuple[Layout | None, AdapterState]:
             "of a class of its own; leave it out"
         )
     kind = options.adapter_kind
-    return base.layout, custom_updates.open_updates(options.file, base, options.files, kind)
+    state = custom_updates.open_updates(options.file, base, options.files, kind)
+    return base.layout, state, options.files
 
 
 def _refuse_idle(options: Convert, is_model: bool) -> None:

@@ -55,7 +55,7 @@ def run_info(options: Info) -> None:
         return
     if plot:
         check_output(Output(plot, options.overwrite))
-    layout = find_layout([path], options.files)
+    layout = find_layout([path], options.files, needed=True)
     state = open_adapter(path, layout, options.files, merging=True)
     print(f"{path}: {_describe_file(path, state, layout)}")
     joined = layers_in_file(path, layout).join_layers(state)

@@ -42,8 +42,9 @@ from merging.expression import WeightedFile, parse_files, shorten_sum
 from merging.factor_sums import WeightedAdapters, one_thread
 from merging.opening import (
     choose_output_format,
-    find_layout,
+    find_model,
     is_whole_model,
+    needs_layout,
     open_adapters,
     widest_dtype,
 )
@@ -110,7 +111,8 @@ def mix_adapters(
     """Writes the sum of adapter files. Raises UserError before anything is written."""
     check_adapter_output(output)
     paths = [file.path for file in files]
-    layout = find_layout(paths, reading)
+    layout, reading = find_model(paths, reading, needed=needs_layout(output.format))
+    output = output.with_model(reading.model)
     merged, notes = _merge_files(files, layout, output, reading, keep, method)
     state = merged.state
     output = settle_format(

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import models
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.errors import UserError
-from lora_core.escaped_output import is_quick
+from lora_core.escaped_output import is_quick, print_note
 from lora_core.formats.adapter_files import HOW_TO_DISTILL, load_mapped
 from lora_core.formats.known_formats import TOKEN_FORMATS, WRITABLE
 from lora_core.formats.layout import Layout
@@ -64,24 +65,47 @@ def describe_path(path: str) -> str:
         return "no file that can be read"
 
 
-def find_layout(paths: Sequence[str], reading: OpenOptions) -> Layout | None:
-    """The layout that adapters belong to: of --model, else of the published model they fit.
+def find_layout(
+    paths: Sequence[str], reading: OpenOptions, *, needed: bool = False
+) -> Layout | None:
+    """The layout that adapters belong to; see `find_model`."""
+    return find_model(paths, reading, needed=needed)[0]
 
-    None where their keys and shapes fit no model but contain the layers' paths. Raises UserError
-    for other files that fit no model.
+
+def find_model(
+    paths: Sequence[str], reading: OpenOptions, *, needed: bool = False
+) -> tuple[Layout | None, OpenOptions]:
+    """(the layout that adapters belong to, the options with the model that it is of).
+
+    It is that of --model, else of the published model they fit, else of the folder that a header
+    names. None where their keys contain the layers' paths, so that they can be read without, if it
+    is not `needed`. Raises UserError for other files that fit no model.
     """
     if reading.model:
-        return open_layout(reading.model, reading)
+        return open_layout(reading.model, reading), reading
     reasons = []
     for path in paths:
         try:
-            return known.recognize_path(path)
+            return known.recognize_path(path), reading
         except UserError as error:
             if formats.detect_format(path) not in SPELLED_OUT:
                 reasons.append(error)
+    if needed or any(isinstance(reason, known.UndecidedModel) for reason in reasons):
+        from merging.header_model import find_header_model
+
+        folder, source = find_header_model(paths)
+        if folder:
+            print_note(f"model {folder}, as the header of {source} says")
+            reading = replace(reading, model=folder)
+            return open_layout(folder, reading), reading
     if reasons:
         raise reasons[0]
-    return None
+    return None, reading
+
+
+def needs_layout(format: str) -> bool:
+    """Whether files of a format have other names than the layers' paths."""
+    return format not in ("", *SPELLED_OUT, *TOKEN_FORMATS)
 
 
 def open_layout(path: str, reading: FileReadOptions) -> Layout:

@@ -28,6 +28,7 @@ from lora_core.formats.known_formats import (
 )
 from lora_core.formats.layout import Layout
 from lora_core.formats.training_metadata import rename_token_file
+from lora_core.text import hide_home
 from merging.adapter_sums import layers_by_key
 from merging.commands import WriteOptions
 from merging.factor_sums import concat_factors, frobenius_norm
@@ -67,6 +68,13 @@ class Output:
     @property
     def header(self) -> dict[str, str]:
         return recipe_header(self.recipe)
+
+    def with_model(self, model: str) -> Output:
+        """The output with the model in its recipe, where there is one that lacks it."""
+        if not model or not self.recipe or "model" in self.recipe["options"]:
+            return self
+        options = {**self.recipe["options"], "model": hide_home(model)}
+        return replace(self, recipe={**self.recipe, "options": options})
 
 
 def make_output(command: str, options: Any, inputs: Sequence[str]) -> Output:

@@ -50,6 +50,10 @@ layout = published_layout  # its earlier name
 Test = Callable[[str], bool]  # name of a published model -> whether the file may belong to it
 
 
+class UndecidedModel(UserError):
+    """An adapter file that fits no published model, or several of them."""
+
+
 @dataclass
 class LayerInFile:
     """An adapted weight, as far as the tensors of a file determine it."""
@@ -98,7 +102,7 @@ def recognize_adapter(
 
     `tensors` holds tensors or shapes. Where several models have the layers, other features of the
     file decide: its header, whether its projections are convolutions, the prefix of its text
-    encoder's keys. Raises UserError when no model or more than one fits.
+    encoder's keys. Raises UndecidedModel when no model or more than one fits.
     """
     return published_layout(recognize_kind(tensors, header, source))
 
@@ -115,7 +119,7 @@ def recognize_kind(
     if len(originals) == 1:
         return fitting[0]
     titles = [PUBLISHED_MODELS[kind].title for kind in originals]
-    raise UserError(_undecided_error(source, list(shapes), titles))
+    raise UndecidedModel(_undecided_error(source, list(shapes), titles))
 
 
 def _fitting_kinds(shapes: Mapping[str, Shape]) -> tuple[list[str], list[Test]]:
@@ -163,13 +167,11 @@ def _header_agrees(name: str, value: str, kind: str) -> bool:
 
 
 def _undecided_error(source: str, keys: list[str], titles: list[str]) -> str:
-    fits = f"fits {' and '.join(titles)} alike"
     if not titles:
-        originals = [row.title for row in PUBLISHED_MODELS.values() if not row.like]
-        fits = f"fits none of {', '.join(originals)}"
+        return f"{source} is of no published model; add --model FOLDER"
     return (
-        f"{source} ({len(keys)} tensors: {', '.join(keys[:2])} ...) {fits}; "
-        "name the model it was made for with --model"
+        f"{source} ({len(keys)} tensors: {', '.join(keys[:2])} ...) fits "
+        f"{' and '.join(titles)} alike; name the model it was made for with --model"
     )
 
 

@@ -29,11 +29,11 @@ from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError
 from lora_core.formats import CUSTOM
 from lora_core.formats.container import read_tensors
+from lora_core.formats.training_metadata import TRAINED_BY
 from lora_core.settings import AdapterSpec
 from lora_core.toml import from_table, parse_toml
 
 CUSTOM_ADAPTER_ENDING = CUSTOM  # after the run's name
-TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
 # Errors that `state` and `delta_weight` may raise instead of giving tensors.
 NO_FACTORS = (UserError, AttributeError, NotImplementedError)
 

@@ -155,7 +155,8 @@ def write_kohya(
     """
     if layout is None:
         raise UserError(
-            "writing kohya's names needs a model's layout; name the model the adapter belongs to"
+            "writing kohya's names needs a model's layout; add --model FOLDER, the model that the "
+            "adapter belongs to"
         )
     joined = joined_layers.join_layers(equalize_scales(state, layout), layout)
     tensors = encode_adapter(joined, GRAMMAR, joined_layers.join_layout(layout))

@@ -18,6 +18,7 @@ from typing import Any
 from lora_core.adapters.weight_updates import AdapterState
 from lora_core.formats.known_formats import EMBEDDINGS
 
+TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
 NETWORK_ARGS = "ss_network_args"
 SPEC_VERSION = "1.0.1"  # of modelspec.*, as sd-scripts write it
 # entries that describe the tensors, or the format, of the file they were read from

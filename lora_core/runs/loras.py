@@ -21,12 +21,12 @@ from lora_core.family import Family
 from lora_core.formats import embeddings
 from lora_core.formats.recognition import model_of_run, recognize_file, refuse_other_kinds
 from lora_core.formats.token_files import find_token_file, token_file_of
+from lora_core.formats.training_metadata import TRAINED_BY
 from lora_core.placeholders import Placeholder
 from lora_core.settings import scheduler_changes
 from lora_core.text import is_number, shorten_value
 from lora_core.toml import parse_toml
 
-TRAINED_BY = "lora_core.config"  # header entry: the config of the run, as TOML
 TEXT_SETTINGS = ("clip_skip", "max_token_length", "max_sequence_length")
 WHOLE_RANGE = (0.0, 1.0)
 RANGE = re.compile(r"[\d.]+-[\d.]+")  # of noise levels, as --lora has it behind an @
