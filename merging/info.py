@@ -16,6 +16,7 @@ from lora_core.byte_sizes import format_bytes
 from lora_core.errors import UserError
 from lora_core.escaped_output import one_line
 from lora_core.formats import embeddings
+from lora_core.formats.adapter_files import find_adapter_files
 from lora_core.formats.layout import Layout
 from lora_core.formats.training_metadata import HINT, MERGED_FROM, TRIGGER
 from lora_core.placeholders import Placeholder, describe_tokens
@@ -96,8 +97,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _file_size(path: str) -> str:
-    place = Path(path)
-    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
+    """The size of a file, or of those of a folder that are read."""
+    files = find_adapter_files(Path(path), custom=False)
     return format_bytes(sum(file.stat().st_size for file in files))
 
 
@@ -186,16 +187,20 @@ def _header_lines(state: AdapterState) -> list[str]:
         with contextlib.suppress(UserError):  # a recipe of something else
             lines.append(describe_recipe(parse_recipe(state.metadata[RECIPE], "the file")))
     described = (RECIPE, embeddings.TOKEN_NAMES, embeddings.PLACEHOLDERS, embeddings.LAYERS)
-    entries = [(key, state.metadata[key]) for key in sorted(state.metadata) if key not in described]
+    every = [(key, state.metadata[key]) for key in sorted(state.metadata) if key not in described]
+    entries = [(key, value) for key, value in every if value != "None"]  # as sd-scripts writes it
     listed = entries[:LISTED_ENTRIES]
-    if listed:
+    if every:
         lines.append("header:")
     width = max((len(key) for key, _ in listed), default=0)
     for key, value in listed:
         lines.append(f"  {key.ljust(width)}  {_shorten_entry(value)}".rstrip())
+    counts = []
     if more := len(entries) - len(listed):
-        lines.append(f"  and {more:,} more")
-    return lines
+        counts.append(f"{more:,} more")
+    if empty := len(every) - len(entries):
+        counts.append(f"{empty:,} that {'are' if empty > 1 else 'is'} None")
+    return [*lines, f"  and {' and '.join(counts)}"] if counts else lines
 
 
 def _shorten_entry(value: str) -> str:

@@ -76,7 +76,7 @@ def load(
         raise UserError(f"the axis of DoRA magnitudes is {dora_axis!r}, expected rows or columns")
     path = Path(path)
     options = DecodeOptions(allow_extra, dora_axis)
-    files = _find_files(path, custom=custom)
+    files = find_adapter_files(path, custom=custom)
     merged = _load_files(files, layout, options)
     if not merging:
         _refuse_merge_only(merged, str(path))
@@ -96,7 +96,7 @@ def load_mapped(
 
     Its tensors stay on the disk until they are used. Raises UserError as `load` does.
     """
-    files = _find_files(Path(path), custom=False)
+    files = find_adapter_files(Path(path), custom=False)
     state = _load_files(files, layout, DecodeOptions(allow_extra, dora_axis, mapped=True))
     if state.custom:
         raise UserError(custom_file_error(str(files[0]), state.metadata.get(CUSTOM_KIND, "")))
@@ -256,7 +256,7 @@ def _describe_dense(component: str, path: str, update: DenseUpdate) -> str:
 # ---------------------------------------------------------------- files of a folder
 
 
-def _find_files(path: Path, *, custom: bool) -> list[Path]:
+def find_adapter_files(path: Path, *, custom: bool) -> list[Path]:
     """The files to read: the one given, or those of a folder.
 
     A folder is peft's, has folders of peft's called like components, or is a run's: then, with
