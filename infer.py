@@ -71,7 +71,14 @@ from lora_core.prompt_tags import TAG as LORA_TAG
 from lora_core.prompt_weights import check_prompt_weights
 from lora_core.runs.animations import ENDINGS, save_animation
 from lora_core.runs.image_files import check_image_files, check_seeds, image_paths
-from lora_core.runs.image_grid import Axis, check_axes, grid_cells, grid_rows, parse_axis
+from lora_core.runs.image_grid import (
+    Axis,
+    check_axes,
+    grid_cells,
+    grid_rows,
+    label_axes,
+    parse_axis,
+)
 from lora_core.runs.image_recipe import apply_recipe, save_with_recipe
 from lora_core.runs.lora_strengths import LoraStrengths
 from lora_core.runs.loras import (
@@ -160,6 +167,8 @@ def infer(config: Infer) -> list[Path]:
     given = [parse_lora(text) for text in config.lora]
     axes = [find_checkpoints(parse_axis(text), given) for text in config.grid]
     loras = combine_loras(given, prompts)
+    has_checkpoints = any(axis.loras for axis in axes)  # which stand between those of tags
+    axes = label_axes(axes, [lora.path for lora in (given if has_checkpoints else loras)])
     taken = [*loras, *(parse_lora(axis.loras[0]) for axis in axes if axis.loras)]
     check_image_options(config, axes, len(prompts), len(taken))
     refuse_other_files(taken)

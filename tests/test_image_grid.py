@@ -1,10 +1,12 @@
 """Axes of image grids: SETTING=START:STOP:STEP and SETTING=A,B,C."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from lora_core.errors import UserError
-from lora_core.runs.image_grid import grid_cells, grid_rows, parse_axis
+from lora_core.runs.image_grid import grid_cells, grid_rows, label_axes, parse_axis
 
 
 def test_axes_are_read_as_documented() -> None:
@@ -31,6 +33,31 @@ def test_axes_are_read_as_documented() -> None:
 def test_other_axes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--grid"):
         parse_axis(text)
+
+
+def test_axes_of_one_lora_are_called_by_its_file_or_run(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "demo"
+    (run / "checkpoints" / "300").mkdir(parents=True)
+    loras = ["two/zib.safetensors", str(run), str(run / "checkpoints" / "300"),
+             str(run / "checkpoints" / "200" / "pytorch_lora_weights.safetensors")]  # fmt: skip
+    settings = ["lora0.strength", "lora1.unet", "lora2.text", "lora3.strength", "strength", "steps"]
+    axes = label_axes(
+        [parse_axis(f"{setting}=0.4" if setting != "steps" else "steps=4") for setting in settings],
+        loras,
+    )
+    assert [axis.captions[-1] for axis in axes[:5]] == [
+        "zib 0.4", "demo unet 0.4", "demo-000300 text 0.4", "demo-000200 0.4", "strength 0.4"
+    ]  # fmt: skip
+    assert [axis.setting for axis in axes] == settings
+
+
+def test_loras_of_one_name_and_those_that_are_not_there_keep_their_numbers() -> None:
+    axes = [parse_axis(f"lora{i}.strength=0.4") for i in range(4)]
+    loras = ["a/zib.safetensors", "b/zib.pt", "ink.safetensors"]
+    captions = [axis.captions for axis in label_axes(axes, loras)]
+    assert captions == [
+        ["lora0.strength 0.4"], ["lora1.strength 0.4"], ["ink 0.4"], ["lora3.strength 0.4"]
+    ]  # fmt: skip
 
 
 def test_the_last_axis_runs_over_the_columns() -> None:

@@ -184,9 +184,10 @@ def test_batches_files_and_grids_show_the_same_pictures(folder: Path) -> None:
 def test_each_axis_changes_the_picture(
     folder: Path, axis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sheets = []
+    sheets, captions = [], []
 
     def look(*args: Any, **words: Any) -> Image.Image:
+        captions.append(args[0][0].captions[0].split()[0])
         sheets.append(pictures.draw_grid(*args, **words))
         return sheets[-1]
 
@@ -201,6 +202,8 @@ def test_each_axis_changes_the_picture(
     ]
     draw(folder, "grid.png", *words, "--grid", axis)
     sheet = Image.open(folder / "grid.png")
+    setting = axis.partition("=")[0]
+    assert captions == [{"lora0": "a", "lora1": "b"}.get(setting.partition(".")[0], setting)]
     boxes = [cell["box"] for cell in sheets[0].info[pictures.CELLS]]
     cells = [sheet.crop(box).tobytes() for box in boxes]
     assert cells[0] != cells[1]

@@ -6,15 +6,18 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from lora_core.errors import UserError
+from lora_core.formats.known_formats import NATIVE, folder_file_stem
 from lora_core.runs.pictures import ImageRow
 
 MOST_VALUES = 64  # of one axis
 SETTINGS = r"seed|guidance|adapter_guidance|steps|checkpoint|(lora\d+\.)?(strength|unet|text)"
+OF_ONE_LORA = re.compile(r"lora(\d+)\.(strength|unet|text)")
 WHOLE = ("seed", "steps")  # settings that are whole numbers
 
 
@@ -26,11 +29,13 @@ class Axis(NamedTuple):
     run: str = ""  # of checkpoints: the run folder, as given
     names: tuple[str, ...] = ()  # of checkpoints: "step 100" ...
     loras: tuple[str, ...] = ()  # of checkpoints: each as a value of --lora
+    label: str = ""  # the setting in words, where they are other ones
 
     @property
     def captions(self) -> list[str]:
         """The values in words, for a sheet."""
-        return list(self.names) or [f"{self.setting} {value:g}" for value in self.values]
+        label = self.label or self.setting
+        return list(self.names) or [f"{label} {value:g}" for value in self.values]
 
 
 def parse_axis(text: str) -> Axis:
@@ -64,6 +69,31 @@ def parse_axis(text: str) -> Axis:
             kind = "whole number" if name in WHOLE else "number"
             raise UserError(f"--grid {text}: {value:g} is no {kind}, which {name} has to be")
     return Axis(name, values)
+
+
+def label_axes(axes: Sequence[Axis], loras: Sequence[str]) -> list[Axis]:
+    """The axes with the names of LoRA files or runs in their captions: lora0.strength is "zib",
+    lora1.unet "ink unet".
+
+    A LoRA without a name of its own stays lora0, lora1 ...
+    """
+    names = list(map(_lora_name, loras))
+    labelled = []
+    for axis in axes:
+        found = OF_ONE_LORA.fullmatch(axis.setting)
+        name = names[int(found[1])] if found and int(found[1]) < len(names) else ""
+        if found and names.count(name) == 1:
+            part = "" if found[2] == "strength" else f" {found[2]}"
+            axis = axis._replace(label=name + part)
+        labelled.append(axis)
+    return labelled
+
+
+def _lora_name(path: str) -> str:
+    """The name of a LoRA file or of its run, as sheets call it."""
+    place = Path(path).resolve()
+    is_run = place.is_dir() or place.name == NATIVE
+    return folder_file_stem(place if place.is_dir() else place.parent) if is_run else place.stem
 
 
 def check_axes(axes: Sequence[Axis], *, prompts: int, count: int, loras: int) -> None:
