@@ -57,7 +57,9 @@ def show_command_help(command: str) -> None:
 
 def lora_add(argv: Sequence[str] | None = None) -> int:
     """The command line of the installed lora_add; returns its exit status."""
-    return run("add", list(sys.argv[1:] if argv is None else argv), "lora_add")
+    words = list(sys.argv[1:] if argv is None else argv)
+    status = run("add", words or ["--help"], "lora_add")
+    return status if words else 2
 
 
 def lora_distill(argv: Sequence[str] | None = None) -> int:

@@ -130,3 +130,14 @@ def test_words_of_lora_distill(capsys: pytest.CaptureFixture[str]) -> None:
             translate_words(words)
     assert merge.lora_distill(["--help"]) == 0 and merge.lora_distill([]) == 2
     assert "--clamp_quantile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [merge.lora_add, merge.lora_distill])
+def test_without_words_they_print_their_page(
+    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["--help"]) == 0
+    page = capsys.readouterr()
+    assert f"example: {command.__name__} " in page.out and not page.err
+    assert command([]) == 2
+    assert capsys.readouterr() == page
