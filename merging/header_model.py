@@ -26,7 +26,7 @@ def find_header_model(paths: Sequence[str]) -> tuple[str, str]:
         for header in _read_headers(Path(path)):
             for name in _named_models(header, path):
                 folder = os.path.expanduser(name)
-                if os.path.isfile(os.path.join(folder, "model_index.json")):
+                if folder and os.path.isfile(os.path.join(folder, "model_index.json")):
                     return folder, path
     return "", ""
 

@@ -53,6 +53,15 @@ def test_a_header_names_a_folder_of_a_model(
     assert find_header_model(["none.safetensors", "a.safetensors", file]) == expected
 
 
+def test_the_current_folder_is_not_what_an_empty_name_means(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = name_model("b.safetensors", "named.safetensors", **trained_on(""))
+    monkeypatch.chdir(here / "base")
+    assert Path("model_index.json").is_file()
+    assert find_header_model([str(here / file)]) == ("", "")
+
+
 def test_it_is_taken_with_a_note_where_no_published_model_fits(
     here: Path, layout: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
