@@ -62,6 +62,31 @@ def test_kohyas_flags_win_over_its_file(
     assert "network_dim = 2" in shown and "adapter.rank = 2" in shown
 
 
+def test_the_advice_about_an_occupied_folder_can_be_followed(
+    data: Path, model: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error comes before the table; --resume with a path is kohya's own flag."""
+    path = write_file(data, PUBLIC["generated"], str(model))
+    words = [f"--config_file={path}", "--max_train_steps=2", "--output_name=x"]
+    run_kohya_command(words, train.train)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="already holds a run; pass --resume"):
+        run_kohya_command([*words, "--resume", "old-state"], train.train)
+    with pytest.raises(UserError, match="already holds a run"):
+        read_kohya_command(["--from-kohya", str(path), "--out", str(data / "out/x")])
+    assert not capsys.readouterr().out
+    run_kohya_command(["--overwrite", *words], train.train)
+    assert (data / "out/x.bak").is_dir()
+    run_kohya_command(
+        ["--resume", *words[:1], "--out", str(data / "out/x"), *words[1:]], train.train
+    )
+    assert "network_dim = " in capsys.readouterr().out
+    run_kohya_command([*words, "--resume=old-state", f"--out={data / 'out/y'}"], train.train)
+    shown = capsys.readouterr().out
+    assert (data / "out/y/config.toml").is_file()
+    assert 'resume = "old-state"' in shown and "without a path, --resume" in shown
+
+
 def test_our_flags_win_after_from_kohya(
     data: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

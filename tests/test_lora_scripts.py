@@ -101,3 +101,21 @@ def test_what_is_missing_is_one_sentence(photos: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             translate_script("train_lora_dreambooth.py", [*start, *words])
+
+
+def test_the_advice_about_an_occupied_folder_can_be_followed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.toml").touch()
+    words = [str(TOY), str(photos), str(out), "--instance_prompt=a photo", "--learning_rate=1e-4"]
+    words += ["--max_train_steps=2"]
+    script = "train_lora_dreambooth.py"
+    assert run_script_command(script, words, train.train) == 2
+    said = capsys.readouterr()
+    assert not said.out and "already holds a run; pass --resume" in said.err
+    assert translate_script(script, [*words, "--overwrite"]).config.overwrite
+    assert translate_script(script, [*words, "--resume", "--resume-anyway"]).config.resume_anyway
+    other = translate_script(script, [*words, "--out", str(tmp_path / "other")])
+    assert other.config.out == str(tmp_path / "other") and "overwrite" not in other.table

@@ -400,7 +400,7 @@ def test_a_restart_takes_up_no_older_run(short: tuple[Path, Config], tmp_path: P
     )
     said, _ = agent.communicate(timeout=600)
     assert agent.returncode != 0
-    assert said.count("already holds files of another run") == 3
+    assert said.count("already holds a run") == 3
     assert written(tmp_path / "run") == {"metrics.jsonl"}
 
 

@@ -19,6 +19,7 @@ from lora_core.text import print_escaped
 from training import processes
 from training.translation.edlora_files import save_experiment
 from training.translation.edlora_options import translate_options
+from training.translation.run_flags import check_free_folder
 
 
 def run_training(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +32,11 @@ def run_training(argv: Sequence[str] | None = None) -> int:
 
     def carry_out() -> None:
         job = translate_options(Path(given.opt))
+        config = override_options(job.config, further, "train_edlora.py")
+        check_free_folder(config)
         if processes.is_first():
             print_escaped(job.table)
-        folder = train.train(override_options(job.config, further, "train_edlora.py"))
+        folder = train.train(config)
         if processes.is_first():
             print(f"done: {save_experiment(folder, job)}")
 

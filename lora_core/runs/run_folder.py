@@ -152,7 +152,7 @@ class Run:
             raise UserError(f"{out} holds {held} and none of a run's {marks}; name {wanted}")
         if occupied and not resume and not overwrite:
             raise UserError(
-                f"{out} already holds files of another run; pass --resume to go on with it, "
+                f"{out} already holds a run; pass --resume to go on with it, "
                 f"--overwrite to move it to {folder.name}.bak, or name another --out"
             )
         return folder, occupied

@@ -15,6 +15,7 @@ from lora_core.text import print_escaped
 from lora_core.toml import to_toml
 from training.translation.kohya_options import read_config_file, read_flags
 from training.translation.kohya_runs import TranslatedRun, translate_run
+from training.translation.run_flags import apply_run_flags, check_free_folder, split_run_flags
 
 FROM_KOHYA, DATASET, WRITE_CONFIG = "--from-kohya", "--dataset", "--write-config"
 EXAMPLE = (
@@ -34,10 +35,12 @@ def read_kohya_command(words: Sequence[str]) -> Config | None:
     if file is None:
         raise UserError(f"{FROM_KOHYA} needs the file that kohya's --config_file takes")
     run = translate_run(read_config_file(Path(file)), dataset, processes=_process_count())
-    _print_tables(run)
     config = parse_command_line(
         Config, rest, prog="train.py", example=EXAMPLE, takes_file=False, default=run.config
     )
+    if target is None:
+        check_free_folder(config)
+    _print_tables(run)
     if target is None:
         return config
     path = Path(target)
@@ -76,10 +79,13 @@ def translate_kohya_flags(words: Sequence[str], *, script: str = "") -> Translat
 def run_kohya_command(
     words: Sequence[str], train: Callable[[Config], Path], *, script: str = ""
 ) -> None:
-    """Train as a command line of kohya's says; prints the table first."""
+    """Train as a command line of kohya's, with our RUN_FLAGS, says; prints the table first."""
+    own, words = split_run_flags(words)
     run = translate_kohya_flags(words, script=script)
+    config = apply_run_flags(run.config, own)
+    check_free_folder(config)
     _print_tables(run)
-    folder = train(run.config)
+    folder = train(config)
     if _is_first():
         print(f"done: {folder}")
 

@@ -26,6 +26,7 @@ from models import read_layout
 from training.inputs.annotators import WEIGHTS
 from training.translation.pti_data import translate_pti_data
 from training.translation.pti_stages import translate_stages
+from training.translation.run_flags import RUN_FLAGS, apply_run_flags
 from training.translation.translated_options import TranslatedOptions
 
 UNET_CLASSES = ("CrossAttention", "Attention", "GEGLU")
@@ -87,11 +88,7 @@ DEFAULTS: dict[str, Any] = {  # of lora_pti, in the order of its arguments
     "enable_xformers_memory_efficient_attention": False,
     "out_name": "final_lora",
 }
-OWN: dict[str, Any] = {
-    "face_model": WEIGHTS["face"],
-    "overwrite": False,
-    "resume": False,
-}  # flags of ours
+OWN: dict[str, Any] = {"face_model": WEIGHTS["face"], **RUN_FLAGS}  # flags of ours
 MOVED = {  # models that have left the hub -> where they are now
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
@@ -160,8 +157,8 @@ def translate_lora_pti(words: Sequence[str]) -> PivotalJob:
     translate_stages(record)
     _translate_adapter(record)
     _translate_rest(record)
-    config = record.to_config(Config)
-    config = replace(config, overwrite=own["overwrite"], resume=own["resume"])
+    run_flags = {name: own[name] for name in RUN_FLAGS}
+    config = apply_run_flags(record.to_config(Config), run_flags)
     face_model = str(own["face_model"]) if needs_faces else ""
     return PivotalJob(config, record.format_table(), str(record["out_name"]), face_model)
 

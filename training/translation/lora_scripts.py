@@ -17,6 +17,7 @@ from lora_core.errors import UserError
 from lora_core.flags.fire_words import REQUIRED, parse_fire_words
 from training.translation.lora_pti import MOVED, SDPA, PivotalJob
 from training.translation.pti_stages import SCHEDULES
+from training.translation.run_flags import RUN_FLAGS, apply_run_flags
 from training.translation.translated_options import TranslatedOptions
 
 SHARED: dict[str, Any] = {  # flags of both scripts
@@ -105,7 +106,7 @@ REFUSED = {
 def describe_script(script: str) -> str:
     """The help text of a script: every flag with its default."""
     lines = [f"{script} <flags>: cloneofsimo's script, here a config of train.py", ""]
-    for name, default in (SCRIPTS[script] | SHARED).items():
+    for name, default in (SCRIPTS[script] | SHARED | RUN_FLAGS).items():
         lines.append(f"  --{name:32}{'needed' if default is REQUIRED else default}")
     return "\n".join(lines)
 
@@ -113,7 +114,8 @@ def describe_script(script: str) -> str:
 def translate_script(script: str, words: Sequence[str]) -> PivotalJob:
     """The job of a command line of one of SCRIPTS. Raises UserError."""
     flags = SHARED | SCRIPTS[script]
-    given = parse_fire_words(words, flags, script)
+    given = parse_fire_words(words, flags | RUN_FLAGS, script)
+    own = {name: given.pop(name) for name in RUN_FLAGS if name in given}
     known = {name: None if value is REQUIRED else value for name, value in flags.items()}
     record = TranslatedOptions(script, known, given, spell="--{}")
     for name, why in REFUSED.items():
@@ -131,7 +133,8 @@ def translate_script(script: str, words: Sequence[str]) -> PivotalJob:
     for name, why in WITHOUT_EFFECT.items():
         if record.is_given(name):
             record.ignore(name, why)
-    return PivotalJob(record.to_config(Config), record.format_table(), "lora_weight", "")
+    config = apply_run_flags(record.to_config(Config), own)
+    return PivotalJob(config, record.format_table(), "lora_weight", "")
 
 
 def _translate_shared(record: TranslatedOptions) -> None:

@@ -11,6 +11,7 @@ from lora_core.text import check_unicode, print_escaped
 from training import processes
 from training.inputs.prepared_files import prepare_faces
 from training.translation import lora_ppim, lora_pti, lora_scripts
+from training.translation.run_flags import check_free_folder
 
 Train = Callable[[Config], Path]
 
@@ -40,6 +41,7 @@ def run_ppim_command(words: Sequence[str]) -> int:
 
 def train_pivotal_job(job: lora_pti.PivotalJob, train: Train) -> None:
     """Print what became of the flags, train, and write the file into the run's folder."""
+    check_free_folder(job.config)
     if processes.is_first():
         print_escaped(job.table)
     if job.face_model:
