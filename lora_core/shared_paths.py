@@ -29,6 +29,20 @@ def shorten_path(path: str, folder: Path | str) -> str:
     return hide_home(path)
 
 
+def path_from(folder: Path, name: str) -> str:
+    """A file or folder that is named from the current one, as a command in `folder` names it.
+
+    "../../toy/model" in runs/anna. Hub ids and absolute paths are returned unchanged, and so are
+    paths that would lead through the root: they would tell all folders down to the current one.
+    """
+    if os.path.isabs(name) or not os.path.exists(name):
+        return name
+    here, there = os.path.realpath(folder), os.path.abspath(name)
+    if len(Path(os.path.commonpath([here, there])).parts) < 2:
+        return name
+    return Path(os.path.relpath(there, here)).as_posix()
+
+
 def is_in_hub_cache(name: str) -> bool:
     """Whether a model of the hub was fetched before. Asks no server."""
     from huggingface_hub import try_to_load_from_cache  # a merge names paths, and no model

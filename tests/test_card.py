@@ -160,6 +160,30 @@ def test_python_runs_and_the_files_matter(
     assert with_lora.tobytes() != without.tobytes()
 
 
+def test_a_relative_model_is_found_from_the_runs_folder(
+    card: ModelCard, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The python runs in the run's folder, the command in the one that it was trained in."""
+    work = tmp_path / "work"
+    work.mkdir()
+    run = leave(work / "runs" / "anna", read_layout(str(model)), rows={"clip_l": 16})
+    (run / "config.toml").touch()
+    shutil.copytree(model, work / "toy")
+    monkeypatch.chdir(work)
+    text = write_card(replace(card, base_model="toy"), run).read_text()
+    assert 'from_pretrained("../../toy")' in text and 'folder = "."' in text
+    assert "`python train.py runs/anna/config.toml --out runs/anna2` repeats it" in text
+    assert str(tmp_path) not in text
+    assert run_code(run / "README.md", monkeypatch).size == (16, 16)
+
+
+def test_a_run_far_from_the_current_folder_names_no_folders(card: ModelCard, run: Path) -> None:
+    (run / "config.toml").touch()
+    text = write_card(replace(card, base_model="toy/model"), run).read_text()
+    assert "train.py FOLDER/config.toml --out FOLDER2` repeats it, where FOLDER is this" in text
+    assert 'from_pretrained("toy/model")' in text and str(run.parent) not in text
+
+
 def test_only_tokens(
     card: ModelCard, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +390,7 @@ def test_a_dora_says_what_a1111_and_comfyui_make_of_it(
     save_run(state, run, layout=read_layout(str(model)))
     measured = section(write_card(card, run).read_text(), title)
     assert "187 to 543 % in A1111 and 10 to 12 % in ComfyUI" in measured
-    command = "convert pytorch_lora_weights.safetensors lora.safetensors --as lora --to kohya"
+    command = "pytorch_lora_weights.safetensors' lora.safetensors --as lora --to kohya"
     assert f"{command} --model {model}" in measured
     own = replace(card, dora_errors={"A1111": 5.26, "ComfyUI": 0.108})
     text = section(write_card(own, run).read_text(), title)

@@ -27,6 +27,7 @@ from lora_core.formats.shared_header import published_files
 from lora_core.placeholders import Placeholder, bind_placeholders, describe_tokens
 from lora_core.runs.licenses import license_fields
 from lora_core.runs.pictures import OVER_STEPS
+from lora_core.shared_paths import path_from
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Files that `push_to_hub` leaves out: unfinished, large, or with names of machines and users.
@@ -174,6 +175,7 @@ def _file_facts(card: ModelCard, folder: Path) -> dict[str, object]:
         "rows_file": f"{name}{EMBEDDINGS}",
         "lora": (folder / NATIVE).is_file(),
         "lora_file": NATIVE,
+        "base_model": card.base_model if card.repo else path_from(folder, card.base_model),
         "kohya_lora": (folder / f"{name}.safetensors").is_file(),
         "lycoris": _has_lycoris_only(folder),
         "dora_note": _dora_note(card, folder),
@@ -241,7 +243,7 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
     if not (folder / NATIVE).is_file():
         own += ", which have no low-rank form"
     own += ": `lora_core.patch(pipe, FILE, kind=CLASS)` puts them on a model"
-    settings = "the run's settings: `python train.py config.toml` repeats it"
+    settings = f"the run's settings: {_repeat_advice(folder)}"
     if card.repo:
         settings = "the run's settings, without the folders of its images"
     alone = "the adapter under LyCORIS' names, for lora_core, A1111 and ComfyUI"
@@ -255,6 +257,21 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
         "config.toml": card.rerun or settings,
     }
     return {name: description for name, description in known.items() if (folder / name).exists()}
+
+
+def _repeat_advice(folder: Path) -> str:
+    """The command that repeats the run into another folder, from where it was trained."""
+    place, end = _place(folder), ""
+    if not place:
+        place, end = "FOLDER", ", where FOLDER is this folder"
+    config, out = shlex.quote(f"{place}/config.toml"), shlex.quote(f"{place}2")
+    return f"{_code(f'python train.py {config} --out {out}')} repeats it{end}"
+
+
+def _place(folder: Path) -> str:
+    """A folder below the current one, as commands there name it; "" for others."""
+    here = Path.cwd()
+    return folder.relative_to(here).as_posix() if here in folder.parents else ""
 
 
 # ---------------------------------------------------------------- files
@@ -278,8 +295,9 @@ def _dora_note(card: ModelCard, folder: Path) -> str:
         names = list(opened.keys())
     if not any(name.endswith(".dora_scale") for name in names):
         return ""
+    lora = NATIVE if card.repo else f"{_place(folder) or folder.name}/{NATIVE}"
     command = (
-        f"python merge.py convert {NATIVE} lora.safetensors --as lora --to kohya "
+        f"python merge.py convert {shlex.quote(lora)} lora.safetensors --as lora --to kohya "
         f"--model {shlex.quote(card.base_model)}"
     )
     advice = f"{_code(command)} makes a plain LoRA, which every tool applies alike"
