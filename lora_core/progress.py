@@ -11,14 +11,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from lora_core import distributed
@@ -38,6 +40,8 @@ LONG_SECONDS = 5.0  # a task that took less ends without a line
 WAIT_SECONDS = 20.0  # after which a task without steps is named where there is no terminal
 RATE_SECONDS = 120.0  # the newest steps, over which a rate is measured
 REDRAW_SECONDS = 0.1
+WIDE = 110  # columns of a terminal with long bars
+BESIDE = 4  # columns of the spinner, and between the columns of a bar
 BYTES = "byte"  # the unit of bars over files
 _OPEN: list[ProgressBar] = []  # the bars of this process that have begun, the innermost last
 
@@ -124,19 +128,23 @@ class ProgressBar:
         self.values = {name: _printable(value) for name, value in values.items()}
 
     def describe(self, now: float) -> str:
-        """The steps that are done, the values, the rate, and the time that is left."""
+        """The steps that are done, the time that is left, the values, and the rate."""
+        return ", ".join(self.describe_parts(now))
+
+    def describe_parts(self, now: float) -> list[str]:
+        """The parts of `describe`, the most wanted first."""
         if self.unit == BYTES:
             parts = [f"{format_bytes(self.done)} of {format_bytes(self.total)}"]
         else:
             parts = [f"{self.done:,} of {self._amount(self.total)}"]
-        parts += [f"{name} {value}" for name, value in self.values.items()]
+        values = [f"{name} {value}" for name, value in self.values.items()]
         since, before = self.marks[0]
         seconds = now - self.between - since
         if self.done > before and seconds > 0:
             rate = (self.done - before) / seconds
             left = max(0, self.total - self.done) / rate
-            parts += [_rate_words(rate, self.unit), f"{format_duration(left)} left"]
-        return ", ".join(parts)
+            return [*parts, f"{format_duration(left)} left", *values, _rate_words(rate, self.unit)]
+        return [*parts, *values]
 
     def _amount(self, count: int) -> str:
         if self.unit == BYTES:
@@ -227,6 +235,31 @@ class _Lines:
 # ---------------------------------------------------------------- on a terminal
 
 
+def bar_width(columns: int) -> int:
+    """The length of the drawn bars on a terminal of so many columns."""
+    return 30 if columns >= WIDE else 10
+
+
+def fit_parts(parts: Sequence[str], room: int) -> str:
+    """As many parts, from the first, as fit into so many columns; the first in any case."""
+    for count in range(len(parts), 1, -1):
+        words = ", ".join(parts[:count])
+        if cell_len(words) <= room:
+            return words
+    return "".join(parts[:1])
+
+
+class _PartsColumn(ProgressColumn):
+    """The words beside a bar, those that fit."""
+
+    def __init__(self, room: Callable[[], int]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.room = room
+
+    def render(self, task: Task) -> Text:
+        return Text(fit_parts(task.fields["parts"], self.room()))
+
+
 class _Terminal:
     """The bars that are on the terminal now, below everything that is printed meanwhile."""
 
@@ -239,12 +272,13 @@ class _Terminal:
     def open(self, bar: ProgressBar) -> None:
         if self.rich is None:
             stream = bottom_stream(sys.stderr)  # ours would escape what rich draws
+            console = Console(file=stream, highlight=False)
             self.rich = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=30),
-                TextColumn("{task.fields[words]}", markup=False),
-                console=Console(file=stream, highlight=False),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=bar_width(console.width)),
+                _PartsColumn(self.room),
+                console=console,
                 redirect_stdout=False,
                 redirect_stderr=False,
                 transient=True,
@@ -253,16 +287,24 @@ class _Terminal:
             self._print_above(self.rich.console)
             self.rich.start()
         total = bar.total or None  # None: rich shows that it is not known
-        words = bar.describe(bar.began) if total else ""
+        parts = bar.describe_parts(bar.began) if total else []
         self.tasks[bar] = self.rich.add_task(
-            bar.title, total=total, completed=bar.done, words=words
+            bar.title, total=total, completed=bar.done, parts=parts
         )
+
+    def room(self) -> int:
+        """The columns that are left for words, beside the longest title and the bars."""
+        if self.rich is None:
+            return 0
+        width = self.rich.console.width
+        titles = [cell_len(task.description) for task in self.rich.tasks]
+        return width - max(titles, default=0) - bar_width(width) - BESIDE
 
     def update(self, bar: ProgressBar, now: float) -> None:
         is_due = now - self.drawn >= REDRAW_SECONDS or bar.done >= bar.total
         if is_due and self.rich is not None and bar in self.tasks:
             self.drawn = now
-            self.rich.update(self.tasks[bar], completed=bar.done, words=bar.describe(now))
+            self.rich.update(self.tasks[bar], completed=bar.done, parts=bar.describe_parts(now))
 
     def close(self, bar: ProgressBar) -> None:
         if self.rich is None or bar not in self.tasks:

@@ -22,6 +22,7 @@ LONGEST_TABLE = 1 << 27  # bytes of a table or a log: 500,000 rows of 250 bytes
 LONGEST_PROMPT = 1 << 14  # characters of a prompt or caption; 512 tokens of T5 are about 2,500
 DEEPEST_JSON = 100  # brackets in brackets; what is written here has 6
 LONGEST_NAME, MOST_NAMES = 200, 5_000  # that are compared to find the nearest one
+ALIKE = 0.65  # similarity of a name to the one that is meant; lora and format have 0.6
 SHOWN = 80  # characters of a value that an error quotes
 SHORT_REPR = reprlib.Repr()
 SHORT_REPR.maxlevel, SHORT_REPR.maxstring, SHORT_REPR.maxother = 3, SHOWN, SHOWN
@@ -139,23 +140,39 @@ def shorten_value(value: Any) -> str:
 
 
 def nearest_names(
-    name: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.0
+    name: str, known: Iterable[str], *, count: int = 1, cutoff: float = ALIKE
 ) -> list[str]:
     """Up to `count` of the known names, the most similar first.
 
-    `cutoff`: the least similarity, from 0 (any) to 1 (the same), as difflib measures it. Only the
-    beginnings of long names are compared, and none with the known names after the first thousands:
-    the time grows with the product of their lengths.
+    `cutoff`: the least similarity, from 0 (any) to 1 (the same), as difflib measures it; by default
+    that of a mistyped name. Only the beginnings of long names are compared, and none with the known
+    names after the first thousands: the time grows with the product of their lengths.
     """
     beginnings = {other[:LONGEST_NAME]: other for other in islice(known, MOST_NAMES)}
     found = difflib.get_close_matches(name[:LONGEST_NAME], beginnings, n=count, cutoff=cutoff)
     return [beginnings[other] for other in found]
 
 
+def nearest_hint(name: str, known: Iterable[str], hint: str = "; the nearest is {}") -> str:
+    """The end of a sentence about an unknown name; "" where no known name is near."""
+    near = nearest_names(name, known)
+    return hint.format(near[0]) if near else ""
+
+
+def nearest_flag_hint(flag: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown flag, whose name or last part a known one resembles:
+    --rank and --adapter.rank.
+    """
+    flags = list(known)
+    names = {own.lstrip("-").rpartition(".")[2]: own for own in reversed(flags)}
+    names |= {own.lstrip("-"): own for own in reversed(flags)}
+    near = nearest_names(flag.partition("=")[0].lstrip("-"), names)
+    return f"; the nearest flag is {names[near[0]]}" if near else ""
+
+
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """ " (nearest: NAME)", or nothing where no known name is near."""
-    near = nearest_names(name, known, cutoff=0.6)
-    return f" (nearest: {near[0]})" if near else ""
+    return nearest_hint(name, known, " (nearest: {})")
 
 
 def unknown_name(name: str, known: Iterable[str], what: str, noun: str = "function") -> str:
@@ -166,8 +183,8 @@ def unknown_name(name: str, known: Iterable[str], what: str, noun: str = "functi
     known, other = list(known), f"path/to/file.py:{noun}"
     if not known:
         return f"unknown {what} {name!r}; expected {other}"
-    near = nearest_names(name, known)[0]
-    return f"unknown {what} {name!r}, the nearest is {near!r}; choose {', '.join(known)} or {other}"
+    near = nearest_hint(name, known, ", the nearest is {!r}")
+    return f"unknown {what} {name!r}{near}; choose {', '.join(known)} or {other}"
 
 
 def print_escaped(text: str) -> None:

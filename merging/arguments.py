@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.text import nearest_names
+from lora_core.text import nearest_flag_hint
 from merging.commands import COMMANDS, Command, flatten
 from merging.expression import find_unquoted_name, quote_name, quote_where_needed
 
@@ -53,10 +53,9 @@ def place_words(name: str, options: Any, rest: Sequence[str], advice: str) -> An
     flags = [word for word in rest if is_flag(word)]
     if flags:
         known = flag_names(command.options)
-        near = nearest_names(flags[0], known)
+        hint = nearest_flag_hint(flags[0], known)
         if flags[0].lower() in OTHER_NAMES_OF_OUT and "--out" in known:
-            near = ["--out"]
-        hint = f"; the nearest flag is {near[0]}" if near else ""
+            hint = "; the nearest flag is --out"
         raise UserError(f"unrecognized arguments: {_first_words(rest)}{hint}; {advice}")
     if command.takes_others:
         options, rest = _place_others(name, options, rest)

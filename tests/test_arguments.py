@@ -115,6 +115,8 @@ def test_other_names_of_the_output_lead_to_the_right_one(name, flag, capsys):
     words, flags = LINES[name]
     call(name, *words, flag, "o.safetensors", *flags, status=2)
     assert "; the nearest flag is --out;" in capsys.readouterr().err
+    assert merge.main(["mix", "a.safetensors", "--lora", "b.safetensors"]) == 2
+    assert "nearest" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def test_words_without_a_flag_fill_what_no_flag_sets() -> None:
         (["D", "M", "--clip", "O"], "--clip of command is 'O', expected True or False"),
         (["D", "M", "--rank=1.5"], "--rank of command is '1.5', expected a whole number"),
         (["D", "M", "--lr=fast"], "--lr of command is 'fast', expected a number"),
-        (["D", "M", "--learning_rate=1"], "no flag --learning_rate; the nearest is --"),
+        (["D", "M", "--step=1"], "no flag --step; the nearest is --steps"),
+        (["D", "M", "--learning_rate=1"], "no flag --learning_rate; see command --help"),
     ],
 )
 def test_other_words_are_one_sentence(words: list[str], said: str) -> None:

@@ -70,6 +70,7 @@ def test_a_value_is_quoted_in_a_line():
 
 def test_nearest_names_of_long_names():
     assert nearest_names("step", ["steps", "seed"]) == ["steps"]
+    assert nearest_names("lora", ["format", "base"]) == []
     long = "a" * 10**6
     assert nearest_names(long, [long + "b"]) == [long + "b"]
     assert nearest_names("b" * LONGEST_NAME, [long], cutoff=0.5) == []

@@ -63,6 +63,14 @@ def answer(words: str, table: Sequence[OtherFlag] = TRAIN_FLAGS, cls: type = Con
         ("--instance_prompt 'a b'", "--data.caption 'a b'"),
         ("--use_dora=False", "leave it out for False, or write --adapter.kind dora for True"),
         ("--xformers", "--xformers is kohya's name; attention always uses torch's SDPA"),
+        (
+            "--steps 10",
+            "--stages.0.steps 10 (of the first stage; each stage has its own, --stages.1",
+        ),
+        (
+            "--max_train_steps=100",
+            "here it is --stages.0.steps 100 (of the first stage; each stage",
+        ),
         ("--seed 3 --lr 1e-4", "--lr is other tools' name; here it is --optimizer.lr 1e-4"),
     ],
 )

@@ -16,6 +16,9 @@ from lora_core.flags.parser_errors import read_parser_error
             ["--optimzer.lr", "1"],
             "unrecognized arguments: --optimzer.lr 1; the nearest flag is --optimizer.lr",
         ),
+        (["--rank", "4"], "unrecognized arguments: --rank 4; the nearest flag is --adapter.rank"),
+        (["--zzz", "1"], "unrecognized arguments: --zzz 1; see"),
+        (["--batch"], "unrecognized arguments: --batch; the nearest flag is --batch-size"),
         (["stray"], "unrecognized arguments: stray"),
         (["--adapter.rank", "x"], "argument --adapter.rank: 'x' is no whole number"),
         (["--noise.low", "x"], "argument --noise.low: 'x' is no number"),
@@ -26,7 +29,7 @@ from lora_core.flags.parser_errors import read_parser_error
         ),
         (
             ["--noise.density", "foo"],
-            "argument --noise.density: unknown density 'foo', the nearest",
+            "argument --noise.density: unknown density 'foo'; choose uniform",
         ),
         (["--loss-arg", "5"], "argument --loss-arg: expected KEY=VALUE, got 5"),
     ],

@@ -52,8 +52,8 @@ def test_a_line_every_minute_has_step_values_rate_and_time_left(
             bar.advance()
             bar.show(loss=f"{clock.now:.0f}")
     first, second, last = said()
-    assert first == "training: 60 of 1,000 steps, loss 1059, 1 steps/s, 15 min 40 s left"
-    assert second == "training: 120 of 1,000 steps, loss 1119, 1 steps/s, 14 min 40 s left"
+    assert first == "training: 60 of 1,000 steps, 15 min 40 s left, loss 1059, 1 steps/s"
+    assert second == "training: 120 of 1,000 steps, 14 min 40 s left, loss 1119, 1 steps/s"
     assert last == "training: 150 steps in 2 min 30 s, 1 steps/s"
 
 
@@ -82,7 +82,7 @@ def test_a_run_that_goes_on_begins_where_it_was(
         clock.now += 61
         bar.advance()
     line, end = said()
-    assert line == "training: 91 of 100 steps, 61 s per step, 9 min 9 s left"
+    assert line == "training: 91 of 100 steps, 9 min 9 s left, 61 s per step"
     assert end == "training: 1 step in 1 min 1 s, 61 s per step"
 
 
@@ -164,10 +164,10 @@ sys.exit(exit_status(run))
 """
 
 
-def run_on_a_terminal(code: str) -> tuple[int, str]:
-    """Exit status and all that a program writes on a terminal of 100 columns."""
+def run_on_a_terminal(code: str, columns: int = 100) -> tuple[int, str]:
+    """Exit status and all that a program writes on a terminal of so many columns."""
     terminal, other = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": str(columns)}
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(
         command, stdin=other, stdout=other, stderr=other, env=environment, close_fds=True
@@ -196,11 +196,26 @@ def test_bars_are_drawn_and_lines_appear_above_them_escaped() -> None:
     assert "\x1b[31m" not in written and "\u202e" not in written
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
     assert r"a line of a stranger: \x1b[31mred\x1b[0m \u202e" in plain
-    assert "training [bold]" in plain and "of 40 steps, loss 0." in plain and " left" in plain
+    assert "training [bold]" in plain and re.search(r"of 40 steps, \d s left, loss 0\.", plain)
     assert "validation" in plain and "drawing: 2 images in" in plain
     left = written.rpartition("\x1b[2K")[2]  # after the last line that was erased
     assert re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", left).splitlines()[-1] == "done"
     assert re.search(r"training \[bold\]: 40 steps in 1 s, [\d.]+ steps/s\r\n(.*)done", left)
+
+
+def test_80_columns_have_the_title_the_time_left_and_the_loss_whole() -> None:
+    """Even with a long title below, which makes all bars narrower."""
+    code = ON_A_TERMINAL.replace(
+        "loss=", 'loss="0.1948", d_denoiser="1.00e-06", d_tokens="1.00e-06", other='
+    ).replace('"drawing", "image"', '"drawing the base model", "image"')
+    code = code.replace('40, "step"', '4000, "step", 3960').replace("[bold]", "")
+    status, written = run_on_a_terminal(code, 80)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
+    lines = [line for line in re.split(r"[\r\n]+", plain) if "of 4,000 steps" in line]
+    assert status == 0 and lines and all(len(line) <= 80 for line in lines)
+    assert all(re.match(r". training +\S+ +3,9\d\d of 4,000 steps", line) for line in lines[:-2])
+    assert any(re.search(r"s left, loss 0\.1948, d_denoiser 1\.00e-06 *$", line) for line in lines)
+    assert "…" not in plain and "..." not in plain
 
 
 def test_an_error_below_a_bar_leaves_the_terminal_as_it_was() -> None:
@@ -227,7 +242,7 @@ def test_a_rate_leaves_out_the_bars_inside(monkeypatch, capsys, title: str, name
                 with progress.ProgressBar(title, 4 if title else 0, "image") as inner:
                     clock[0] += 60
                     inner.advance(4)
-        assert "1 steps/s, 10 s left" in bar.describe(clock[0])
+        assert "10 s left, 1 steps/s" in bar.describe(clock[0])
     said = capsys.readouterr().err
     assert f"training: 10 steps in 10 s, 1 steps/s (in all 1 min 10 s{named})" in said
     assert ("drawing: 4 images in 1 min 0 s" in said) == bool(title) and not progress._OPEN

@@ -13,7 +13,7 @@ from typing import Any
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.flags.command_line import take_flag
-from lora_core.text import nearest_names
+from lora_core.text import nearest_hint
 from lora_core.toml import read_table
 from models import read_layout
 
@@ -32,10 +32,8 @@ def take_preset(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     if name is None:
         return None, others
     if name not in PRESETS:
-        near = nearest_names(name, PRESETS)[0]
-        raise UserError(
-            f"there is no preset {name!r}, the nearest is {near!r}; choose {', '.join(PRESETS)}"
-        )
+        near = nearest_hint(name, PRESETS, ", the nearest is {!r}")
+        raise UserError(f"there is no preset {name!r}{near}; choose {', '.join(PRESETS)}")
     path, config, own = (_find_option(option, others) for option in MODEL_OPTIONS)
     if not path:
         raise UserError(f"--preset {name} depends on the model; name one with --model")

@@ -88,23 +88,24 @@ class SampleImages:
             for i in distributed.take_share(firsts, even=self.config.shard):
                 part = prompts[i : i + size]
                 batches.append(self.batch_of(part, range(i, i + len(part))))
-            drawn = self._generate(batches)
+            title = "base model" if base else "samples" if strength else "tokens alone"
+            drawn = self._generate(batches, f"drawing {title}")
         return list(itertools.chain(*distributed.gather_shares(drawn)[: len(firsts)]))
 
     def draw_class_images(self, seeds: Sequence[int]) -> list[Image.Image]:
         """Class images of prior preservation, by the model before its first step."""
         with self.model.evaluating():
             batches = [self.batch_of([self.config.prior.prompt], [seed]) for seed in seeds]
-            return list(itertools.chain(*self._generate(batches)))
+            return list(itertools.chain(*self._generate(batches, "drawing class images")))
 
     def batch_of(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:
         """Images to draw; an inpainting model repaints the middle of a validation image."""
         init, mask = self._hole(seeds[0]) if self.model.family.inpainting else (None, None)
         return ImageBatch(prompts, seeds, self.settings, init, mask)
 
-    def _generate(self, batches: Sequence[ImageBatch]) -> list[list[Image.Image]]:
+    def _generate(self, batches: Sequence[ImageBatch], title: str) -> list[list[Image.Image]]:
         drawn = generation.generate_batches(
-            self.model.family, batches, placeholders=self.model.placeholders, title="drawing"
+            self.model.family, batches, placeholders=self.model.placeholders, title=title
         )
         return list(map(pictures.to_images, drawn))
 

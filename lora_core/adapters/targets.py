@@ -94,7 +94,7 @@ def nearest_paths(pattern: str, paths: Sequence[str], n: int = 3) -> list[str]:
     for path in reversed(paths):
         ends[path] = path
         ends[".".join(path.split(".")[-parts:])] = path
-    alike = [ends[end] for end in nearest_names(pattern, ends, count=n)]
+    alike = [ends[end] for end in nearest_names(pattern, ends, count=n, cutoff=0)]
     return list(dict.fromkeys(below[:n] + alike))[:n]
 
 

@@ -31,7 +31,7 @@ from lora_core.data.listing import (
     pair_texts,
 )
 from lora_core.errors import UserError
-from lora_core.text import LONGEST_TABLE, nearest_names, parse_json, read_text, shorten_value
+from lora_core.text import LONGEST_TABLE, nearest_hint, parse_json, read_text, shorten_value
 
 IMAGE_FOLDERS, CAPTION_FOLDERS = ("image", "images"), ("caption", "captions")
 MASK_FOLDERS = ("mask", "masks")
@@ -133,10 +133,10 @@ def _read_concept(file: Path, row: Any, number: int) -> FolderContents:
         )
     for key in row:
         if key not in KEYS:
-            near = nearest_names(key, KEYS)[0]
+            near = nearest_hint(key, KEYS, "the nearest is {} of ") or "known are "
             raise UserError(
                 f"{where} has {shorten_value(key)}, which means nothing here; "
-                f"the nearest is {near} of {', '.join(KEYS)}"
+                f"{near}{', '.join(KEYS)}"
             )
     prompt = row.get("instance_prompt") or ""
     if not isinstance(prompt, str):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.text import nearest_names, shorten_value
+from lora_core.text import nearest_hint, shorten_value
 
 REQUIRED = object()  # default of an argument that must be given
 
@@ -75,8 +75,8 @@ def _resolve_name(
         begun = [known for known in defaults if known.startswith(name)]
         if len(begun) == 1:
             return begun[0], True
-    near = nearest_names(name, defaults)[0]
-    raise UserError(f"{command} has no flag {flag}; the nearest is --{near}")
+    near = nearest_hint(name, defaults, "; the nearest is --{}") or f"; see {command} --help"
+    raise UserError(f"{command} has no flag {flag}{near}")
 
 
 def _read_value(word: str, name: str, default: Any, command: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_core.errors import UserError
+from lora_core.text import nearest_flag_hint
 
 T = TypeVar("T")
 
@@ -47,8 +48,9 @@ def read_parser_error(box: str) -> str:
     sentence = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
     if match := UNKNOWN.fullmatch(sentence):
         near = FLAG_LINE.search(COLOR.sub("", box))
-        hint = f"; the nearest flag is {near[1]}" if near else ""
-        return f"unrecognized arguments: {match[1].replace(', ', ' ')}{hint}"
+        words = match[1].replace(", ", " ")
+        hint = nearest_flag_hint(words.split()[0], [near[1]]) if near else ""
+        return f"unrecognized arguments: {words}{hint}"
     if match := CHOICE_ERROR.fullmatch(sentence):
         value, flag, names = match.groups()
         known = names.replace("'", "").rstrip(",")  # of one choice, Python writes ('lora',)

@@ -26,6 +26,7 @@ from lora_core.flags.flag_values import (
     split_value,
 )
 
+OWN_STEPS = "of the first stage; each stage has its own, --stages.1.steps of the second"
 CONSTANT_ONLY = "a warm-up acts with every schedule here"
 TRAIN_FLAGS = (
     OtherFlag("pretrained_model_name_or_path", ALL, "--model {}"),
@@ -200,7 +201,8 @@ TRAIN_FLAGS = (
         "--stages.0.groups tokens --stages.1.groups denoiser text_encoder",
     ),
     OtherFlag("continue_inversion", (PTI,), "--stages.1.groups denoiser text_encoder tokens"),
-    OtherFlag("max_train_steps", (DIFFUSERS, KOHYA), "--stages.0.steps {}"),
+    OtherFlag("max_train_steps", (DIFFUSERS, KOHYA), "--stages.0.steps {}", OWN_STEPS),
+    OtherFlag("steps", (OTHERS,), "--stages.0.steps {}", OWN_STEPS),
     OtherFlag(
         "num_train_epochs",
         (DIFFUSERS,),

@@ -209,7 +209,7 @@ def missing_level(component: str, paths: Collection[str]) -> str:
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """The known name most similar to `name`, for error messages; "" when `known` is empty."""
-    return next(iter(nearest_names(name, known)), "")
+    return next(iter(nearest_names(name, known, cutoff=0)), "")
 
 
 def _require_known(path: str, shapes: Mapping[str, Shape], component: str) -> str:

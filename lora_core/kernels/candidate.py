@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.plugins import describe_error, find_plugin
-from lora_core.text import nearest_names
+from lora_core.text import nearest_hint
 
 VARIABLE = "LORA_CANDIDATE"
 
@@ -76,9 +76,9 @@ def read_candidate(text: str, ops: Collection[str]) -> Candidate:
     if not equals:
         op = name.rpartition(":")[2]
     if op not in ops:
-        near = nearest_names(op, ops)[0]
+        near = nearest_hint(op, ops, ", the nearest is {!r}")
         raise UserError(
-            f"{VARIABLE} is {text}, for the op {op!r}, the nearest is {near!r}; expected "
+            f"{VARIABLE} is {text}, for the op {op!r}{near}; expected "
             f"OP=FILE.py:FUNCTION with one of {', '.join(ops)}"
         )
     found = Candidate(op, find_plugin(name, {}, "candidate"), name)

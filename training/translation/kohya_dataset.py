@@ -12,7 +12,7 @@ from typing import Any
 from lora_core.data.captions import read_caption_file
 from lora_core.data.listing import list_one_folder
 from lora_core.errors import UserError
-from lora_core.text import nearest_names, shorten_value
+from lora_core.text import nearest_hint, shorten_value
 from training.translation.kohya_options import (
     KOHYA_DEFAULTS,
     TOOL,
@@ -183,8 +183,8 @@ def _unknown(place: str, name: str, names: Sequence[str], file: str) -> UserErro
             f"{file}: {place}{name} belongs in the training file, which --from-kohya takes; move "
             "it there"
         )
-    near = nearest_names(name, names)[0]
-    return UserError(f"{file}: {place}{name} is no option there; the nearest is {place}{near}")
+    near = nearest_hint(name, names, f"; the nearest is {place}{{}}")
+    return UserError(f"{file}: {place}{name} is no option there{near}")
 
 
 def _flatten(table: Mapping[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.text import is_number, nearest_names
+from lora_core.text import is_number, nearest_hint
 from training.translation.kohya_options import read_pairs
 from training.translation.translated_options import TranslatedOptions
 
@@ -87,8 +87,8 @@ def translate_network(options: TranslatedOptions, groups: Sequence[str]) -> dict
     arguments = read_pairs(options["network_args"], "network_args")
     for name in arguments:
         if name not in KNOWN:
-            near = nearest_names(name, KNOWN)[0]
-            raise UserError(f"network_args has {name}, which is unknown; the nearest is {near}")
+            near = nearest_hint(name, KNOWN)
+            raise UserError(f"network_args has {name}, which is unknown{near}")
     _check_numbers(options, arguments)
     kind = _read_kind(options, module, arguments)
     if kind == "full":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UserError
-from lora_core.text import nearest_names, read_text, shorten_value
+from lora_core.text import nearest_hint, read_text, shorten_value
 from lora_core.toml import LONGEST_TOML, parse_toml
 from training.translation.kohya_values import PROMPTS, SIDES, TEXT, check_value, expected_kind
 
@@ -350,8 +350,9 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
         if not flag.startswith("--"):
             raise UserError(f"{flag} is no flag of {TOOL}'s script; write --OPTION=VALUE")
         if name not in KOHYA_DEFAULTS:
-            near = nearest_names(name, KOHYA_DEFAULTS)[0]
-            raise UserError(f"{flag} is no flag of {TOOL}'s script; the nearest is --{near}")
+            hint = "; the nearest is --{}"
+            near = nearest_hint(name, KOHYA_DEFAULTS, hint) or "; leave it out"
+            raise UserError(f"{flag} is no flag of {TOOL}'s script{near}")
         if name in LISTS:
             values = [value] if equals else []
             while rest and not rest[0].startswith("--"):

@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from lora_core.errors import UserError, printable
-from lora_core.text import nearest_names
+from lora_core.text import nearest_hint
 from lora_core.toml import from_table
 
 C = TypeVar("C")
@@ -57,10 +57,9 @@ class TranslatedOptions:
         self.entries: list[TranslatedOption] = []
         for name in given:
             if name not in defaults:
-                near = nearest_names(name, defaults)
+                near = nearest_hint(name, defaults, f"; the nearest is {spell}")
                 raise UserError(
-                    f"{spell.format(name)} is no option of {tool}; the nearest is "
-                    f"{spell.format(near[0])}: correct it or leave it out"
+                    f"{spell.format(name)} is no option of {tool}{near}: correct it or leave it out"
                 )
 
     def __getitem__(self, name: str) -> Any:
