@@ -243,6 +243,8 @@ def run_train_command(words: list[str]) -> None:
     if annotators is not None:
         prepare_files(config, annotators)
         return
+    if preset:
+        config = run_presets.fit_intervals(config, options)
     if preset and processes.is_first():
         print(f"preset: {preset}; the config file and flags win over it")
     if PREVIEW_FLAG in words:

@@ -385,13 +385,33 @@ def test_the_size_enters_the_cache_key(folder):
 
 def test_the_report_counts_images_and_further_visits():
     assert (
-        buckets.describe_buckets([(16, 16)] * 4, 2) == "one bucket, 16 x 16: 4 images in 2 batches"
+        buckets.describe_buckets([(16, 16)] * 4, 2)
+        == "one bucket, 16 x 16: 4 images in 2 batches of 2"
     )
     text = buckets.describe_buckets([(16, 16)] * 3 + [(8, 28)], 4)
     assert text.splitlines()[1:] == [
-        "  28 x 8: 1 image and 3 more visits in 1 batch",
-        "  16 x 16: 3 images and 1 more visit in 1 batch",
+        "  28 x 8: 1 image in 1 batch of 4, 4 times",
+        "  16 x 16: 3 images in 1 batch of 4, 1 of them twice",
     ]
+
+
+@pytest.mark.parametrize(
+    "count, batch, said",
+    [
+        (5, 2, "5 images in 3 batches of 2, 1 of them twice"),
+        (2, 5, "2 images in 1 batch of 5, 1 of them twice, 1 of them 3 times"),
+        (2, 4, "2 images in 1 batch of 4, each twice"),
+        (1, 1, "1 image in 1 batch of 1"),
+    ],
+)
+def test_the_report_says_how_often_images_are_visited(count: int, batch: int, said: str) -> None:
+    """As often as the order of an epoch has them."""
+    assert buckets.describe_buckets([(8, 8)] * count, batch) == f"one bucket, 8 x 8: {said}"
+    order = BucketOrder(["8 x 8"] * count, batch, seed=1)
+    visits = itertools.chain.from_iterable(map(order.visits, range(order.steps)))
+    seen = Counter(index for index, _ in visits)
+    each, more = divmod(order.steps * batch, count)
+    assert sorted(seen.values()) == [each] * (count - more) + [each + 1] * more
 
 
 def test_images_that_are_scaled_up_are_counted(folder):

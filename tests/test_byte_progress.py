@@ -18,7 +18,8 @@ def test_a_line_shows_bytes_and_their_rate(capsys: pytest.CaptureFixture[str]) -
     time.sleep(0.001)
     bar.add(1_500_000)
     said = capsys.readouterr().err
-    assert said.startswith("writing: 1.5 MB of 3 MB, ") and "B/s, 0 s left" in said
+    assert said.startswith("writing: 1.5 MB of 3 MB, ") and ", 0 s left, " in said
+    assert said.endswith("B/s\n")
     bar.add(1_500_000)
     assert bar.bar.shown is None  # closed, so that the next line begins at the margin
 

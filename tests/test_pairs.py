@@ -259,7 +259,9 @@ def test_batches_are_winner_loser_winner_loser(folders: tuple[Path, str], bucket
         seen += batch.keys[::2]
     assert set(seen) == by_key.keys() and (len(set(images.sizes)) > 1) == buckets
     said = describe_buckets(images.sizes, 2, "pair")
-    assert said.startswith("3 buckets" if buckets else "one bucket, 16 x 16: 4 pairs in 2 batches")
+    assert said.startswith(
+        "3 buckets" if buckets else "one bucket, 16 x 16: 4 pairs in 2 batches of 2"
+    )
 
 
 def test_single_images_do_not_mix_with_pairs(folders: tuple[Path, str]) -> None:

@@ -32,6 +32,22 @@ from lora_core.formats.model_folders import open_model_folder
 from lora_core.toml import from_table, to_toml
 from models import read_layout
 from tests.conftest import rows, same, save_photos
+from training import results
+
+
+@pytest.mark.parametrize("after, warned", [(0.0998, False), (0.09995, True), (0.10005, True)])
+def test_a_run_that_learned_nothing_is_told(
+    capsys: pytest.CaptureFixture[str], after: float, warned: bool
+) -> None:
+    first, last = [[validation.Score("a", 0, 0, 500, loss)] for loss in (0.1, after)]
+    results._print_results((first, last), "", "held-out loss")
+    out, err = capsys.readouterr()
+    words = "the loss hardly changed; train longer or with a higher learning rate"
+    assert err == f"warning: {words}\n" * warned
+    assert out.splitlines()[:2] == [
+        "held-out loss at fixed timesteps and noise:",
+        " timestep    before     after   change",
+    ]
 
 
 def test_a_full_fine_tune_leaves_a_whole_model(config: Config, quick: None) -> None:

@@ -12,7 +12,15 @@ from lora_core.errors import UserError
 from lora_core.flags.command_line import parse_command_line, take_flag
 from lora_core.toml import from_table, layer_tables, read_toml
 from tests import tiny_flux, tiny_sdxl
-from training.run_presets import FOLDER, PRESETS, preset_file, read_preset, take_preset
+from training.checks.config_checks import check_config
+from training.run_presets import (
+    FOLDER,
+    PRESETS,
+    fit_intervals,
+    preset_file,
+    read_preset,
+    take_preset,
+)
 
 FAMILIES = ("sd", "sdxl", "flux")
 TOY = "toy/model"
@@ -136,3 +144,25 @@ def test_the_memory_of_a_preset_is_that_of_its_plan(
     assert train.main([str(file), "--data.images", "toy/concepts/zib", "--plan"]) == 0
     (peak,) = re.findall(r"peak: ([\d.]+) GB", capsys.readouterr().out)
     assert f"# Memory: {peak} GB" in file.read_text()
+
+
+def test_a_short_run_has_no_warning_about_what_its_preset_brought(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", TOY, "--stages.0.steps", "20", "--stages.1.steps", "20"]
+    words += ["--data.images", TOY, "--data.caption", "a TOK"]
+
+    def warned(*further: str) -> str:
+        preset, rest = take_preset([*further, *words, "--preset", "character"])
+        config = parse_command_line(Config, rest, prog="train.py", example="", preset=preset)
+        capsys.readouterr()
+        check_config(fit_intervals(config, rest))
+        return capsys.readouterr().err
+
+    assert warned() == ""
+    file = tmp_path / "mine.toml"
+    file.write_text("save_every = 200\n")
+    said = "warning: --save-every 200 has no effect in a run of 40 steps\n"
+    assert warned(str(file)) == said
+    words += ["--samples.every=50"]
+    assert warned() == "warning: --samples.every 50 has no effect in a run of 40 steps\n"

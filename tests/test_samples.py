@@ -126,7 +126,7 @@ def test_one_caption_has_four_seeds_and_new_places(
     assert new.captions[0] == "a photo of TOK in the snow"
     alone = s.samples.batch_of(["a photo of TOK"], [2])
     with s.model.evaluating():
-        (image,) = s.samples._generate([alone])[0]
+        (image,) = s.samples._generate([alone], "drawing")[0]
     difference = ImageChops.difference(image, drawn[2]).getextrema()
     assert max(high for _, high in difference) <= 1  # in a batch of other images
 

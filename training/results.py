@@ -48,7 +48,13 @@ from training.memory.peak_memory import describe_peak, measure_peak
 from training.networks import base_weights
 from training.probes import effects
 from training.samples import SampleImages, before_after_grid, save_sample_grid
-from training.scores import Scorer, comparable_scores, loss_table, losses_by_timestep
+from training.scores import (
+    Scorer,
+    comparable_scores,
+    hardly_changed,
+    loss_table,
+    losses_by_timestep,
+)
 from training.setup import Model
 from training.shared_config import shared_config
 
@@ -212,6 +218,9 @@ def _report_tokens(model: Model) -> list[dict[str, Any]]:
 def _print_results(scores: Before | None, note: str, words: str) -> None:
     if scores:
         print(loss_table(*scores, words))
+        if hardly_changed(*scores):
+            advice = "train longer or with a higher learning rate"
+            print(f"warning: the loss hardly changed; {advice}", file=sys.stderr)
     if note or not scores:
         print(note or "no validation, so no loss before and after")
 

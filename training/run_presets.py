@@ -7,14 +7,15 @@ good, copy its file and name the copy as the config file.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_core.config import Config
 from lora_core.errors import UserError
-from lora_core.flags.command_line import take_flag
+from lora_core.flags.command_line import is_given, take_flag
 from lora_core.text import nearest_hint
-from lora_core.toml import read_table
+from lora_core.toml import flatten_table, read_table
 from models import read_layout
 
 FOLDER = Path(__file__).parent.parent / "configs" / "presets"
@@ -38,6 +39,23 @@ def take_preset(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     if not path:
         raise UserError(f"--preset {name} depends on the model; name one with --model")
     return preset_file(name, read_layout(path, config, own).family), others
+
+
+def fit_intervals(config: Config, words: Sequence[str]) -> Config:
+    """The config of a preset and words, in which a shorter run than the preset's has a checkpoint
+    at its end alone, and no samples before. Intervals that the user gave stay as they are.
+    """
+    file = words[0] if words and not words[0].startswith("-") else ""
+    own = flatten_table(read_table(Path(file))) if file else {}
+
+    def is_preset(option: str, every: int) -> bool:
+        return every > config.steps and not (option in own or is_given(option, words))
+
+    if is_preset("save_every", config.save_every):
+        config = replace(config, save_every=config.steps)
+    if is_preset("samples.every", config.samples.every):
+        config = replace(config, samples=replace(config.samples, every=0))
+    return config
 
 
 def preset_file(name: str, family: str) -> Path:

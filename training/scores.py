@@ -27,6 +27,7 @@ from training import step
 from training.setup import Data, Model, Optimization
 
 IMAGES_AT_ONCE = 64  # encoded together, where the text encoders leave the device after that
+LEAST_CHANGE = 1e-3  # of the mean loss, of a run that learned something
 BatchScores = Callable[[range], list[Score]]  # indices of images -> the scores of them all
 
 
@@ -178,6 +179,12 @@ def relative_change(before: float, after: float) -> float:
     return after / before - 1 if before else math.nan
 
 
+def hardly_changed(first: Sequence[Score], last: Sequence[Score]) -> bool:
+    """Whether the mean loss changed by less than LEAST_CHANGE."""
+    change = relative_change(validation.mean_loss(first), validation.mean_loss(last))
+    return abs(change) < LEAST_CHANGE
+
+
 def losses_by_timestep(
     first: Sequence[Score], last: Sequence[Score]
 ) -> list[tuple[str, float, float]]:
@@ -190,9 +197,9 @@ def losses_by_timestep(
 
 
 def loss_table(first: Sequence[Score], last: Sequence[Score], words: str) -> str:
-    """The losses before and after a run; `words` names the images they are on."""
+    """The losses before and after a run; `words`, the line above, names the images they are on."""
     head = f"{'timestep':>9} {'before':>9} {'after':>9} {'change':>8}"
-    lines = [f"{head}   {words} at fixed timesteps and noise"]
+    lines = [f"{words} at fixed timesteps and noise:", head]
     for name, before, after in losses_by_timestep(first, last):
         lines.append(f"{name:>9} {before:9.5f} {after:9.5f} {relative_change(before, after):+8.1%}")
     return "\n".join(lines)

@@ -127,12 +127,25 @@ def describe_buckets(cuts: Sequence[Size], batch: int, unit: str = "image") -> s
     """
     lines = []
     for (h, w), count in sorted(Counter(cuts).items()):
-        more = -count % batch
-        filled = f" and {more} more visit{'s' * (more != 1)}" if more else ""
-        images = f"{count} {unit}{'s' * (count != 1)}{filled}"
-        batches = f"{(count + more) // batch} batch{'es' * (count > batch)}"
-        lines.append(f"{w} x {h}: {images} in {batches}")
+        number = -(-count // batch)
+        images = f"{count} {unit}{'s' * (count != 1)}"
+        batches = f"{number} batch{'es' * (number > 1)} of {batch}"
+        lines.append(f"{w} x {h}: {images} in {batches}{_describe_visits(count, number * batch)}")
     if len(lines) == 1:
         return f"one bucket, {lines[0]}"
     head = f"{len(lines)} buckets (width x height), each visited whole in an epoch:"
     return "\n  ".join([head, *lines])
+
+
+def _describe_visits(count: int, visits: int) -> str:
+    """How often an epoch of so many visits has each of `count` images; "" for once."""
+    each, more = divmod(visits, count)
+    if not more:
+        some = "each " if count > 1 else ""
+        return f", {some}{_times(each)}" if each > 1 else ""
+    least = f", {count - more} of them {_times(each)}" if each > 1 else ""
+    return f"{least}, {more} of them {_times(each + 1)}"
+
+
+def _times(number: int) -> str:
+    return "twice" if number == 2 else f"{number} times"
