@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_core.text import hide_home
+from lora_core.text import hide_home, nearest_names
 
 CACHED_FILES = ("model_index.json", "config.json")  # of a whole model, of one network
 
@@ -41,6 +41,27 @@ def path_from(folder: Path, name: str) -> str:
     if len(Path(os.path.commonpath([here, there])).parts) < 2:
         return name
     return Path(os.path.relpath(there, here)).as_posix()
+
+
+def nearest_path(path: Path | str) -> str:
+    """The existing path whose parts resemble those of a missing one; "" where one part has none."""
+    found = Path()
+    for part in Path(path).parts:
+        step = found / part
+        if not step.exists():
+            near = nearest_names(part, _names_in(found))
+            if not near:
+                return ""
+            step = found / near[0]
+        found = step
+    return str(found)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:  # a file, or no permission
+        return []
 
 
 def is_in_hub_cache(name: str) -> bool:

@@ -16,6 +16,7 @@ import tomli_w
 from lora_core.config import PLUGIN_NAMES, Config, MaskSource
 from lora_core.errors import UserError
 from lora_core.option_types import ALL_GROUPS, GROUP_NUMBERS
+from lora_core.shared_paths import nearest_path
 from lora_core.text import nearest_names, read_text, shorten_value
 
 C = TypeVar("C")
@@ -38,12 +39,18 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path, LONGEST_TOML)
     except FileNotFoundError:
-        raise UserError(f"no config file {path}") from None
+        raise missing_config(path) from None
     except OSError as error:  # a folder, no permission
         raise UserError(
             f"cannot read the config {path}: {error.strerror}; name a TOML file"
         ) from None
     return parse_toml(text, str(path))
+
+
+def missing_config(path: Path) -> UserError:
+    """The error for a config file that is not there, with the nearest that is."""
+    near = nearest_path(path)
+    return UserError(f"no config file {path}{f'; the nearest is {near}' if near else ''}")
 
 
 def from_file_table(path: Path, table: dict[str, Any], cls: type[C]) -> C:

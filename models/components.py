@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_core.errors import UserError, first_line
 from lora_core.json_files import LARGEST_NUMBER, read_object
 from lora_core.text import check_prompt_length, shorten_value
+from models.hub_models import missing_model
 from models.planned_tokenizer import PlannedTokenizer
 
 # Limits of a network's config: one of 100 bytes can announce a billion layers.
@@ -37,11 +38,7 @@ def read_json(path: str, name: str) -> dict[str, Any]:
             file = Path(hf_hub_download(path, name))
         except Exception as error:
             # The hub's client raises a dozen classes: no network, no such repository or file ...
-            reason = first_line(error)
-            raise UserError(
-                f"the model {path} is not a local folder, and the hub gave no {name} for it: "
-                f"{reason}"
-            ) from None
+            raise missing_model(path, error, file=f"{name} for it") from None
     if not file.exists():
         raise UserError(
             f"the model folder {path} has no {name}; it must be in the diffusers layout"

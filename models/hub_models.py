@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from lora_core.errors import UserError, first_line
+from lora_core.shared_paths import nearest_path
 
 CONFIG_FILES = (".json", ".txt", ".model")  # endings of configs and tokenizers
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # names of files of weights
@@ -25,10 +26,19 @@ def download_configs(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=[f"*{end}" for end in CONFIG_FILES]))
     except Exception as error:  # the hub's client raises a dozen classes: no network, bad id ...
-        raise UserError(
-            f"{model} is not a local folder, and the hub gave no model of that name: "
-            f"{first_line(error)}"
-        ) from None
+        raise missing_model(model, error) from None
+
+
+def missing_model(
+    model: str, error: Exception, *, file: str = "model of that name", kind: str = "folder"
+) -> UserError:
+    """The error for a model that is neither here nor on the hub, whose client raised `error` when
+    it was asked for a `file`. A path here that resembles the name is said first.
+    """
+    start = f"{model} is not a local {kind}"
+    if near := nearest_path(model):
+        start = f"there is no {kind} {model}, the nearest is {near}"
+    return UserError(f"{start}; the hub gave no {file}: {first_line(error)}")
 
 
 def download_model(model: str) -> Path:
@@ -46,10 +56,7 @@ def download_model(model: str) -> Path:
             wanted += _weights_of(folder, files)
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen classes: no network, bad id ...
-        raise UserError(
-            f"{model} is not a local file or folder, and the hub gave no model of that name: "
-            f"{first_line(error)}"
-        ) from None
+        raise missing_model(model, error, kind="file or folder") from None
 
 
 def _weights_of(folder: str, files: Sequence[str]) -> list[str]:

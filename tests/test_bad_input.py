@@ -215,7 +215,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"adapter": {"kind": "lorra"}}, "unknown adapter kind 'lorra'.*lora"),
     "resolution": ({"data": {"resolution": 17}}, "--data.resolution 17 is not a multiple of 2"),
     "model": ({"model": ""}, "--model"),
-    "no model": ({"model": "/no/such/model"}, "the model /no/such/model is not a local folder"),
+    "no model": ({"model": "/no/such/model"}, "/no/such/model is not a local folder; the hub"),
     "no placeholder": (
         ONLY | {"data": {"captions": "one", "caption": "a photo"}},
         "no caption has the placeholder word TOK",
@@ -265,7 +265,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"cache": "cache", "flip": True}},
         "--data.cache has no effect without --data.variants",
     ),
-    "caption": ({"data": {"captions": "txt", "caption": "a cat"}}, "has no use"),
+    "caption": ({"data": {"captions": "txt", "caption": "a cat"}}, "--data.caption is not used"),
     "base word": ({"samples": {"base_word": "cat"}}, "--samples.base-word has no effect"),
     "images and dataset": (
         {"data": {"dataset": "user/name"}},

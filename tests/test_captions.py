@@ -143,7 +143,7 @@ def test_a_named_column_and_a_csv_table(image_folder):
             scan_folder(image_folder)
     (image_folder / "metadata.csv").unlink()
     with pytest.raises(
-        UserError, match=r"column 'note' has no use when .* is read with captions 'txt'"
+        UserError, match=r"images has \.txt captions, so --data\.caption-column is not used"
     ):
         scan_folder(image_folder, caption_column="note")
 
@@ -166,7 +166,7 @@ def test_a_bad_metadata_table_is_refused(image_folder, table, match):
 
 
 def test_missing_or_useless_captions_are_refused(image_folder):
-    with pytest.raises(UserError, match="'a TOK' has no use"):
+    with pytest.raises(UserError, match=r"has \.txt captions, so --data\.caption is not used"):
         scan_folder(image_folder, caption="a TOK")
     for mode in ("one", "object", "style"):
         with pytest.raises(UserError, match="need the caption"):
@@ -249,3 +249,14 @@ def test_a_table_names_files_of_its_folder_in_any_way(tmp_path: Path, name: str)
     (photos / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     captions = {r.path.name: r.captions for r in scan_folder(photos, caption="others")}
     assert captions[Path(name).name] == ("a face",)
+
+
+def test_images_without_captions_are_told_what_to_give(image_folder: Path) -> None:
+    for path in image_folder.glob("*.txt"):
+        path.unlink()
+    said = (
+        r"5 of 5 images in .*images have no caption, first 0\.png; "
+        r'give --data\.caption "a photo of TOK", or write 0\.txt$'
+    )
+    with pytest.raises(UserError, match=said):
+        scan_folder(image_folder)

@@ -36,8 +36,10 @@ def test_every_option_is_in_the_table_and_unknown_ones_are_said(tmp_path: Path) 
     file.write_text(file.read_text().replace("  noise_offset", "  use_dora: true\n  noise_offset"))
     with contextlib.chdir(tmp_path):
         job = translate_options(file.relative_to(tmp_path))
+    first = [line.split("|")[0].strip() for line in job.table.splitlines()]
+    names = "".join(first)  # a long one goes on in the next line
     for name in flatten_options(read_options(file)):
-        assert name[:34] in job.table, name
+        assert name in names, name
     assert "no such option is known" in job.table
     assert job.concepts == ("<hermione1>", "<hermione2>")
     assert job.config.out == "experiments/EDLoRA_hermione_RV51.yml"

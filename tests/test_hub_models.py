@@ -44,3 +44,8 @@ def test_a_folder_is_its_own_and_a_name_that_the_hub_lacks_is_refused(
     for download in (hub_models.download_configs, hub_models.download_model):
         said = sentence(download, "someone/nothing")
         assert "someone/nothing is not a local" in said and said.endswith("offline")
+    (tmp_path / "toy/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    said = sentence(hub_models.download_configs, "toy/modle")
+    start = "there is no folder toy/modle, the nearest is toy/model; the hub gave no model"
+    assert said == f"{start} of that name: offline"

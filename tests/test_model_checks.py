@@ -287,6 +287,15 @@ def test_images_without_the_placeholder_word_are_counted(
         model_checks.check_placeholder(repeated, "CAT")
 
 
+@pytest.mark.parametrize("own, side", [(512, 64), (64, 512), (161, 64), (25, 64)])
+def test_a_resolution_far_from_the_models_is_said(config: Config, own: int, side: int) -> None:
+    config = replace(config, model="toy/model", data=replace(config.data, resolution=own))
+    said = f"--data.resolution {own}, and toy/model was made for {side} pixels"
+    assert model_checks.describe_far_resolution(config, side) == said
+    for near in (own, own * 2, own // 2, round(own * 2.5)):
+        assert model_checks.describe_far_resolution(config, near) == ""
+
+
 def check_limit(family: Any, captions: Sequence[str]) -> None:
     """The check of two words with two tokens each; the text encoder reads 16."""
     encoder = copy.deepcopy(family.modules["text_encoder"])

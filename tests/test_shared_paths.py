@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.shared_paths import find_shared_path, shorten_path
+from lora_core.shared_paths import find_shared_path, nearest_path, path_from, shorten_path
 
 
 @pytest.fixture
@@ -24,6 +24,25 @@ def test_a_users_folders_are_not_written(home: Path) -> None:
     assert shorten_path(str(near / "base"), near) == "base"
     for unchanged in ("runwayml/sd15", "../base", "/data/models/base", "", "base:v1"):
         assert shorten_path(unchanged, near) == unchanged
+
+
+def test_the_nearest_path_of_a_missing_one(home: Path) -> None:
+    Path("configs/presets").mkdir(parents=True)
+    Path("configs/toy_pti.toml").touch()
+    assert nearest_path("config/toy_pti.toml") == "configs/toy_pti.toml"
+    assert nearest_path(Path("configs/toy_pit.toml")) == "configs/toy_pti.toml"
+    assert nearest_path(str(home / "works")) == str(home / "work")
+    for far in ("runwayml/sd15", "configs/other.toml", "configs/toy_pti.toml/x"):
+        assert nearest_path(far) == ""
+
+
+def test_a_relative_path_is_named_from_another_folder(home: Path) -> None:
+    Path("toy/model").mkdir(parents=True)
+    assert path_from(home / "work/runs/anna", "toy/model") == "../../toy/model"
+    assert path_from(home / "runs", "toy/model") == "../work/toy/model"
+    for unchanged in ("runwayml/sd15", str(home / "work")):
+        assert path_from(home / "runs", unchanged) == unchanged
+    assert path_from(Path("/elsewhere/runs"), "toy/model") == "toy/model"
 
 
 def test_what_was_shortened_is_found_again(home: Path) -> None:

@@ -5,7 +5,12 @@ import pytest
 from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.toml import from_table, to_table
-from training.translation.translated_options import TranslatedOptions, nest_options, show_value
+from training.translation.translated_options import (
+    TranslatedOptions,
+    nest_options,
+    show_value,
+    wrap_words,
+)
 
 DEFAULTS = {"network_dim": 4, "network_alpha": 1.0, "xformers": False, "lr_scheduler": "constant"}
 
@@ -87,3 +92,38 @@ def test_an_option_in_several_rows_has_its_value_in_the_first() -> None:
         "network_dim = ...",
     ]
     assert "adapter.rank = 8" in rows[0] and "the second row" in rows[1]
+
+
+@pytest.mark.parametrize(
+    "text, lines",
+    [
+        (
+            'dataset_config = "lora_example_training_data/dataset_config.toml"',
+            ['dataset_config = "lora_example_', '  training_data/dataset_config.toml"'],
+        ),
+        (
+            "optimizer.weight_decay.text_encoder = 0.01",
+            ["optimizer.weight_decay.text_", "  encoder = 0.01"],
+        ),
+        ('lr_scheduler = "cosine_with_restarts"', ["lr_scheduler =", '  "cosine_with_restarts"']),
+        (
+            "datasets.0.subsets.0.caption_extension",
+            ["datasets.0.subsets.0.caption_", "  extension"],
+        ),
+        ("", [""]),
+        ("x" * 80, ["x" * 34, "  " + "x" * 34, "  " + "x" * 12]),
+    ],
+)
+def test_words_are_broken_where_a_reader_would(text: str, lines: list[str]) -> None:
+    width = 33 if text.startswith("optimizer") else 36
+    assert wrap_words(text, width) == lines
+
+
+def test_a_default_without_a_value_is_no_row() -> None:
+    record = TranslatedOptions("kohya", DEFAULTS | {"network_args": None}, {"network_dim": 8})
+    record.take("network_dim", {"adapter.rank": 8})
+    record.take("network_args", {"adapter.targets": ["kohya"]})
+    record.change("network_args", {"adapter.init": "kaiming"}, "another start")
+    table = record.format_table()
+    assert "adapter.targets" not in table and "adapter.init" in table
+    assert record.to_config(Config).adapter.targets == ("kohya",)

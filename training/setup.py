@@ -295,6 +295,8 @@ def open_model(config: Config, *, weights_itself: bool = False) -> Model:
     )
     device = choose_device(config.device)
     family = _open_family(config, choose_loading_device(config, device))
+    if far := model_checks.describe_far_resolution(config, family.resolution):
+        print(f"warning: {far}", file=sys.stderr)
     identity = model_identity(family.modules, family.schedule, family.prediction)
     objective = _describe_loss(config, family, weights_itself=weights_itself)
     print(objective)

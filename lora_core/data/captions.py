@@ -147,8 +147,7 @@ def read_captions(
         found |= _complete(own, part, needed.get(own_mode, "a caption in its name"), caption)
     if must_use:
         sources = {captions.source for captions in found.values()}
-        how = f"{parts[0].folder} is read with captions {modes[0]!r}"
-        _check_use(sources, how, caption, column)
+        _check_use(sources, _describe_sources(parts[0].folder, sources), caption, column)
     return {image: normalize_captions(image, own) for image, own in found.items()}
 
 
@@ -180,15 +179,24 @@ def _check_use(sources: set[Path | str], how: str, caption: str | None, column: 
     """Raises UserError for a `caption` or a `column` of tables that no image takes."""
     if caption is not None and not sources & {ONE, FALLBACK, TEMPLATE}:
         raise UserError(
-            f"the caption {caption!r} has no use when {how}; "
-            "leave it out or add --data.captions one"
+            f"{how}, so --data.caption is not used; leave it out, or add --data.captions one to "
+            "ignore them"
         )
     names = {source.name for source in sources if isinstance(source, Path)}
     if column and not names & set(METADATA_TABLES):
         raise UserError(
-            f"the caption column {column!r} has no use when {how}; "
-            "leave it out or add metadata.jsonl"
+            f"{how}, so --data.caption-column is not used; leave it out, or add metadata.jsonl"
         )
+
+
+def _describe_sources(folder: Path, sources: set[Path | str]) -> str:
+    """The captions that a folder's images have, in words."""
+    paths = sorted(source for source in sources if isinstance(source, Path))
+    if not paths:
+        return f"the captions of {folder} are {min(map(str, sources), default='missing')}"
+    path = paths[0]
+    is_table = path.name in METADATA_TABLES
+    return f"{folder} has {f'captions in {path.name}' if is_table else f'{path.suffix} captions'}"
 
 
 def _detect_mode(part: FolderContents, caption: str | None) -> str:
@@ -205,12 +213,10 @@ def _detect_mode(part: FolderContents, caption: str | None) -> str:
     if unwritten:
         first = unwritten[0]
         unread = _unread_texts(part)
+        count = f"{len(unwritten)} of {len(part.images)} images in {part.folder}"
         raise UserError(
-            f"{len(unwritten)} of {len(part.images)} images in {part.folder} have no caption but a "
-            f"name without meaning, first {first.name}{unread}; "
-            f"write captions in files such as {first.stem}.txt, "
-            "give one for all with --data.caption, "
-            "or take the names with --data.captions filename"
+            f"{count} have no caption, first "
+            f'{first.name}{unread}; give --data.caption "a photo of TOK", or write {first.stem}.txt'
         )
     return "filename"
 

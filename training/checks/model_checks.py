@@ -27,6 +27,8 @@ from lora_core.settings import AdapterSpec
 from models import Family, Layout
 from training.checks.family_checks import check_family
 
+MOST_ZOOM = 2.5  # between the images of a run and those that the model was made for
+
 # ---------------------------------------------------------------- adapters
 
 
@@ -329,6 +331,14 @@ def check_token_limit(
                 "write the placeholder word nearer the beginning",
                 file=sys.stderr,
             )
+
+
+def describe_far_resolution(c: Config, side: int) -> str:
+    """The sentence about images that are far from the `side` of the model's own; "" if near."""
+    own = c.data.resolution
+    if max(own, side) <= MOST_ZOOM * min(own, side):
+        return ""
+    return f"--data.resolution {own}, and {c.model} was made for {side} pixels"
 
 
 def token_limits(family: Family) -> dict[str, int]:

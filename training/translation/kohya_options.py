@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_core.errors import UserError
 from lora_core.text import nearest_hint, read_text, shorten_value
-from lora_core.toml import LONGEST_TOML, parse_toml
+from lora_core.toml import LONGEST_TOML, missing_config, parse_toml
 from training.translation.kohya_values import PROMPTS, SIDES, TEXT, check_value, expected_kind
 
 TOOL = "kohya"
@@ -330,7 +330,7 @@ def read_foreign_toml(path: Path) -> dict[str, Any]:
     try:
         return parse_toml(read_text(path, LONGEST_TOML), str(path))
     except FileNotFoundError:
-        raise UserError(f"no config file {path}") from None
+        raise missing_config(path) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; name a TOML file") from None
 

@@ -9,7 +9,7 @@ print(record.format_table())
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -29,6 +29,8 @@ HEADINGS: dict[Outcome, str] = {  # in the order of the table
 }
 WIDTHS = (36, 33, 25)  # columns of the table; with what stands between them at most 100
 SEPARATOR = " | "
+INDENT = "  "  # of the further lines of a cell
+PARTS = re.compile(r"(?<=[/._])(?!\d)")  # where a long word is broken; numbers stay whole
 
 
 class TranslatedOption(NamedTuple):
@@ -40,6 +42,11 @@ class TranslatedOption(NamedTuple):
     ours: dict[str, Any]  # dotted name -> value of each of our options that it sets
     remark: str
     is_default: bool  # not given: the other tool's own default
+
+    @property
+    def is_unset(self) -> bool:
+        """Whether it was taken as it is by default, without a value."""
+        return self.is_default and self.value is None and self.outcome == "taken"
 
 
 class TranslatedOptions:
@@ -123,13 +130,14 @@ class TranslatedOptions:
         """The table: theirs = value | ours = value | remark, at most 100 columns.
 
         Taken options first, then changed ones, those that cannot be taken, and those without effect
-        here; in each the given ones before the tool's defaults, which are marked. The value of an
-        option with several rows is in the first of them.
+        here; in each the given ones before the tool's defaults, which are marked; those without a
+        value are left out. The value of an option with several rows is in the first of them.
         """
         lines = _format_row(self.tool, "here", "remark")
         shown: set[str] = set()
         for outcome, heading in HEADINGS.items():
             entries = [entry for entry in self.entries if entry.outcome == outcome]
+            entries = [entry for entry in entries if not entry.is_unset]
             if entries:
                 lines += ["", f"{heading}:", "-" * len(heading)]
             for entry in sorted(entries, key=lambda entry: entry.is_default):
@@ -189,13 +197,40 @@ def show_value(value: Any) -> str:
     return str(value)
 
 
+def wrap_words(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width` characters, broken between words; a word that is longer
+    than a line is broken behind / . and _.
+    """
+    room = width - len(INDENT)
+    lines = [""]
+    for word in text.split():
+        parts = [word] if len(word) <= room else _split_word(word, room)
+        for number, part in enumerate(parts):
+            gap = " " if number == 0 and lines[-1].strip() else ""
+            if len(lines[-1]) + len(gap) + len(part) <= width:
+                lines[-1] += gap + part
+            elif lines == [""]:
+                lines = [part]
+            else:
+                lines.append(INDENT + part)
+    return lines
+
+
+def _split_word(word: str, room: int) -> list[str]:
+    """The parts of a word, each of at most `room` characters."""
+    parts = []
+    for part in PARTS.split(word):
+        parts += [part[start : start + room] for start in range(0, len(part), room)]
+    return parts
+
+
 def _format_row(*cells: str) -> list[str]:
     """The lines of a row, whose cells are wrapped to the widths of their columns."""
     columns = []
     for cell, width in zip(cells, WIDTHS, strict=True):
         wrapped: list[str] = []
         for line in cell.split("\n"):
-            wrapped += textwrap.wrap(line, width, subsequent_indent="  ") or [""]
+            wrapped += wrap_words(line, width)
         columns.append(wrapped)
     height = max(map(len, columns))
     lines = []
