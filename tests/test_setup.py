@@ -11,6 +11,7 @@ from lora_core.config import Config, OptimizerConfig, Stage
 from lora_core.errors import UserError
 from lora_core.toml import read_toml
 from tests.conftest import learned, rows, same
+from training import setup
 
 
 @pytest.mark.parametrize("groups", [("denoiser",), ("text_encoder",), ("denoiser", "tokens")])
@@ -57,3 +58,14 @@ def test_an_adapter_of_ones_own(config: Config, quick: None, tmp_path: Path) -> 
         replace(config, out=config.out + "2", adapter=replace(config.adapter, alpha=2.0))
     )
     assert same(learned(own), learned(half))
+
+
+def test_a_model_of_another_size_is_a_warning(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = setup.open_model(config).family.resolution
+    far = replace(config, data=replace(config.data, resolution=side * 4))
+    capsys.readouterr()
+    setup.open_model(far)
+    said = f"warning: --data.resolution {side * 4}, and {config.model} was made for {side} pixels"
+    assert said in capsys.readouterr().err.splitlines()
