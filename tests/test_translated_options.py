@@ -119,11 +119,13 @@ def test_words_are_broken_where_a_reader_would(text: str, lines: list[str]) -> N
     assert wrap_words(text, width) == lines
 
 
-def test_a_default_without_a_value_is_no_row() -> None:
-    record = TranslatedOptions("kohya", DEFAULTS | {"network_args": None}, {"network_dim": 8})
+def test_a_default_without_a_value_has_a_row_where_it_sets_something() -> None:
+    defaults = DEFAULTS | {"network_args": None, "vae": None}
+    record = TranslatedOptions("kohya", defaults, {"network_dim": 8})
     record.take("network_dim", {"adapter.rank": 8})
+    record.take("vae", {})
     record.take("network_args", {"adapter.targets": ["kohya"]})
-    record.change("network_args", {"adapter.init": "kaiming"}, "another start")
     table = record.format_table()
-    assert "adapter.targets" not in table and "adapter.init" in table
+    assert "network_args (not given)" in table and "adapter.targets" in table
+    assert "vae" not in table
     assert record.to_config(Config).adapter.targets == ("kohya",)

@@ -45,8 +45,9 @@ class TranslatedOption(NamedTuple):
 
     @property
     def is_unset(self) -> bool:
-        """Whether it was taken as it is by default, without a value."""
-        return self.is_default and self.value is None and self.outcome == "taken"
+        """Whether it was taken as it is by default, without a value, and sets nothing here."""
+        is_bare = self.is_default and self.value is None and not self.ours
+        return is_bare and self.outcome == "taken"
 
 
 class TranslatedOptions:
@@ -131,7 +132,7 @@ class TranslatedOptions:
 
         Taken options first, then changed ones, those that cannot be taken, and those without effect
         here; in each the given ones before the tool's defaults, which are marked; those without a
-        value are left out. The value of an option with several rows is in the first of them.
+        value that set nothing here are left out. The value of an option with several rows is in the first of them.
         """
         lines = _format_row(self.tool, "here", "remark")
         shown: set[str] = set()
@@ -153,7 +154,8 @@ class TranslatedOptions:
         return printable("\n".join(lines))
 
     def _spelled(self, name: str, value: Any) -> str:
-        return f"{self.spell.format(name)} = {show_value(value)}"
+        spelled = self.spell.format(name)
+        return f"{spelled} (not given)" if value is None else f"{spelled} = {show_value(value)}"
 
 
 def nest_options(options: Mapping[str, Any]) -> dict[str, Any]:
