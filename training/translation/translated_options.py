@@ -132,7 +132,8 @@ class TranslatedOptions:
 
         Taken options first, then changed ones, those that cannot be taken, and those without effect
         here; in each the given ones before the tool's defaults, which are marked; those without a
-        value that set nothing here are left out. The value of an option with several rows is in the first of them.
+        value that set nothing here are left out. The value of an option with several rows is in the
+        first of them.
         """
         lines = _format_row(self.tool, "here", "remark")
         shown: set[str] = set()
