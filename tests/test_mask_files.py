@@ -111,8 +111,8 @@ def test_missing_weights_are_one_sentence(masked: Config, monkeypatch: pytest.Mo
     for source, name in (("clipseg:a cat", PUBLISHED_WEIGHTS), ("clipseg@a/b:a cat", "a/b")):
         with pytest.raises(
             UserError,
-            match=f"--data.masks: clipseg has no weights: {name} is not a local folder; the hub gave "
-            "no config.json for it: offline; or paint",
+            match=f"--data.masks: clipseg has no weights: {name} is not a local folder; the hub "
+            "gave no config.json for it: offline; or paint",
         ):
             setup.open_data(merged(masked, {"data": {"masks": source}}))
 
