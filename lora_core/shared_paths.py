@@ -32,15 +32,15 @@ def shorten_path(path: str, folder: Path | str) -> str:
 def path_from(folder: Path, name: str) -> str:
     """A file or folder that is named from the current one, as a command in `folder` names it.
 
-    "../../toy/model" in runs/anna. Hub ids and absolute paths are returned unchanged, and so are
-    paths that would lead through the root: they would tell all folders down to the current one.
+    "../../toy/model" in runs/anna. Hub ids and absolute paths are returned unchanged, and so is a
+    name in a folder outside the current one: the way from there would tell this one's name.
     """
     if os.path.isabs(name) or not os.path.exists(name):
         return name
-    here, there = os.path.realpath(folder), os.path.abspath(name)
-    if len(Path(os.path.commonpath([here, there])).parts) < 2:
+    here, there = os.path.realpath(folder), os.path.realpath(".")
+    if not Path(here).is_relative_to(there):
         return name
-    return Path(os.path.relpath(there, here)).as_posix()
+    return Path(os.path.relpath(os.path.join(there, name), here)).as_posix()
 
 
 def nearest_path(path: Path | str) -> str:

@@ -39,10 +39,12 @@ def test_the_nearest_path_of_a_missing_one(home: Path) -> None:
 def test_a_relative_path_is_named_from_another_folder(home: Path) -> None:
     Path("toy/model").mkdir(parents=True)
     assert path_from(home / "work/runs/anna", "toy/model") == "../../toy/model"
-    assert path_from(home / "runs", "toy/model") == "../work/toy/model"
+    Path("../base").mkdir()
+    assert path_from(Path("runs/anna"), "../base") == "../../../base"
     for unchanged in ("runwayml/sd15", str(home / "work")):
         assert path_from(home / "runs", unchanged) == unchanged
-    assert path_from(Path("/elsewhere/runs"), "toy/model") == "toy/model"
+    for elsewhere in (home / "runs", Path("/elsewhere/runs")):
+        assert path_from(elsewhere, "toy/model") == "toy/model"
 
 
 def test_what_was_shortened_is_found_again(home: Path) -> None:
