@@ -73,7 +73,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
     if environment.get("SLURM_STEP_ID") or environment.get("SLURM_PROCID", "0") != "0":
         counts[SLURM_TASKS] = counts[SLURM_TASKS] or environment.get("SLURM_NTASKS", "")
     missing = [name for name in RENDEZVOUS if not environment.get(name)]
-    if _is_several(environment.get("WORLD_SIZE", "")):
+    if is_one_of_several(environment):
         if missing:
             raise UserError(
                 f"WORLD_SIZE is {environment['WORLD_SIZE']} and {', '.join(missing)} is not set; "
@@ -92,11 +92,16 @@ def check_launch(environment: Mapping[str, str]) -> None:
 def check_alone(environment: Mapping[str, str], script: str) -> None:
     """Raises UserError where a launcher started several processes of a script that works in one."""
     check_launch(environment)
-    if _is_several(environment.get("WORLD_SIZE", "")):
+    if is_one_of_several(environment):
         raise UserError(
             f"{environment['WORLD_SIZE']} processes of {script} were started, and each would do "
             f"the same; start it with python {script}"
         )
+
+
+def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun started several processes, by its variables: also before they meet."""
+    return _is_several(environment.get("WORLD_SIZE", ""))
 
 
 def _is_several(count: str) -> bool:
@@ -113,7 +118,7 @@ def join_processes(
     Raises UserError for a launch that is not supported, and PeerEndedError where a process is lost.
     """
     check_launch(environment)
-    if not _is_several(environment.get("WORLD_SIZE", "")):
+    if not is_one_of_several(environment):
         yield
         return
     backend = "gloo"

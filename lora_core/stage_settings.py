@@ -45,7 +45,7 @@ class OptimizerConfig:
     """Steps of linear warm-up at the beginning of each stage. 0: none."""
     lr_pattern: Annotated[dict[str, float], Above(0)] = field(default_factory=dict)
     """Learning rate of layers with adapters relative to their group's, per glob on their paths,
-    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one; others: 1; others: 1."""
+    e.g. "up_blocks.1.*=0.5"; a later match overrides an earlier one; others: 1."""
     lora_plus: Annotated[float, Above(0)] = 1.0
     """Learning rate of up relative to that of down (LoRA+, arXiv 2402.12354)."""
     clip: Annotated[float, AtLeast(0, infinite=True)] = 1.0

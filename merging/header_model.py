@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_core.errors import UserError
 from lora_core.formats import read_key_shapes
 from lora_core.formats.training_metadata import TRAINED_BY
+from lora_core.shared_paths import find_shared_path
 from lora_core.toml import parse_toml
 from merging.recipe import RECIPE, parse_recipe
 
@@ -20,12 +21,13 @@ MODEL_OPTIONS = ("model", "base")  # of a recipe, which name the model of the re
 def find_header_model(paths: Sequence[str]) -> tuple[str, str]:
     """(folder of the model that a header names, file with that header); ("", "") without one.
 
-    A name is looked for from the current folder, and never on the hub.
+    A name is looked for from the current folder, then from that of the file; never on the hub or
+    another machine.
     """
     for path in paths:
         for header in _read_headers(Path(path)):
             for name in _named_models(header, path):
-                folder = os.path.expanduser(name)
+                folder = find_shared_path(name, os.path.dirname(path))
                 if folder and os.path.isfile(os.path.join(folder, "model_index.json")):
                     return folder, path
     return "", ""

@@ -40,6 +40,7 @@ def merged_for(**options: str) -> dict[str, str]:
         (trained_on("elsewhere/base") | {"ss_sd_model_name": "base"}, True),
         (trained_on("elsewhere/base"), False),
         (trained_on("run"), False),  # a folder of another kind
+        (trained_on("//server/base"), False),  # another machine, which is not asked
         ({"ss_sd_model_name": "stable-diffusion-v1-5/stable-diffusion-v1-5"}, False),
         ({"lora_core.config": "broken", "lora_core.merge": "broken"}, False),
         ({}, False),
@@ -60,6 +61,15 @@ def test_the_current_folder_is_not_what_an_empty_name_means(
     monkeypatch.chdir(here / "base")
     assert Path("model_index.json").is_file()
     assert find_header_model([str(here / file)]) == ("", "")
+
+
+def test_a_model_beside_the_file_is_found_from_elsewhere(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(here / name_model("b.safetensors", "named.safetensors", **trained_on("base")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert find_header_model([file]) == (str(here / "base"), file)
 
 
 def test_it_is_taken_with_a_note_where_no_published_model_fits(

@@ -45,8 +45,7 @@ def fit_intervals(config: Config, words: Sequence[str]) -> Config:
     """The config of a preset and words, in which a shorter run than the preset's has a checkpoint
     at its end alone, and no samples before. Intervals that the user gave stay as they are.
     """
-    file = words[0] if words and not words[0].startswith("-") else ""
-    own = flatten_table(read_table(Path(file))) if file else {}
+    own = flatten_table(_config_table(words))
 
     def is_preset(option: str, every: int) -> bool:
         return every > config.steps and not (option in own or is_given(option, words))
@@ -79,6 +78,10 @@ def _find_option(option: str, words: Sequence[str]) -> str:
     value, _ = take_flag(option.replace("_", "-"), words)
     if value is not None:
         return value
+    return str(_config_table(words).get(option, getattr(Config, option)))
+
+
+def _config_table(words: Sequence[str]) -> dict[str, Any]:
+    """The table of the config file that a command line begins with; empty without one."""
     file = words[0] if words and not words[0].startswith("-") else ""
-    table = read_table(Path(file)) if file else {}
-    return str(table.get(option, getattr(Config, option)))
+    return read_table(Path(file)) if file else {}

@@ -48,8 +48,7 @@ def find_token_file(path: str | Path) -> str:
     for own in (token_file_of(path), path.with_name(path.stem + EMBEDDINGS)):
         if is_token_file(own):
             return str(own)
-    found = filter(is_token_file, sorted(path.parent.glob(f"[!.]*{EMBEDDINGS}")))
-    others = list(found)
+    others = list(filter(is_token_file, path.parent.glob(f"[!.]*{EMBEDDINGS}")))
     if len(others) == 1 and (path.name == NATIVE or _names_token_file(path, others[0])):
         return str(others[0])
     return ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lora_core import distributed
 from lora_core.config import Config
 from lora_core.flags.command_line import take_flag
 from lora_core.runs.run_folder import Run
@@ -42,5 +42,5 @@ def check_free_folder(config: Config) -> None:
 
     Several processes look when they have met: a restart of torchrun resumes the run that it finds.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if not distributed.is_one_of_several():
         Run.check_folder(config.out, resume=config.resume, overwrite=config.overwrite)
