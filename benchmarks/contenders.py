@@ -36,7 +36,7 @@ from lora_core.diffusion.noise import NoiseLevel, RandomKeys, Schedule
 from lora_core.kernels import use_kernels
 from lora_core.optim import building, gradients
 from lora_core.tensor_trees import map_tensors
-from models import flux, load_family, sd
+from models import flow, load_family, sd
 from models.components import read_json
 from models.published import PUBLISHED_MODELS
 from training import cuda_graph
@@ -69,7 +69,7 @@ class Problem(NamedTuple):
     @property
     def schedule(self) -> Schedule:
         if self.is_flow:
-            return flux.flux_schedule(self.scheduler)
+            return flow.flow_schedule_from_config(self.scheduler)
         return noise.vp_schedule_from_config(self.scheduler)
 
     def out(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ class Problem(NamedTuple):
         x_t = x_t.to(self.conditioning["encoder_hidden_states"].dtype)
         if not self.is_flow:
             return network(sample=x_t, timestep=t, **self.conditioning)[0]
-        packed = flux.pack_latents(x_t)
+        packed = flow.pack_latents(x_t)
         out = network(hidden_states=packed, timestep=t, **self.conditioning)[0]
-        return flux.unpack_latents(out, *x_t.shape[-2:])
+        return flow.unpack_latents(out, *x_t.shape[-2:])
 
 
 def open_problem(
@@ -96,7 +96,7 @@ def open_problem(
     latents = inputs.pop("hidden_states" if name == "flux" else "sample").float()
     if name == "flux":
         height = (side or published_networks.SIDES[name]) // 8
-        latents = flux.unpack_latents(latents, height, height)
+        latents = flow.unpack_latents(latents, height, height)
     kind = published_networks.CLASSES[name][1]
     scheduler = PUBLISHED_MODELS[kind].files["scheduler/scheduler_config.json"]
     network = published_networks.build_network(name, device)

@@ -22,7 +22,7 @@ from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.formats import NATIVE, joined_layers
 from lora_core.placeholders import make_placeholders
-from models import LoadOptions, Sizes, flux, load_family, read_layout, read_schedule
+from models import LoadOptions, Sizes, flow, flux, load_family, read_layout, read_schedule
 from tests import tiny_flux
 
 DEV, SCHNELL = {"guidance": True, "dynamic": True}, {"guidance": False, "dynamic": False}
@@ -68,9 +68,9 @@ def informed(family, prompts=PROMPTS, guidance=3.5):
 @pytest.mark.parametrize("h, w", [(2, 2), (8, 6), (4, 14)])
 def test_packing_is_the_pipelines_and_unpacking_undoes_it(h, w):
     x = torch.randn(2, 4, h, w)
-    packed = flux.pack_latents(x)
+    packed = flow.pack_latents(x)
     assert torch.equal(packed, FluxPipeline._pack_latents(x, 2, 4, h, w))
-    assert torch.equal(flux.unpack_latents(packed, h, w), x)
+    assert torch.equal(flow.unpack_latents(packed, h, w), x)
     assert torch.equal(
         flux.image_position_ids(h, w),
         FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, "cpu", torch.float32),

@@ -76,6 +76,8 @@ class Schedule:
     sigmas: Tensor  # [T]
     shift: float = 1.0  # flow: the shift that the table has already (arXiv 2403.03206 eq. 23)
     rho: float = 7.0  # edm: the exponent of the table (arXiv 2206.00364 eq. 5)
+    # flow: the sigmas of a sampler's n steps; None: 1 ... 1/n, shifted
+    step_sigmas: Callable[[int], list[float]] | None = None
 
     def __len__(self) -> int:
         return len(self.sigmas)

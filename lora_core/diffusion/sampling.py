@@ -312,12 +312,14 @@ def sampler_timesteps(
     """The n timesteps of a sampler from noisy to clean.
 
     For vp the spacings of arXiv 2305.08891 table 2; `offset` (steps_offset) applies to leading
-    only. flow and edm have a fixed spacing: sigma 1 ... 1/n, shifted (arXiv 2403.03206), and
-    Karras' steps (arXiv 2206.00364 eq. 5).
+    only. flow and edm have a fixed spacing: sigma 1 ... 1/n, shifted (arXiv 2403.03206), or the
+    schedule's own `step_sigmas`, and Karras' steps (arXiv 2206.00364 eq. 5).
     """
     count = len(schedule)
     if steps < 1:
         raise UserError(f"a sampler needs at least 1 step, got {steps}")
+    if schedule.step_sigmas is not None:
+        return schedule.step_sigmas(steps)
     if schedule.kind == "flow":
         return shift_sigmas(torch.arange(steps, 0, -1).double() / steps, schedule.shift).tolist()
     if schedule.kind == "edm":
