@@ -48,7 +48,7 @@ from models.flow import (
     unpack_latents,
 )
 from models.flux_attention import install_joint_attention, keep_maps
-from models.flux_names import SWAPPED, original_flux_names
+from models.flux_names import original_flux_names
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
 # Components that adapter files may name.
@@ -242,7 +242,7 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
         architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
     )
     network = plain.components["transformer"]
-    named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
+    named = replace(network, **original_flux_names(network.modules))
     components = {**plain.components, "transformer": named}
     return replace(
         plain,
