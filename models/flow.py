@@ -70,6 +70,7 @@ class FlowFamily:
     zeros: tuple[str, ...] = ()
     spacing: Spacing = "trailing"  # unused: a flow has one layout of its timesteps
     offset = 0  # unused
+    own_steps = 0  # of a sampler, for a model that was distilled to few; 0: as many as you like
     working_device: torch.device | None = None  # of networks that come there to work
 
     def __init__(

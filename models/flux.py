@@ -92,6 +92,7 @@ class Flux(FlowFamily):
         self.t5 = modules["text_encoder_2"]
         self.pipeline = PIPELINES[0]
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
+        self.own_steps = 0 if self.distilled_guidance else 4  # schnell was distilled to few
         self.layout = flux_layout({name: modules[name] for name in ("transformer", *TEXTS)})
         self.joint_attention = install_joint_attention(self.transformer)
 

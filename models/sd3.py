@@ -94,11 +94,18 @@ class StableDiffusion3(FlowFamily):
         self.pipeline = PIPELINES[0]
         self.length = prompt_length(how.max_sequence_length, T5_LENGTH)
         self.clips = [name for name in CLIPS if name in modules]
-        # The columns of attention maps are CLIP's tokens, then T5's.
-        self.attended = tuple(self.clips)
+        self.attended = tuple(self.clips)  # whose tokens are the first columns of attention maps
         self.clip_skip = how.clip_skip
         if self.clips:
             sd.check_clip_skip(how.clip_skip, [modules[name] for name in self.clips])
+        self.widths = {}  # of pooled prompts; a missing encoder has what the others leave
+        rest = self.transformer.config.pooled_projection_dim
+        rest -= sum(modules[name].config.projection_dim for name in self.clips)
+        for name in CLIPS:
+            if name in modules:
+                self.widths[name] = modules[name].config.projection_dim
+            else:
+                self.widths[name], rest = rest, 0
         self.layout = sd3_layout({name: modules[name] for name in modules if name != "vae"})
         self.joint_attention = install_joint_attention(self.transformer)
         self.skip_layers = SkipLayers()
@@ -107,10 +114,8 @@ class StableDiffusion3(FlowFamily):
         """The pipelines leave the steps of a sampler to diffusers' scheduler."""
         found = super().schedule_at(height, width)
         dynamic = bool(self.scheduler.get("use_dynamic_shifting"))
-        return replace(
-            found,
-            step_sigmas=functools.partial(scheduler_steps, shift=found.shift, dynamic=dynamic),
-        )
+        steps = functools.partial(scheduler_steps, shift=found.shift, dynamic=dynamic)
+        return replace(found, step_sigmas=steps)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids of each encoder, and the position of the first end-of-text token for CLIP.
@@ -148,28 +153,25 @@ class StableDiffusion3(FlowFamily):
 
     def _encode_clip(self, tokens: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
         """([b, 77, d_L + d_G] hidden states, [b, d_L + d_G] pooled prompts)."""
-        states: dict[str, Tensor] = {}
-        pooled: dict[str, Tensor] = {}
-        for name in self.clips:
+        length = tokens[self.clips[0]].shape[1] if self.clips else CLIP_LENGTH
+        states, pooled = [], []
+        for name, width in self.widths.items():
+            if name not in tokens:
+                zeros = torch.zeros(count, length, width, dtype=self.dtype, device=self.device)
+                states.append(zeros)
+                pooled.append(zeros[:, 0])
+                continue
             encoder: Any = self.modules[name]
             out = encoder(tokens[name], output_hidden_states=True)
-            states[name] = out.hidden_states[-(self.clip_skip + 2)]
+            states.append(out.hidden_states[-(self.clip_skip + 2)])
             end = tokens[f"{name}.end"]
             last = out.last_hidden_state[torch.arange(count, device=end.device), end]
-            pooled[name] = encoder.text_projection(last)
-        width = self.transformer.config.pooled_projection_dim
-        like = next(iter(pooled.values()), torch.zeros(0, dtype=self.dtype, device=self.device))
-        length = next((own.shape[1] for own in states.values()), CLIP_LENGTH)
-        rest = width - sum(own.shape[1] for own in pooled.values())
-        for name in CLIPS:
-            if name not in pooled:
-                pooled[name] = like.new_zeros(count, rest)
-                states[name] = like.new_zeros(count, length, rest)
-                rest = 0  # of two missing encoders
-        return (
-            torch.cat([states[name] for name in CLIPS], dim=-1),
-            torch.cat([pooled[name] for name in CLIPS], dim=-1),
-        )
+            pooled.append(encoder.text_projection(last))
+        return torch.cat(states, dim=-1), torch.cat(pooled, dim=-1)
+
+    def set_skip_layers(self, skip: SkipLayers) -> None:
+        """Have this skip-layer guidance from now on."""
+        self.skip_layers = skip
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         cond = self.encode_prompts(prompts)

@@ -15,9 +15,9 @@ from lora_core.errors import UserError
 ROUNDING = 1e-6  # of a sigma, so that a range includes its ends
 
 
-@dataclass
+@dataclass(frozen=True)
 class SkipLayers:
-    """What a family that has such guidance does in its denoiser; none of it at the start.
+    """What a family with such guidance does in its denoiser; with the defaults nothing.
 
     The family adds weight (cond - without) to the rows of prompts, with weight = scale / g: after
     guidance with g that is scale (cond - without).
@@ -32,37 +32,44 @@ class SkipLayers:
         low, high = self.sigmas
         return bool(self.blocks) and low <= level.sigma[0].item() <= high
 
-    def choose(self, family: Any, config: Any) -> None:
-        """Take infer.py's options --skip-layers ... for images with `config`'s size and steps.
 
-        As in diffusers' pipeline, steps i of n have the guidance for which start n < i < stop n.
-        Raises UserError for blocks that the model does not have, for guidance 1, and where no step
-        is in the range.
-        """
-        self.blocks = tuple(config.skip_layers)
-        if not self.blocks:
-            return
-        count = len(family.transformer.transformer_blocks)
-        beyond = [block for block in self.blocks if not 0 <= block < count]
-        if beyond:
+def choose_skip_layers(family: Any, config: Any) -> SkipLayers | None:
+    """The guidance of infer.py's options --skip-layers ...; None for a family without it.
+
+    As in diffusers' pipeline, steps i of n have it for which start n < i < stop n. Raises UserError
+    where it has no effect: for another family, without other guidance, and where no step is in the
+    range; and for blocks that the model does not have.
+    """
+    if not hasattr(family, "set_skip_layers"):
+        if config.skip_layers:
             raise UserError(
-                f"--skip-layers has {beyond[0]}; the blocks of this model are 0 to {count - 1}"
+                f"--skip-layers has no effect on this model ({family.name}), which has no joint "
+                "blocks to skip; leave it out"
             )
-        if config.guidance == 1:
+        return None
+    if not config.skip_layers:
+        return SkipLayers()
+    count = len(family.transformer.transformer_blocks)
+    for block in config.skip_layers:
+        if not 0 <= block < count:
             raise UserError(
-                "--skip-layers has no effect at guidance 1; leave it out or raise --guidance"
+                f"--skip-layers has {block}; the blocks of this model are 0 to {count - 1}"
             )
-        height = (config.height or family.resolution) // family.factor
-        width = (config.width or family.resolution) // family.factor
-        sigmas = family.schedule_at(height, width).step_sigmas(config.steps)
-        first = config.skip_layer_start * len(sigmas)
-        last = config.skip_layer_stop * len(sigmas)
-        acting = [sigma for i, sigma in enumerate(sigmas) if first < i < last]
-        if not acting:
-            raise UserError(
-                f"none of {len(sigmas)} steps is between --skip-layer-start "
-                f"{config.skip_layer_start:g} and --skip-layer-stop {config.skip_layer_stop:g} of "
-                "them; widen the range or take more steps"
-            )
-        self.weight = config.skip_layer_scale / config.guidance
-        self.sigmas = (acting[-1] - ROUNDING, acting[0] + ROUNDING)
+    if config.guidance == 1:
+        raise UserError(
+            "--skip-layers has no effect at guidance 1; leave it out or raise --guidance"
+        )
+    height = (config.height or family.resolution) // family.factor
+    width = (config.width or family.resolution) // family.factor
+    sigmas = family.schedule_at(height, width).step_sigmas(config.steps)
+    first = config.skip_layer_start * len(sigmas)
+    last = config.skip_layer_stop * len(sigmas)
+    acting = [sigma for i, sigma in enumerate(sigmas) if first < i < last]
+    if not acting:
+        raise UserError(
+            f"none of {len(sigmas)} steps is between --skip-layer-start "
+            f"{config.skip_layer_start:g} and --skip-layer-stop {config.skip_layer_stop:g} of "
+            "them; widen the range or take more steps"
+        )
+    weight = config.skip_layer_scale / config.guidance
+    return SkipLayers(config.skip_layers, weight, (acting[-1] - ROUNDING, acting[0] + ROUNDING))
