@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.formats.recognition import recognize_keys
 from models import known
 from models.published import PUBLISHED_MODELS
 from tests import tiny_pipeline
+from tests.published_files import PUBLISHED_FILES, Blocks, list_tensors
 from tests.refusals import sentence
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
@@ -327,6 +329,34 @@ DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 )
 def test_spellings_from_elsewhere(kind, tensors):
     assert known.recognize_kind(tensors) == kind
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_files_of_public_tools(name):
+    file = PUBLISHED_FILES[name]
+    shapes = list_tensors(file)
+    assert recognize_keys(shapes).format == file.format
+    known._refuse_other_families(shapes, name)
+    assert known.recognize_kind(shapes, file.header) == file.kind
+    layers = known._layers_in_file(shapes, file.format)
+    assert len(layers) == sum(len(blocks.numbers) * len(blocks.layers) for blocks in file.blocks)
+    assert known._shapes_by_layer(file.kind, file.format, layers).keys() == {
+        layer.name for layer in layers
+    }
+
+
+def test_layers_that_two_models_have_need_the_models_name():
+    """The first attention of Stable Diffusion 3 medium and 3.5 medium, which diffusers' script for
+    both adapts; and a double block of Flux and FLUX.2 klein 4B.
+    """
+    medium = PUBLISHED_FILES["diffusers, SD 3.5 large"]
+    short = tuple(Blocks(own.name, range(23), own.layers) for own in medium.blocks[:2])
+    text = sentence(known.recognize_kind, list_tensors(medium._replace(width=1536, blocks=short)))
+    assert "Stable Diffusion 3 medium and Stable Diffusion 3.5 medium alike" in text
+    klein = PUBLISHED_FILES["diffusers, double blocks of klein 4B"]
+    (first,) = [Blocks(own.name, (0,), own.layers) for own in klein.blocks[:1]]
+    text = sentence(known.recognize_kind, list_tensors(klein._replace(blocks=(first,))))
+    assert "Flux.1 dev and FLUX.2 klein base 4B alike" in text
 
 
 @pytest.mark.skipif(not DISNEY.is_file(), reason="the published file is not here")
