@@ -59,6 +59,7 @@ def written(state, format, layout):
 
 
 ATTENTION = r"attn\d?\.|self_attn"  # what every format can spell
+OWN_LAYERS = {"sd3": ATTENTION + r"|norm1\.linear"}  # 3.5 medium has the same first attention
 
 
 @pytest.mark.parametrize("kind", ORIGINALS + ["sdxl-refiner"])
@@ -72,7 +73,10 @@ def test_every_format_is_recognised_as_its_own_family(kind, format):
         pytest.skip("no such files exist")
     cloneofsimo = r"attn\d\.|self_attn|ff\.net\.0"
     shapes, _ = written(
-        state_of(kind, pattern=cloneofsimo if format == "cloneofsimo" else ATTENTION),
+        state_of(
+            kind,
+            pattern=cloneofsimo if format == "cloneofsimo" else OWN_LAYERS.get(kind, ATTENTION),
+        ),
         format,
         layout,
     )
@@ -105,7 +109,6 @@ def test_whole_networks_are_recognised(kind):
             "diffusers",
         ),  # others have no block of this depth
         ("sdxl", "unet", r"attentions\.1\.transformer_blocks\.9\.attn1\.to_q", "kohya"),
-        ("sdxl", "text_encoder_2", "", "kohya"),
         (
             "sd1",
             "text_encoder",
@@ -117,9 +120,14 @@ def test_whole_networks_are_recognised(kind):
         ("sd1", "unet", "proj_in", "kohya"),  # a 1x1 convolution
         ("sd2", "unet", "proj_in", "kohya"),
         ("sdxl-refiner", "unet", r"mid_block.*attn1\.to_q", "diffusers"),
-        ("flux-dev", "transformer", r"^transformer_blocks\.3\.attn\.to_q", "kohya"),
+        ("flux-dev", "transformer", r"^transformer_blocks\.13\.attn\.to_q", "kohya"),
         ("flux-dev", "transformer", r"single_transformer_blocks\.3\.proj_out", "diffusers"),
         ("flux-schnell", "transformer", "guidance", "diffusers"),
+        ("sd3.5-medium", "transformer", r"transformer_blocks\.3\.attn2\.to_k", "kohya"),
+        ("sd3.5-large", "transformer", r"transformer_blocks\.3\.attn\.to_q", "diffusers"),
+        ("flux2-klein-base-4b", "transformer", r"blocks\.3\.attn\.to_qkv_mlp_proj", "kohya"),
+        ("flux2-klein-base-9b", "transformer", r"blocks\.3\.ff\.linear_in", "diffusers"),
+        ("flux2-dev", "transformer", r"blocks\.3\.attn\.to_q$", "diffusers"),
         ("sd1-inpainting", "unet", r"conv_in|mid_block.*attn2\.to_k", "diffusers"),
     ],
 )
@@ -162,6 +170,9 @@ def test_what_shapes_do_not_tell_a_header_does_or_the_user():
     )
     encoder = written(state_of("sdxl", "text_encoder"), "kohya", known.published_layout("sdxl"))[0]
     assert "Stable Diffusion XL and Flux" in sentence(known.recognize_adapter, encoder)
+    big_g = written(state_of("sdxl", "text_encoder_2"), "kohya", known.published_layout("sdxl"))[0]
+    text = sentence(known.recognize_adapter, big_g)
+    assert "Stable Diffusion XL and Stable Diffusion 3 medium and" in text
     assert known.recognize_kind(encoder, {"ss_base_model_version": "flux1"}) == "flux-dev"
     context = written(
         state_of("sd1", "unet", r"attn2\.to_k"), "kohya", known.published_layout("sd1")
@@ -204,7 +215,7 @@ K = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV, FC, QKV = (
     "down_blocks_0_resnets_0_conv1",
     "text_model_encoder_layers_3_mlp_fc1",
-    "double_blocks.0.img_attn.qkv",
+    "double_blocks.18.img_attn.qkv",
 )
 TEXT_Q = "text_model.encoder.layers.0.self_attn.q_proj"
 DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -282,8 +293,8 @@ DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
         (
             "flux-dev",
             {
-                "double_blocks.0.processor.qkv_lora1.down.weight": (16, 3072),
-                "double_blocks.0.processor.qkv_lora1.up.weight": (9216, 16),
+                "double_blocks.18.processor.qkv_lora1.down.weight": (16, 3072),
+                "double_blocks.18.processor.qkv_lora1.up.weight": (9216, 16),
             },
         ),
         (
