@@ -23,7 +23,7 @@ from lora_core.diffusion.noise import NoiseLevel, Schedule
 from lora_core.family import Conditioning, FamilyFunctions, LoadOptions
 from lora_core.formats.layout import Layout, layout_of
 from models import flow, language_encoders
-from models.components import config_errors, read_json
+from models.components import read_json
 from models.flow import LONGEST, PATCH, FlowFamily
 from models.flux2_names import original_flux2_names
 from models.language_encoders import Chat, LanguageEncoder
@@ -202,9 +202,8 @@ def load(path: str, how: LoadOptions) -> Flux2:
     check_parts(path, reader, how.vae)
     length = flow.prompt_length(how.max_sequence_length, LONGEST)
     tokenizers = {"text_encoder": language_encoders.open_chat_tokenizer(path, reader, how.device)}
-    classes = {"transformer": Flux2Transformer2DModel, "text_encoder": reader.network}
-    modules = flow.load_parts(path, how, classes, AutoencoderKLFlux2)
-    modules["text_encoder"] = language_encoders.keep_read_layers(modules["text_encoder"], reader)
+    modules, _ = flow.load_parts(path, how, Flux2Transformer2DModel, {}, AutoencoderKLFlux2)
+    modules["text_encoder"] = language_encoders.load_language_encoder(path, reader, how)
     return Flux2(modules, tokenizers, scheduler, length, index)
 
 
@@ -212,21 +211,17 @@ def check_parts(path: str, reader: LanguageEncoder, vae: str) -> None:
     """Raises UserError for a text encoder or a VAE that the transformer does not fit, by their
     config.json files. `vae`: folder or hub id of another VAE, or "".
     """
-    config = read_json(path, "transformer/config.json")
+    config = read_json(path, flow.TRANSFORMER_CONFIG)
     width = language_encoders.check_language_encoder(path, reader)
-    takes = config.get("joint_attention_dim", 15360)
-    flow.check_fit(path, "text_encoder", "joint_attention_dim", takes, width, "3 x hidden_size")
+    flow.check_fit(path, config, {"joint_attention_dim": width}, "text_encoder")
     vae_config = read_json(vae or path, "config.json" if vae else "vae/config.json")
     channels = PATCH * PATCH * vae_config.get("latent_channels", 32)
-    takes = config.get("in_channels", 128)
-    flow.check_fit(path, "vae", "in_channels", takes, channels, "4 x latent_channels")
+    flow.check_fit(path, config, {"in_channels": channels}, "vae")
 
 
 def read_flux2_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    config = read_json(path, "transformer/config.json")
-    with torch.device("meta"), config_errors(path):
-        return flux2_layout(Flux2Transformer2DModel.from_config(config))
+    return flux2_layout(flow.read_networks(path, Flux2Transformer2DModel, {})["transformer"])
 
 
 FAMILY = FamilyFunctions(load, read_flux2_layout, flow.read_flow_schedule)

@@ -3,24 +3,43 @@ against the public DreamBooth script's formula.
 """
 
 import copy
+import itertools
 import json
 import math
-from pathlib import Path
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.training_utils import compute_loss_weighting_for_sd3
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
 
-from lora_core.adapters import injection
-from lora_core.adapters.weight_updates import AdapterState, LowRank
-from lora_core.diffusion import noise
+import infer
+import merge
+import train
+from lora_core import formats
+from lora_core.adapters import injection, targets
+from lora_core.adapters.adapted_layer import adapted_layers
+from lora_core.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    SamplesConfig,
+    Stage,
+    ValidationConfig,
+)
 from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
-from lora_core.formats import joined_layers
+from lora_core.settings import AdapterSpec
 from models import LoadOptions, Sizes, flow, flux2, load_family, read_layout, read_schedule
+from models.published import published_configs
 from tests import tiny_flux2
+from tests.flow_objective import mean_loss
 
 KINDS = ("base", "distilled", "dev")
 PROMPTS = ["a cat", "dog"]
@@ -163,73 +182,60 @@ def test_the_schedule_of_training_is_not_shifted_unless_asked(folders, opened):
 # ---------------------------------------------------------------- names
 
 
-@pytest.fixture(scope="module")
-def full():
-    """The published transformers on the meta device."""
-    sizes = {
-        "klein 4B": dict(num_layers=5, num_single_layers=20, num_attention_heads=24),
-        "klein 9B": dict(num_layers=8, num_single_layers=24, num_attention_heads=32),
-        "dev": dict(num_layers=8, num_single_layers=48, num_attention_heads=48),
-    }
-    with torch.device("meta"):
-        return {
-            name: Flux2Transformer2DModel(**size, guidance_embeds=name == "dev")
-            for name, size in sizes.items()
-        }
+COUNTS = {  # published model -> preset -> layers
+    "flux2-klein-base-4b": dict(attention=40, dreambooth=60, fal=80, kohya=100),
+    "flux2-klein-base-9b": dict(attention=56, dreambooth=80, fal=120, kohya=144),
+    "flux2-dev": dict(attention=80, dreambooth=128, fal=144, kohya=192),
+}
+ALL_LAYERS = {"flux2-klein-base-4b": 109, "flux2-klein-base-9b": 153, "flux2-dev": 203}
+JOINED = {"flux2-klein-base-4b": 80, "flux2-klein-base-9b": 112, "flux2-dev": 160}
 
 
-def test_presets_match_as_many_modules_as_the_peers_do(full):
-    counts = {preset: [] for preset in flux2.PRESETS["transformer"]}
-    original = []
-    for transformer in full.values():
-        layout = flux2.flux2_layout(transformer)
-        for preset, globs in flux2.PRESETS["transformer"].items():
-            counts[preset].append(len(injection.target_paths(transformer, globs)))
-        paths = injection.target_paths(transformer, flux2.PRESETS["transformer"]["kohya"])
-        factors = {path: zero_factors(layout, path) for path in paths}
-        joined = joined_layers.join_layers(AdapterState({"transformer": factors}), layout)
-        original.append(len(joined.components["transformer"]))
-    assert counts == {
-        "attention": [40, 56, 80],
-        "dreambooth": [60, 80, 128],
-        "fal": [80, 120, 144],
-        "kohya": [100, 144, 192],
-        "all-linear": [109, 153, 203],
-    }
-    assert original == [80, 112, 160]
+@pytest.mark.parametrize("kind", COUNTS)
+def test_presets_match_as_many_layers_as_the_peers_do(kind):
+    """kohya: the layers of musubi-tuner's networks; the original code joins q, k and v."""
+    layout = read_layout(str(published_configs(kind)))
+    part = layout.components["transformer"]
+    presets = flux2.PRESETS["transformer"]
+    found = {name: targets.select_paths(list(part.shapes), presets[name]) for name in presets}
+    counts = {name: len(paths) for name, paths in found.items()}
+    assert counts == COUNTS[kind] | {"all-linear": ALL_LAYERS[kind]}
+    joined = set(itertools.chain.from_iterable(part.fused.values()))
+    assert len(set(found["kohya"]) - joined) + len(part.fused) == JOINED[kind]
 
 
-def zero_factors(layout, path):
-    rows = layout.components["transformer"].shapes[path][0]
-    return LowRank(torch.zeros(1, 1), torch.zeros(rows, 1), 1.0)
-
-
-def test_only_the_transformer_has_a_place_in_files(full, folders):
-    versions = {}
-    for name, transformer in full.items():
-        layout = flux2.flux2_layout(transformer)
-        versions[name] = (layout.base_model_version, layout.architecture)
+def test_only_the_transformer_has_a_place_in_files():
+    versions = []
+    for kind in COUNTS:
+        layout = read_layout(str(published_configs(kind)))
+        versions.append((layout.base_model_version, layout.architecture))
         assert set(layout.components) == set(layout.presets) == {"transformer"}
         assert not layout.encoders and layout.components["transformer"].prefixes == ("lora_unet",)
-    assert versions == {
-        "klein 4B": ("flux_2_klein_4b", "Flux.2-klein-4b/lora"),
-        "klein 9B": ("flux_2_klein_9b", "Flux.2-klein-9b/lora"),
-        "dev": ("flux_2_dev", "Flux.2-dev/lora"),
-    }
-    assert read_layout(folders["dev"][0]).family == "flux2"
+    assert versions == [
+        ("flux_2_klein_4b", "Flux.2-klein-4b/lora"),
+        ("flux_2_klein_9b", "Flux.2-klein-9b/lora"),
+        ("flux_2_dev", "Flux.2-dev/lora"),
+    ]
+
+
+def test_layers_that_read_the_same_are_groups(opened):
+    """q, k and v of the image and of the text in double blocks; single blocks have one layer."""
+    transformer = copy.deepcopy(opened["base"][0].transformer)
+    injection.inject(transformer, AdapterSpec(rank=2, targets=("*",)))
+    found = {layer.group for layer in adapted_layers(transformer) if layer.group}
+    assert len(found) == 4 and {len(group.members) for group in found} == {3}
 
 
 # ---------------------------------------------------------------- training
 
 
 def test_the_objective_is_the_public_scripts(opened):
-    """The DreamBooth script's formula, with its own functions, for the same latents and noise."""
+    """train_dreambooth_lora_flux2_klein.py of diffusers: its table of timesteps and its target."""
     family, pipe = opened["base"]
     latents, eps = torch.randn(2, 16, 4, 6), torch.randn(2, 16, 4, 6)
-    indices = torch.tensor([100, 900])
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    timesteps = scheduler.timesteps[indices]
-    sigmas = scheduler.sigmas[indices].view(-1, 1, 1, 1)
+    rows = torch.tensor([100, 900])
+    table = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    sigmas = table.sigmas[rows].view(-1, 1, 1, 1)
     noisy = (1.0 - sigmas) * latents + sigmas * eps
     ids = Flux2KleinPipeline._prepare_latent_ids(noisy)
     with torch.no_grad():
@@ -237,19 +243,137 @@ def test_the_objective_is_the_public_scripts(opened):
             PROMPTS, max_sequence_length=tiny_flux2.LENGTHS["base"]
         )
         out = pipe.transformer(
-            hidden_states=Flux2KleinPipeline._pack_latents(noisy), timestep=timesteps / 1000,
-            guidance=None, encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=ids,
-            return_dict=False,
+            hidden_states=Flux2KleinPipeline._pack_latents(noisy),
+            timestep=table.timesteps[rows] / 1000, guidance=None, encoder_hidden_states=embeds,
+            txt_ids=text_ids, img_ids=ids, return_dict=False,
         )[0]  # fmt: skip
-        out = Flux2KleinPipeline._unpack_latents_with_ids(out, ids)
-        weights = compute_loss_weighting_for_sd3("none", sigmas=sigmas)
-        theirs = (weights * (out - (eps - latents)) ** 2).reshape(2, -1).mean(1).mean()
-        level = noise.levels_at_quantiles(family.schedule, (999.5 - indices.double()) / 1000)
-        velocity = family.denoise(
-            noise.add_noise(latents, eps, level), level, family.encode_prompts(PROMPTS)
-        )
-        ours = (velocity - (eps - latents)).square().mean()
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
+        ours = mean_loss(family, latents, eps, family.encode_prompts(PROMPTS), rows, "none")
+    out = Flux2KleinPipeline._unpack_latents_with_ids(out, ids)
+    weight = compute_loss_weighting_for_sd3("none", sigmas=sigmas)
+    theirs = (weight * (out - (eps - latents)) ** 2).reshape(2, -1).mean(1).mean()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def config_of(folder, photos, out, kind, adapter):
+    return Config(
+        model=str(folder),
+        out=str(out),
+        device="cpu",
+        max_sequence_length=tiny_flux2.LENGTHS[kind],
+        adapter=AdapterConfig(kind=adapter, rank=2, targets=("all-linear",)),
+        data=DataConfig(images=str(photos), resolution=16),
+        optimizer=OptimizerConfig(lr={"denoiser": 0.02}),
+        stages=(Stage(2, ("denoiser",)),),
+        samples=SamplesConfig(steps=1, guidance=1.0, prompts=("a TOK",), seeds=1, new_prompts=()),
+        validation=ValidationConfig(every=-1),
+    )
+
+
+@pytest.fixture(
+    scope="module", params=[("base", "lora"), ("dev", "dora")], ids=["klein-lora", "dev-dora"]
+)
+def run(folders, photos, tmp_path_factory, request):
+    """(kind, folder of a run): two steps on all layers of the transformer."""
+    kind, adapter = request.param
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return kind, train.train(config_of(folders[kind][0], photos, out, kind, adapter))
+
+
+def drawn(path, *words):
+    """The pixels of infer.py's image."""
+    assert infer.main([*words, "--out", str(path), "--device", "cpu"]) == 0
+    return Image.open(path)
+
+
+def test_diffusers_loads_a_run_and_draws_its_image(run, folders, tmp_path):
+    kind, folder = run
+    words = ["--model", folders[kind][0], "--lora", str(folder), "--prompt", "a cat"]
+    words += ["--max-sequence-length", str(tiny_flux2.LENGTHS[kind]), "--steps", "3"]
+    words += ["--sampler", "flow_euler", "--guidance", "4"]
+    ours = drawn(tmp_path / "a.png", *words)
+    pipe = tiny_flux2.pipeline(kind)
+    images = []
+    for lora in ("", str(folder)):
+        if lora:
+            pipe.load_lora_weights(lora)
+        images += pipe(
+            prompt="a cat", height=32, width=32, num_inference_steps=3, guidance_scale=4.0,
+            generator=[torch.Generator().manual_seed(0)],
+            max_sequence_length=tiny_flux2.LENGTHS[kind],
+        ).images  # fmt: skip
+    plain, theirs = images
+    assert levels_between(ours, theirs) <= 1
+    assert levels_between(ours, plain) > 1
+
+
+def levels_between(image, other):
+    """The largest difference between two images, of 255 levels."""
+    return max(high for _, high in ImageChops.difference(image, other).getextrema())
+
+
+def test_both_files_of_a_run_have_the_same_layers(run, folders):
+    kind, folder = run
+    layout = read_layout(folders[kind][0])
+    native = formats.load(folder / formats.NATIVE, layout).components
+    other = formats.load(folder / "run.safetensors", layout).components
+    assert set(native) == set(other) == {"transformer"}
+    paths = layout.components["transformer"].shapes
+    assert set(native["transformer"]) == set(other["transformer"]) == set(paths)
+    keys = set(load_file(folder / "run.safetensors"))
+    if kind == "base":  # DoRA's norms are of each layer alone
+        assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in keys
+    assert "lora_unet_single_blocks_1_linear1.lora_down.weight" in keys
+    assert "lora_unet_single_stream_modulation_lin.lora_down.weight" in keys
+
+
+def test_a_run_is_folded_into_a_whole_model(run, folders, tmp_path):
+    kind, folder = run
+    words = ["--prompt", "a cat", "--steps", "2", "--guidance", "1", "--sampler", "flow_euler"]
+    words += ["--max-sequence-length", str(tiny_flux2.LENGTHS[kind])]
+    out = str(tmp_path / "whole")
+    assert merge.main(["fold", folders[kind][0], str(folder), "--out", out]) == 0
+    whole = drawn(tmp_path / "a.png", "--model", out, *words)
+    model = folders[kind][0]
+    ours = drawn(tmp_path / "b.png", "--model", model, "--lora", str(folder), *words)
+    assert levels_between(whole, ours) <= 1
+
+
+# ---------------------------------------------------------------- text that does not train
+
+
+def test_captions_are_encoded_once(folders, photos, tmp_path, monkeypatch):
+    encoded = []
+    tokenize = flux2.Flux2.tokenize
+
+    def note_prompts(self, prompts):
+        encoded.extend(prompts)
+        return tokenize(self, prompts)
+
+    monkeypatch.setattr(flux2.Flux2, "tokenize", note_prompts)
+    config = config_of(folders["base"][0], photos, tmp_path / "run", "base", "lora")
+    train.train(replace(config, stages=(Stage(3, ("denoiser",)),)))
+    assert encoded.count("a photo of TOK") == 1
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (dict(stages=(Stage(2, ("denoiser", "tokens")),)), "trains tokens, and no text encoder"),
+        (
+            dict(stages=(Stage(2, ("denoiser", "text_encoder")),)),
+            "trains text_encoder, and no text encoder",
+        ),
+        (dict(loss="attention"), "attention reads the attention on words of a caption"),
+        (dict(clip_skip=1), "--clip-skip 1 is for"),
+        (dict(max_token_length=150), "--max-token-length has no effect"),
+        (dict(noise=NoiseConfig(guidance=2.0)), "--noise.guidance has no effect on this model"),
+    ],
+)
+def test_what_a_text_encoder_cannot_learn_is_refused(folders, photos, tmp_path, change, expected):
+    config = config_of(folders["distilled"][0], photos, tmp_path / "run", "distilled", "lora")
+    with pytest.raises(UserError, match=expected):
+        train.train(replace(config, **change))
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- refusals
@@ -258,8 +382,12 @@ def test_the_objective_is_the_public_scripts(opened):
 @pytest.mark.parametrize(
     "file, change, expected",
     [
-        ("transformer", {"in_channels": 32}, "has in_channels 32, and vae gives 16"),
-        ("transformer", {"joint_attention_dim": 32}, "joint_attention_dim 32, .* gives 24"),
+        ("transformer", {"in_channels": 32}, "has in_channels 32, expected 16, as vae"),
+        (
+            "transformer",
+            {"joint_attention_dim": 32},
+            "joint_attention_dim 32, expected 24, as text_encoder",
+        ),
         ("text_encoder", {"model_type": "qwen2"}, "is of type qwen2, expected qwen3"),
         ("text_encoder", {"num_hidden_layers": 20}, "has 20 layers"),
     ],
@@ -267,22 +395,12 @@ def test_the_objective_is_the_public_scripts(opened):
 def test_parts_that_do_not_fit_are_refused_before_weights_are_read(
     tmp_path, folders, file, change, expected
 ):
-    path, _ = folders["base"]
-    for name in ("model_index.json", "scheduler", "transformer", "text_encoder", "vae"):
-        copy_configs(path, tmp_path, name)
-    config = tmp_path / file / "config.json"
+    folder = tmp_path / "model"
+    shutil.copytree(folders["base"][0], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = folder / file / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UserError, match=expected):
-        load_family(str(tmp_path))
-
-
-def copy_configs(path, folder, name):
-    """Copies the JSON files of one part of a model."""
-    for source in [Path(path) / name, *(Path(path) / name).glob("*config.json")]:
-        if source.is_file():
-            target = folder / source.relative_to(path)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(source.read_bytes())
+        load_family(str(folder))
 
 
 def test_settings_without_effect_are_refused(folders):

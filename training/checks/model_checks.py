@@ -39,6 +39,7 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     target that matches nothing, and for options of models of another family.
     """
     check_family(c, layout)
+    check_text_groups(c, layout)
     chosen = _choose_targets(c, layout)
     everywhere = list(chain.from_iterable(paths for _, paths in chosen.values()))
     a = c.adapter
@@ -60,6 +61,33 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
             "no text_encoder in a stage"
         )
     return specs
+
+
+def check_text_groups(c: Config, layout: Layout) -> None:
+    """Raises UserError for a stage that trains tokens or a text encoder of a model whose text
+    encoders learn nothing.
+    """
+    learners = {
+        "tokens": layout.encoders,
+        "text_encoder": [name for name in layout.encoders if name in layout.presets],
+    }
+    for group, encoders in learners.items():
+        if c.trains(group) and not encoders:
+            raise UserError(
+                f"a stage trains {group}, and no text encoder of {c.model} ({layout.family}) can "
+                f"learn that; leave {group} out of --stages.0.groups, and of every other stage"
+            )
+
+
+def check_attention(layout: Layout, name: str) -> None:
+    """Raises UserError for a loss or measure `name` that reads attention maps, where the model has
+    none: its denoiser reads a text encoder's states that no word can be followed to.
+    """
+    if not layout.encoders:
+        raise UserError(
+            f"{name} reads the attention on words of a caption, which a model of the family "
+            f"{layout.family} does not record; choose another loss"
+        )
 
 
 def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...], list[str]]]:
@@ -182,7 +210,8 @@ def check_model(c: Config, family: Family) -> None:
             "--noise.shift and --noise.dynamic-shift have no effect on this model, "
             "which is no flow model; leave them out"
         )
-    if c.noise.guidance != Config().noise.guidance and not family.distilled_guidance:
+    reads_guidance = getattr(family, "reads_guidance", family.distilled_guidance)
+    if c.noise.guidance != Config().noise.guidance and not reads_guidance:
         raise UserError(
             "--noise.guidance has no effect on this model, which takes no guidance scale as an "
             "input; leave it out"
@@ -301,6 +330,8 @@ def check_token_limit(
 
     `embeddings`: the text encoders that learn token rows, by name.
     """
+    if not embeddings:
+        return
     image_of: dict[str, str] = {}  # caption -> name of the first image that has it
     for record in records:
         for caption in record.captions:
