@@ -7,7 +7,9 @@ FlowMatchEulerDiscreteScheduler.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +60,7 @@ class FlowFamily:
     """
 
     denoiser = "transformer"
+    first_layer = "context_embedder"  # of the transformer, whose device and dtype are the network's
     prediction = "flow"
     attended: tuple[str, ...] = ()
     inpainting = False
@@ -89,12 +92,12 @@ class FlowFamily:
     @property
     def device(self) -> torch.device:
         # diffusers' own property looks at every module
-        return self.working_device or self.transformer.context_embedder.weight.device
+        return self.working_device or self.transformer.get_submodule(self.first_layer).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The base precision, which the transformer's inputs have."""
-        return self.transformer.context_embedder.weight.dtype
+        return self.transformer.get_submodule(self.first_layer).weight.dtype
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return flow_schedule_from_config(self.scheduler, (height // PATCH) * (width // PATCH))
@@ -172,6 +175,15 @@ def scheduler_steps(steps: int, shift: float, *, dynamic: bool) -> list[float]:
         last = float(shift_sigmas(torch.tensor(last, dtype=torch.float64), shift))
     even = torch.linspace(1, last, steps, dtype=torch.float64)
     return shift_sigmas(even, shift).tolist()
+
+
+def with_scheduler_steps(schedule: Schedule, *, dynamic: bool = False) -> Schedule:
+    """A flow schedule whose samplers take the steps of `scheduler_steps`.
+
+    For pipelines that give their scheduler nothing but a number of steps.
+    """
+    lay_out = functools.partial(scheduler_steps, shift=schedule.shift, dynamic=dynamic)
+    return replace(schedule, step_sigmas=lay_out)
 
 
 def read_flow_scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
