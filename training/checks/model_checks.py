@@ -63,13 +63,21 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
 
 
 def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-    """Component that trains -> (globs, paths of the layers that they match)."""
+    """Component that trains -> (globs, paths of the layers that they match).
+
+    Raises UserError for a group that has no component with presets.
+    """
     texts = [name for name in layout.presets if name in layout.encoders]
     denoisers = [name for name in layout.presets if name not in layout.encoders]
     wanted: dict[str, tuple[str, ...]] = {}
     if c.trains("denoiser"):
         wanted |= dict.fromkeys(denoisers, c.adapter.targets)
     if c.trains("text_encoder"):
+        if not texts:
+            raise UserError(
+                f"no text encoder of the family {layout.family} takes adapters; leave the group "
+                "text_encoder out of the stages"
+            )
         wanted |= dict.fromkeys(texts, c.adapter.text_targets)
     return {name: _match_targets(layout, name, names) for name, names in wanted.items()}
 
@@ -343,5 +351,6 @@ def describe_far_resolution(c: Config, side: int) -> str:
 
 def token_limits(family: Family) -> dict[str, int]:
     """Text encoder -> the number of tokens that it reads."""
-    ids = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]  # tokenizers' order
+    wide = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]
+    ids = wide[: len(family.tokenizers)]  # in the tokenizers' order; masks are behind them
     return {name: rows.shape[1] for name, rows in zip(family.tokenizers, ids, strict=True)}
