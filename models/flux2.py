@@ -202,8 +202,9 @@ def load(path: str, how: LoadOptions) -> Flux2:
     check_parts(path, reader, how.vae)
     length = flow.prompt_length(how.max_sequence_length, LONGEST)
     tokenizers = {"text_encoder": language_encoders.open_chat_tokenizer(path, reader, how.device)}
-    modules, _ = flow.load_parts(path, how, Flux2Transformer2DModel, {}, AutoencoderKLFlux2)
-    modules["text_encoder"] = language_encoders.load_language_encoder(path, reader, how)
+    classes = {"transformer": Flux2Transformer2DModel, "text_encoder": reader.network}
+    modules = flow.load_parts(path, how, classes, AutoencoderKLFlux2)
+    modules["text_encoder"] = language_encoders.keep_read_layers(modules["text_encoder"], reader)
     return Flux2(modules, tokenizers, scheduler, length, index)
 
 
@@ -221,7 +222,9 @@ def check_parts(path: str, reader: LanguageEncoder, vae: str) -> None:
 
 def read_flux2_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    return flux2_layout(flow.read_networks(path, Flux2Transformer2DModel, {})["transformer"])
+    return flux2_layout(
+        flow.read_networks(path, {"transformer": Flux2Transformer2DModel})["transformer"]
+    )
 
 
 FAMILY = FamilyFunctions(load, read_flux2_layout, flow.read_flow_schedule)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_core.errors import UserError
 from lora_core.family import LoadOptions
-from models.components import load_network, open_tokenizer, read_json, tokenize_texts
+from models.components import open_tokenizer, read_json, tokenize_texts
 
 Chat = list[dict[str, Any]]
 
@@ -65,12 +65,6 @@ def open_chat_tokenizer(path: str, reader: LanguageEncoder, device: torch.device
             "prompt; fetch tokenizer/ again"
         )
     return tokenizer
-
-
-def load_language_encoder(path: str, reader: LanguageEncoder, how: LoadOptions) -> Any:
-    """The language model at `path`, in the base precision. Raises UserError."""
-    network = load_network(reader.network, path, "text_encoder", how.dtype, how.device)
-    return keep_read_layers(network, reader)
 
 
 def keep_read_layers(network: Any, reader: LanguageEncoder) -> Any:

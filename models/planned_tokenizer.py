@@ -28,6 +28,7 @@ class PlannedTokenizer:
         self.size = size  # tokens of the vocabulary
         self.model_max_length = length
         self.eos_token_id = size - 1
+        self.pad_token_id = size - 1  # CLIP pads with the end too
         self.all_special_ids = [size - 1]
         self.added: dict[str, int] = {}
 

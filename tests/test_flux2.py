@@ -358,10 +358,13 @@ def test_captions_are_encoded_once(folders, photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (dict(stages=(Stage(2, ("denoiser", "tokens")),)), "trains tokens, and no text encoder"),
+        (
+            dict(stages=(Stage(2, ("denoiser", "tokens")),)),
+            "no text encoder of the family flux2 learns tokens",
+        ),
         (
             dict(stages=(Stage(2, ("denoiser", "text_encoder")),)),
-            "trains text_encoder, and no text encoder",
+            "no text encoder of the family flux2 takes adapters",
         ),
         (dict(loss="attention"), "attention reads the attention on words of a caption"),
         (dict(clip_skip=1), "--clip-skip 1 is for"),

@@ -45,9 +45,9 @@ TESTED_BY = {
 }
 THEMES = {  # test files that are named after what cuts across many modules
     "advice", "bad_input", "config_layers", "configs", "corrupt", "damage", "docs", "dropped",
-    "example_kinds", "families_load", "files_load", "first_machines", "full_disk", "fuzz", "house",
-    "installation", "kills", "large_models", "large_sets", "loss_examples", "objectives",
-    "packed_turns", "resume", "soak", "toy", "trained_files", "traps", "web_demo",
+    "example_kinds", "families_load", "family_page", "files_load", "first_machines", "full_disk",
+    "fuzz", "house", "installation", "kills", "large_models", "large_sets", "loss_examples",
+    "objectives", "packed_turns", "resume", "soak", "toy", "trained_files", "traps", "web_demo",
 }  # fmt: skip
 HELP_TEXTS = {"config.py", "model_settings.py", "settings.py"}  # files of options
 PEERS = {"peft", "prodigyopt", "accelerate", "bitsandbytes", "xformers", "torchvision", "lycoris"}

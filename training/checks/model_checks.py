@@ -39,7 +39,7 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     target that matches nothing, and for options of models of another family.
     """
     check_family(c, layout)
-    check_text_groups(c, layout)
+    check_learners(c, layout)
     chosen = _choose_targets(c, layout)
     everywhere = list(chain.from_iterable(paths for _, paths in chosen.values()))
     a = c.adapter
@@ -63,20 +63,13 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     return specs
 
 
-def check_text_groups(c: Config, layout: Layout) -> None:
-    """Raises UserError for a stage that trains tokens or a text encoder of a model whose text
-    encoders learn nothing.
-    """
-    learners = {
-        "tokens": layout.encoders,
-        "text_encoder": [name for name in layout.encoders if name in layout.presets],
-    }
-    for group, encoders in learners.items():
-        if c.trains(group) and not encoders:
-            raise UserError(
-                f"a stage trains {group}, and no text encoder of {c.model} ({layout.family}) can "
-                f"learn that; leave {group} out of --stages.0.groups, and of every other stage"
-            )
+def check_learners(c: Config, layout: Layout) -> None:
+    """Raises UserError for a stage that trains tokens of a model whose text encoders learn none."""
+    if c.trains("tokens") and not layout.encoders:
+        raise UserError(
+            f"no text encoder of the family {layout.family} learns tokens; leave the group tokens "
+            "out of the stages"
+        )
 
 
 def check_attention(layout: Layout, name: str) -> None:
@@ -91,13 +84,21 @@ def check_attention(layout: Layout, name: str) -> None:
 
 
 def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-    """Component that trains -> (globs, paths of the layers that they match)."""
+    """Component that trains -> (globs, paths of the layers that they match).
+
+    Raises UserError for a group that has no component with presets.
+    """
     texts = [name for name in layout.presets if name in layout.encoders]
     denoisers = [name for name in layout.presets if name not in layout.encoders]
     wanted: dict[str, tuple[str, ...]] = {}
     if c.trains("denoiser"):
         wanted |= dict.fromkeys(denoisers, c.adapter.targets)
     if c.trains("text_encoder"):
+        if not texts:
+            raise UserError(
+                f"no text encoder of the family {layout.family} takes adapters; leave the group "
+                "text_encoder out of the stages"
+            )
         wanted |= dict.fromkeys(texts, c.adapter.text_targets)
     return {name: _match_targets(layout, name, names) for name, names in wanted.items()}
 
@@ -374,5 +375,6 @@ def describe_far_resolution(c: Config, side: int) -> str:
 
 def token_limits(family: Family) -> dict[str, int]:
     """Text encoder -> the number of tokens that it reads."""
-    ids = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]  # tokenizers' order
+    wide = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]
+    ids = wide[: len(family.tokenizers)]  # in the tokenizers' order; masks are behind them
     return {name: rows.shape[1] for name, rows in zip(family.tokenizers, ids, strict=True)}
