@@ -77,6 +77,7 @@ READERS = {  # `_class_name` of model_index.json -> its text encoder
         {"add_generation_prompt": False},
     ),
 }
+PIPELINES = tuple(READERS)
 
 
 # ---------------------------------------------------------------- the family

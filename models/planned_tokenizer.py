@@ -14,7 +14,8 @@ class PlannedIds(NamedTuple):
     """What a call of a tokenizer returns."""
 
     input_ids: Any  # [b, length] or a list of ids
-    attention_mask: Any = None  # [b, length], ones
+    # [b, 1, length, length], as transformers makes it of one that marks padding
+    attention_mask: Any = None
 
 
 class PlannedTokenizer:
@@ -56,8 +57,8 @@ class PlannedTokenizer:
         the list of one text's ids.
         """
         if return_tensors:
-            padded = self._padded_ids(len(text), max_length)
-            return PlannedIds(padded, torch.ones_like(padded))
+            mask = torch.ones(len(text), 1, max_length, max_length, dtype=torch.bool)
+            return PlannedIds(self._padded_ids(len(text), max_length), mask)
         names = sorted(map(re.escape, self.added), key=len, reverse=True)
         found = re.findall("|".join([*names, r"[^\s<>]+"]), str(text))
         ids = [self.added.get(word, 0) for word in found]

@@ -91,7 +91,8 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
 @pytest.mark.parametrize("reader", [KLEIN, DEV], ids=["klein", "dev"])
 def test_a_planned_tokenizer_reads_conversations(reader):
     tokens = tokens_of(PlannedTokenizer(50, 40960), reader, ["a cat", "dog"], 16)
-    assert tokens["input_ids"].shape == tokens["attention_mask"].shape == (2, 16)
+    assert tokens["input_ids"].shape == (2, 16)
+    assert tokens["attention_mask"].shape == (2, 1, 16, 16)  # that of causal attention
 
 
 def test_options_of_clip_are_refused():
