@@ -39,6 +39,7 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     target that matches nothing, and for options of models of another family.
     """
     check_family(c, layout)
+    check_learners(c, layout)
     chosen = _choose_targets(c, layout)
     everywhere = list(chain.from_iterable(paths for _, paths in chosen.values()))
     a = c.adapter
@@ -60,6 +61,26 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
             "no text_encoder in a stage"
         )
     return specs
+
+
+def check_learners(c: Config, layout: Layout) -> None:
+    """Raises UserError for a stage that trains tokens of a model whose text encoders learn none."""
+    if c.trains("tokens") and not layout.encoders:
+        raise UserError(
+            f"no text encoder of the family {layout.family} learns tokens; leave the group tokens "
+            "out of the stages"
+        )
+
+
+def check_attention(layout: Layout, name: str) -> None:
+    """Raises UserError for a loss or measure `name` that reads attention maps, where the model has
+    none: its denoiser reads a text encoder's states that no word can be followed to.
+    """
+    if not layout.encoders:
+        raise UserError(
+            f"{name} reads the attention on words of a caption, which a model of the family "
+            f"{layout.family} does not record; choose another loss"
+        )
 
 
 def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...], list[str]]]:
@@ -190,7 +211,8 @@ def check_model(c: Config, family: Family) -> None:
             "--noise.shift and --noise.dynamic-shift have no effect on this model, "
             "which is no flow model; leave them out"
         )
-    if c.noise.guidance != Config().noise.guidance and not family.distilled_guidance:
+    reads_guidance = getattr(family, "reads_guidance", family.distilled_guidance)
+    if c.noise.guidance != Config().noise.guidance and not reads_guidance:
         raise UserError(
             "--noise.guidance has no effect on this model, which takes no guidance scale as an "
             "input; leave it out"
@@ -309,6 +331,8 @@ def check_token_limit(
 
     `embeddings`: the text encoders that learn token rows, by name.
     """
+    if not embeddings:
+        return
     image_of: dict[str, str] = {}  # caption -> name of the first image that has it
     for record in records:
         for caption in record.captions:
