@@ -33,19 +33,18 @@ HEADER_FIELDS = {
 # Models that are not supported -> a pattern in a key of their adapters.
 TOP = r"(?:^|\.|lora_unet_|lycoris_)"  # a module that is in no other
 OTHER_FAMILIES = {
-    "Qwen-Image": (  # its 60 blocks, or what they have and other models lack
-        r"(?<!single_)transformer_blocks[._]((19|[2-5]\d)[._]|\d+[._](img|txt)_(mlp|mod)[._])"
+    "Qwen-Image": (  # the last of its 60 blocks, or what they have and other models lack
+        r"(?<!single_)transformer_blocks[._]((3[89]|[45]\d)[._]|\d+[._](img|txt)_(mlp|mod)[._])"
     ),
-    "Stable Diffusion 3": r"joint_blocks[._]\d",
     "Stable Cascade": r"lora_prior_",
     "Anima": TOP + r"blocks[._]\d+[._]((self|cross)_attn[._][qkv]_proj|adaln_modulation)",
     "Wan": TOP + r"blocks[._]\d+[._](self|cross)_attn[._][qkvo](_img)?\.",
     "Krea 2": TOP + r"blocks[._]\d+[._]attn[._](gate|w[qkvo])[._]",
     "Z-Image or Lumina": TOP + r"layers[._]\d+[._](attention|feed_forward)[._]",
-    "Flux.2": r"(double|single)_stream_modulation|qkv_mlp_proj",
     "HunyuanVideo": r"double_blocks\.\d+\.(img|txt)_attn_",
     "AnimateDiff": r"motion_modules[._]|temporal_transformer",
 }
+BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")  # the first in a layer's name is its block's
 layout = published_layout  # its earlier name
 Test = Callable[[str], bool]  # name of a published model -> whether the file may belong to it
 
@@ -130,7 +129,10 @@ def _fitting_kinds(shapes: Mapping[str, Shape]) -> tuple[list[str], list[Test]]:
         known = set().union(*found.values())
         named = [layer for layer in layers if layer.name in known]
         fitting = [kind for kind, own in found.items() if named and _all_fit(named, own)]
-        signs: list[Test] = [lambda kind: _have_same_axes(named, found[kind])]
+        signs: list[Test] = [
+            lambda kind: _have_same_axes(named, found[kind]),
+            lambda kind: _have_all_blocks(kind, format, named),
+        ]
         if format == "kohya":
             signs.append(lambda kind: _has_written_prefixes(kind, named))
         return fitting, signs
@@ -267,6 +269,22 @@ def _have_same_axes(layers: Iterable[LayerInFile], found: Mapping[str, list[Shap
     for layer in layers:
         if layer.axes and layer.axes not in map(len, found[layer.name]):
             return False
+    return True
+
+
+def _have_all_blocks(kind: str, format: str, layers: Iterable[LayerInFile]) -> bool:
+    """Whether the file's layers of one block are adapted in all blocks of the model that have them.
+
+    So are a trainer's. FLUX.2 klein 4B has 5 of the blocks that Flux has 19 of, of the same width.
+    """
+    names = {layer.name for layer in layers}
+    patterns = {BLOCK_NUMBER.sub("#", name, count=1) for name in names}
+    for heads, own in _names_by_component(kind, format):
+        for head in heads:
+            for name in own:
+                whole = head + name
+                if whole not in names and BLOCK_NUMBER.sub("#", whole, count=1) in patterns:
+                    return False
     return True
 
 

@@ -13,7 +13,7 @@ from lora_core.formats.layout import Layout
 from lora_core.toml import read_toml
 from models import read_layout
 from models.families import families_with_preset
-from tests import tiny_flux, tiny_sdxl
+from tests import tiny_flux, tiny_sd3, tiny_sdxl
 from tests.conftest import merged, save_pipeline
 from training.checks.family_checks import FAMILY_NAMES, check_family
 

@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from lora_core import formats
 from lora_core.adapters.weight_updates import AdapterState, LowRank
+from lora_core.formats.recognition import recognize_keys
 from models import known
 from models.published import PUBLISHED_MODELS
 from tests import tiny_pipeline
+from tests.published_files import PUBLISHED_FILES, Blocks, list_tensors
 from tests.refusals import sentence
 
 DISNEY = Path("/work/shared/data/lora_disney.safetensors")
@@ -57,6 +59,7 @@ def written(state, format, layout):
 
 
 ATTENTION = r"attn\d?\.|self_attn"  # what every format can spell
+OWN_LAYERS = {"sd3": ATTENTION + r"|norm1\.linear"}  # 3.5 medium has the same first attention
 
 
 @pytest.mark.parametrize("kind", ORIGINALS + ["sdxl-refiner"])
@@ -70,7 +73,10 @@ def test_every_format_is_recognised_as_its_own_family(kind, format):
         pytest.skip("no such files exist")
     cloneofsimo = r"attn\d\.|self_attn|ff\.net\.0"
     shapes, _ = written(
-        state_of(kind, pattern=cloneofsimo if format == "cloneofsimo" else ATTENTION),
+        state_of(
+            kind,
+            pattern=cloneofsimo if format == "cloneofsimo" else OWN_LAYERS.get(kind, ATTENTION),
+        ),
         format,
         layout,
     )
@@ -103,7 +109,6 @@ def test_whole_networks_are_recognised(kind):
             "diffusers",
         ),  # others have no block of this depth
         ("sdxl", "unet", r"attentions\.1\.transformer_blocks\.9\.attn1\.to_q", "kohya"),
-        ("sdxl", "text_encoder_2", "", "kohya"),
         (
             "sd1",
             "text_encoder",
@@ -115,9 +120,14 @@ def test_whole_networks_are_recognised(kind):
         ("sd1", "unet", "proj_in", "kohya"),  # a 1x1 convolution
         ("sd2", "unet", "proj_in", "kohya"),
         ("sdxl-refiner", "unet", r"mid_block.*attn1\.to_q", "diffusers"),
-        ("flux-dev", "transformer", r"^transformer_blocks\.3\.attn\.to_q", "kohya"),
+        ("flux-dev", "transformer", r"^transformer_blocks\.13\.attn\.to_q", "kohya"),
         ("flux-dev", "transformer", r"single_transformer_blocks\.3\.proj_out", "diffusers"),
         ("flux-schnell", "transformer", "guidance", "diffusers"),
+        ("sd3.5-medium", "transformer", r"transformer_blocks\.3\.attn2\.to_k", "kohya"),
+        ("sd3.5-large", "transformer", r"transformer_blocks\.3\.attn\.to_q", "diffusers"),
+        ("flux2-klein-base-4b", "transformer", r"blocks\.3\.attn\.to_qkv_mlp_proj", "kohya"),
+        ("flux2-klein-base-9b", "transformer", r"blocks\.3\.ff\.linear_in", "diffusers"),
+        ("flux2-dev", "transformer", r"blocks\.3\.attn\.to_q$", "diffusers"),
         ("sd1-inpainting", "unet", r"conv_in|mid_block.*attn2\.to_k", "diffusers"),
     ],
 )
@@ -160,6 +170,9 @@ def test_what_shapes_do_not_tell_a_header_does_or_the_user():
     )
     encoder = written(state_of("sdxl", "text_encoder"), "kohya", known.published_layout("sdxl"))[0]
     assert "Stable Diffusion XL and Flux" in sentence(known.recognize_adapter, encoder)
+    big_g = written(state_of("sdxl", "text_encoder_2"), "kohya", known.published_layout("sdxl"))[0]
+    text = sentence(known.recognize_adapter, big_g)
+    assert "Stable Diffusion XL and Stable Diffusion 3 medium and" in text
     assert known.recognize_kind(encoder, {"ss_base_model_version": "flux1"}) == "flux-dev"
     context = written(
         state_of("sd1", "unet", r"attn2\.to_k"), "kohya", known.published_layout("sd1")
@@ -202,7 +215,7 @@ K = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV, FC, QKV = (
     "down_blocks_0_resnets_0_conv1",
     "text_model_encoder_layers_3_mlp_fc1",
-    "double_blocks.0.img_attn.qkv",
+    "double_blocks.18.img_attn.qkv",
 )
 TEXT_Q = "text_model.encoder.layers.0.self_attn.q_proj"
 DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -280,8 +293,8 @@ DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
         (
             "flux-dev",
             {
-                "double_blocks.0.processor.qkv_lora1.down.weight": (16, 3072),
-                "double_blocks.0.processor.qkv_lora1.up.weight": (9216, 16),
+                "double_blocks.18.processor.qkv_lora1.down.weight": (16, 3072),
+                "double_blocks.18.processor.qkv_lora1.up.weight": (9216, 16),
             },
         ),
         (
@@ -327,6 +340,34 @@ DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 )
 def test_spellings_from_elsewhere(kind, tensors):
     assert known.recognize_kind(tensors) == kind
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_files_of_public_tools(name):
+    file = PUBLISHED_FILES[name]
+    shapes = list_tensors(file)
+    assert recognize_keys(shapes).format == file.format
+    known._refuse_other_families(shapes, name)
+    assert known.recognize_kind(shapes, file.header) == file.kind
+    layers = known._layers_in_file(shapes, file.format)
+    assert len(layers) == sum(len(blocks.numbers) * len(blocks.layers) for blocks in file.blocks)
+    assert known._shapes_by_layer(file.kind, file.format, layers).keys() == {
+        layer.name for layer in layers
+    }
+
+
+def test_layers_that_two_models_have_need_the_models_name():
+    """The first attention of Stable Diffusion 3 medium and 3.5 medium, which diffusers' script for
+    both adapts; and a double block of Flux and FLUX.2 klein 4B.
+    """
+    medium = PUBLISHED_FILES["diffusers, SD 3.5 large"]
+    short = tuple(Blocks(own.name, range(23), own.layers) for own in medium.blocks[:2])
+    text = sentence(known.recognize_kind, list_tensors(medium._replace(width=1536, blocks=short)))
+    assert "Stable Diffusion 3 medium and Stable Diffusion 3.5 medium alike" in text
+    klein = PUBLISHED_FILES["diffusers, double blocks of klein 4B"]
+    (first,) = [Blocks(own.name, (0,), own.layers) for own in klein.blocks[:1]]
+    text = sentence(known.recognize_kind, list_tensors(klein._replace(blocks=(first,))))
+    assert "Flux.1 dev and FLUX.2 klein base 4B alike" in text
 
 
 @pytest.mark.skipif(not DISNEY.is_file(), reason="the published file is not here")

@@ -38,6 +38,15 @@ def test_configs_are_those_of_the_published_models():
         "sdxl-refiner": "sdxl_refiner_v1-0",
         "flux-dev": "flux1",
         "flux-schnell": "flux1",
+        "sd3": "medium",
+        "sd3.5-medium": "5-medium",
+        "sd3.5-large": "5-large",
+        "sd3.5-large-turbo": "5-large",
+        "flux2-klein-base-4b": "flux_2_klein_4b",
+        "flux2-klein-4b": "flux_2_klein_4b",
+        "flux2-klein-base-9b": "flux_2_klein_9b",
+        "flux2-klein-9b": "flux_2_klein_9b",
+        "flux2-dev": "flux_2_dev",
     }
     assert layouts["sd2"].components["text_encoder"].width == 1024
     for kind in PUBLISHED_MODELS:

@@ -23,8 +23,8 @@ from tests.refusals import sentence
 
 SD = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"  # [320, 768]
 SAI = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"  # the same layer in the original code
-FLUX = "transformer_blocks.2.attn.add_k_proj"  # [3072, 3072]
-BFL = "double_blocks.2.txt_attn.qkv.1"  # the same layer, as OneTrainer numbers the parts
+FLUX = "transformer_blocks.12.attn.add_k_proj"  # [3072, 3072]
+BFL = "double_blocks.12.txt_attn.qkv.1"  # the same layer, as OneTrainer numbers the parts
 PEFT = "base_model.model"
 HEADED = {  # name of a layer in a file -> (format, family, path)
     f"unet.{SD}": ("diffusers", "sd", SD),
@@ -89,7 +89,9 @@ def test_commands_write_published_names_without_the_head(tmp_path, capsys, name)
     call("convert", source, native)
     assert set(load_file(native)) == {f"transformer.{FLUX}.lora_{x}.weight" for x in "AB"}
     call("convert", source, kohya, "--to", "kohya")
-    assert all(key.startswith("lora_unet_double_blocks_2_txt_attn_qkv") for key in load_file(kohya))
+    assert all(
+        key.startswith("lora_unet_double_blocks_12_txt_attn_qkv") for key in load_file(kohya)
+    )
     layout = known.published_layout("flux-dev")
     up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
     for file in (native, kohya):
@@ -136,6 +138,22 @@ def test_all_commands_refuse_a_control_lora_by_its_name(tmp_path, capsys, shown)
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        "lora_unet_double_stream_modulation_img_lin",
+        "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+        "lora_transformer_transformer_blocks_0_ff_linear_in",
+    ],
+)
+def test_latents_of_128_channels_are_no_control_image(other):
+    """FLUX.2's have as many as Flux's latents and a control image."""
+    first = CONTROL["the first layer"] | CONTROL["the first layer in kohya's names"]
+    own = {f"{other}.lora_down.weight": (4, 3072)}
+    assert recognize_keys(first).kind == "foreign"
+    assert recognize_keys(first | own).kind == "adapter"
+
+
+@pytest.mark.parametrize(
     ("key", "shape", "what"),
     [
         ("lllite_unet_down_blocks_0.down.0.weight", (4, 4), "ControlNet-LLLite"),
@@ -154,8 +172,8 @@ def test_other_adapters_are_refused_by_their_names(tmp_path, capsys, key, shape,
 
 
 def test_no_layer_of_a_published_model_is_taken_for_another_models():
-    for kind in ("sd1", "sd2", "sdxl", "flux-dev"):
-        for component in known.published_layout(kind).components.values():
+    for layout in known.published_layouts().values():
+        for component in layout.components.values():
             names = [*component.shapes, *kohya.original_names(component).values()]
             names += [f"lora_unet_{name.replace('.', '_')}.alpha" for name in names]
             for title, pattern in known.OTHER_FAMILIES.items():
@@ -169,7 +187,6 @@ def test_no_layer_of_a_published_model_is_taken_for_another_models():
         ("diffusion_model.blocks.0.self_attn.q", "Wan"),
         ("lora_unet_transformer_blocks_0_img_mlp_net_2", "Qwen-Image"),
         ("lora_unet_transformer_blocks_43_attn_to_q", "Qwen-Image"),
-        ("lora_unet_joint_blocks_0_x_block_mlp_fc1", "Stable Diffusion 3"),
         ("diffusion_model.layers.0.attention.to_q", "Z-Image"),
     ],
 )

@@ -68,6 +68,9 @@ CONTROL_KEY = re.compile(
 # The first layer of a transformer of packed latents: 64 inputs, with a control image 128.
 FIRST_LAYER = re.compile(r".*\b(lora_unet_)?(img_in|x_embedder)\.(lora_A|lora_down|lora\.down).*")
 CONTROL_INPUTS = 128
+# Layers of models whose latents have 128 channels themselves: one modulation for all blocks, an MLP
+# with a gate.
+WIDE_LAYER = re.compile(r"stream_modulation|qkv_mlp_proj|[._]linear_(in|out)\b")
 
 
 class RecognizedFile(NamedTuple):
@@ -169,8 +172,8 @@ def _recognize_control(shapes: Shapes) -> RecognizedFile | None:
     for key, shape in shapes.items():
         if "norm" in key and CONTROL_KEY.fullmatch(key):
             return RecognizedFile("foreign", what=CONTROL, key=key)
-        takes = shape[1] if len(shape) > 1 else 0
-        if takes == CONTROL_INPUTS and FIRST_LAYER.fullmatch(key):
+        is_wide = len(shape) > 1 and shape[1] == CONTROL_INPUTS and FIRST_LAYER.fullmatch(key)
+        if is_wide and not any(map(WIDE_LAYER.search, shapes)):
             return RecognizedFile("foreign", what=WIDE, key=key)
     return None
 
