@@ -101,9 +101,10 @@ from lora_core.runs.prompt_loras import (
     read_tagged_prompt,
 )
 from lora_core.runs.run_checkpoints import find_checkpoints
-from lora_core.settings import check_options
+from lora_core.settings import SamplerSettings, check_options
 from models import DTYPES, choose_device, load_family, use_device
 from models.placement import loading_device, place_networks
+from models.skip_layers import choose_skip_layers
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Drawing:
             config,
             self.start.pixels,
             self.start.mask,
-            prepare=LoraStrengths(self.patches, loras, settings),
+            prepare=BatchSettings(self.patches, loras, settings, self.family, config),
         )
 
     def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
@@ -155,6 +156,20 @@ class Drawing:
             title="drawing",
         )
         return list(chain.from_iterable(map(to_images, drawn)))
+
+
+@dataclass(frozen=True)
+class BatchSettings(LoraStrengths):
+    """What a batch sets before it is drawn: the strengths of its LoRAs, and skip-layer guidance."""
+
+    family: Family
+    config: Infer
+
+    def __call__(self, share: float | None = None, *, off: bool = False) -> None:
+        skip = choose_skip_layers(self.family, self.config)
+        if skip is not None:
+            self.family.set_skip_layers(skip)  # type: ignore[attr-defined]
+        super().__call__(share, off=off)
 
 
 def infer(config: Infer) -> list[Path]:
@@ -182,8 +197,16 @@ def infer(config: Infer) -> list[Path]:
         torch.set_num_threads(config.threads)
     if axes:
         return [write_grid(config, prompts, axes)]
-    with open_drawing(config, prompts, open_models(config, loras)) as drawing:
+    models = open_models(config, loras)
+    config = with_own_steps(config, models[0])
+    with open_drawing(config, prompts, models) as drawing:
         return write_images(drawing, config, prompts)
+
+
+def with_own_steps(config: Infer, family: Family) -> Infer:
+    """The options with the model's own number of steps, where they leave it to the model."""
+    own = getattr(family, "own_steps", 0) or SamplerSettings().steps
+    return replace(config, steps=config.steps or own)
 
 
 @contextmanager
@@ -306,7 +329,7 @@ def write_grid(config: Infer, prompts: Sequence[TaggedPrompt], axes: Sequence[Ax
     The sheet of one prompt has its recipe.
     """
     cells = grid_cells(axes)
-    images = draw_cells(config, prompts, axes, cells)
+    images, config = draw_cells(config, prompts, axes, cells)
     path = Path(config.out)
     if path.suffix.lower() in ENDINGS:
         print_note(save_animation(images, axes[0].captions, path))
@@ -329,8 +352,9 @@ def draw_cells(
     prompts: Sequence[TaggedPrompt],
     axes: Sequence[Axis],
     cells: Sequence[Mapping[str, float]],
-) -> list[Image.Image]:
-    """The image of every prompt in every cell of a grid, prompt by prompt.
+) -> tuple[list[Image.Image], Infer]:
+    """(the image of every prompt in every cell of a grid, prompt by prompt; the options with the
+    number of steps).
 
     The LoRAs of one checkpoint at a time are on the models, which are read anew for each where
     they do not lie whole on one device.
@@ -348,11 +372,12 @@ def draw_cells(
         if models is None or not keeps_models:
             models = None  # before others take its place
             models = open_models(own, combine_loras(list(map(parse_lora, own.lora)), prompts))
+        own = with_own_steps(own, models[0])
         places = [i for i, (_, cell) in enumerate(jobs) if cell.get("checkpoint", 0) == checkpoint]
         with open_drawing(own, prompts, models) as drawing:
             batches = [_cell_batch(drawing, own, *jobs[i]) for i in places]
             images |= zip(places, drawing.draw_images(batches))
-    return [images[i] for i in range(len(jobs))]
+    return [images[i] for i in range(len(jobs))], replace(config, steps=own.steps)
 
 
 def _cell_batch(
@@ -387,8 +412,12 @@ def check_image_options(config: Infer, axes: Sequence[Axis], prompts: int, loras
     check_axes(axes, prompts=prompts, count=config.count, loras=loras)
     check_seeds(config.seed, config.count, axes)
     find_sampler(config.sampler, config.sampler_args)
-    if config.refiner_start != Infer().refiner_start and not config.refiner:
+    default = Infer()
+    if config.refiner_start != default.refiner_start and not config.refiner:
         raise UserError("--refiner-start has no effect without --refiner")
+    for name in ("skip_layer_scale", "skip_layer_start", "skip_layer_stop"):
+        if getattr(config, name) != getattr(default, name) and not config.skip_layers:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --skip-layers")
     varies_guidance = any(axis.setting == "guidance" for axis in axes)
     if config.negative and config.guidance == 1 and not varies_guidance:
         raise UserError("--negative has no effect at guidance 1; leave it out or raise --guidance")

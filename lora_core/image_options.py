@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lora_core.model_settings import ModelConfig
-from lora_core.settings import AtLeast, SamplerSettings
+from lora_core.settings import AtLeast, SamplerSettings, Share
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class ImageRequest:
 class Infer(SamplerSettings, ModelConfig, ImageRequest):
     """Draw images with a text-to-image model and LoRA files."""
 
+    steps: Annotated[int, AtLeast(0)] = 0
+    """Sampling steps; 0: the model's own number where it was distilled to few steps (4), else
+    25."""
     clip_skip: Annotated[int, AtLeast(0)] = 0
     """Last layers of the CLIP text encoders that are left out; 0: as many as the run of the LoRA
     left out, else none."""
@@ -77,6 +80,15 @@ class Infer(SamplerSettings, ModelConfig, ImageRequest):
     negative: TEXT", in pixels (left, top, right, bottom). Repeat the flag for several; where boxes
     overlap, they are averaged (Mix-of-Show). Without a negative prompt it has --negative. Empty:
     none."""
+    skip_layers: tuple[int, ...] = ()
+    """Skip-layer guidance, for transformers of joint blocks: numbers of blocks without which the
+    prompts are asked for once more, and guidance moves away from that. Empty: none."""
+    skip_layer_scale: float = 2.8
+    """Strength of --skip-layers: that many times the difference is added."""
+    skip_layer_start: Annotated[float, Share()] = 0.01
+    """Share of the steps after which --skip-layers acts."""
+    skip_layer_stop: Annotated[float, Share(zero=False, one=True)] = 0.2
+    """Share of the steps before which --skip-layers ends."""
     refiner: str = ""
     """Folder or hub id of a refiner model, which runs the last steps as image to image. Empty:
     none."""

@@ -41,6 +41,8 @@ FAMILIES = {  # `_class_name` of model_index.json -> the family's file
     "StableDiffusionXLInpaintPipeline": "models.sdxl",
     "FluxPipeline": "models.flux",
     "FluxImg2ImgPipeline": "models.flux",
+    "StableDiffusion3Pipeline": "models.sd3",
+    "StableDiffusion3Img2ImgPipeline": "models.sd3",
 }
 
 

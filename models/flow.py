@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,10 +23,13 @@ from lora_core.errors import UserError
 from lora_core.family import Conditioning, LoadOptions, Sizes
 from models.components import (
     check_tokenizers,
+    config_errors,
     decode_latents,
     encode_pixels,
     freeze_network,
     load_network,
+    open_tokenizer,
+    read_encoder_config,
     read_json,
     read_resolution,
 )
@@ -50,6 +53,7 @@ OTHER_STEPS = (  # keys that are refused
     "stochastic_sampling",
 )
 LONGEST = 512  # tokens of a prompt: the limit of all pipelines
+TRANSFORMER_CONFIG = "transformer/config.json"
 
 
 class FlowFamily:
@@ -69,6 +73,7 @@ class FlowFamily:
     zeros: tuple[str, ...] = ()
     spacing: Spacing = "trailing"  # unused: a flow has one layout of its timesteps
     offset = 0  # unused
+    own_steps = 0  # of a sampler, for a model that was distilled to few; 0: as many as you like
     working_device: torch.device | None = None  # of networks that come there to work
 
     def __init__(
@@ -250,16 +255,47 @@ def unpack_latents(tokens: Tensor, height: int, width: int, patch: int = PATCH) 
 # ---------------------------------------------------------------- loading
 
 
-def load_parts(path: str, how: LoadOptions, classes: Mapping[str, Any], vae: Any) -> dict[str, Any]:
-    """The networks of a model: those of `classes` (name of the component -> class) in the base
-    precision, and the VAE, of the class `vae`, in its own.
+class TextEncoder(NamedTuple):
+    """The classes of transformers for one text encoder."""
+
+    network: Any
+    config: Any
+    tokenizer: Any
+
+
+def load_parts(
+    path: str, how: LoadOptions, transformer: Any, encoders: Mapping[str, TextEncoder], vae: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(networks, tokenizers) of the model at `path`, by the names of its components.
+
+    `transformer` and `vae` are classes of diffusers. The VAE has its own precision, all other
+    networks have the base precision.
     """
-    modules = {}
-    for name, kind in classes.items():
-        modules[name] = load_network(kind, path, name, how.dtype, how.device)
+    tokenizers = {}
+    for name, classes in encoders.items():
+        folder = name.replace("text_encoder", "tokenizer")
+        tokenizers[name] = open_tokenizer(classes.tokenizer, path, folder, how.device)
+    networks = {
+        "transformer": load_network(transformer, path, "transformer", how.dtype, how.device)
+    }
+    for name, classes in encoders.items():
+        networks[name] = load_network(classes.network, path, name, how.dtype, how.device)
     vae_folder = "" if how.vae else "vae"
-    modules["vae"] = load_network(vae, how.vae or path, vae_folder, how.vae_precision, how.device)
-    return modules
+    networks["vae"] = load_network(vae, how.vae or path, vae_folder, how.vae_precision, how.device)
+    return networks, tokenizers
+
+
+def read_networks(
+    path: str, transformer: Any, encoders: Mapping[str, TextEncoder]
+) -> dict[str, Any]:
+    """The transformer and the text encoders of the model at `path` on the meta device, from their
+    configs alone: no weight is read.
+    """
+    with torch.device("meta"), config_errors(path):
+        networks = {"transformer": transformer.from_config(read_json(path, TRANSFORMER_CONFIG))}
+        for name, classes in encoders.items():
+            networks[name] = classes.network(read_encoder_config(path, name, classes.config))
+    return networks
 
 
 def prompt_length(length: int, own: int) -> int:
@@ -275,14 +311,27 @@ def prompt_length(length: int, own: int) -> int:
     return length or own
 
 
-def check_fit(path: str, component: str, key: str, takes: int, gives: int, source: str) -> None:
-    """Raises UserError for a transformer whose config.json expects another size than it gets.
+def check_channels(takes: int, expected: int) -> None:
+    """Raises UserError for a transformer with more input channels than the latents have.
 
-    `key` of the transformer is `takes`; the component (or components) `component` give `gives`,
-    which is the value of `source`.
+    Those of Flux Fill, Depth and Canny have more, and those with a control image.
     """
-    if takes != gives:
+    if takes != expected:
         raise UserError(
-            f"the transformer of {path} has {key} {takes}, and {component} gives {gives} "
-            f"({source}); take all parts from one model"
+            f"the transformer takes {takes} channels, expected {expected}; "
+            "models that read a mask or a control image are not supported"
         )
+
+
+def check_fit(path: str, config: Mapping[str, Any], sizes: Mapping[str, int], givers: str) -> None:
+    """Raises UserError for a transformer's config.json that expects other sizes than it gets.
+
+    `sizes`: key of the config -> the size that the components `givers` give. A key that is left out
+    has the default of the network's class, which is not checked.
+    """
+    for key, size in sizes.items():
+        if config.get(key, size) != size:
+            raise UserError(
+                f"the transformer of {path} has {key} {config[key]}, expected {size}, as {givers} "
+                "has it; take all parts from one model"
+            )

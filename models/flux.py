@@ -28,31 +28,31 @@ from lora_core.family import Conditioning, FamilyFunctions, LoadOptions
 from lora_core.formats.layout import Layout, layout_of
 from lora_core.tokens import first_eos
 from models import sd
-from models.components import (
-    config_errors,
-    open_tokenizer,
-    read_encoder_config,
-    read_json,
-    read_prompt_length,
-    tokenize_prompts,
-)
+from models.components import read_encoder_config, read_json, read_prompt_length, tokenize_prompts
 from models.flow import (
     PATCH,
+    TRANSFORMER_CONFIG,
     FlowFamily,
+    TextEncoder,
+    check_channels,
+    check_fit,
     load_parts,
     pack_latents,
     prompt_length,
     read_flow_schedule,
     read_flow_scheduler,
+    read_networks,
     refuse_masks,
     unpack_latents,
 )
-from models.flux_attention import install_joint_attention, keep_maps
-from models.flux_names import SWAPPED, original_flux_names
+from models.flux_names import original_flux_names
+from models.joint_attention import install_joint_attention, keep_maps
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
-# Components that adapter files may name.
-ADAPTABLE = ("transformer", "text_encoder", "text_encoder_2")
+TEXTS = {
+    "text_encoder": TextEncoder(CLIPTextModel, CLIPTextConfig, CLIPTokenizer),
+    "text_encoder_2": TextEncoder(T5EncoderModel, T5Config, T5TokenizerFast),
+}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -92,8 +92,8 @@ class Flux(FlowFamily):
         self.t5 = modules["text_encoder_2"]
         self.pipeline = PIPELINES[0]
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
-        check_channels(self.transformer.config.in_channels, self.latent_channels)
-        self.layout = flux_layout({name: modules[name] for name in ADAPTABLE})
+        self.own_steps = 0 if self.distilled_guidance else 4  # schnell was distilled to few
+        self.layout = flux_layout({name: modules[name] for name in ("transformer", *TEXTS)})
         self.joint_attention = install_joint_attention(self.transformer)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -180,20 +180,15 @@ def load(path: str, how: LoadOptions) -> Flux:
             "vector is used, and T5 reads --max-sequence-length tokens; leave it out"
         )
     scheduler = read_flow_scheduler(path, how.scheduler)
-    config = read_json(path, "transformer/config.json")
+    config = read_json(path, TRANSFORMER_CONFIG)
     latent_channels = read_json(path, "vae/config.json").get("latent_channels", 4)
-    check_channels(config.get("in_channels", 64), latent_channels)
+    check_channels(config.get("in_channels", 64), PATCH * PATCH * latent_channels)
+    pooled = read_encoder_config(path, "text_encoder", CLIPTextConfig).hidden_size
+    check_fit(path, config, {"pooled_projection_dim": pooled}, "text_encoder")
+    width = read_encoder_config(path, "text_encoder_2", T5Config).d_model
+    check_fit(path, config, {"joint_attention_dim": width}, "text_encoder_2")
     length = prompt_length(how.max_sequence_length, LENGTHS[bool(config.get("guidance_embeds"))])
-    tokenizers = {
-        "text_encoder": open_tokenizer(CLIPTokenizer, path, "tokenizer", how.device),
-        "text_encoder_2": open_tokenizer(T5TokenizerFast, path, "tokenizer_2", how.device),
-    }
-    classes = {
-        "transformer": FluxTransformer2DModel,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": T5EncoderModel,
-    }
-    modules = load_parts(path, how, classes, AutoencoderKL)
+    modules, tokenizers = load_parts(path, how, FluxTransformer2DModel, TEXTS, AutoencoderKL)
     family = Flux(modules, tokenizers, scheduler, length)
     family.pipeline = read_json(path, "model_index.json")["_class_name"]
     return family
@@ -201,27 +196,10 @@ def load(path: str, how: LoadOptions) -> Flux:
 
 def read_flux_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    with torch.device("meta"), config_errors(path):
-        transformer = FluxTransformer2DModel.from_config(read_json(path, "transformer/config.json"))
-        clip = CLIPTextModel(read_encoder_config(path, "text_encoder", CLIPTextConfig))
-        t5 = T5EncoderModel(read_encoder_config(path, "text_encoder_2", T5Config))
-    return flux_layout(dict(zip(ADAPTABLE, (transformer, clip, t5))))
+    return flux_layout(read_networks(path, FluxTransformer2DModel, TEXTS))
 
 
 FAMILY = FamilyFunctions(load, read_flux_layout, read_flow_schedule)
-
-
-def check_channels(takes: int, latent_channels: int) -> None:
-    """Raises UserError for a transformer with more input channels than packed latents.
-
-    Flux Fill, Depth and Canny have such transformers.
-    """
-    expected = PATCH * PATCH * latent_channels
-    if takes != expected:
-        raise UserError(
-            f"the transformer takes {takes} channels, expected {expected}; "
-            "models that read a mask or a control image are not supported"
-        )
 
 
 # ---------------------------------------------------------------- names
@@ -242,7 +220,7 @@ def flux_layout(modules: Mapping[str, nn.Module]) -> Layout:
         architecture=f"flux-1-{'dev' if guidance else 'schnell'}/lora",
     )
     network = plain.components["transformer"]
-    named = replace(network, **original_flux_names(network.modules), swapped=SWAPPED)
+    named = replace(network, **original_flux_names(network.modules))
     components = {**plain.components, "transformer": named}
     return replace(
         plain,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from models.original_names import ADDED_QKV, QKV, BlockNames, find_original_names
+
 NAMES = {  # diffusers' path -> the original code's, which kohya's files use
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
@@ -39,31 +41,16 @@ SINGLE_BLOCK = {
     "attn.norm_q": "norm.query_norm",
     "attn.norm_k": "norm.key_norm",
 }
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-# diffusers' blocks -> the original's, names inside, layers that the original computes in one
-BLOCKS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {
-    "transformer_blocks": (
-        "double_blocks",
-        DOUBLE_BLOCK,
-        {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV},
+BLOCKS = {
+    "transformer_blocks": BlockNames(
+        "double_blocks", DOUBLE_BLOCK, {"img_attn.qkv": QKV, "txt_attn.qkv": ADDED_QKV}
     ),
-    "single_transformer_blocks": ("single_blocks", SINGLE_BLOCK, {"linear1": (*QKV, "proj_mlp")}),
+    "single_transformer_blocks": BlockNames(
+        "single_blocks", SINGLE_BLOCK, {"linear1": (*QKV, "proj_mlp")}
+    ),
 }
 
 
 def original_flux_names(paths: Iterable[str]) -> dict[str, Any]:
-    """The fields `names` and `fused` of a `Component`, for the transformer's paths."""
-    names, fused = {}, {}
-    for path in paths:
-        kind, _, rest = path.partition(".")
-        index, _, inner = rest.partition(".")
-        if kind not in BLOCKS:
-            names[path] = NAMES[path]
-            continue
-        original, plain, stacks = BLOCKS[kind]
-        if inner in plain:
-            names[path] = f"{original}.{index}.{plain[inner]}"
-        for name, parts in stacks.items():
-            fused[f"{original}.{index}.{name}"] = tuple(f"{kind}.{index}.{part}" for part in parts)
-    return {"names": names, "fused": fused}
+    """The fields `names`, `fused` and `swapped` of a `Component`, for the transformer's paths."""
+    return find_original_names(paths, NAMES, BLOCKS) | {"swapped": SWAPPED}

@@ -1,8 +1,10 @@
 """Configs of the published models as literal tables, and folders in the diffusers layout of them.
 
 Values are from the config.json files of runwayml/stable-diffusion-v1-5 and -inpainting, of
-stabilityai/stable-diffusion-2-base, -2, -2-inpainting, -xl-base-1.0 and -xl-refiner-1.0, of
-diffusers/stable-diffusion-xl-1.0-inpainting-0.1, and of black-forest-labs/FLUX.1-dev and -schnell.
+stabilityai/stable-diffusion-2-base, -2, -2-inpainting, -xl-base-1.0, -xl-refiner-1.0,
+-3-medium-diffusers, -3.5-medium and -3.5-large, of
+diffusers/stable-diffusion-xl-1.0-inpainting-0.1, and of black-forest-labs/FLUX.1-dev and -schnell,
+FLUX.2-klein-4B, -klein-9B (their bases are alike) and FLUX.2-dev.
 """
 
 from __future__ import annotations
@@ -14,7 +16,46 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Config = dict[str, Any]
+from models.published_parts import (
+    BIG_G,
+    CLIP_H,
+    CLIP_L,
+    CLIP_L_PROJECTED,
+    FLOW,
+    FLOW_SD3,
+    FLUX2_TRANSFORMER,
+    FLUX_TRANSFORMER,
+    KLEIN_4B,
+    KLEIN_9B,
+    MASKED,
+    MISTRAL_SMALL,
+    QWEN3_4B,
+    QWEN3_8B,
+    SD3_TRANSFORMER,
+    SD35_LARGE,
+    SD35_MEDIUM,
+    STEPS,
+    STEPS_XL,
+    T5_XXL,
+    UNET_1,
+    UNET_2,
+    UNET_REFINER,
+    UNET_XL,
+    V_PREDICTION,
+    VAE,
+    VAE_FLUX,
+    VAE_FLUX2,
+    VAE_SD3,
+    VAE_XL,
+    Config,
+)
+
+TOKENIZERS = {  # model_type of a text encoder -> class of its tokenizer
+    "clip_text_model": "CLIPTokenizer",
+    "t5": "T5TokenizerFast",
+    "qwen3": "Qwen2TokenizerFast",
+    "mistral3": "PixtralProcessor",
+}
 
 
 class PublishedModel(NamedTuple):
@@ -25,151 +66,6 @@ class PublishedModel(NamedTuple):
     like: str = ""  # the model with the same adapters, where it is a variant
 
 
-# ---------------------------------------------------------------- parts
-
-CLIP_L: Config = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    projection_dim=768,
-    hidden_act="quick_gelu",
-    max_position_embeddings=77,
-    vocab_size=49408,
-    pad_token_id=1,
-    bos_token_id=0,
-    eos_token_id=2,
-    architectures=["CLIPTextModel"],
-    model_type="clip_text_model",
-)
-# OpenCLIP's ViT-H; Stable Diffusion 2 reads the state before the last of its 24 layers, so the last
-# is left out.
-CLIP_H = CLIP_L | dict(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=23,
-    num_attention_heads=16,
-    projection_dim=512,
-    hidden_act="gelu",
-)
-BIG_G = CLIP_L | dict(
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    projection_dim=1280,
-    hidden_act="gelu",
-    architectures=["CLIPTextModelWithProjection"],
-)
-T5_XXL: Config = dict(
-    vocab_size=32128,
-    d_model=4096,
-    d_kv=64,
-    d_ff=10240,
-    num_layers=24,
-    num_heads=64,
-    feed_forward_proj="gated-gelu",
-    tie_word_embeddings=False,
-    architectures=["T5EncoderModel"],
-    model_type="t5",
-)
-PLAIN_DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
-PLAIN_UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
-UNET_1: Config = dict(
-    _class_name="UNet2DConditionModel",
-    sample_size=64,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=[320, 640, 1280, 1280],
-    layers_per_block=2,
-    attention_head_dim=8,
-    cross_attention_dim=768,
-    down_block_types=[CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, PLAIN_DOWN],
-    up_block_types=[PLAIN_UP, CROSS_UP, CROSS_UP, CROSS_UP],
-)
-UNET_2 = UNET_1 | dict(
-    attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True
-)
-UNET_XL = UNET_2 | dict(
-    sample_size=128,
-    block_out_channels=[320, 640, 1280],
-    transformer_layers_per_block=[1, 2, 10],
-    attention_head_dim=[5, 10, 20],
-    cross_attention_dim=2048,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-    down_block_types=[PLAIN_DOWN, CROSS_DOWN, CROSS_DOWN],
-    up_block_types=[CROSS_UP, CROSS_UP, PLAIN_UP],
-)
-UNET_REFINER = UNET_XL | dict(
-    block_out_channels=[384, 768, 1536, 1536],
-    transformer_layers_per_block=4,
-    attention_head_dim=[6, 12, 24, 24],
-    cross_attention_dim=1280,
-    projection_class_embeddings_input_dim=2560,
-    down_block_types=[PLAIN_DOWN, CROSS_DOWN, CROSS_DOWN, PLAIN_DOWN],
-    up_block_types=[PLAIN_UP, CROSS_UP, CROSS_UP, PLAIN_UP],
-)
-MASKED = dict(in_channels=9)
-FLUX_TRANSFORMER: Config = dict(
-    _class_name="FluxTransformer2DModel",
-    in_channels=64,
-    num_layers=19,
-    num_single_layers=38,
-    attention_head_dim=128,
-    num_attention_heads=24,
-    joint_attention_dim=4096,
-    pooled_projection_dim=768,
-)
-VAE: Config = dict(
-    _class_name="AutoencoderKL",
-    sample_size=512,
-    block_out_channels=[128, 256, 512, 512],
-    layers_per_block=2,
-    latent_channels=4,
-    scaling_factor=0.18215,
-    down_block_types=["DownEncoderBlock2D"] * 4,
-    up_block_types=["UpDecoderBlock2D"] * 4,
-)
-VAE_XL = VAE | dict(sample_size=1024, scaling_factor=0.13025)
-VAE_FLUX = VAE | dict(
-    sample_size=1024,
-    latent_channels=16,
-    scaling_factor=0.3611,
-    shift_factor=0.1159,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-)
-STEPS_XL: Config = dict(
-    _class_name="EulerDiscreteScheduler",
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    num_train_timesteps=1000,
-    steps_offset=1,
-    prediction_type="epsilon",
-    timestep_spacing="leading",
-)
-STEPS = STEPS_XL | dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=False)
-FLOW: Config = dict(
-    _class_name="FlowMatchEulerDiscreteScheduler",
-    num_train_timesteps=1000,
-    shift=3.0,
-    use_dynamic_shifting=True,
-    base_shift=0.5,
-    max_shift=1.15,
-    base_image_seq_len=256,
-    max_image_seq_len=4096,
-)
-V_PREDICTION = dict(prediction_type="v_prediction")
-CLASSES = {  # entries of a model_index.json
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
 def _config_files(
     pipeline: str, parts: Mapping[str, Config], scheduler: Config, **index: Any
 ) -> dict[str, Config]:
@@ -178,10 +74,10 @@ def _config_files(
     for name, config in parts.items():
         if name.startswith("text_encoder"):
             listed[name] = ["transformers", config["architectures"][0]]
-            kind = "T5TokenizerFast" if config["model_type"] == "t5" else "CLIPTokenizer"
-            listed[name.replace("text_encoder", "tokenizer")] = ["transformers", kind]
+            tokenizer = TOKENIZERS[config["model_type"]]
+            listed[name.replace("text_encoder", "tokenizer")] = ["transformers", tokenizer]
         else:
-            listed[name] = CLASSES[name]
+            listed[name] = ["diffusers", config["_class_name"]]
     files = {f"{name}/config.json": config for name, config in parts.items()}
     return {
         "model_index.json": listed | index,
@@ -227,6 +123,26 @@ def _flux_model(title: str, scheduler: Config, like: str = "", *, guidance: bool
         "text_encoder_2": T5_XXL,
     }
     return PublishedModel(title, _config_files("FluxPipeline", parts, scheduler), like)
+
+
+def _sd3_model(title: str, transformer: Config, like: str = "") -> PublishedModel:
+    parts: dict[str, Config] = {
+        "transformer": transformer,
+        "vae": VAE_SD3,
+        "text_encoder": CLIP_L_PROJECTED,
+        "text_encoder_2": BIG_G,
+        "text_encoder_3": T5_XXL,
+    }
+    return PublishedModel(title, _config_files("StableDiffusion3Pipeline", parts, FLOW_SD3), like)
+
+
+def _flux2_model(
+    title: str, transformer: Config, text: Config, like: str = "", **index: Any
+) -> PublishedModel:
+    """A FLUX.2 model; klein's model_index.json says whether it is distilled."""
+    parts = {"transformer": transformer, "vae": VAE_FLUX2, "text_encoder": text}
+    pipeline = "Flux2KleinPipeline" if index else "Flux2Pipeline"
+    return PublishedModel(title, _config_files(pipeline, parts, FLOW, **index), like)
 
 
 BOTH = {"text_encoder": CLIP_L, "text_encoder_2": BIG_G}
@@ -283,6 +199,25 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
         like="flux-dev",
         guidance=False,
     ),
+    "sd3": _sd3_model("Stable Diffusion 3 medium", SD3_TRANSFORMER),
+    "sd3.5-medium": _sd3_model("Stable Diffusion 3.5 medium", SD35_MEDIUM),
+    "sd3.5-large": _sd3_model("Stable Diffusion 3.5 large", SD35_LARGE),
+    "sd3.5-large-turbo": _sd3_model(
+        "Stable Diffusion 3.5 large turbo", SD35_LARGE, like="sd3.5-large"
+    ),
+    "flux2-klein-base-4b": _flux2_model(
+        "FLUX.2 klein base 4B", KLEIN_4B, QWEN3_4B, is_distilled=False
+    ),
+    "flux2-klein-4b": _flux2_model(
+        "FLUX.2 klein 4B", KLEIN_4B, QWEN3_4B, like="flux2-klein-base-4b", is_distilled=True
+    ),
+    "flux2-klein-base-9b": _flux2_model(
+        "FLUX.2 klein base 9B", KLEIN_9B, QWEN3_8B, is_distilled=False
+    ),
+    "flux2-klein-9b": _flux2_model(
+        "FLUX.2 klein 9B", KLEIN_9B, QWEN3_8B, like="flux2-klein-base-9b", is_distilled=True
+    ),
+    "flux2-dev": _flux2_model("FLUX.2 dev", FLUX2_TRANSFORMER, MISTRAL_SMALL),
 }
 # Hub repositories of the models in the table, and of copies with the same configs.
 HUB_NAMES = {
@@ -301,6 +236,15 @@ HUB_NAMES = {
     "stabilityai/stable-diffusion-xl-refiner-1.0": "sdxl-refiner",
     "black-forest-labs/FLUX.1-dev": "flux-dev",
     "black-forest-labs/FLUX.1-schnell": "flux-schnell",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    "stabilityai/stable-diffusion-3.5-large-turbo": "sd3.5-large-turbo",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
+    "black-forest-labs/FLUX.2-klein-4B": "flux2-klein-4b",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein-base-9b",
+    "black-forest-labs/FLUX.2-klein-9B": "flux2-klein-9b",
+    "black-forest-labs/FLUX.2-dev": "flux2-dev",
 }
 CONFIG_FOLDERS = tempfile.TemporaryDirectory(  # gone when the process ends
     prefix="lora_core-known-", ignore_cleanup_errors=True

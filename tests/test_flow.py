@@ -73,5 +73,11 @@ def test_a_length_beyond_the_pipelines_is_refused(length):
 
 
 def test_parts_of_two_models_are_refused():
-    with pytest.raises(UserError, match="joint_attention_dim 4096, and text_encoder_3 gives 2048"):
-        flow.check_fit("m", "text_encoder_3", "joint_attention_dim", 4096, 2048, "d_model")
+    with pytest.raises(UserError, match="joint_attention_dim 4096, expected 2048, as t5 has it"):
+        flow.check_fit("m", {"joint_attention_dim": 4096}, {"joint_attention_dim": 2048}, "t5")
+    flow.check_fit("m", {}, {"joint_attention_dim": 2048}, "t5")
+
+
+def test_a_control_image_is_refused():
+    with pytest.raises(UserError, match="takes 32 channels, expected 16"):
+        flow.check_channels(32, 16)

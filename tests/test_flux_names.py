@@ -1,19 +1,13 @@
 """Names of the original code: kohya's counts, and every layer stored exactly once."""
 
-import itertools
-
-from models.flux_names import BLOCKS, NAMES, original_flux_names
+from models.flux_names import BLOCKS, NAMES, SWAPPED, original_flux_names
 from models.known import published_layout
+from tests.original_weights import assert_stored_once
 
 
 def test_every_layer_is_stored_once():
     part = published_layout("flux-dev").components["transformer"]
-    names = original_flux_names(part.modules)
-    joined = list(itertools.chain.from_iterable(names["fused"].values()))
-    assert len(set(joined)) == len(joined)
-    assert not set(joined) & set(names["names"])
-    assert set(joined) | set(names["names"]) == set(part.modules)
-    assert len(set(names["names"].values())) == len(names["names"])
+    assert_stored_once(part.modules, original_flux_names(part.modules))
 
 
 def test_the_blocks_have_as_many_layers_as_sd_scripts_adapts():
@@ -25,4 +19,4 @@ def test_the_blocks_have_as_many_layers_as_sd_scripts_adapts():
 
 def test_a_path_outside_of_the_blocks_has_a_name_of_its_own():
     found = original_flux_names(NAMES)
-    assert found == {"names": NAMES, "fused": {}}
+    assert found == {"names": NAMES, "fused": {}, "swapped": SWAPPED}

@@ -36,7 +36,8 @@ IMAGE_OPTIONS = (  # what an image is: a recipe, or the flag, which wins
     "prompt", "negative", "seed", "sampler", "sampler_args", "steps", "guidance", "width",
     "height", "clip_skip", "max_token_length", "max_sequence_length", "precision", "grid",
     "model", "lora", "model_config", "vae", "refiner", "refiner_start", "region", "quantize",
-    "emphasis", "adapter_guidance",
+    "emphasis", "adapter_guidance", "skip_layers", "skip_layer_scale", "skip_layer_start",
+    "skip_layer_stop",
 )  # fmt: skip
 START_OPTIONS = ("init_image", "mask", "strength")  # images of this disk: recorded, set by flags
 CALL_OPTIONS = (  # what a command does: flags only, and not recorded

@@ -23,6 +23,7 @@ FAMILY_NAMES = {
     "sd": FamilyName("Stable Diffusion", "configs/sd15_*.toml"),
     "sdxl": FamilyName("SDXL", "configs/sdxl_*.toml"),
     "flux": FamilyName("Flux", "configs/flux_*.toml"),
+    "sd3": FamilyName("Stable Diffusion 3", "configs/sd3_*.toml"),
 }
 
 
@@ -35,22 +36,23 @@ class FamilyOption(NamedTuple):
 
 
 UNETS = ("sd", "sdxl")
+FLOWS = ("flux", "sd3")
 FAMILY_OPTIONS = (
-    FamilyOption("--max-sequence-length {}".format, ("flux",), lambda c: c.max_sequence_length),
+    FamilyOption("--max-sequence-length {}".format, FLOWS, lambda c: c.max_sequence_length),
     FamilyOption(
         "--noise.guidance {:g}".format,
         ("flux",),
         lambda c: c.noise.guidance if c.noise.guidance != Config().noise.guidance else None,
     ),
     FamilyOption(
-        "--noise.shift {:g}".format,
-        ("flux",),
-        lambda c: c.noise.shift if c.noise.shift != 1 else None,
+        "--noise.shift {:g}".format, FLOWS, lambda c: c.noise.shift if c.noise.shift != 1 else None
     ),
-    FamilyOption(lambda _: "--noise.dynamic-shift", ("flux",), lambda c: c.noise.dynamic_shift),
-    FamilyOption(lambda _: "--tokens.encoders t5", ("flux",), lambda c: "t5" in c.tokens.encoders),
+    FamilyOption(lambda _: "--noise.dynamic-shift", FLOWS, lambda c: c.noise.dynamic_shift),
+    FamilyOption(lambda _: "--tokens.encoders t5", FLOWS, lambda c: "t5" in c.tokens.encoders),
     FamilyOption(
-        lambda _: "--tokens.encoders clip_g", ("sdxl",), lambda c: "clip_g" in c.tokens.encoders
+        lambda _: "--tokens.encoders clip_g",
+        ("sdxl", "sd3"),
+        lambda c: "clip_g" in c.tokens.encoders,
     ),
     FamilyOption(
         "--noise.prediction {}".format,
@@ -58,8 +60,8 @@ FAMILY_OPTIONS = (
         lambda c: c.noise.prediction if c.noise.prediction != "model" else None,
     ),
     FamilyOption(lambda _: "--noise.zero-terminal-snr", UNETS, lambda c: c.noise.zero_terminal_snr),
-    FamilyOption("--clip-skip {}".format, UNETS, lambda c: c.clip_skip),
-    FamilyOption(lambda _: "--samples.negative", UNETS, lambda c: c.samples.negative),
+    FamilyOption("--clip-skip {}".format, (*UNETS, "sd3"), lambda c: c.clip_skip),
+    FamilyOption(lambda _: "--samples.negative", (*UNETS, "sd3"), lambda c: c.samples.negative),
 )
 
 

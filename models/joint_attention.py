@@ -1,7 +1,7 @@
-"""Attention of Flux's blocks, where text and image attend to each other, and its maps.
+"""Attention where text and image attend to each other, and its maps: Flux, Stable Diffusion 3.
 
-In a double block text and image have their own projections; in a single block the sequence of text
-and image is projected as one.
+In a double (or joint) block text and image have their own projections; in a single block the
+sequence of text and image is projected as one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from lora_core.cross_attention import AttentionMap, attention_probabilities
 class JointAttention:
     """The processor of one attention module, which can keep queries and keys.
 
-    It computes what diffusers' own processor computes.
+    It computes what diffusers' own processor computes; that of Stable Diffusion 3 has the image
+    before the text, which changes the order of sums only.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,12 @@ class DoubleAttention(JointAttention):
         y = self.attend(q, k, v, image_rotary_emb, attention_mask)
         s = text.shape[1]
         of_image = attn.to_out[1](attn.to_out[0](y[:, s:].contiguous()))
-        return of_image, attn.to_add_out(y[:, :s].contiguous())
+        of_text = y[:, :s].contiguous()
+        if (
+            attn.context_pre_only
+        ):  # the last block of Stable Diffusion 3, after which no text is read
+            return of_image, of_text
+        return of_image, attn.to_add_out(of_text)
 
 
 class SingleAttention(JointAttention):
@@ -83,10 +89,11 @@ def install_joint_attention(transformer: nn.Module) -> dict[str, JointAttention]
     """Path -> the new processor of every block's attention module."""
     found: dict[str, JointAttention] = {}
     for path, module in transformer.named_modules():
-        if hasattr(module, "set_processor") and hasattr(module, "norm_q"):
-            is_double = hasattr(module, "norm_added_k")
-            found[path] = DoubleAttention() if is_double else SingleAttention()
-            module.set_processor(found[path])
+        if not hasattr(module, "set_processor") or path.endswith(".attn2"):
+            continue  # attn2, in Stable Diffusion 3.5 medium, is the image's alone
+        is_double = getattr(module, "add_q_proj", None) is not None
+        found[path] = DoubleAttention() if is_double else SingleAttention()
+        module.set_processor(found[path])
     return found
 
 
@@ -129,9 +136,9 @@ def _text_columns(layer: JointAttention, positions: int) -> Tensor:
 
 
 def _join(text_norm: Any, text: Tensor, image_norm: Any, image: Tensor, heads: int) -> Tensor:
-    """[b, s + h w, heads, d] of text and image, each through its own norm."""
-    parts = [
-        text_norm(text.unflatten(-1, (heads, -1))),
-        image_norm(image.unflatten(-1, (heads, -1))),
-    ]
+    """[b, s + h w, heads, d] of text and image, each through its own norm, if it has one."""
+    parts = []
+    for norm, x in ((text_norm, text), (image_norm, image)):
+        split = x.unflatten(-1, (heads, -1))
+        parts.append(split if norm is None else norm(split))
     return torch.cat(parts, dim=1)
