@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -23,13 +23,12 @@ from lora_core.errors import UserError
 from lora_core.family import Conditioning, LoadOptions, Sizes
 from models.components import (
     check_tokenizers,
-    config_errors,
     decode_latents,
     encode_pixels,
     freeze_network,
     load_network,
+    make_meta_network,
     open_tokenizer,
-    read_encoder_config,
     read_json,
     read_resolution,
 )
@@ -255,47 +254,34 @@ def unpack_latents(tokens: Tensor, height: int, width: int, patch: int = PATCH) 
 # ---------------------------------------------------------------- loading
 
 
-class TextEncoder(NamedTuple):
-    """The classes of transformers for one text encoder."""
-
-    network: Any
-    config: Any
-    tokenizer: Any
-
-
-def load_parts(
-    path: str, how: LoadOptions, transformer: Any, encoders: Mapping[str, TextEncoder], vae: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(networks, tokenizers) of the model at `path`, by the names of its components.
-
-    `transformer` and `vae` are classes of diffusers. The VAE has its own precision, all other
-    networks have the base precision.
-    """
+def open_tokenizers(path: str, how: LoadOptions, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizers of a model's text encoders: name of the encoder -> class of transformers."""
     tokenizers = {}
-    for name, classes in encoders.items():
+    for name, kind in classes.items():
         folder = name.replace("text_encoder", "tokenizer")
-        tokenizers[name] = open_tokenizer(classes.tokenizer, path, folder, how.device)
-    networks = {
-        "transformer": load_network(transformer, path, "transformer", how.dtype, how.device)
-    }
-    for name, classes in encoders.items():
-        networks[name] = load_network(classes.network, path, name, how.dtype, how.device)
-    vae_folder = "" if how.vae else "vae"
-    networks["vae"] = load_network(vae, how.vae or path, vae_folder, how.vae_precision, how.device)
-    return networks, tokenizers
+        tokenizers[name] = open_tokenizer(kind, path, folder, how.device)
+    return tokenizers
 
 
-def read_networks(
-    path: str, transformer: Any, encoders: Mapping[str, TextEncoder]
-) -> dict[str, Any]:
-    """The transformer and the text encoders of the model at `path` on the meta device, from their
-    configs alone: no weight is read.
+def load_parts(path: str, how: LoadOptions, classes: Mapping[str, Any], vae: Any) -> dict[str, Any]:
+    """The networks of a model: those of `classes` (name of the component -> class) in the base
+    precision, and the VAE, of the class `vae`, in its own.
     """
-    with torch.device("meta"), config_errors(path):
-        networks = {"transformer": transformer.from_config(read_json(path, TRANSFORMER_CONFIG))}
-        for name, classes in encoders.items():
-            networks[name] = classes.network(read_encoder_config(path, name, classes.config))
-    return networks
+    modules = {}
+    for name, kind in classes.items():
+        modules[name] = load_network(kind, path, name, how.dtype, how.device)
+    vae_folder = "" if how.vae else "vae"
+    modules["vae"] = load_network(vae, how.vae or path, vae_folder, how.vae_precision, how.device)
+    return modules
+
+
+def read_networks(path: str, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks of `classes` on the meta device, from their configs alone: no weight is read."""
+    modules = {}
+    for name, kind in classes.items():
+        table = read_json(path, f"{name}/config.json")
+        modules[name] = make_meta_network(kind, table, torch.float32, path)
+    return modules
 
 
 def prompt_length(length: int, own: int) -> int:

@@ -94,7 +94,11 @@ def test_layout_and_schedule_of_the_configs_are_the_models(opened: Opened) -> No
     assert read_layout(opened.path, family=opened.name) == opened.family.layout
     schedule, prediction = read_schedule(opened.path, {}, family=opened.name)
     assert (prediction, schedule.shift) == ("flow", opened.pipe.scheduler.config.shift)
-    assert opened.family.schedule.shift == schedule.shift
+    opened.pipe.scheduler.set_timesteps(4)
+    steps = opened.family.schedule_at(8, 8).step_sigmas
+    assert steps is not None
+    found = torch.tensor(steps(4))
+    assert torch.allclose(found, opened.pipe.scheduler.sigmas[:4], atol=1e-6)
 
 
 def test_a_run_trains_and_draws_what_the_pipeline_draws_with_its_file(
