@@ -30,14 +30,11 @@ from models.language_encoders import Chat, LanguageEncoder
 
 DISTILLED_STEPS = 4  # of the klein models without "base" in their names
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
-ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 PRESETS = {  # component -> preset -> globs; the counts are those of klein 4B, klein 9B and dev
     "transformer": {
         "attention": ATTENTION,  # 40, 56 and 80
         # 60, 80 and 128, diffusers' DreamBooth script for klein
         "dreambooth": (*ATTENTION, "single_transformer_blocks.*.attn.to_out"),
-        "fal": (*ATTENTION, *ADDED, *FEED_FORWARD),  # 80, 120 and 144
         # 100, 144 and 192, which are 80, 112 and 160 layers of the original code
         "kohya": ("transformer_blocks.*", "single_transformer_blocks.*"),
         "all-linear": ("*",),  # 109, 153 and 203
@@ -77,6 +74,7 @@ READERS = {  # `_class_name` of model_index.json -> its text encoder
         {"add_generation_prompt": False},
     ),
 }
+PIPELINES = tuple(READERS)
 PIPELINES = tuple(READERS)
 
 

@@ -183,9 +183,9 @@ def test_the_schedule_of_training_is_not_shifted_unless_asked(folders, opened):
 
 
 COUNTS = {  # published model -> preset -> layers
-    "flux2-klein-base-4b": dict(attention=40, dreambooth=60, fal=80, kohya=100),
-    "flux2-klein-base-9b": dict(attention=56, dreambooth=80, fal=120, kohya=144),
-    "flux2-dev": dict(attention=80, dreambooth=128, fal=144, kohya=192),
+    "flux2-klein-base-4b": dict(attention=40, dreambooth=60, kohya=100),
+    "flux2-klein-base-9b": dict(attention=56, dreambooth=80, kohya=144),
+    "flux2-dev": dict(attention=80, dreambooth=128, kohya=192),
 }
 ALL_LAYERS = {"flux2-klein-base-4b": 109, "flux2-klein-base-9b": 153, "flux2-dev": 203}
 JOINED = {"flux2-klein-base-4b": 80, "flux2-klein-base-9b": 112, "flux2-dev": 160}

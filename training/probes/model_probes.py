@@ -148,11 +148,12 @@ def has_sequence_length(first: FirstStep) -> bool:
     """--max-sequence-length: whether the captions of the step have so many tokens, alone or behind
     those of CLIP.
     """
-    length = first.config.max_sequence_length
+    length, lengths = first.config.max_sequence_length, _caption_lengths(first)
+    if length in lengths:
+        return True
     tokens = first.model.family.tokenize(first.batch.captions[:1])
     before = {ids.shape[1] for ids in tokens.values() if ids.ndim == 2}
-    lengths = _caption_lengths(first)
-    return length in lengths or any(length + other in lengths for other in before)
+    return any(length + other in lengths for other in before)
 
 
 def _caption_lengths(first: FirstStep) -> set[int]:
