@@ -156,6 +156,10 @@ def load_network(
         raise UserError(
             f"cannot load {place}: its files lack {missing[0]}{more}; download them again"
         )
+    if kind.__module__.startswith("diffusers."):
+        # diffusers 0.42 keeps the files' dtype if the first tensor of a new network has it too,
+        # such as the table of positions of Stable Diffusion 3. Its own `to` warns.
+        nn.Module.to(loaded, dtype)
     return loaded.to(device)
 
 
