@@ -65,7 +65,7 @@ def test_all_that_is_for_another_family_is_in_one_sentence(layouts: dict[str, La
     sentence = refusal(config, layouts["sdxl"])
     for words in (
         "--adapter.targets fal is for Flux;",
-        "--max-sequence-length 256, --noise.shift 3 are for Flux or Stable Diffusion 3 or FLUX.2;",
+        "--max-sequence-length 256, --noise.shift 3 are for Flux, Stable Diffusion 3 or FLUX.2;",
         "--noise.guidance 1 is for Flux or FLUX.2; leave them out",
     ):
         assert words in sentence

@@ -86,7 +86,8 @@ def check_family(c: Config, layout: Layout) -> None:
     name, configs = FAMILY_NAMES[family]
     parts = []
     for families, listed in found.items():
-        owners = " or ".join(FAMILY_NAMES[other].name for other in families)
+        *others, last = [FAMILY_NAMES[other].name for other in families]
+        owners = f"{', '.join(others)} or {last}" if others else last
         parts.append(f"{', '.join(listed)} {'is' if len(listed) == 1 else 'are'} for {owners}")
     them = "it" if sum(map(len, found.values())) == 1 else "them"
     raise UserError(
