@@ -75,7 +75,6 @@ READERS = {  # `_class_name` of model_index.json -> its text encoder
     ),
 }
 PIPELINES = tuple(READERS)
-PIPELINES = tuple(READERS)
 
 
 # ---------------------------------------------------------------- the family
