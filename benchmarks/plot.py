@@ -22,7 +22,14 @@ from lora_core.atomic_files import atomic_write
 from lora_core.errors import UserError, quiet_status
 from lora_core.runs.pictures import INK
 
-TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "flux": "Flux", "toy": "toy"}
+TITLES = {
+    "sd15": "SD1.5",
+    "sdxl": "SDXL",
+    "flux": "Flux",
+    "sd35": "SD3.5",
+    "flux2": "FLUX.2",
+    "toy": "toy",
+}
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
 COLORS = {"ours": "#1f6f8b", "peft": "#c9ccd1"}
 COUNTS = {

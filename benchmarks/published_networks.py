@@ -1,4 +1,5 @@
-"""The denoisers of SD1.5, SDXL and Flux.1 dev from their published configs, for the benchmarks.
+"""The denoisers of published models from their configs, for the benchmarks: SD 1.5, SDXL, Flux.1
+dev, SD 3.5 medium, and FLUX.2 [klein] base 4B.
 
 Weights are random, or absent on the meta device.
 
@@ -11,26 +12,41 @@ scripts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from lora_core.adapters import injection
-from models import flux, sd
+from models import flux, flux2, sd, sd3
 from models.known import PUBLISHED_MODELS
 
-NAMES = ("sd15", "sdxl", "flux")
-SIDES = {"sd15": 512, "sdxl": 1024, "flux": 1024}  # pixels that each model was trained at
-TARGETS = {"sd15": sd.ATTENTION, "sdxl": sd.ATTENTION, "flux": (*flux.ATTENTION, *flux.ADDED)}
+SIDES = {"sd15": 512, "sdxl": 1024, "flux": 1024, "sd35": 1024, "flux2": 1024}  # pixels
+NAMES = tuple(SIDES)
+TARGETS = {
+    "sd15": sd.ATTENTION,
+    "sdxl": sd.ATTENTION,
+    "flux": (*flux.ATTENTION, *flux.ADDED),
+    "sd35": (*sd3.ATTENTION, *sd3.DREAMBOOTH),
+    "flux2": flux2.PRESETS["transformer"]["dreambooth"],
+}
 CLASSES = {
     "sd15": (UNet2DConditionModel, "sd1", "unet"),
     "sdxl": (UNet2DConditionModel, "sdxl", "unet"),
     "flux": (FluxTransformer2DModel, "flux-dev", "transformer"),
+    "sd35": (SD3Transformer2DModel, "sd3.5-medium", "transformer"),
+    "flux2": (Flux2Transformer2DModel, "flux2-klein-base-4b", "transformer"),
 }
-CLIP_TOKENS, T5_TOKENS = 77, 512
+CLIP_TOKENS, T5_TOKENS, SD3_T5_TOKENS = 77, 512, 256
+Sample = Callable[..., Tensor]  # sizes -> random numbers
 
 
 def build_network(
@@ -49,16 +65,13 @@ def build_network(
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         _fill(model, torch.Generator(device).manual_seed(seed))
+        _fill_buffers(model, config)
     return model
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, generator: torch.Generator) -> None:
-    """Sample every parameter in place.
-
-    These networks have no buffers, whose values to_empty would have lost.
-    """
-    assert not list(model.buffers())
+    """Sample every parameter in place."""
     for p in model.parameters():
         if p.ndim > 1:
             p.normal_(std=p[0].numel() ** -0.5, generator=generator)
@@ -68,6 +81,15 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
         weight = getattr(module, "weight", None)
         if type(module).__name__.endswith("Norm") and isinstance(weight, Tensor):
             weight.fill_(1)
+
+
+@torch.no_grad()
+def _fill_buffers(model: nn.Module, config: dict[str, Any]) -> None:
+    """Compute the buffers, which to_empty has lost: the table of positions of SD 3.5."""
+    if list(model.buffers()):
+        small = type(model)(**config | {"num_layers": 0})
+        for name, buffer in model.named_buffers():
+            buffer.copy_(small.get_buffer(name))
 
 
 def network_inputs(
@@ -90,34 +112,70 @@ def network_inputs(
     def sample(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    if name == "flux":
-        tokens = side // 16
-        return {
-            "return_dict": False,
-            "hidden_states": sample(batch, tokens**2, 64),
-            "encoder_hidden_states": sample(batch, T5_TOKENS, 4096),
-            "pooled_projections": sample(batch, 768),
-            "timestep": torch.full((batch,), 0.5, device=device),
-            "guidance": torch.full((batch,), 1.0, device=device),
-            "img_ids": flux.image_position_ids(2 * tokens, 2 * tokens, torch.device(device)),
-            "txt_ids": torch.zeros(T5_TOKENS, 3, device=device),
-        }
+    make = INPUTS.get(name, _unet_inputs)
+    return {"return_dict": False, **make(name, batch, side, sample)}
+
+
+def _unet_inputs(name: str, batch: int, side: int, sample: Sample) -> dict[str, Any]:
+    latents = sample(batch, 4, side // 8, side // 8)
     inputs: dict[str, Any] = {
-        "return_dict": False,
-        "sample": sample(batch, 4, side // 8, side // 8),
-        "timestep": torch.full((batch,), 500, device=device),
+        "sample": latents,
+        "timestep": torch.full((batch,), 500, device=latents.device),
         "encoder_hidden_states": sample(batch, CLIP_TOKENS, 2048 if name == "sdxl" else 768),
     }
     if name == "sdxl":
-        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=dtype).to(device)
-        text = {"text_embeds": sample(batch, 1280), "time_ids": sizes.expand(batch, 6)}
-        inputs["added_cond_kwargs"] = text
+        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=latents.dtype)
+        time_ids = sizes.to(latents.device).expand(batch, 6)
+        inputs["added_cond_kwargs"] = {"text_embeds": sample(batch, 1280), "time_ids": time_ids}
     return inputs
+
+
+def _flux_inputs(name: str, batch: int, side: int, sample: Sample) -> dict[str, Any]:
+    tokens = side // 16
+    latents = sample(batch, tokens**2, 64)
+    device = latents.device
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": sample(batch, T5_TOKENS, 4096),
+        "pooled_projections": sample(batch, 768),
+        "timestep": torch.full((batch,), 0.5, device=device),
+        "guidance": torch.full((batch,), 1.0, device=device),
+        "img_ids": flux.image_position_ids(2 * tokens, 2 * tokens, device),
+        "txt_ids": torch.zeros(T5_TOKENS, 3, device=device),
+    }
+
+
+def _sd3_inputs(name: str, batch: int, side: int, sample: Sample) -> dict[str, Any]:
+    latents = sample(batch, 16, side // 8, side // 8)
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": sample(batch, CLIP_TOKENS + SD3_T5_TOKENS, 4096),
+        "pooled_projections": sample(batch, 2048),
+        "timestep": torch.full((batch,), 500.0, device=latents.device),
+    }
+
+
+def _flux2_inputs(name: str, batch: int, side: int, sample: Sample) -> dict[str, Any]:
+    tokens = side // 16
+    latents = sample(batch, tokens**2, 128)
+    device = latents.device
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": sample(batch, T5_TOKENS, 7680),
+        "timestep": torch.full((batch,), 0.5, device=device),
+        "img_ids": flux2.position_ids(1, tokens, tokens, 1, device=device),
+        "txt_ids": flux2.position_ids(1, 1, 1, T5_TOKENS, device=device),
+    }
+
+
+INPUTS = {"flux": _flux_inputs, "sd35": _sd3_inputs, "flux2": _flux2_inputs}
 
 
 @cache
 def adapted_paths(name: str) -> tuple[str, ...]:
-    """Paths of the adapted linears in the model's order: 128 of SD1.5, 560 of SDXL, 266 of Flux."""
+    """Paths of the adapted linears in the model's order: 128 of SD 1.5, 560 of SDXL, 266 of Flux,
+    243 of SD 3.5 medium, 60 of FLUX.2 [klein] 4B.
+    """
     return tuple(injection.target_paths(build_network(name), TARGETS[name]))
 
 

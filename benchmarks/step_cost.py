@@ -1,9 +1,10 @@
 """Benchmark of the cost of adapters in one training step: ops, bytes moved, activations saved.
 
-    python -m benchmarks.step_cost [--model sd15 sdxl flux] [--batch 1] [--rank 16] [--json FILE]
+    python -m benchmarks.step_cost [--model sd15 sdxl flux sd35 flux2] [--batch 1] [--rank 16]
+        [--json FILE]
 
 Forward and backward of the denoiser, counted exactly on the meta device, without a GPU (method:
-benchmarks/counting.py). SD1.5 at 512 pixels, SDXL and Flux at 1024, bf16, fp32 adapters on every
+benchmarks/counting.py). SD1.5 at 512 pixels, all others at 1024, bf16, fp32 adapters on every
 attention linear, no autocast, no checkpointing, attention and RMS norm as single ops, as on CUDA.
     frozen        no adapter; the gradient flows back to the input of the first adapted layer
     peft          peft's LoRA and DoRA, adapters in fp32 by its autocast_adapter_dtype

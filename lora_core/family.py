@@ -176,7 +176,10 @@ class Family(Protocol):
         ...
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Inputs of the text encoders on their device, one row per prompt."""
+        """Inputs of the text encoders on their device, one row per prompt.
+
+        The first [b, s] tensors are the token ids, one for each of `tokenizers` and in their order.
+        """
         ...
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:

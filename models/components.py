@@ -156,6 +156,10 @@ def load_network(
         raise UserError(
             f"cannot load {place}: its files lack {missing[0]}{more}; download them again"
         )
+    if kind.__module__.startswith("diffusers."):
+        # diffusers 0.42 keeps the files' dtype if the first tensor of a new network has it too,
+        # such as the table of positions of Stable Diffusion 3. Its own `to` warns.
+        nn.Module.to(loaded, dtype)
     return loaded.to(device)
 
 
@@ -186,6 +190,7 @@ def open_tokenizer(kind: Any, path: str, subfolder: str, device: torch.device | 
         return load_part(kind.from_pretrained, path, subfolder)
     encoder = subfolder.replace("tokenizer", "text_encoder")
     table = read_json(path, f"{encoder}/config.json")
+    table = table.get("text_config", table)
     with config_errors(path):
         return PlannedTokenizer(int(table["vocab_size"]), table.get("max_position_embeddings", 512))
 
@@ -287,14 +292,35 @@ def tokenize_prompts(
     that were looked at. The texts of one prompt for several layers, which differ in their learned
     tokens alone, have one warning.
     """
-    for prompt in prompts:
-        if prompt not in checked:
-            checked.add(prompt)
-            check_prompt_length(prompt, "a prompt")
-            _warn_of_truncation(tokenizer, prompt, length, checked)
+    return tokenize_texts(tokenizer, prompts, length, checked).input_ids
+
+
+def tokenize_texts(
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int,
+    checked: set[str],
+    *,
+    adds_special: bool = True,
+) -> Any:
+    """The tokenizer's output with input_ids and attention_mask [b, length], for prompts or for
+    conversations with them; the rest is as in `tokenize_prompts`.
+
+    `adds_special`: whether the tokenizer adds its special tokens.
+    """
+    for text in texts:
+        if text not in checked:
+            checked.add(text)
+            check_prompt_length(text, "a prompt")
+            _warn_of_truncation(tokenizer, text, length, checked, adds_special=adds_special)
     return tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
+        list(texts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+        add_special_tokens=adds_special,
+    )
 
 
 def read_prompt_length(tokenizer: Any) -> int:
@@ -311,8 +337,10 @@ def read_prompt_length(tokenizer: Any) -> int:
     return length
 
 
-def _warn_of_truncation(tokenizer: Any, prompt: str, length: int, checked: set[str]) -> None:
-    ids = tokenizer(prompt, add_special_tokens=True, verbose=False).input_ids
+def _warn_of_truncation(
+    tokenizer: Any, prompt: str, length: int, checked: set[str], *, adds_special: bool
+) -> None:
+    ids = tokenizer(prompt, add_special_tokens=adds_special, verbose=False).input_ids
     if len(ids) <= length:
         return
     added = set(tokenizer.get_added_vocab().values())
@@ -324,7 +352,8 @@ def _warn_of_truncation(tokenizer: Any, prompt: str, length: int, checked: set[s
     kept = length - (len(ids) - len(words))
     lost = tokenizer.decode(words[kept:][:SHOWN_TOKENS], clean_up_tokenization_spaces=False).strip()
     more = " ..." if len(words) - kept > SHOWN_TOKENS else ""
-    reader = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
+    kind = type(tokenizer).__name__.removesuffix("Fast").removesuffix("Tokenizer")  # CLIP, T5
+    reader = "the text encoder" if kind == "TokenizersBackend" else kind
     print(
         f"warning: the prompt is {len(ids)} tokens long and {reader} reads {length}; "
         f"cut off: {lost!r}{more}",

@@ -41,6 +41,8 @@ FAMILIES = {  # `_class_name` of model_index.json -> the family's file
     "StableDiffusionXLInpaintPipeline": "models.sdxl",
     "FluxPipeline": "models.flux",
     "FluxImg2ImgPipeline": "models.flux",
+    "Flux2KleinPipeline": "models.flux2",
+    "Flux2Pipeline": "models.flux2",
     "StableDiffusion3Pipeline": "models.sd3",
     "StableDiffusion3Img2ImgPipeline": "models.sd3",
 }
@@ -56,11 +58,7 @@ def load_family(path: str, how: LoadOptions = DEFAULT_LOADING) -> Family:
     if is_single_file(path) and not how.family:
         return _single_file().load(path, how)
     family = _find_family(path, how.config, how.family).load(path, how)
-    if how.max_token_length and not hasattr(family, "max_token_length"):
-        raise UserError(
-            f"--max-token-length {how.max_token_length} has no effect: the family {how.family} "
-            "does not read prompts in chunks; leave it out"
-        )
+    _check_text_options(family, how)
     return family
 
 
@@ -173,6 +171,20 @@ def _save_network(network: Any, state: Mapping[str, torch.Tensor], folder: Path)
             bare = type(network)(network.config)
     bare.load_state_dict(dict(state), assign=True)
     bare.save_pretrained(folder)
+
+
+def _check_text_options(family: Family, how: LoadOptions) -> None:
+    """Raises UserError for options of CLIP's text that a family of the caller's own lacks."""
+    if how.clip_skip and not hasattr(family, "clip_skip"):
+        raise UserError(
+            f"--clip-skip {how.clip_skip} has no effect: the family {how.family} reads the "
+            "text encoders' last layer; leave it out"
+        )
+    if how.max_token_length and not hasattr(family, "max_token_length"):
+        raise UserError(
+            f"--max-token-length {how.max_token_length} has no effect: the family {how.family} "
+            "does not read prompts in chunks; leave it out"
+        )
 
 
 def _single_file() -> Any:

@@ -7,8 +7,11 @@ FlowMatchEulerDiscreteScheduler.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,13 +24,12 @@ from lora_core.errors import UserError
 from lora_core.family import Conditioning, LoadOptions, Sizes
 from models.components import (
     check_tokenizers,
-    config_errors,
     decode_latents,
     encode_pixels,
     freeze_network,
     load_network,
+    make_meta_network,
     open_tokenizer,
-    read_encoder_config,
     read_json,
     read_resolution,
 )
@@ -62,6 +64,7 @@ class FlowFamily:
     """
 
     denoiser = "transformer"
+    first_layer = "context_embedder"  # of the transformer, whose device and dtype are the network's
     prediction = "flow"
     attended: tuple[str, ...] = ()
     inpainting = False
@@ -94,12 +97,12 @@ class FlowFamily:
     @property
     def device(self) -> torch.device:
         # diffusers' own property looks at every module
-        return self.working_device or self.transformer.context_embedder.weight.device
+        return self.working_device or self.transformer.get_submodule(self.first_layer).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The base precision, which the transformer's inputs have."""
-        return self.transformer.context_embedder.weight.dtype
+        return self.transformer.get_submodule(self.first_layer).weight.dtype
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         return flow_schedule_from_config(self.scheduler, (height // PATCH) * (width // PATCH))
@@ -179,6 +182,29 @@ def scheduler_steps(steps: int, shift: float, *, dynamic: bool) -> list[float]:
     return shift_sigmas(even, shift).tolist()
 
 
+def empirical_steps(tokens: int, steps: int) -> list[float]:
+    """The sigmas of a sampler's steps for latents of so many image tokens: 1 ... 1/steps, shifted.
+
+    The log of the shift is linear in the tokens, at 10 and at 200 steps, and in the steps between;
+    above 4300 tokens it is that of 200 steps (compute_empirical_mu of the original code).
+    """
+    mu = 0.00016927 * tokens + 0.45666666
+    if tokens <= 4300:
+        mu_10 = 8.73809524e-05 * tokens + 1.89833333
+        mu += (mu_10 - mu) * (200 - steps) / 190
+    even = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return shift_sigmas(even, math.exp(mu)).tolist()
+
+
+def with_scheduler_steps(schedule: Schedule, *, dynamic: bool = False) -> Schedule:
+    """A flow schedule whose samplers take the steps of `scheduler_steps`.
+
+    For pipelines that give their scheduler nothing but a number of steps.
+    """
+    lay_out = functools.partial(scheduler_steps, shift=schedule.shift, dynamic=dynamic)
+    return replace(schedule, step_sigmas=lay_out)
+
+
 def read_flow_scheduler(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """scheduler_config.json of the model at `path`, with changes.
 
@@ -243,47 +269,34 @@ def unpack_latents(tokens: Tensor, height: int, width: int, patch: int = PATCH) 
 # ---------------------------------------------------------------- loading
 
 
-class TextEncoder(NamedTuple):
-    """The classes of transformers for one text encoder."""
-
-    network: Any
-    config: Any
-    tokenizer: Any
-
-
-def load_parts(
-    path: str, how: LoadOptions, transformer: Any, encoders: Mapping[str, TextEncoder], vae: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(networks, tokenizers) of the model at `path`, by the names of its components.
-
-    `transformer` and `vae` are classes of diffusers. The VAE has its own precision, all other
-    networks have the base precision.
-    """
+def open_tokenizers(path: str, how: LoadOptions, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizers of a model's text encoders: name of the encoder -> class of transformers."""
     tokenizers = {}
-    for name, classes in encoders.items():
+    for name, kind in classes.items():
         folder = name.replace("text_encoder", "tokenizer")
-        tokenizers[name] = open_tokenizer(classes.tokenizer, path, folder, how.device)
-    networks = {
-        "transformer": load_network(transformer, path, "transformer", how.dtype, how.device)
-    }
-    for name, classes in encoders.items():
-        networks[name] = load_network(classes.network, path, name, how.dtype, how.device)
-    vae_folder = "" if how.vae else "vae"
-    networks["vae"] = load_network(vae, how.vae or path, vae_folder, how.vae_precision, how.device)
-    return networks, tokenizers
+        tokenizers[name] = open_tokenizer(kind, path, folder, how.device)
+    return tokenizers
 
 
-def read_networks(
-    path: str, transformer: Any, encoders: Mapping[str, TextEncoder]
-) -> dict[str, Any]:
-    """The transformer and the text encoders of the model at `path` on the meta device, from their
-    configs alone: no weight is read.
+def load_parts(path: str, how: LoadOptions, classes: Mapping[str, Any], vae: Any) -> dict[str, Any]:
+    """The networks of a model: those of `classes` (name of the component -> class) in the base
+    precision, and the VAE, of the class `vae`, in its own.
     """
-    with torch.device("meta"), config_errors(path):
-        networks = {"transformer": transformer.from_config(read_json(path, TRANSFORMER_CONFIG))}
-        for name, classes in encoders.items():
-            networks[name] = classes.network(read_encoder_config(path, name, classes.config))
-    return networks
+    modules = {}
+    for name, kind in classes.items():
+        modules[name] = load_network(kind, path, name, how.dtype, how.device)
+    vae_folder = "" if how.vae else "vae"
+    modules["vae"] = load_network(vae, how.vae or path, vae_folder, how.vae_precision, how.device)
+    return modules
+
+
+def read_networks(path: str, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks of `classes` on the meta device, from their configs alone: no weight is read."""
+    modules = {}
+    for name, kind in classes.items():
+        table = read_json(path, f"{name}/config.json")
+        modules[name] = make_meta_network(kind, table, torch.float32, path)
+    return modules
 
 
 def prompt_length(length: int, own: int) -> int:

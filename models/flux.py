@@ -33,10 +33,10 @@ from models.flow import (
     PATCH,
     TRANSFORMER_CONFIG,
     FlowFamily,
-    TextEncoder,
     check_channels,
     check_fit,
     load_parts,
+    open_tokenizers,
     pack_latents,
     prompt_length,
     read_flow_schedule,
@@ -49,10 +49,12 @@ from models.flux_names import original_flux_names
 from models.joint_attention import install_joint_attention, keep_maps
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
-TEXTS = {
-    "text_encoder": TextEncoder(CLIPTextModel, CLIPTextConfig, CLIPTokenizer),
-    "text_encoder_2": TextEncoder(T5EncoderModel, T5Config, T5TokenizerFast),
+NETWORKS = {
+    "transformer": FluxTransformer2DModel,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": T5EncoderModel,
 }
+TOKENIZERS = {"text_encoder": CLIPTokenizer, "text_encoder_2": T5TokenizerFast}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -93,7 +95,7 @@ class Flux(FlowFamily):
         self.pipeline = PIPELINES[0]
         self.distilled_guidance = bool(self.transformer.config.guidance_embeds)
         self.own_steps = 0 if self.distilled_guidance else 4  # schnell was distilled to few
-        self.layout = flux_layout({name: modules[name] for name in ("transformer", *TEXTS)})
+        self.layout = flux_layout({name: modules[name] for name in NETWORKS})
         self.joint_attention = install_joint_attention(self.transformer)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -188,7 +190,8 @@ def load(path: str, how: LoadOptions) -> Flux:
     width = read_encoder_config(path, "text_encoder_2", T5Config).d_model
     check_fit(path, config, {"joint_attention_dim": width}, "text_encoder_2")
     length = prompt_length(how.max_sequence_length, LENGTHS[bool(config.get("guidance_embeds"))])
-    modules, tokenizers = load_parts(path, how, FluxTransformer2DModel, TEXTS, AutoencoderKL)
+    tokenizers = open_tokenizers(path, how, TOKENIZERS)
+    modules = load_parts(path, how, NETWORKS, AutoencoderKL)
     family = Flux(modules, tokenizers, scheduler, length)
     family.pipeline = read_json(path, "model_index.json")["_class_name"]
     return family
@@ -196,7 +199,7 @@ def load(path: str, how: LoadOptions) -> Flux:
 
 def read_flux_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    return flux_layout(read_networks(path, FluxTransformer2DModel, TEXTS))
+    return flux_layout(read_networks(path, NETWORKS))
 
 
 FAMILY = FamilyFunctions(load, read_flux_layout, read_flow_schedule)

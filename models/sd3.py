@@ -6,7 +6,6 @@ of the prompt is zeros then.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,14 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from lora_core.cross_attention import AttentionMap
 from lora_core.diffusion.noise import NoiseLevel, Schedule
@@ -37,16 +29,16 @@ from models.flow import (
     TIMESTEPS,
     TRANSFORMER_CONFIG,
     FlowFamily,
-    TextEncoder,
     check_channels,
     check_fit,
     load_parts,
+    open_tokenizers,
     prompt_length,
     read_flow_schedule,
     read_flow_scheduler,
     read_networks,
     refuse_masks,
-    scheduler_steps,
+    with_scheduler_steps,
 )
 from models.joint_attention import install_joint_attention, keep_maps
 from models.sd3_names import original_sd3_names
@@ -55,8 +47,8 @@ from models.skip_layers import SkipLayers
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
-CLIP = TextEncoder(CLIPTextModelWithProjection, CLIPTextConfig, CLIPTokenizer)
-TEXTS = dict.fromkeys(CLIPS, CLIP) | {T5: TextEncoder(T5EncoderModel, T5Config, T5TokenizerFast)}
+TEXTS = dict.fromkeys(CLIPS, CLIPTextModelWithProjection) | {T5: T5EncoderModel}
+TOKENIZERS = dict.fromkeys(CLIPS, CLIPTokenizer) | {T5: T5TokenizerFast}
 T5_LENGTH = 256  # tokens of a T5 prompt in the pipelines
 CLIP_LENGTH = 77  # tokens of a prompt where both CLIP encoders are missing
 ATTENTION = ("*.attn*.to_q", "*.attn*.to_k", "*.attn*.to_v", "*.attn*.to_out.0")
@@ -112,10 +104,8 @@ class StableDiffusion3(FlowFamily):
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         """The pipelines leave the steps of a sampler to diffusers' scheduler."""
-        found = super().schedule_at(height, width)
         dynamic = bool(self.scheduler.get("use_dynamic_shifting"))
-        steps = functools.partial(scheduler_steps, shift=found.shift, dynamic=dynamic)
-        return replace(found, step_sigmas=steps)
+        return with_scheduler_steps(super().schedule_at(height, width), dynamic=dynamic)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids of each encoder, and the position of the first end-of-text token for CLIP.
@@ -233,20 +223,22 @@ def load(path: str, how: LoadOptions) -> StableDiffusion3:
     scheduler = read_flow_scheduler(path, how.scheduler)
     texts = listed_encoders(path)
     prompt_length(how.max_sequence_length, T5_LENGTH)
-    modules, tokenizers = load_parts(path, how, SD3Transformer2DModel, texts, AutoencoderKL)
+    tokenizers = open_tokenizers(path, how, {name: TOKENIZERS[name] for name in texts})
+    networks = {"transformer": SD3Transformer2DModel, **texts}
+    modules = load_parts(path, how, networks, AutoencoderKL)
     family = StableDiffusion3(modules, tokenizers, scheduler, how)
     family.pipeline = read_json(path, "model_index.json")["_class_name"]
     return family
 
 
-def listed_encoders(path: str) -> dict[str, TextEncoder]:
-    """The text encoders that model_index.json lists.
+def listed_encoders(path: str) -> dict[str, Any]:
+    """The classes of the text encoders that model_index.json lists.
 
     Raises UserError where there is none, or where they do not fit the transformer, which may not
     read a mask or a control image either.
     """
     index = read_json(path, "model_index.json")
-    found = {name: row for name, row in TEXTS.items() if (index.get(name) or [None])[-1]}
+    found = {name: kind for name, kind in TEXTS.items() if (index.get(name) or [None])[-1]}
     if not found:
         raise UserError(
             f"model_index.json of {path} lists no text encoder; it needs one of {', '.join(TEXTS)}"
@@ -254,7 +246,9 @@ def listed_encoders(path: str) -> dict[str, TextEncoder]:
     config = read_json(path, TRANSFORMER_CONFIG)
     channels = read_json(path, "vae/config.json").get("latent_channels", 4)
     check_channels(config.get("in_channels", 16), channels)
-    sizes = {name: read_encoder_config(path, name, row.config) for name, row in found.items()}
+    sizes = {}
+    for name, kind in found.items():
+        sizes[name] = read_encoder_config(path, name, kind.config_class)
     if all(name in sizes for name in CLIPS):
         pooled = sum(sizes[name].projection_dim for name in CLIPS)
         check_fit(path, config, {"pooled_projection_dim": pooled}, " and ".join(CLIPS))
@@ -265,7 +259,8 @@ def listed_encoders(path: str) -> dict[str, TextEncoder]:
 
 def read_sd3_layout(path: str) -> Layout:
     """The layout of the model at `path`, from its configs alone: no weight is read."""
-    return sd3_layout(read_networks(path, SD3Transformer2DModel, listed_encoders(path)))
+    networks = {"transformer": SD3Transformer2DModel, **listed_encoders(path)}
+    return sd3_layout(read_networks(path, networks))
 
 
 FAMILY = FamilyFunctions(load, read_sd3_layout, read_flow_schedule)

@@ -18,7 +18,13 @@ def level_of_entries(family: Family, rows: Tensor) -> NoiseLevel:
 
 
 def mean_loss(
-    family: Family, latents: Tensor, eps: Tensor, cond: Conditioning, rows: Tensor, weighting: str
+    family: Family,
+    latents: Tensor,
+    eps: Tensor,
+    cond: Conditioning,
+    rows: Tensor,
+    weighting: str,
+    **arguments: float,
 ) -> Tensor:
     """The mean squared error of the velocity at entries `rows` of the scripts' table, weighted."""
     level = level_of_entries(family, rows)
@@ -29,5 +35,5 @@ def mean_loss(
     step = StepOutput(
         out, target, latents, eps, x_t, level, row, None, is_prior, 0, {}, 1.0, "flow"
     )
-    weights = losses.loss_weights(weighting, level, "flow", space="model")
+    weights = losses.loss_weights(weighting, level, "flow", **arguments)
     return (losses.mse(step) * weights).mean()

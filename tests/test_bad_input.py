@@ -278,7 +278,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "shift": ({"noise": {"shift": 3.0}}, "Stable Diffusion, and --noise.shift 3 is for Flux"),
     "guidance": (
         {"noise": {"guidance": 1.0}},
-        "Stable Diffusion, and --noise.guidance 1 is for Flux; leave it out",
+        "Stable Diffusion, and --noise.guidance 1 is for Flux or FLUX.2; leave it out",
     ),
     "density": (
         {"noise": {"density": "logit_normal", "density_args": {"meen": 1.0}}},
@@ -290,7 +290,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "encoders": (
         ONLY | {"tokens": {"encoders": ("t5",)}},
-        "Stable Diffusion, and --tokens.encoders t5 is for Flux; leave it out",
+        "and --tokens.encoders t5 is for Flux or Stable Diffusion 3; leave it out",
     ),
     "vectors of random": (ONLY | {"tokens": {"vectors": 0}}, "random"),
     "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
 import infer
 import merge
 from lora_core import formats
 from lora_core.errors import UserError
 from models import LoadOptions, load_family
-from models.components import read_prompt_length
-from tests import tiny_flux
+from models.components import load_network, read_prompt_length
+from tests import tiny_flux, tiny_sd3
 from tests.tiny_pipeline import random_state, save_sd_pipeline
 
 CODE = """
@@ -156,3 +157,11 @@ def test_networks_on_the_meta_device_are_those_that_are_loaded(
         for key, tensor in network.state_dict().items():
             assert (ours[key].shape, ours[key].dtype) == (tensor.shape, tensor.dtype), key
         assert all(tensor.is_meta for tensor in ours.values())
+
+
+def test_a_network_has_its_precision_whatever_its_first_tensor_has(tmp_path: Path) -> None:
+    """The first tensor of Stable Diffusion 3's is a table of positions, fp32 in every precision."""
+    tiny_sd3.save(tmp_path)
+    path = str(tmp_path)
+    network = load_network(SD3Transformer2DModel, path, "transformer", torch.bfloat16, "cpu")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}

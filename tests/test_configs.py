@@ -22,7 +22,7 @@ from lora_core.config import Config
 from lora_core.data import captions
 from lora_core.flags.command_line import parse_command_line
 from lora_core.toml import read_toml
-from tests import tiny_flux, tiny_sdxl
+from tests import tiny_flux, tiny_flux2, tiny_sd3, tiny_sdxl
 from tests.conftest import learned, save_photos, save_pipeline
 from tests.opened_run import open_parts
 from training import results
@@ -38,6 +38,8 @@ FAMILY = {  # config -> tiny model it is tried on
     "flux_pivotal": "flux",
     "flux_pivotal_t5": "flux",
     "flux_textual_inversion": "flux",
+    "sd3_dreambooth": "sd3",
+    "flux2_klein": "flux2",
     "sd15_lora_pti": "sd",
     "sd15_inpainting": "inpainting",
     "kohya_lora": "sd",
@@ -59,6 +61,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny_sdxl.save(root / "sdxl")
     tiny_sdxl.save(root / "edm", scheduler="edm")
     tiny_flux.save(root / "flux")
+    tiny_sd3.save(root / "sd3")
+    tiny_flux2.save(root / "flux2")
     pictures = save_photos(root / "pictures", count=3)
     rows = [
         {
@@ -199,6 +203,26 @@ FLUX = PRODIGY | {
 LORA = {"adapter.rank": 8, "optimizer.lr": {"denoiser": 1.0, "tokens": 1.0}}
 VALUES: dict[str, dict[str, Any]] = {  # what the command lines of the guides say
     "sdxl_dreambooth": DOG | {"vae": "", "adapter.kind": "lora", "stages": [(500, ("denoiser",))]},
+    "sd3_dreambooth": DOG
+    | {
+        "model": "stabilityai/stable-diffusion-3-medium-diffusers",
+        "data.resolution": 512,
+        "adapter.targets": ("dreambooth",),
+        "optimizer.lr": {"denoiser": 4e-4},
+        "noise.density": "logit_normal",
+        "max_sequence_length": 77,
+        "stages": [(500, ("denoiser",))],
+    },
+    "flux2_klein": DOG
+    | {
+        "model": "black-forest-labs/FLUX.2-klein-base-4B",
+        "precision": "bf16",
+        "gradient_checkpointing": "blocks",
+        "data.interpolation": "bilinear",
+        "adapter.alpha": 4.0,
+        "adapter.targets": ("dreambooth",),
+        "stages": [(500, ("denoiser",))],
+    },
     "sdxl_dora": DOG | {"vae": "", "adapter.kind": "dora", "stages": [(500, ("denoiser",))]},
     "sdxl_edm_playground": DOG
     | {

@@ -49,7 +49,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 FEW = ["--rounds", "1", "--shape", "32,16,16", "--threads", "1"]  # of a benchmark
 PLACEHOLDER = re.compile(r"\b[A-Z]{4,}|\bRUN_A\b")  # a word for what a user has
-HUB = re.compile(r"(stable-diffusion-v1-5|stabilityai)/")  # models that are downloaded
+HUB = re.compile(r"(stable-diffusion-v1-5|stabilityai|fal)/")  # models that are downloaded
 TOY = "toy/model"
 
 

@@ -40,21 +40,15 @@ def test_garbage_is_looked_for_again_after_an_import(is_enabled: bool) -> None:
 def test_other_models_are_refused(tmp_path: Path) -> None:
     save_sd_pipeline(tmp_path)
     index = tmp_path / "model_index.json"
-    index.write_text(
-        index.read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline")
-    )
-    with pytest.raises(
-        UserError, match=r"StableDiffusion3Pipeline.*supported are StableDiffusionPipeline"
-    ):
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "SanaPipeline"))
+    with pytest.raises(UserError, match=r"SanaPipeline.*supported are StableDiffusionPipeline"):
         load_family(str(tmp_path))
     with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
         load_family("model.safetensors")
     with pytest.raises(UserError, match="--model"):
         load_family("")
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 20)
-    index.write_text(
-        index.read_text().replace("StableDiffusion3Pipeline", "StableDiffusionPipeline")
-    )
+    index.write_text(index.read_text().replace("SanaPipeline", "StableDiffusionPipeline"))
     with pytest.raises(UserError, match="unet"):
         load_family(str(tmp_path))
 

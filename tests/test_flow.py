@@ -1,7 +1,5 @@
 """What rectified-flow families share: schedules, the steps of samplers, packed latents."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -36,10 +34,23 @@ def test_steps_with_a_dynamic_shift(mu):
 
 def test_a_sampler_takes_the_schedules_own_steps():
     plain = shifted_flow(shift=3.0)
-    own = replace(plain, step_sigmas=lambda steps: flow.scheduler_steps(steps, 3.0, dynamic=False))
+    own = flow.with_scheduler_steps(plain)
     assert sampling.sampler_timesteps(plain, 4)[1:] == pytest.approx([0.9, 0.75, 0.5])
     levels = sampling.sampler_levels("euler", own, 4, strength=0.5)
     assert levels.sigma.tolist() == pytest.approx([0.602, 0.0089, 0], abs=1e-3)
+
+
+def test_device_and_precision_are_those_of_the_first_layer():
+    class Other(flow.FlowFamily):
+        first_layer = "caption_projection.0"
+
+    family = Other.__new__(Other)
+    projection = torch.nn.Sequential(torch.nn.Linear(2, 2, dtype=torch.bfloat16))
+    family.transformer = torch.nn.Module()
+    family.transformer.caption_projection = projection
+    assert family.device == torch.device("cpu") and family.dtype == torch.bfloat16
+    family.working_device = torch.device("meta")
+    assert family.device == torch.device("meta")
 
 
 @pytest.mark.parametrize("patch", [1, 2])

@@ -40,6 +40,7 @@ def merged_for(**options: str) -> dict[str, str]:
         (trained_on("elsewhere/base") | {"ss_sd_model_name": "base"}, True),
         (trained_on("elsewhere/base"), False),
         (trained_on("run"), False),  # a folder of another kind
+        (trained_on("foreign"), False),  # a model of a family that is not built in
         (trained_on("//server/base"), False),  # another machine, which is not asked
         ({"ss_sd_model_name": "stable-diffusion-v1-5/stable-diffusion-v1-5"}, False),
         ({"lora_core.config": "broken", "lora_core.merge": "broken"}, False),
@@ -50,6 +51,8 @@ def test_a_header_names_a_folder_of_a_model(
     here: Path, entries: dict[str, str], is_found: bool
 ) -> None:
     file = name_model("b.safetensors", "named.safetensors", **entries)
+    (here / "foreign").mkdir()
+    (here / "foreign" / "model_index.json").write_text('{"_class_name": "AuraFlowPipeline"}')
     expected = ("base", file) if is_found else ("", "")
     assert find_header_model(["none.safetensors", "a.safetensors", file]) == expected
 

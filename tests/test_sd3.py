@@ -246,9 +246,24 @@ def test_an_image_larger_than_the_position_table_is_refused(family) -> None:
         family.denoise(torch.zeros(1, 4, 4, 26), family.schedule.level(torch.ones(1)), None)
 
 
-@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
-def test_the_objective_is_the_public_scripts(family, pipe, scheme) -> None:
-    """train_dreambooth_lora_sd3.py of diffusers: its table of timesteps, weight and target."""
+OBJECTIVES = [  # the script's scheme, its --precondition_outputs, our weighting, its arguments
+    ("none", 0, "none", {}),
+    ("sigma_sqrt", 0, "sigma_sqrt", {}),
+    ("cosmap", 0, "cosmap", {}),
+    ("none", 1, "p2", {"k": 0.0}),
+    ("sigma_sqrt", 1, "none", {}),
+]
+
+
+@pytest.mark.parametrize("scheme, preconditioned, weighting, arguments", OBJECTIVES)
+def test_the_objective_is_the_public_scripts(
+    family, pipe, scheme, preconditioned, weighting, arguments
+) -> None:
+    """train_dreambooth_lora_sd3.py of diffusers: its table of timesteps, weight and target.
+
+    With --precondition_outputs, its default, the squared error of x0 is weighted. A weight of 1 is
+    snr / (k + snr), p2, with k = 0; one of 1 / sigma^2 makes it the error of the velocity.
+    """
     latents, eps = start_latents([1, 2]), start_latents([3, 4])
     cond = family.encode_prompts(PROMPTS)
     rows = torch.tensor([120, 830])
@@ -260,9 +275,13 @@ def test_the_objective_is_the_public_scripts(family, pipe, scheme) -> None:
         encoder_hidden_states=cond.prompt_embeds,
         pooled_projections=cond.extra["pooled_prompt_embeds"],
     ).sample
+    target = eps - latents
+    if preconditioned:
+        found = found * -sigmas + (1 - sigmas) * latents + sigmas * eps
+        target = latents
     weight = compute_loss_weighting_for_sd3(scheme, sigmas)
-    theirs = (weight * (found - (eps - latents)) ** 2).reshape(2, -1).mean(1).mean()
-    ours = mean_loss(family, latents, eps, cond, rows, scheme)
+    theirs = (weight * (found - target) ** 2).reshape(2, -1).mean(1).mean()
+    ours = mean_loss(family, latents, eps, cond, rows, weighting, **arguments)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
@@ -329,6 +348,12 @@ def test_diffusers_loads_a_run_and_draws_its_image(run, folder, tmp_path) -> Non
 def levels_between(image: Image.Image, other: Image.Image) -> int:
     """The largest difference between two images, of 255 levels."""
     return max(high for _, high in ImageChops.difference(image, other).getextrema())
+
+
+def test_a_run_sees_that_lengths_and_left_out_layers_act(config: Config, folder: Path) -> None:
+    """T5's last layer is never left out, and its tokens are behind CLIP's: neither is an error."""
+    own = replace(config, model=str(folder), clip_skip=1, max_sequence_length=12)
+    assert train.train(replace(own, stages=(Stage(1, ("denoiser",)),))).is_dir()
 
 
 def test_both_files_of_a_run_have_the_same_layers(run, folder) -> None:

@@ -25,7 +25,7 @@ def install_run_tokens(
     config: Config, family: Family, encoders: Mapping[str, nn.Module]
 ) -> tuple[tuple[Placeholder, ...], dict[str, tokens.LearnedEmbedding]]:
     """The placeholders, and the learned token rows of each text encoder that learns them; both
-    empty without a stage that trains tokens.
+    empty without a stage that trains tokens. Raises UserError if no text encoder would learn them.
     """
     if not config.trains("tokens"):
         return (), {}
@@ -37,6 +37,11 @@ def install_run_tokens(
             f"--tokens.encoders has {', '.join(sorted(missing))}; "
             f"the text encoders of this model are {', '.join(keys.values())}"
         )
+    if not chosen:
+        advice = "train no tokens in a stage"
+        if keys:
+            advice = f"name others with --tokens.encoders ({', '.join(keys.values())})"
+        raise UserError(f"this model has no CLIP text encoder to learn tokens; {advice}")
     initializers = model_checks.token_initializers(config)
     tokenizers = [family.tokenizers[name] for name in chosen]
     vectors = [

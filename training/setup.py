@@ -191,6 +191,10 @@ def check_before_opening(
     """All checks that need neither data nor weights; prints the device and makes it torch's current
     one. Raises UserError. `own_step`: the function that replaces train.training_step, if any.
     """
+    for function in filter(None, (loss, own_step)):
+        if getattr(function, "reads_attention", False):
+            layout = read_layout(config.model, config.model_config, config.family)
+            model_checks.check_attention(layout, plugins.function_name(function))
     config_checks.check_startup(config)
     config_checks.check_declared_needs(config, loss, plugins.function_name(loss))
     if own_step is not None:

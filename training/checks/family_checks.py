@@ -24,6 +24,7 @@ FAMILY_NAMES = {
     "sdxl": FamilyName("SDXL", "configs/sdxl_*.toml"),
     "flux": FamilyName("Flux", "configs/flux_*.toml"),
     "sd3": FamilyName("Stable Diffusion 3", "configs/sd3_*.toml"),
+    "flux2": FamilyName("FLUX.2", "configs/flux2_*.toml"),
 }
 
 
@@ -36,19 +37,20 @@ class FamilyOption(NamedTuple):
 
 
 UNETS = ("sd", "sdxl")
-FLOWS = ("flux", "sd3")
+WITH_T5 = ("flux", "sd3")
+FLOWS = (*WITH_T5, "flux2")
 FAMILY_OPTIONS = (
     FamilyOption("--max-sequence-length {}".format, FLOWS, lambda c: c.max_sequence_length),
     FamilyOption(
         "--noise.guidance {:g}".format,
-        ("flux",),
+        ("flux", "flux2"),
         lambda c: c.noise.guidance if c.noise.guidance != Config().noise.guidance else None,
     ),
     FamilyOption(
         "--noise.shift {:g}".format, FLOWS, lambda c: c.noise.shift if c.noise.shift != 1 else None
     ),
     FamilyOption(lambda _: "--noise.dynamic-shift", FLOWS, lambda c: c.noise.dynamic_shift),
-    FamilyOption(lambda _: "--tokens.encoders t5", FLOWS, lambda c: "t5" in c.tokens.encoders),
+    FamilyOption(lambda _: "--tokens.encoders t5", WITH_T5, lambda c: "t5" in c.tokens.encoders),
     FamilyOption(
         lambda _: "--tokens.encoders clip_g",
         ("sdxl", "sd3"),
@@ -61,7 +63,9 @@ FAMILY_OPTIONS = (
     ),
     FamilyOption(lambda _: "--noise.zero-terminal-snr", UNETS, lambda c: c.noise.zero_terminal_snr),
     FamilyOption("--clip-skip {}".format, (*UNETS, "sd3"), lambda c: c.clip_skip),
-    FamilyOption(lambda _: "--samples.negative", (*UNETS, "sd3"), lambda c: c.samples.negative),
+    FamilyOption(
+        lambda _: "--samples.negative", (*UNETS, "sd3", "flux2"), lambda c: c.samples.negative
+    ),
 )
 
 
@@ -82,7 +86,8 @@ def check_family(c: Config, layout: Layout) -> None:
     name, configs = FAMILY_NAMES[family]
     parts = []
     for families, listed in found.items():
-        owners = " or ".join(FAMILY_NAMES[other].name for other in families)
+        *others, last = [FAMILY_NAMES[other].name for other in families]
+        owners = f"{', '.join(others)} or {last}" if others else last
         parts.append(f"{', '.join(listed)} {'is' if len(listed) == 1 else 'are'} for {owners}")
     them = "it" if sum(map(len, found.values())) == 1 else "them"
     raise UserError(

@@ -39,6 +39,7 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     target that matches nothing, and for options of models of another family.
     """
     check_family(c, layout)
+    check_learners(c, layout)
     chosen = _choose_targets(c, layout)
     everywhere = list(chain.from_iterable(paths for _, paths in chosen.values()))
     a = c.adapter
@@ -62,14 +63,42 @@ def plan_adapters(c: Config, layout: Layout) -> dict[str, AdapterSpec]:
     return specs
 
 
+def check_learners(c: Config, layout: Layout) -> None:
+    """Raises UserError for a stage that trains tokens of a model whose text encoders learn none."""
+    if c.trains("tokens") and not layout.encoders:
+        raise UserError(
+            f"no text encoder of the family {layout.family} learns tokens; leave the group tokens "
+            "out of the stages"
+        )
+
+
+def check_attention(layout: Layout, name: str) -> None:
+    """Raises UserError for a loss or measure `name` that reads attention maps, where the model has
+    none: its denoiser reads a text encoder's states that no word can be followed to.
+    """
+    if not layout.encoders:
+        raise UserError(
+            f"{name} reads the attention on words of a caption, which a model of the family "
+            f"{layout.family} does not record; choose another loss"
+        )
+
+
 def _choose_targets(c: Config, layout: Layout) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-    """Component that trains -> (globs, paths of the layers that they match)."""
+    """Component that trains -> (globs, paths of the layers that they match).
+
+    Raises UserError for a group that has no component with presets.
+    """
     texts = [name for name in layout.presets if name in layout.encoders]
     denoisers = [name for name in layout.presets if name not in layout.encoders]
     wanted: dict[str, tuple[str, ...]] = {}
     if c.trains("denoiser"):
         wanted |= dict.fromkeys(denoisers, c.adapter.targets)
     if c.trains("text_encoder"):
+        if not texts:
+            raise UserError(
+                f"no text encoder of the family {layout.family} takes adapters; leave the group "
+                "text_encoder out of the stages"
+            )
         wanted |= dict.fromkeys(texts, c.adapter.text_targets)
     return {name: _match_targets(layout, name, names) for name, names in wanted.items()}
 
@@ -182,7 +211,8 @@ def check_model(c: Config, family: Family) -> None:
             "--noise.shift and --noise.dynamic-shift have no effect on this model, "
             "which is no flow model; leave them out"
         )
-    if c.noise.guidance != Config().noise.guidance and not family.distilled_guidance:
+    reads_guidance = getattr(family, "reads_guidance", family.distilled_guidance)
+    if c.noise.guidance != Config().noise.guidance and not reads_guidance:
         raise UserError(
             "--noise.guidance has no effect on this model, which takes no guidance scale as an "
             "input; leave it out"
@@ -301,6 +331,8 @@ def check_token_limit(
 
     `embeddings`: the text encoders that learn token rows, by name.
     """
+    if not embeddings:
+        return
     image_of: dict[str, str] = {}  # caption -> name of the first image that has it
     for record in records:
         for caption in record.captions:
@@ -343,5 +375,6 @@ def describe_far_resolution(c: Config, side: int) -> str:
 
 def token_limits(family: Family) -> dict[str, int]:
     """Text encoder -> the number of tokens that it reads."""
-    ids = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]  # tokenizers' order
+    wide = [rows for rows in family.tokenize([""]).values() if rows.ndim == 2]
+    ids = wide[: len(family.tokenizers)]  # in the tokenizers' order; masks are behind them
     return {name: rows.shape[1] for name, rows in zip(family.tokenizers, ids, strict=True)}

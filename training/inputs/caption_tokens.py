@@ -26,6 +26,11 @@ class CaptionReader:
         self.model, family = model, model.family
         self.keeps_text = keeps_text
         self.labels = family.layout.encoders  # "text_encoder" -> "clip_l"
+        if not family.attended:
+            raise UserError(
+                f"this loss reads attention, and the family {family.name} records no attention "
+                "maps; choose a loss that reads none"
+            )
         learning = [name for name in family.attended if name in model.embeddings]
         # the text encoder whose tokens attention maps are on, and whether it learns some
         self.attended, self.learns = (learning or list(family.attended))[0], bool(learning)

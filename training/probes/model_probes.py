@@ -112,14 +112,16 @@ def has_threads(first: FirstStep) -> bool:
 
 @torch.no_grad()
 def skips_last_layers(first: FirstStep) -> bool:
-    """--clip-skip: whether the last layer of each text encoder is left out of the encoding of a
-    caption: it is the same after a change of what that layer gives.
+    """--clip-skip: whether the last layer of each CLIP text encoder is left out of the encoding of
+    a caption: it is the same after a change of what that layer gives.
     """
     model = first.model
     tokens = model.family.tokenize(first.batch.captions[:1])
     with model.evaluating(), ExitStack() as stack:
         usual = model.family.encode(tokens).prompt_embeds
-        for encoder in model.encoders.values():
+        for name, encoder in model.encoders.items():
+            if model.family.layout.encoders[name] == "t5":
+                continue
             last = list(repeated_blocks(encoder).values())[-1]
             handle = last.register_forward_hook(_add_one)
             stack.callback(handle.remove)
@@ -143,8 +145,15 @@ def has_token_length(first: FirstStep) -> bool:
 
 
 def has_sequence_length(first: FirstStep) -> bool:
-    """--max-sequence-length: whether the captions of the step have so many tokens."""
-    return first.config.max_sequence_length in _caption_lengths(first)
+    """--max-sequence-length: whether the captions of the step have so many tokens, alone or behind
+    those of CLIP.
+    """
+    length, lengths = first.config.max_sequence_length, _caption_lengths(first)
+    if length in lengths:
+        return True
+    tokens = first.model.family.tokenize(first.batch.captions[:1])
+    before = {ids.shape[1] for ids in tokens.values() if ids.ndim == 2}
+    return any(length + other in lengths for other in before)
 
 
 def _caption_lengths(first: FirstStep) -> set[int]:
