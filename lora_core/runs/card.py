@@ -246,8 +246,9 @@ def _described_files(card: ModelCard, folder: Path, rows: Sequence[str]) -> dict
     settings = f"the run's settings: {_repeat_advice(folder)}"
     if card.repo:
         settings = "the run's settings, without the folders of its images"
-    alone = "the adapter under LyCORIS' names, for lora_core, A1111 and ComfyUI"
-    kohya = "the same LoRA under kohya's names, for A1111 and ComfyUI"
+    others = "ComfyUI and other tools that know the model"
+    alone = f"the adapter under LyCORIS' names, for lora_core, {others}"
+    kohya = f"the same LoRA under kohya's names, for {others}"
     known = {
         NATIVE: "LoRA under diffusers' names",
         f"{folder.name}.safetensors": alone if _has_lycoris_only(folder) else kohya,
