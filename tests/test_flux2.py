@@ -23,6 +23,7 @@ import train
 from lora_core import formats
 from lora_core.adapters import injection, targets
 from lora_core.adapters.adapted_layer import adapted_layers
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.config import (
     AdapterConfig,
     Config,
@@ -324,6 +325,25 @@ def test_both_files_of_a_run_have_the_same_layers(run, folders):
         assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in keys
     assert "lora_unet_single_blocks_1_linear1.lora_down.weight" in keys
     assert "lora_unet_single_stream_modulation_lin.lora_down.weight" in keys
+
+
+def test_diffusers_converts_the_original_names_to_the_same_layers(opened, tmp_path):
+    """Those of the blocks, which files of other trainers have."""
+    family, _ = opened["base"]
+    shapes = family.layout.components["transformer"].shapes
+    paths = targets.select_paths(list(shapes), flux2.PRESETS["transformer"]["kohya"])
+    factors = {}
+    for number, path in enumerate(paths):
+        rows, columns = shapes[path]
+        scale = 0.5 * (1 + number % 3)
+        factors[path] = LowRank(torch.randn(2, columns), torch.randn(rows, 2), scale)
+    state = AdapterState({"transformer": factors})
+    formats.save(state, tmp_path / "a.safetensors", format="kohya", layout=family.layout)
+    found = Flux2KleinPipeline.lora_state_dict(load_file(tmp_path / "a.safetensors"))
+    assert len(found) == 2 * len(factors)
+    for path, layer in factors.items():
+        down, up = (found[f"transformer.{path}.lora_{side}.weight"] for side in "AB")
+        assert torch.allclose(up @ down, layer.scale * layer.up @ layer.down, atol=1e-5)
 
 
 def test_a_run_is_folded_into_a_whole_model(run, folders, tmp_path):
