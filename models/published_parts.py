@@ -117,6 +117,9 @@ MISTRAL_SMALL: Config = dict(
     architectures=["Mistral3ForConditionalGeneration"],
     model_type="mistral3",
 )
+
+# ---------------------------------------------------------------- denoisers
+
 PLAIN_DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 PLAIN_UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
 UNET_1: Config = dict(
@@ -211,6 +214,9 @@ KLEIN_4B = FLUX2_TRANSFORMER | dict(
 KLEIN_9B = KLEIN_4B | dict(
     num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
 )
+
+# ---------------------------------------------------------------- VAEs and schedulers
+
 VAE: Config = dict(
     _class_name="AutoencoderKL",
     sample_size=512,

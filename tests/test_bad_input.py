@@ -290,7 +290,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "encoders": (
         ONLY | {"tokens": {"encoders": ("t5",)}},
-        "Stable Diffusion, and --tokens.encoders t5 is for Flux or Stable Diffusion 3; leave it out",
+        "and --tokens.encoders t5 is for Flux or Stable Diffusion 3; leave it out",
     ),
     "vectors of random": (ONLY | {"tokens": {"vectors": 0}}, "random"),
     "rank of full": ({"adapter": {"kind": "full", "rank": 3}}, "full"),
