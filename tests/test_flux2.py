@@ -157,6 +157,12 @@ def test_distilled_models_have_their_own_steps_and_no_second_call(opened):
     needs_no_second_call = {kind: family.distilled_guidance for kind, family in found.items()}
     assert needs_no_second_call == {"base": False, "distilled": True, "dev": True}
     assert not conditioning(found["distilled"]).extra
+    for kind, family in found.items():
+        flow.check_guidance(family, "--guidance", 1.0, 5.0)
+        if kind != "distilled":
+            flow.check_guidance(family, "--guidance", 4.0, 5.0)
+    with pytest.raises(UserError, match="--guidance 4 has no effect on this model, which was dist"):
+        flow.check_guidance(found["distilled"], "--guidance", 4.0, 5.0)
     assert conditioning(found["dev"]).extra["guidance"].tolist() == [3.5, 3.5]
 
 
@@ -389,6 +395,7 @@ def test_captions_are_encoded_once(folders, photos, tmp_path, monkeypatch):
         (dict(loss="attention"), "attention reads the attention on words of a caption"),
         (dict(clip_skip=1), "--clip-skip 1 is for"),
         (dict(max_token_length=150), "--max-token-length has no effect"),
+        (dict(samples=SamplesConfig(guidance=4.0)), "--samples.guidance 4 has no effect"),
         (dict(noise=NoiseConfig(guidance=2.0)), "--noise.guidance has no effect on this model"),
     ],
 )
