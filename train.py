@@ -251,7 +251,8 @@ def run_train_command(words: list[str]) -> None:
         print(f"plot: {results.preview_noise_levels(config)}")
         return
     if PLAN_FLAG in words:
-        plan_table.print_plan(*resolve_functions(config, None, training_step), options)
+        shown = [word for word in words if word != PLAN_FLAG]
+        plan_table.print_plan(*resolve_functions(config, None, training_step), shown)
         return
     if config.overwrite and words and not words[0].startswith("-"):
         given = {"the config file": words[0]}

@@ -56,3 +56,12 @@ def test_one_process_plans(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main(["--model", "toy/model", "--plan"]) == 2
     assert "start it with python train.py CONFIG --plan" in capsys.readouterr().err
+
+
+def test_the_lines_to_type_have_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its options are part of the plan; so is the family of a published model, without the hub."""
+    words = ["--preset", "object", "--model", "black-forest-labs/FLUX.2-klein-base-4B"]
+    assert train.main([*words, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "peak: 10.3 GB" in said
+    assert f"12 GB  10.3 GB  python train.py {' '.join(words)}\n" in said

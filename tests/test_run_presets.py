@@ -11,7 +11,7 @@ from lora_core.config import Config
 from lora_core.errors import UserError
 from lora_core.flags.command_line import parse_command_line, take_flag
 from lora_core.toml import from_table, layer_tables, read_toml
-from tests import tiny_flux, tiny_sdxl
+from tests import tiny_flux, tiny_flux2, tiny_sd3, tiny_sdxl
 from training.checks.config_checks import check_config
 from training.run_presets import (
     FOLDER,
@@ -22,7 +22,7 @@ from training.run_presets import (
     take_preset,
 )
 
-FAMILIES = ("sd", "sdxl", "flux")
+FAMILIES = ("sd", "sdxl", "flux", "sd3", "flux2")
 TOY = "toy/model"
 
 
@@ -55,7 +55,8 @@ def test_there_is_no_other_preset() -> None:
 def test_a_preset_is_that_of_the_models_family(family: str, tmp_path: Path, model: Path) -> None:
     path = {"sd": model}.get(family, tmp_path)
     if family != "sd":
-        {"sdxl": tiny_sdxl, "flux": tiny_flux}[family].save(path)
+        makers = {"sdxl": tiny_sdxl, "flux": tiny_flux, "sd3": tiny_sd3, "flux2": tiny_flux2}
+        makers[family].save(path)
     file, rest = take_preset(["--model", str(path), "--preset=style", "--seed", "3"])
     assert file == preset_file("style", family)
     assert rest == ["--model", str(path), "--seed", "3"]

@@ -17,6 +17,7 @@ from lora_core.flags.command_line import is_given, take_flag
 from lora_core.text import nearest_hint
 from lora_core.toml import flatten_table, read_table
 from models import read_layout
+from models.published import config_source
 
 FOLDER = Path(__file__).parent.parent / "configs" / "presets"
 PRESETS = ("character", "style", "object")
@@ -38,7 +39,8 @@ def take_preset(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     path, config, own = (_find_option(option, others) for option in MODEL_OPTIONS)
     if not path:
         raise UserError(f"--preset {name} depends on the model; name one with --model")
-    return preset_file(name, read_layout(path, config, own).family), others
+    source = path if own else config_source(path)  # without the hub for published models
+    return preset_file(name, read_layout(source, config, own).family), others
 
 
 def fit_intervals(config: Config, words: Sequence[str]) -> Config:
