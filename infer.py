@@ -103,6 +103,7 @@ from lora_core.runs.prompt_loras import (
 from lora_core.runs.run_checkpoints import find_checkpoints
 from lora_core.settings import SamplerSettings, check_options
 from models import DTYPES, choose_device, load_family, use_device
+from models.flow import check_guidance
 from models.placement import loading_device, place_networks
 from models.skip_layers import choose_skip_layers
 
@@ -253,6 +254,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
     )
     with phase("loading the model"):
         family = load_family(config.model, options)
+    check_guidance(family, "--guidance", config.guidance, Infer().guidance)
     if config.negative and family.distilled_guidance:
         raise UserError("--negative has no effect on a guidance-distilled model; leave it out")
     if not config.refiner:

@@ -21,7 +21,7 @@ from lora_core.diffusion import noise
 from lora_core.diffusion.noise import Schedule, shift_sigmas
 from lora_core.diffusion.sampling import Spacing
 from lora_core.errors import UserError
-from lora_core.family import Conditioning, LoadOptions, Sizes
+from lora_core.family import Conditioning, Family, LoadOptions, Sizes
 from models.components import (
     check_tokenizers,
     decode_latents,
@@ -142,6 +142,20 @@ def refuse_masks(inpaint: Tensor | None) -> None:
         raise UserError(
             "this model takes no mask and no masked image; "
             "leave them out or choose an inpainting model"
+        )
+
+
+def check_guidance(family: Family, option: str, guidance: float, default: float) -> None:
+    """Raises UserError for a guidance scale that a distilled model neither reads nor needs.
+
+    Its default, which is always there, and 1, no guidance, are fine.
+    """
+    if guidance in (1, default):
+        return
+    if family.distilled_guidance and not getattr(family, "reads_guidance", True):
+        raise UserError(
+            f"{option} {guidance:g} has no effect on this model, which was distilled to draw "
+            "without guidance; leave it out"
         )
 
 

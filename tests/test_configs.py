@@ -548,6 +548,7 @@ FLIPS: dict[
     "loss_arg.full_identity": {"loss_arg.full_identity": True},
     "weighting": {"weighting": "none", "weighting_arg": {}},
     "weighting_arg.gamma": {"weighting_arg.gamma": 1.0},
+    "weighting_arg.k": {"weighting_arg.k": 1.0},
     "precision": {"precision": "fp32"},
     "samples.prompts": {"samples.prompts": ("b TOK",)},
     "samples.steps": {"samples.steps": 3},

@@ -23,6 +23,7 @@ import train
 from lora_core import formats
 from lora_core.adapters import injection, targets
 from lora_core.adapters.adapted_layer import adapted_layers
+from lora_core.adapters.weight_updates import AdapterState, LowRank
 from lora_core.config import (
     AdapterConfig,
     Config,
@@ -156,6 +157,12 @@ def test_distilled_models_have_their_own_steps_and_no_second_call(opened):
     needs_no_second_call = {kind: family.distilled_guidance for kind, family in found.items()}
     assert needs_no_second_call == {"base": False, "distilled": True, "dev": True}
     assert not conditioning(found["distilled"]).extra
+    for kind, family in found.items():
+        flow.check_guidance(family, "--guidance", 1.0, 5.0)
+        if kind != "distilled":
+            flow.check_guidance(family, "--guidance", 4.0, 5.0)
+    with pytest.raises(UserError, match="--guidance 4 has no effect on this model, which was dist"):
+        flow.check_guidance(found["distilled"], "--guidance", 4.0, 5.0)
     assert conditioning(found["dev"]).extra["guidance"].tolist() == [3.5, 3.5]
 
 
@@ -326,6 +333,25 @@ def test_both_files_of_a_run_have_the_same_layers(run, folders):
     assert "lora_unet_single_stream_modulation_lin.lora_down.weight" in keys
 
 
+def test_diffusers_converts_the_original_names_to_the_same_layers(opened, tmp_path):
+    """Those of the blocks, which files of other trainers have."""
+    family, _ = opened["base"]
+    shapes = family.layout.components["transformer"].shapes
+    paths = targets.select_paths(list(shapes), flux2.PRESETS["transformer"]["kohya"])
+    factors = {}
+    for number, path in enumerate(paths):
+        rows, columns = shapes[path]
+        scale = 0.5 * (1 + number % 3)
+        factors[path] = LowRank(torch.randn(2, columns), torch.randn(rows, 2), scale)
+    state = AdapterState({"transformer": factors})
+    formats.save(state, tmp_path / "a.safetensors", format="kohya", layout=family.layout)
+    found = Flux2KleinPipeline.lora_state_dict(load_file(tmp_path / "a.safetensors"))
+    assert len(found) == 2 * len(factors)
+    for path, layer in factors.items():
+        down, up = (found[f"transformer.{path}.lora_{side}.weight"] for side in "AB")
+        assert torch.allclose(up @ down, layer.scale * layer.up @ layer.down, atol=1e-5)
+
+
 def test_a_run_is_folded_into_a_whole_model(run, folders, tmp_path):
     kind, folder = run
     words = ["--prompt", "a cat", "--steps", "2", "--guidance", "1", "--sampler", "flow_euler"]
@@ -369,6 +395,7 @@ def test_captions_are_encoded_once(folders, photos, tmp_path, monkeypatch):
         (dict(loss="attention"), "attention reads the attention on words of a caption"),
         (dict(clip_skip=1), "--clip-skip 1 is for"),
         (dict(max_token_length=150), "--max-token-length has no effect"),
+        (dict(samples=SamplesConfig(guidance=4.0)), "--samples.guidance 4 has no effect"),
         (dict(noise=NoiseConfig(guidance=2.0)), "--noise.guidance has no effect on this model"),
     ],
 )

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from transformers.processing_utils import ProcessorMixin
 
 from lora_core.errors import UserError
 from models import LoadOptions, language_encoders
@@ -36,6 +38,28 @@ def test_the_first_token_of_a_text_is_there_once():
     ids = tokens["input_ids"][0]
     assert (ids == tokenizer.bos_token_id).sum() == 1 and ids[0] == tokenizer.pad_token_id
     assert tokenizer.decode(ids).endswith("without speculation.[/SYS][INST]a cat[/INST]")
+
+
+class TextProcessor(ProcessorMixin):
+    """transformers' processor with a tokenizer alone. That of FLUX.2 dev reads images, too, for
+    which it needs torchvision.
+    """
+
+    def __init__(self, tokenizer, chat_template=None):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+@pytest.mark.parametrize("length", [192, 160])  # the longer prompt is cut in the second
+def test_tokens_are_those_of_the_processor_in_the_pipeline(length):
+    tokenizer, prompts = tiny_flux2.dev_tokenizer(), ["a cat", "", "a [IMG]dog"]
+    processor = TextProcessor(tokenizer, chat_template=tiny_flux2.DEV_TEMPLATE)
+    theirs = processor.apply_chat_template(
+        format_input(prompts), add_generation_prompt=False, tokenize=True, return_dict=True,
+        return_tensors="pt", padding="max_length", truncation=True, max_length=length,
+    )  # fmt: skip
+    ours = tokens_of(tokenizer, DEV, prompts, length)
+    for name, rows in ours.items():
+        assert torch.equal(rows, theirs[name])
 
 
 def test_what_a_long_prompt_loses_is_said_once(capsys):

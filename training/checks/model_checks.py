@@ -19,12 +19,13 @@ from lora_core.adapters.kinds import KINDS, kind_class, kind_options
 from lora_core.adapters.kronecker import LoKr
 from lora_core.adapters.targets import matches_pattern, require_match
 from lora_core.adapters.weight_updates import DenseUpdate
-from lora_core.config import AdapterConfig, Config
+from lora_core.config import AdapterConfig, Config, SamplesConfig
 from lora_core.data import dataset
 from lora_core.errors import UserError
 from lora_core.placeholders import Placeholder, bind_placeholders, has_placeholder, truncated_tokens
 from lora_core.settings import AdapterSpec
 from models import Family, Layout
+from models.flow import check_guidance
 from training.checks.family_checks import check_family
 
 MOST_ZOOM = 2.5  # between the images of a run and those that the model was made for
@@ -232,6 +233,7 @@ def check_model(c: Config, family: Family) -> None:
             "--data.pairs compares two images under one condition, and an inpainting model would "
             "see the surroundings of each; take another model or leave it out"
         )
+    check_guidance(family, "--samples.guidance", c.samples.guidance, SamplesConfig().guidance)
     if c.samples.negative and family.distilled_guidance:
         raise UserError(
             "--samples.negative has no effect on a guidance-distilled model; leave it out"
