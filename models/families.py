@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.metadata
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from huggingface_hub import hf_hub_download
 
 from lora_core import distributed
 from lora_core.diffusion.noise import Schedule
-from lora_core.errors import UserError
+from lora_core.errors import UserError, first_line
 from lora_core.family import Family, FamilyFunctions, LoadOptions
 from lora_core.formats.known_formats import is_single_file
 from lora_core.formats.layout import Layout
@@ -89,11 +90,10 @@ def read_schedule(
 
 def families_with_preset(preset: str) -> tuple[str, ...]:
     """The built-in families whose denoiser has a preset of targets of that name."""
-    owners = []
-    for name in dict.fromkeys(FAMILIES.values()):
-        module = importlib.import_module(name)
-        if preset in module.DENOISER_PRESETS:
-            owners.append(name.removeprefix("models."))
+    owners: dict[str, None] = {}
+    for pipeline, name in FAMILIES.items():
+        if preset in _import_family(name, pipeline).DENOISER_PRESETS:
+            owners[name.removeprefix("models.")] = None
     return tuple(owners)
 
 
@@ -216,8 +216,23 @@ def _find_family(path: str, config: str, own: str) -> FamilyFunctions:
             f"{path} is a {kind}, which is not supported; supported are {known} (train.py and "
             "infer.py also take a family of yours, FILE.py:FAMILY)"
         )
-    with without_collection():
-        return importlib.import_module(FAMILIES[name]).FAMILY
+    return _import_family(FAMILIES[name], name).FAMILY
+
+
+def _import_family(module: str, pipeline: str) -> Any:
+    """The file of a built-in family. Raises UserError where an installed library is too old."""
+    try:
+        with without_collection():
+            return importlib.import_module(module)
+    except ImportError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in ("diffusers", "transformers"):
+            raise
+        installed = importlib.metadata.version(library)
+        raise UserError(
+            f"models of a {pipeline} need a newer {library} than {installed}: "
+            f"{first_line(error).partition(' (')[0]}; install the versions of constraints.txt"
+        ) from None
 
 
 @contextmanager

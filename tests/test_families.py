@@ -19,7 +19,7 @@ import infer
 import train
 from lora_core.config import Config, Stage
 from lora_core.errors import UserError
-from models import FAMILIES, load_family, use_device
+from models import FAMILIES, load_family, read_layout, use_device
 from models.families import save_family, without_collection
 from tests.tiny_pipeline import save_sd_pipeline
 from training import results
@@ -50,6 +50,27 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 20)
     index.write_text(index.read_text().replace("SanaPipeline", "StableDiffusionPipeline"))
     with pytest.raises(UserError, match="unet"):
+        load_family(str(tmp_path))
+
+
+def test_a_library_that_is_too_old_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a weight is read; another error of an import stays what it is."""
+    (tmp_path / "tomorrow.py").write_text("from diffusers import ModelOfTomorrow")
+    (tmp_path / "broken.py").write_text("import no_such_library")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "TomorrowPipeline"}')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(FAMILIES, "TomorrowPipeline", "tomorrow")
+    sentence = (
+        r"models of a TomorrowPipeline need a newer diffusers than [\d.]+: cannot import name "
+        r"'ModelOfTomorrow' from 'diffusers'; install the versions of constraints\.txt"
+    )
+    for read in (load_family, read_layout):
+        with pytest.raises(UserError, match=sentence):
+            read(str(tmp_path))
+    monkeypatch.setitem(FAMILIES, "TomorrowPipeline", "broken")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         load_family(str(tmp_path))
 
 
