@@ -38,7 +38,7 @@ from lora_core.optim import building, gradients
 from lora_core.tensor_trees import map_tensors
 from models import flow, load_family, sd
 from models.components import read_json
-from models.published import PUBLISHED_MODELS
+from models.published_configs import MODEL_FILES
 from training import cuda_graph
 
 TOY = Path(__file__).parent.parent / "toy" / "model"
@@ -98,7 +98,7 @@ def open_problem(
         height = (side or published_networks.SIDES[name]) // 8
         latents = flow.unpack_latents(latents, height, height)
     kind = published_networks.CLASSES[name][1]
-    scheduler = PUBLISHED_MODELS[kind].files["scheduler/scheduler_config.json"]
+    scheduler = MODEL_FILES[kind]["scheduler/scheduler_config.json"]
     network = published_networks.build_network(name, device)
     targets = published_networks.TARGETS[name]
     return build_problem(name, network, inputs, latents, scheduler, targets, rank)

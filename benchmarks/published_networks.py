@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lora_core.adapters import injection
 from models import flux, flux2, sd, sd3
-from models.known import PUBLISHED_MODELS
+from models.published_configs import MODEL_FILES
 
 SIDES = {"sd15": 512, "sdxl": 1024, "flux": 1024, "sd35": 1024, "flux2": 1024}  # pixels
 NAMES = tuple(SIDES)
@@ -57,7 +57,7 @@ def build_network(
     Weights ~ N(0, 1 / fan_in) from the seed (none on the meta device), biases 0, those of norms 1.
     """
     build, kind, part = CLASSES[name]
-    published = PUBLISHED_MODELS[kind].files[f"{part}/config.json"]
+    published = MODEL_FILES[kind][f"{part}/config.json"]
     config = {key: value for key, value in published.items() if not key.startswith("_")}
     with torch.device("meta"):
         model = nn.Module.to(build(**config), dtype)  # diffusers' own `to` warns at every call

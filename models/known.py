@@ -44,6 +44,14 @@ OTHER_FAMILIES = {
     "HunyuanVideo": r"double_blocks\.\d+\.(img|txt)_attn_",
     "AnimateDiff": r"motion_modules[._]|temporal_transformer",
 }
+# Models with layers of an earlier one, which is meant where a file has nothing else: bigG's, and
+# single double blocks of the same width.
+EARLIER = {
+    "sd3": "sdxl",
+    "sd3.5-medium": "sdxl",
+    "sd3.5-large": "sdxl",
+    "flux2-klein-base-4b": "flux-dev",
+}
 BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")  # the first in a layer's name is its block's
 layout = published_layout  # its earlier name
 Test = Callable[[str], bool]  # name of a published model -> whether the file may belong to it
@@ -115,9 +123,10 @@ def recognize_kind(
     for test in [*_header_tests(header or {}), *signs]:  # each narrows the choice, or is ignored
         fitting = [kind for kind in fitting if test(kind)] or fitting
     originals = dict.fromkeys(PUBLISHED_MODELS[kind].like or kind for kind in fitting)
-    if len(originals) == 1:
-        return fitting[0]
-    titles = [PUBLISHED_MODELS[kind].title for kind in originals]
+    meant = [kind for kind in originals if EARLIER.get(kind) not in originals]
+    if len(meant) == 1:
+        return next(kind for kind in fitting if (PUBLISHED_MODELS[kind].like or kind) in meant)
+    titles = [PUBLISHED_MODELS[kind].title for kind in meant]
     raise UndecidedModel(_undecided_error(source, list(shapes), titles))
 
 

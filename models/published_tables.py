@@ -13,7 +13,8 @@ import sys
 from lora_core.errors import quiet_status
 from lora_core.formats.layout import Layout
 from models import read_layout
-from models.published import PUBLISHED_MODELS, published_configs
+from models.published import PUBLISHED_MODELS
+from models.published_configs import published_configs
 from models.published_layouts import TABLE, encode_layouts
 
 

@@ -46,7 +46,8 @@ from models.components import (
     read_json,
 )
 from models.hub_models import download_configs, download_model
-from models.published import PUBLISHED_MODELS, published_configs
+from models.published import PUBLISHED_MODELS
+from models.published_configs import MODEL_FILES, published_configs
 
 Locations = tuple[NetworkLocation, ...]
 
@@ -142,9 +143,9 @@ def recognize_checkpoint(facts: SingleFileFacts, source: str, *, v: bool = False
     models.
     """
     unets = {}
-    for kind, row in PUBLISHED_MODELS.items():
-        if "unet/config.json" in row.files:
-            unets[kind] = row.files["unet/config.json"]
+    for kind, files in MODEL_FILES.items():
+        if "unet/config.json" in files:
+            unets[kind] = files["unet/config.json"]
     for kind, unet in unets.items():
         label = unet.get("projection_class_embeddings_input_dim")
         sizes = (unet["in_channels"], unet["cross_attention_dim"], label)

@@ -38,7 +38,7 @@ from lora_core.diffusion.generation import SamplerSettings, generate_images
 from lora_core.errors import UserError
 from lora_core.settings import AdapterSpec
 from models import LoadOptions, Sizes, flow, flux2, load_family, read_layout, read_schedule
-from models.published import published_configs
+from models.published_configs import published_configs
 from tests import tiny_flux2
 from tests.flow_objective import mean_loss
 

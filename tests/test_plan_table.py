@@ -8,7 +8,8 @@ import pytest
 import train
 from lora_core.config import Config
 from lora_core.flags.command_line import parse_command_line
-from models.published import HUB_NAMES, PUBLISHED_MODELS, config_source
+from models.published import HUB_NAMES, PUBLISHED_MODELS
+from models.published_configs import config_source
 
 
 def test_the_table_of_a_model_that_has_configs_alone(

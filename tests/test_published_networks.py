@@ -33,8 +33,7 @@ def test_positions_are_computed_where_weights_are_sampled(monkeypatch) -> None:
     """SD 3.5 has a table of positions that is no parameter; its blocks are left out here."""
     build, kind, part = published_networks.CLASSES["sd35"]
     config = {"num_layers": 0, "sample_size": 8, "pos_embed_max_size": 8, "num_attention_heads": 2}
-    files = {f"{part}/config.json": config}
-    small = {kind: published_networks.PUBLISHED_MODELS[kind]._replace(files=files)}
-    monkeypatch.setattr(published_networks, "PUBLISHED_MODELS", small)
+    small = {kind: {f"{part}/config.json": config}}
+    monkeypatch.setattr(published_networks, "MODEL_FILES", small)
     found = published_networks.build_network("sd35", "cpu", torch.float32)
     assert torch.equal(found.pos_embed.pos_embed, build(**config).pos_embed.pos_embed)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from models import published_parts as parts
-from models.published import PUBLISHED_MODELS
+from models.published_configs import MODEL_FILES
 
 # Parameters, of a transformer with its table of positions. Published as sizes of files in bf16:
 # 8,044,936,192 and 16,381,470,720 bytes of Qwen3's, and 7,751,105,712 with a header of 16,560 of
@@ -58,8 +58,8 @@ def unknown_keys(config, defaults):
 def test_every_key_is_known_to_its_class():
     """Both libraries take others without a word."""
     unknown = set()
-    for row in PUBLISHED_MODELS.values():
-        for name, config in row.files.items():
+    for files in MODEL_FILES.values():
+        for name, config in files.items():
             if "_class_name" in config and name != "model_index.json":
                 takes = inspect.signature(getattr(diffusers, config["_class_name"])).parameters
                 unknown |= set(config) - set(takes) - {"_class_name"}

@@ -4,7 +4,8 @@ import re
 
 from lora_core import formats
 from models import known, read_layout
-from models.published import PUBLISHED_MODELS, published_configs
+from models.published import PUBLISHED_MODELS
+from models.published_configs import published_configs
 from tests import tiny_sdxl
 
 

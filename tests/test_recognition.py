@@ -23,8 +23,8 @@ from tests.refusals import sentence
 
 SD = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"  # [320, 768]
 SAI = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"  # the same layer in the original code
-FLUX = "transformer_blocks.12.attn.add_k_proj"  # [3072, 3072]
-BFL = "double_blocks.12.txt_attn.qkv.1"  # the same layer, as OneTrainer numbers the parts
+FLUX = "transformer_blocks.2.attn.add_k_proj"  # [3072, 3072]
+BFL = "double_blocks.2.txt_attn.qkv.1"  # the same layer, as OneTrainer numbers the parts
 PEFT = "base_model.model"
 HEADED = {  # name of a layer in a file -> (format, family, path)
     f"unet.{SD}": ("diffusers", "sd", SD),
@@ -89,9 +89,7 @@ def test_commands_write_published_names_without_the_head(tmp_path, capsys, name)
     call("convert", source, native)
     assert set(load_file(native)) == {f"transformer.{FLUX}.lora_{x}.weight" for x in "AB"}
     call("convert", source, kohya, "--to", "kohya")
-    assert all(
-        key.startswith("lora_unet_double_blocks_12_txt_attn_qkv") for key in load_file(kohya)
-    )
+    assert all(key.startswith("lora_unet_double_blocks_2_txt_attn_qkv") for key in load_file(kohya))
     layout = known.published_layout("flux-dev")
     up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
     for file in (native, kohya):

@@ -30,7 +30,7 @@ from models import (
     save_family,
     single_file,
 )
-from models.published import published_configs
+from models.published_configs import published_configs
 from models.single_file import convert_to_folder, locate_networks, open_parts, recognize_checkpoint
 from tests import tiny_sdxl
 from tests.conftest import save_pipeline

@@ -17,7 +17,7 @@ from lora_core.flags.command_line import is_given, take_flag
 from lora_core.text import nearest_hint
 from lora_core.toml import flatten_table, read_table
 from models import read_layout
-from models.published import config_source
+from models.published_configs import config_source
 
 FOLDER = Path(__file__).parent.parent / "configs" / "presets"
 PRESETS = ("character", "style", "object")

@@ -348,8 +348,8 @@ def prompt_reader(
         return lambda text: bind_layers(text, placeholders)
     if not getattr(family, "reads_weights", False):
         raise UserError(
-            f"--emphasis {emphasis} scales the hidden states of CLIP, which the denoiser of this "
-            f"model ({family.name}) does not read; leave it out, and weights like (word:1.2) too"
+            f"--emphasis {emphasis} scales the hidden states of CLIP, and the denoiser of this "
+            f"model ({family.name}) reads others; leave it out, and weights like (word:1.2) too"
         )
 
     def read(text: str) -> Prompt:

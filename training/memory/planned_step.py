@@ -26,7 +26,7 @@ from lora_core.memory.live_tensors import LiveTensors, tensor_bytes
 from lora_core.memory.saved_tensors import saved_activations
 from lora_core.tensor_trees import tree_tensors
 from models import DTYPES, load_family
-from models.published import config_source
+from models.published_configs import config_source
 from training import setup
 from training.checks import model_checks
 from training.inputs.caption_cache import TokenIds, trains_text
