@@ -1,7 +1,10 @@
-"""Attention of Flux's blocks: diffusers' bits, and maps against its own functions."""
+"""Attention of text and image to each other: diffusers' numbers, and maps by its own functions."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch import Tensor
 from lora_core.cross_attention import AttentionMap
 from lora_core.family import LoadOptions, Sizes
 from models import load_family
-from tests import tiny_flux
+from tests import tiny_flux, tiny_sd3
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +77,48 @@ def test_maps_are_the_probabilities_of_all_blocks(family) -> None:
         assert m.probabilities.shape == (2, 2, 3 * 4, 24) and (m.h, m.w) == (3, 4)
         assert torch.allclose(m.probabilities, expected, atol=1e-6)
         assert (m.probabilities.sum(-1) < 1).all()
+
+
+# ---------------------------------------------------------------- Stable Diffusion 3
+
+
+@pytest.mark.parametrize("variant", tiny_sd3.VARIANTS)
+def test_the_processor_of_sd3_is_diffusers(variant: str, tmp_path: Path) -> None:
+    """But for the order of sums: there the image comes before the text."""
+    tiny_sd3.save(tmp_path / "m", variant=variant)
+    sd3 = load_family(str(tmp_path / "m"), LoadOptions(max_sequence_length=20))
+    assert len(sd3.joint_attention) == tiny_sd3.BLOCKS  # none of the image's own attention
+    given = inputs(sd3)
+    ours = sd3.denoise(*given)
+    for path in sd3.joint_attention:
+        sd3.transformer.get_submodule(path).set_processor(JointAttnProcessor2_0())
+    theirs = sd3.denoise(*given)
+    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
+def test_maps_of_sd3_are_on_clips_tokens_then_on_t5s(tmp_path: Path) -> None:
+    tiny_sd3.save(tmp_path / "m")
+    sd3 = load_family(str(tmp_path / "m"), LoadOptions(max_sequence_length=20))
+    seen: dict = {}
+    path = "transformer_blocks.1.attn"
+    block = sd3.transformer.get_submodule(path)
+    hook = block.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    maps: list[AttentionMap] = []
+    x, level, cond = inputs(sd3)
+    sd3.denoise(x, level, cond, maps=maps)
+    hook.remove()
+    assert [m.name for m in maps] == list(sd3.joint_attention)
+    found = next(m for m in maps if m.name == path)
+    both = {}
+    for kind in "qk":
+        image = getattr(block, f"to_{kind}")(seen["hidden_states"]).unflatten(-1, (2, 16))
+        text = getattr(block, f"add_{kind}_proj")(seen["encoder_hidden_states"])
+        image = getattr(block, f"norm_{kind}")(image)
+        text = getattr(block, f"norm_added_{kind}")(text.unflatten(-1, (2, 16)))
+        both[kind] = torch.cat([image, text], dim=1).transpose(1, 2)
+    weights = (both["q"] @ both["k"].transpose(-1, -2) / 4).softmax(-1)
+    positions = found.h * found.w
+    assert torch.allclose(found.probabilities, weights[:, :, :positions, positions:], atol=1e-6)
+    assert found.probabilities.shape[-1] == 16 + 20
