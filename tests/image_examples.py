@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from lora_core.data.dataset import ImageSettings
 
@@ -38,3 +38,8 @@ def save_kohya_folders(root: Path) -> Path:
     (root / "10_ohwx dog" / "IMG_2.caption").write_text("ohwx dog on grass")
     save_gray_square(root / "3_TOK" / "IMG_1.jpg", 2)
     return root
+
+
+def levels_between(image: Image.Image, other: Image.Image) -> int:
+    """The largest difference between two images, of 255 levels."""
+    return max(high for _, high in ImageChops.difference(image, other).getextrema())

@@ -14,10 +14,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.training_utils import compute_loss_weighting_for_sd3
-from PIL import Image, ImageChops
+from PIL import Image
 from safetensors.torch import load_file
 
 import infer
+import lora_core
 import merge
 import train
 from lora_core import formats
@@ -41,6 +42,7 @@ from models import LoadOptions, Sizes, flow, flux2, load_family, read_layout, re
 from models.published_configs import published_configs
 from tests import tiny_flux2
 from tests.flow_objective import mean_loss
+from tests.image_examples import levels_between
 
 KINDS = ("base", "distilled", "dev")
 PROMPTS = ["a cat", "dog"]
@@ -299,23 +301,25 @@ def test_diffusers_loads_a_run_and_draws_its_image(run, folders, tmp_path):
     words += ["--sampler", "flow_euler", "--guidance", "4"]
     ours = drawn(tmp_path / "a.png", *words)
     pipe = tiny_flux2.pipeline(kind)
-    images = []
-    for lora in ("", str(folder)):
-        if lora:
-            pipe.load_lora_weights(lora)
-        images += pipe(
-            prompt="a cat", height=32, width=32, num_inference_steps=3, guidance_scale=4.0,
-            generator=[torch.Generator().manual_seed(0)],
-            max_sequence_length=tiny_flux2.LENGTHS[kind],
-        ).images  # fmt: skip
-    plain, theirs = images
-    assert levels_between(ours, theirs) <= 1
-    assert levels_between(ours, plain) > 1
+    assert levels_between(ours, draw_square(pipe, kind)) > 1
+    pipe.load_lora_weights(str(folder))
+    assert levels_between(ours, draw_square(pipe, kind)) <= 1
+    patched = tiny_flux2.pipeline(kind)
+    lora_core.patch(patched, str(folder))
+    assert levels_between(ours, draw_square(patched, kind)) <= 1
 
 
-def levels_between(image, other):
-    """The largest difference between two images, of 255 levels."""
-    return max(high for _, high in ImageChops.difference(image, other).getextrema())
+def draw_square(pipe, kind):
+    """The pipeline's image of the size, seed, steps and guidance that infer.py gets."""
+    return pipe(
+        prompt="a cat",
+        height=32,
+        width=32,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(0)],
+        max_sequence_length=tiny_flux2.LENGTHS[kind],
+    ).images[0]
 
 
 def test_both_files_of_a_run_have_the_same_layers(run, folders):

@@ -24,6 +24,7 @@ NETWORK_CLASSES = {
     "UNet2DConditionModel": "unet",
     "FluxTransformer2DModel": "transformer",
     "SD3Transformer2DModel": "transformer",
+    "Flux2Transformer2DModel": "transformer",
     "CLIPTextModelWithProjection": "text_encoder_2",
     "CLIPTextModel": "text_encoder",
 }
