@@ -47,6 +47,8 @@ TRAIN_FLAGS = (
     ),
     OtherFlag("save_precision", (KOHYA,), "--files.precision {}", read=read_precision),
     OtherFlag("fp8_base", (KOHYA,), "--quantize fp8"),
+    OtherFlag("do_fp8_training", (DIFFUSERS,), "--quantize fp8"),
+    OtherFlag("bnb_quantization_config_path", (DIFFUSERS,), "--quantize int4", "torchao's NF4"),
     OtherFlag("blocks_to_swap", (KOHYA,), "--stream", "of all blocks, not of a number of them"),
     OtherFlag("train_batch_size", ALL, "--batch-size {}"),
     OtherFlag("gradient_accumulation_steps", ALL, "--accumulation {}"),
@@ -63,6 +65,7 @@ TRAIN_FLAGS = (
     OtherFlag("instance_prompt", (DIFFUSERS,), "--data.caption {}"),
     OtherFlag("class_tokens", (KOHYA,), "--data.caption {}"),
     OtherFlag("caption_dropout_rate", (KOHYA,), "--data.caption-dropout {}"),
+    OtherFlag("caption_dropout", (DIFFUSERS,), "--data.caption-dropout {}"),
     OtherFlag(
         "resolution",
         ALL,
@@ -71,6 +74,8 @@ TRAIN_FLAGS = (
         read_side,
     ),
     OtherFlag("enable_bucket", (KOHYA,), "--data.buckets"),
+    OtherFlag("use_aspect_ratio_buckets", (DIFFUSERS,), "--data.buckets"),
+    OtherFlag("aspect_ratio_buckets", (DIFFUSERS,), "--data.buckets", "the sizes are chosen here"),
     OtherFlag("bucket_reso_steps", (KOHYA,), "--data.bucket-step {}"),
     OtherFlag("image_interpolation_mode", (DIFFUSERS,), "--data.interpolation {}"),
     OtherFlag("center_crop", (DIFFUSERS,), "--data.crop center", "the default"),
@@ -102,6 +107,15 @@ TRAIN_FLAGS = (
     OtherFlag("alpha_mask", (KOHYA,), "--data.masks alpha"),
     OtherFlag("dataloader_num_workers", (DIFFUSERS,), "--data.workers {}"),
     OtherFlag("max_data_loader_n_workers", (KOHYA,), "--data.workers {}"),
+    OtherFlag(
+        "text_encoder_out_layers",
+        (DIFFUSERS,),
+        "",
+        "the text encoder's layers are those that the model's pipeline reads",
+    ),
+    OtherFlag(
+        "remote_text_encoder", (DIFFUSERS,), "", "captions are encoded on this machine, each once"
+    ),
     OtherFlag("t5xxl_max_token_length", (KOHYA,), "--max-sequence-length {}"),
     OtherFlag("with_prior_preservation", (DIFFUSERS,), "--prior.prompt TEXT", "the class prompt"),
     OtherFlag("class_prompt", (DIFFUSERS,), "--prior.prompt {}"),
@@ -110,6 +124,13 @@ TRAIN_FLAGS = (
     OtherFlag("reg_data_dir", (KOHYA,), "--prior.images {}", "with --prior.prompt"),
     OtherFlag("num_class_images", (DIFFUSERS,), "--prior.count {}"),
     OtherFlag("prior_loss_weight", (DIFFUSERS, KOHYA), "--prior.weight {}"),
+    OtherFlag(
+        "precondition_outputs",
+        (DIFFUSERS,),
+        "--weighting p2 --weighting-arg k=0",
+        "of 1, there the default: the squared error of x0 has the weight 1; of 0 it is the default "
+        "here",
+    ),
     OtherFlag("token_abstraction", (DIFFUSERS,), "--tokens.words {}", read=split_value(",")),
     OtherFlag(
         "placeholder_tokens",
@@ -308,6 +329,13 @@ TRAIN_FLAGS = (
     OtherFlag("guidance_scale", (DIFFUSERS, KOHYA), "--noise.guidance {}"),
     OtherFlag("mask_temperature", (PTI,), "--stages.1.mask-temperature {}"),
     OtherFlag("validation_prompt", (DIFFUSERS,), "--samples.prompts {}"),
+    OtherFlag("final_validation_prompt", (DIFFUSERS,), "--samples.prompts {}"),
+    OtherFlag(
+        "skip_final_inference",
+        (DIFFUSERS,),
+        "--samples.steps 1",
+        "a run always ends with images; few steps make them cheap",
+    ),
     OtherFlag(
         "num_validation_images", (DIFFUSERS,), "", "--samples.prompts has a text for each image"
     ),
