@@ -73,6 +73,7 @@ class FlowFamily:
     zeros: tuple[str, ...] = ()
     spacing: Spacing = "trailing"  # unused: a flow has one layout of its timesteps
     offset = 0  # unused
+    pipeline_loads_tokens = True  # diffusers' class has load_textual_inversion
     own_steps = 0  # of a sampler, for a model that was distilled to few; 0: as many as you like
     working_device: torch.device | None = None  # of networks that come there to work
 
@@ -82,6 +83,7 @@ class FlowFamily:
         self.modules: dict[str, nn.Module] = modules
         self.tokenizers = tokenizers
         self.scheduler = scheduler
+        self.has_dynamic_shift = bool(scheduler.get("use_dynamic_shifting"))
         self.transformer: Any = modules["transformer"]
         self.vae: Any = modules["vae"]
         self.checked_prompts = {name: set[str]() for name in tokenizers}
@@ -294,14 +296,29 @@ def open_tokenizers(path: str, how: LoadOptions, classes: Mapping[str, Any]) -> 
 
 def load_parts(path: str, how: LoadOptions, classes: Mapping[str, Any], vae: Any) -> dict[str, Any]:
     """The networks of a model: those of `classes` (name of the component -> class) in the base
-    precision, and the VAE, of the class `vae`, in its own.
+    precision, and the VAE, of the class `vae`, in its own. Raises UserError for a VAE of another
+    class before any weight is read.
     """
+    check_vae_class(path, how.vae, vae)
     modules = {}
     for name, kind in classes.items():
         modules[name] = load_network(kind, path, name, how.dtype, how.device)
     vae_folder = "" if how.vae else "vae"
     modules["vae"] = load_network(vae, how.vae or path, vae_folder, how.vae_precision, how.device)
     return modules
+
+
+def check_vae_class(path: str, other: str, kind: Any) -> None:
+    """Raises UserError for a VAE of another class, by its config.json. `other`: folder or hub id of
+    a VAE that replaces the model's own, or "".
+    """
+    config = read_json(other or path, "config.json" if other else "vae/config.json")
+    found = config.get("_class_name", kind.__name__)
+    if found != kind.__name__:
+        raise UserError(
+            f"the VAE of {other or path} is of the class {found}, expected {kind.__name__}; take "
+            "the VAE of this model"
+        )
 
 
 def read_networks(path: str, classes: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class StableDiffusion3(FlowFamily):
     """The `Family` of Stable Diffusion 3 and 3.5."""
 
     name = "sd3"
+    pipeline_loads_tokens = False
 
     def __init__(
         self,
@@ -104,8 +105,8 @@ class StableDiffusion3(FlowFamily):
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         """The pipelines leave the steps of a sampler to diffusers' scheduler."""
-        dynamic = bool(self.scheduler.get("use_dynamic_shifting"))
-        return with_scheduler_steps(super().schedule_at(height, width), dynamic=dynamic)
+        schedule = super().schedule_at(height, width)
+        return with_scheduler_steps(schedule, dynamic=self.has_dynamic_shift)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids of each encoder, and the position of the first end-of-text token for CLIP.

@@ -250,6 +250,22 @@ def test_a1111_and_comfyui_are_told_the_files_that_are_there(card: ModelCard, ru
     assert "cannot tell TOK, TOK2 apart" in two and "| `TOK2` | `<s1>` |" in two
 
 
+def test_a_pipeline_without_a_loader_of_tokens_gets_one(card: ModelCard, run: Path) -> None:
+    """tests/test_sd3.py runs this code."""
+    text = write_card(replace(card, loads_tokens=False), run).read_text()
+    assert "class TokenPipeline(TextualInversionLoaderMixin, StableDiffusionPipeline)" in text
+    assert "pipe = TokenPipeline.from_pretrained(" in text
+    (run / f"{run.name}_emb.safetensors").unlink()
+    plain = write_card(replace(card, loads_tokens=False, words={}), run).read_text()
+    assert "TokenPipeline" not in plain
+
+
+def test_a1111_is_left_out_for_models_that_it_does_not_know(card: ModelCard, run: Path) -> None:
+    words = {"TOK": ("<s0>",), "TOK2": ("<s1>",)}
+    text = write_card(replace(card, a1111=False, words=words), run).read_text()
+    assert "A1111" not in text and "It puts all tokens" in section(text, "ComfyUI")
+
+
 def test_a_card_for_the_hub(card: ModelCard, run: Path) -> None:
     text = write_card(replace(card, repo="me/run"), run).read_text()
     assert 'snapshot_download("me/run")' in code(text)

@@ -309,24 +309,21 @@ def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return train.train(config)
 
 
-def test_diffusers_loads_a_run_and_draws_its_image(run, folder, tmp_path) -> None:
-    """LoRA layers from the file in the run's folder, token rows as its README says."""
+def test_diffusers_loads_a_run_and_draws_its_image(run, folder, tmp_path, monkeypatch) -> None:
+    """By the lines of the run's README.md: its LoRA layers, and tokens in all three encoders."""
     words = ["--model", str(folder), "--lora", str(run), "--prompt", "a TOK", "--steps", "3"]
     words += ["--max-sequence-length", "20", "--out", str(tmp_path / "a.png"), "--device", "cpu"]
     assert infer.main([*words, "--sampler", "flow_euler", "--guidance", "4"]) == 0
     ours = Image.open(tmp_path / "a.png")
-    pipe = tiny_sd3.pipeline()
-    assert levels_between(ours, draw_square(pipe, "a TOK")) > 1
-    pipe.load_lora_weights(str(run))
-    rows = load_file(run / "run_emb.safetensors")
-    for name, key in zip(("", "_2", "_3"), ("clip_l", "clip_g", "t5")):
-        tokenizer, encoder = getattr(pipe, "tokenizer" + name), getattr(pipe, "text_encoder" + name)
-        tokenizer.add_tokens(["<s0>"])
-        table = encoder.get_input_embeddings().weight
-        encoder.resize_token_embeddings(max(len(tokenizer), len(table) + 1))
-        number = tokenizer.convert_tokens_to_ids("<s0>")
-        encoder.get_input_embeddings().weight.data[number] = rows[key][0]
-    assert levels_between(ours, draw_square(pipe, "a <s0>")) <= 1
+    assert levels_between(ours, draw_square(tiny_sd3.pipeline(), "a TOK")) > 1
+    card = (run / "README.md").read_text()
+    lines, _, call = card.partition("```python\n")[2].partition("image = pipe(")
+    assert call.startswith('"a <s0>", num_inference_steps=1, guidance_scale=1.0, max_sequence_len')
+    assert "A1111" not in card
+    monkeypatch.chdir(run)
+    loaded: dict = {}
+    exec(lines, loaded)
+    assert levels_between(ours, draw_square(loaded["pipe"], "a <s0>")) <= 1
     patched = tiny_sd3.pipeline()
     patch = lora_core.patch(patched, str(run))
     assert levels_between(ours, draw_square(patched, patch.bind("a TOK"))) <= 1
@@ -420,6 +417,13 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(
     for read in (load_family, read_layout):
         with pytest.raises(UserError, match=sentence):
             read(str(tmp_path / "m"))
+
+
+def test_a_vae_of_another_class_is_refused_before_weights_are_read(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKLFlux2"}')
+    with pytest.raises(UserError, match="AutoencoderKLFlux2, expected AutoencoderKL; take the VAE"):
+        load_family(str(tmp_path / "m"), LoadOptions(vae=str(tmp_path)))
 
 
 def test_a_model_without_text_encoders_is_refused(folder, tmp_path) -> None:

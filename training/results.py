@@ -59,6 +59,7 @@ from training.setup import Model
 from training.shared_config import shared_config
 
 TEXTS = (".md", ".html", ".json", ".jsonl")  # endings of the texts that a run writes
+A1111_FAMILIES = ("sd", "sdxl", "flux")  # whose LoRAs A1111, or Forge, was seen to read
 Before = tuple[Sequence[Score], Sequence[Score]]  # scores before and after
 
 
@@ -295,7 +296,9 @@ def _make_card(
         prompts=samples.public_prompts,
         instance_prompt=_typed_caption(samples),
         shows_images=samples.are_public,
-        sampling={"num_inference_steps": look.steps, "guidance_scale": look.guidance},
+        sampling=_pipeline_arguments(config),
+        loads_tokens=getattr(family, "pipeline_loads_tokens", True),
+        a1111=family.layout.family in A1111_FAMILIES,
         training=_training_table(log, checkpoints, samples),
         validation=losses_by_timestep(*scores) if scores else (),
         scored=data.scored.words,
@@ -305,6 +308,13 @@ def _make_card(
         description=config.files.description,
         rerun=config_checks.rerun_reason(config),
     )
+
+
+def _pipeline_arguments(config: Config) -> dict[str, float]:
+    """The arguments of the diffusers pipeline's call that draws as the run's samples."""
+    look, length = config.samples, config.max_sequence_length
+    arguments = {"num_inference_steps": look.steps, "guidance_scale": look.guidance}
+    return arguments | ({"max_sequence_length": length} if length else {})
 
 
 def _training_table(log: Log, checkpoints: Checkpoints, samples: SampleImages) -> dict[str, Any]:

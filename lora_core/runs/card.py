@@ -67,6 +67,8 @@ class ModelCard:
     # Tool -> relative error of its update of a DoRA under kohya's names (formats.dora_readers)
     dora_errors: Mapping[str, float] = field(default_factory=dict)
     shows_images: bool = True  # the samples, if no private image is in them
+    loads_tokens: bool = True  # whether that class has load_textual_inversion
+    a1111: bool = True  # whether A1111 or Forge reads files of the model's family
     rerun: str = ""  # why config.toml alone does not repeat the run; empty: it does
 
 
