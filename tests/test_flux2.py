@@ -424,6 +424,11 @@ def test_what_a_text_encoder_cannot_learn_is_refused(folders, photos, tmp_path, 
         ),
         ("text_encoder", {"model_type": "qwen2"}, "is of type qwen2, expected qwen3"),
         ("text_encoder", {"num_hidden_layers": 20}, "has 20 layers"),
+        (
+            "vae",
+            {"_class_name": "AutoencoderKL"},
+            "is of the class AutoencoderKL, expected AutoencoderKLFlux2; take the VAE of this",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_weights_are_read(

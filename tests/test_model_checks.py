@@ -179,6 +179,12 @@ def a_family(**settings: Any) -> Any:
         ({"noise": {"shift": 3.0}}, {}, "--noise.shift and --noise.dynamic-shift have no effect"),
         ({"noise": {"dynamic_shift": True}}, {}, "which is no flow model"),
         ({"noise": {"shift": 3.0}}, {"schedule": FLOW}, ""),
+        ({"noise": {"dynamic_shift": True}}, {"schedule": FLOW}, ""),
+        (
+            {"noise": {"dynamic_shift": True}},
+            {"schedule": FLOW, "has_dynamic_shift": False},
+            "--noise.dynamic-shift has no effect on this model, whose shift is the same at every",
+        ),
         ({"noise": {"guidance": 2.0}}, {}, "--noise.guidance has no effect on this model"),
         ({"noise": {"guidance": 2.0}}, {"distilled_guidance": True}, ""),
         (

@@ -212,6 +212,11 @@ def check_model(c: Config, family: Family) -> None:
             "--noise.shift and --noise.dynamic-shift have no effect on this model, "
             "which is no flow model; leave them out"
         )
+    if c.noise.dynamic_shift and not getattr(family, "has_dynamic_shift", True):
+        raise UserError(
+            "--noise.dynamic-shift has no effect on this model, whose shift is the same at every "
+            "resolution; leave it out, or give --noise.shift"
+        )
     reads_guidance = getattr(family, "reads_guidance", family.distilled_guidance)
     if c.noise.guidance != Config().noise.guidance and not reads_guidance:
         raise UserError(
