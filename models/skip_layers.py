@@ -37,8 +37,8 @@ def choose_skip_layers(family: Any, config: Any) -> SkipLayers | None:
     """The guidance of infer.py's options --skip-layers ...; None for a family without it.
 
     As in diffusers' pipeline, steps i of n have it for which start n < i < stop n. Raises UserError
-    where it has no effect: for another family, without other guidance, and where no step is in the
-    range; and for blocks that the model does not have.
+    where it has no effect: for another family, without other guidance, with scale 0, and where no
+    step is in the range; and for blocks that the model does not have.
     """
     if not hasattr(family, "set_skip_layers"):
         if config.skip_layers:
@@ -55,21 +55,29 @@ def choose_skip_layers(family: Any, config: Any) -> SkipLayers | None:
             raise UserError(
                 f"--skip-layers has {block}; the blocks of this model are 0 to {count - 1}"
             )
-    if config.guidance == 1:
+    if config.guidance in (0, 1):
         raise UserError(
-            "--skip-layers has no effect at guidance 1; leave it out or raise --guidance"
+            f"--skip-layers cannot act at guidance {config.guidance:g}, where one prompt alone is "
+            "asked for; leave it out or raise --guidance"
         )
+    if config.skip_layer_scale == 0:
+        raise UserError("--skip-layers has no effect with --skip-layer-scale 0; leave both out")
     height = (config.height or family.resolution) // family.factor
     width = (config.width or family.resolution) // family.factor
     sigmas = family.schedule_at(height, width).step_sigmas(config.steps)
     first = config.skip_layer_start * len(sigmas)
     last = config.skip_layer_stop * len(sigmas)
-    acting = [sigma for i, sigma in enumerate(sigmas) if first < i < last]
+    left_out = len(sigmas) - int(config.strength * len(sigmas))  # of image to image
+    acting = [sigma for i, sigma in enumerate(sigmas) if first < i < last and i >= left_out]
     if not acting:
         raise UserError(
-            f"none of {len(sigmas)} steps is between --skip-layer-start "
-            f"{config.skip_layer_start:g} and --skip-layer-stop {config.skip_layer_stop:g} of "
-            "them; widen the range or take more steps"
+            f"none of {len(sigmas)} steps{_describe_start(left_out)} is between "
+            f"--skip-layer-start {config.skip_layer_start:g} and --skip-layer-stop "
+            f"{config.skip_layer_stop:g} of them; widen the range or take more steps"
         )
     weight = config.skip_layer_scale / config.guidance
     return SkipLayers(config.skip_layers, weight, (acting[-1] - ROUNDING, acting[0] + ROUNDING))
+
+
+def _describe_start(left_out: int) -> str:
+    return f", of which --strength leaves out {left_out}," if left_out else ""

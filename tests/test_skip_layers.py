@@ -76,7 +76,10 @@ def test_without_the_options_there_is_none(model: str) -> None:
     "options, sentence",
     [
         ({"skip_layers": (3,)}, "--skip-layers has 3; the blocks of this model are 0 to 2"),
-        ({"skip_layers": (1,), "guidance": 1.0}, "no effect at guidance 1"),
+        ({"skip_layers": (1,), "guidance": 1.0}, "cannot act at guidance 1, where one prompt"),
+        ({"skip_layers": (1,), "guidance": 0.0}, "cannot act at guidance 0, where one prompt"),
+        ({"skip_layers": (1,), "skip_layer_scale": 0.0}, "no effect with --skip-layer-scale 0"),
+        ({"skip_layers": (1,), "strength": 0.5}, "of 10 steps, of which --strength leaves out 5,"),
         ({"skip_layers": (1,), "steps": 4}, "none of 4 steps is between --skip-layer-start 0.01"),
     ],
 )
