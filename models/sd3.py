@@ -101,6 +101,8 @@ class StableDiffusion3(FlowFamily):
                 self.widths[name], rest = rest, 0
         self.layout = sd3_layout({name: modules[name] for name in modules if name != "vae"})
         self.joint_attention = install_joint_attention(self.transformer)
+        # for --compile; diffusers 0.42 names the blocks for placement alone
+        self.transformer._repeated_blocks = list(self.transformer._no_split_modules)
         self.skip_layers = SkipLayers()
 
     def schedule_at(self, height: int, width: int) -> Schedule:

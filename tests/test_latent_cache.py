@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from lora_core.config import Config, PriorConfig
 from tests.conftest import merged, save_pipeline
 from tests.opened_run import OpenedRun, latent_files, open_parts
-from training.inputs.latent_cache import pixels_repeat_after
+from training.inputs.latent_cache import pixels_repeat_after, vae_fingerprint
 from training.inputs.step_inputs import list_captions, list_visits, make_step_inputs
 
 
@@ -73,3 +74,11 @@ def test_what_never_repeats_is_left_to_the_steps(
     visits = list_visits(s.config, s.data, range(2))
     assert s.source.latents.encode_ahead(visits) == 4  # the images repeat, random holes do not
     assert s.source.latents.steps_encode(visits)
+
+
+def test_a_vae_with_a_batch_norm_has_a_fingerprint() -> None:
+    """FLUX.2's: its counter of batches has no axis, and its statistics are part of the encoding."""
+    norm = nn.BatchNorm2d(2)
+    before = vae_fingerprint(norm)
+    norm.running_mean.add_(1)  # type: ignore[union-attr]
+    assert vae_fingerprint(norm) != before

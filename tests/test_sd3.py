@@ -35,6 +35,7 @@ from lora_core.image_options import Infer
 from lora_core.placeholders import make_placeholders
 from lora_core.settings import SamplerSettings
 from models import load_family, read_layout, sd3
+from models.placement import named_blocks
 from models.published_layouts import published_layout
 from models.skip_layers import choose_skip_layers
 from tests import tiny_sd3
@@ -187,6 +188,11 @@ def test_a_call_and_images_are_the_pipelines(variant, tmp_path) -> None:
     drawn = generate_images(family, PROMPTS, [3, 4], s)
     theirs = draw_by_pipeline(pipe, [3, 4], num_inference_steps=4, guidance_scale=5.0)
     assert (drawn - theirs).abs().max() < 1e-5
+
+
+def test_its_blocks_are_known_to_compile(family) -> None:
+    paths = [f"transformer_blocks.{i}" for i in range(tiny_sd3.BLOCKS)]
+    assert list(named_blocks(family.transformer)) == paths
 
 
 def test_a_dynamic_shift_is_the_pipelines(tmp_path) -> None:

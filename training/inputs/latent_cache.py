@@ -251,6 +251,7 @@ def vae_fingerprint(vae: nn.Module) -> Mapping[str, str]:
     """
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in vae.state_dict().items():
-        numbers = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        flat = tensor.cpu().reshape(-1)  # a batch norm's counter has no axis
+        numbers = flat.view(torch.uint8).numpy().tobytes()
         content.update(name.encode() + str(tensor.dtype).encode() + numbers)
     return {"vae": content.hexdigest()}
