@@ -252,7 +252,7 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
         config=config.model_config,
         family=config.family,
     )
-    with phase("loading the model"):
+    with phase("loading the model"), _settings_named(text):
         family = load_family(config.model, options)
     check_guidance(family, "--guidance", config.guidance, Infer().guidance)
     if config.negative and family.distilled_guidance:
@@ -270,6 +270,20 @@ def open_models(config: Infer, loras: Sequence[LoraSource]) -> tuple[Family, Fam
             "give the refiner of that family"
         )
     return family, refiner
+
+
+@contextmanager
+def _settings_named(text: Mapping[str, int]) -> Iterator[None]:
+    """Says in an error about a text setting that the LoRA's run has it, and not the command."""
+    try:
+        yield
+    except UserError as error:
+        if not any(str(error).startswith(f"--{name.replace('_', '-')} ") for name in text):
+            raise
+        reason = str(error).removesuffix("; leave it out")
+        raise UserError(
+            f"{reason}; the LoRA's run has this setting, so it was trained on another kind of model"
+        ) from None
 
 
 def first_device(config: Infer) -> torch.device:
@@ -374,6 +388,8 @@ def draw_cells(
         if models is None or not keeps_models:
             models = None  # before others take its place
             models = open_models(own, combine_loras(list(map(parse_lora, own.lora)), prompts))
+        for value in {cell["guidance"] for cell in cells if "guidance" in cell}:
+            check_guidance(models[0], "--grid guidance", value, 1)
         own = with_own_steps(own, models[0])
         places = [i for i, (_, cell) in enumerate(jobs) if cell.get("checkpoint", 0) == checkpoint]
         with open_drawing(own, prompts, models) as drawing:

@@ -452,3 +452,19 @@ def test_settings_without_effect_are_refused(folders):
     ):
         with pytest.raises(UserError, match=expected):
             load_family(path, how)
+
+
+def test_a_grid_over_guidance_that_a_distilled_model_ignores_is_refused(folders, tmp_path, capsys):
+    words = ["--model", folders["distilled"][0], "--prompt", "x", "--device", "cpu"]
+    words += ["--grid", "guidance=1,3", "--out", str(tmp_path / "a.png")]
+    assert infer.main(words) == 2
+    assert "--grid guidance 3 has no effect on this model" in capsys.readouterr().err
+
+
+def test_a_setting_of_a_run_that_the_model_lacks_is_named_as_that(folders):
+    with pytest.raises(UserError) as caught, infer._settings_named({"clip_skip": 1}):
+        load_family(folders["base"][0], LoadOptions(clip_skip=1))
+    assert str(caught.value).endswith("is no CLIP; the LoRA's run has this setting, so it was "
+                                      "trained on another kind of model")  # fmt: skip
+    with pytest.raises(UserError, match="leave it out"), infer._settings_named({}):
+        load_family(folders["base"][0], LoadOptions(clip_skip=1))

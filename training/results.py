@@ -277,7 +277,7 @@ def _make_card(
 ) -> ModelCard:
     """The model card that becomes the run's README.md; `scores`: before and after, if any."""
     config, model, family = log.config, log.model, log.model.family
-    look, data = config.samples, samples.data
+    data = samples.data
     ends = {}
     if len(model.encoders) > 1:  # one encoder alone is not pooled
         for name, encoder in model.encoders.items():
