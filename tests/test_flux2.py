@@ -309,6 +309,16 @@ def test_diffusers_loads_a_run_and_draws_its_image(run, folders, tmp_path):
     assert levels_between(ours, draw_square(patched, kind)) <= 1
 
 
+def test_the_lines_of_a_runs_card_draw_an_image(run, monkeypatch, tmp_path):
+    """The first argument of these pipelines is an image."""
+    _, folder = run
+    card = (folder / "README.md").read_text()
+    lines = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(folder)
+    exec(lines.replace('"image.png"', repr(str(tmp_path / "image.png"))), {})
+    assert (tmp_path / "image.png").is_file() and "## A1111" not in card
+
+
 def draw_square(pipe, kind):
     """The pipeline's image of the size, seed, steps and guidance that infer.py gets."""
     return pipe(
