@@ -324,7 +324,9 @@ def test_diffusers_loads_a_run_and_draws_its_image(run, folder, tmp_path, monkey
     assert levels_between(ours, draw_square(tiny_sd3.pipeline(), "a TOK")) > 1
     card = (run / "README.md").read_text()
     lines, _, call = card.partition("```python\n")[2].partition("image = pipe(")
-    assert call.startswith('prompt="a <s0>", num_inference_steps=1, guidance_scale=1.0, max_sequence_len')
+    assert call.startswith(
+        'prompt="a <s0>", num_inference_steps=1, guidance_scale=1.0, max_sequence_len'
+    )
     assert "A1111" not in card
     monkeypatch.chdir(run)
     loaded: dict = {}
