@@ -12,7 +12,7 @@ from merging.commands import Diff
 from merging.compare import compare_parameters, principal_angles
 from merging.factor_sums import cosine_similarity
 from merging.layer_spectra import LayerSpectrum, layer_spectra
-from merging.opening import find_layout, is_whole_model, open_each
+from merging.opening import compare_headers, find_layout, is_whole_model, open_each
 from merging.output import align_columns, print_note
 
 Spectra = Mapping[LayerKey, LayerSpectrum]
@@ -29,6 +29,7 @@ def run_diff(options: Diff) -> None:
             )
     layout = find_layout(paths, options.files)
     states = open_each(paths, layout, options.files)
+    compare_headers(states, paths, options.files)
     first, second = [_spectra_by_layer(path, own) for path, own in zip(paths, states)]
     if any(layer.adapter.magnitude is not None for layer in (*first.values(), *second.values())):
         print_note(

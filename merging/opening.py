@@ -31,6 +31,7 @@ from models.published import PUBLISHED_MODELS
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
 SPELLED_OUT = ("diffusers", "embeddings")  # formats that can be read without a layout
+ARCHITECTURE = "modelspec.architecture"  # entry of a header
 MOST_IN_MEMORY = 16  # files of a merge that are read at once, in half the time of mapped ones
 # of formats that are only read, or only written where the output's ending asks for it
 NEAREST_WRITABLE = {"comfyui": "kohya"} | dict.fromkeys(("xlabs", "peft", "mixofshow"), "diffusers")
@@ -194,15 +195,28 @@ def open_adapters(
 ) -> list[AdapterState]:
     """The adapters in several files of one model, as `open_adapter` reads each.
 
-    Raises UserError with the models' names for files of different published models. Without a
-    layout, files whose layers cannot belong to one network are refused too.
+    Raises UserError with the models' names for files of different published models, also where
+    their headers alone tell them apart. Without a layout, files whose layers cannot belong to one
+    network are refused too.
     """
     states = open_each(paths, layout, reading, merging=merging)
+    compare_headers(states, paths, reading)
     if layout is None and len(states) > 1:
         from merging.shared_model import check_one_model
 
         check_one_model(states, paths)
     return states
+
+
+def compare_headers(
+    states: Sequence[AdapterState], paths: Sequence[str], reading: FileReadOptions
+) -> None:
+    """Raises UserError for files whose headers are of different models, without --model."""
+    architectures = {state.metadata.get(ARCHITECTURE) for state in states} - {None}
+    if len(architectures) > 1 and not getattr(reading, "model", ""):
+        from merging.shared_model import check_headers
+
+        check_headers(states, paths)
 
 
 def choose_output_format(paths: Sequence[str]) -> str:

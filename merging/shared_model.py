@@ -43,6 +43,28 @@ def check_one_model(states: Sequence[AdapterState], paths: Sequence[str]) -> Non
                 raise _different_models(first, path, reason)
 
 
+def check_headers(states: Sequence[AdapterState], paths: Sequence[str]) -> None:
+    """Raises UserError for files whose headers name the architectures of different published
+    models: some have layers of the same names and shapes, as Stable Diffusion 3 and 3.5 medium.
+    """
+    titles: dict[str, str] = {}  # of the original model -> its first file
+    for path, state in zip(paths, states):
+        title = _architecture_title(state.metadata.get("modelspec.architecture", ""))
+        if title:
+            titles.setdefault(title, path)
+    if len(titles) > 1:
+        named = [f"{path} is for {title}" for title, path in titles.items()]
+        raise UserError(f"{' and '.join(named)}, by their headers; give files of one model")
+
+
+def _architecture_title(architecture: str) -> str:
+    """The name of the original published model with an architecture; "" for an unknown one."""
+    for kind, row in PUBLISHED_MODELS.items():
+        if known.published_layout(kind).architecture == architecture:
+            return PUBLISHED_MODELS[row.like or kind].title
+    return ""
+
+
 def _different_models(first: str, second: str, reason: str) -> UserError:
     return UserError(
         f"{first} and {second} are for different models: {reason}; merge files of one model"

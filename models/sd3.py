@@ -104,6 +104,8 @@ class StableDiffusion3(FlowFamily):
         # for --compile; diffusers 0.42 names the blocks for placement alone
         self.transformer._repeated_blocks = list(self.transformer._no_split_modules)
         self.skip_layers = SkipLayers()
+        # sides of images, in pixels
+        self.largest = PATCH * self.transformer.config.pos_embed_max_size * self.factor
 
     def schedule_at(self, height: int, width: int) -> Schedule:
         """The pipelines leave the steps of a sampler to diffusers' scheduler."""
@@ -181,11 +183,10 @@ class StableDiffusion3(FlowFamily):
         """The velocity eps - x0, of prompts with skip-layer guidance where it is set."""
         refuse_masks(inpaint)
         height, width = x_t.shape[-2:]
-        side = PATCH * self.transformer.config.pos_embed_max_size
-        if max(height, width) > side:
+        if max(height, width) * self.factor > self.largest:
             raise UserError(
                 f"{width * self.factor} x {height * self.factor} pixels: the position table of "
-                f"this model ends at {side * self.factor}; take smaller images"
+                f"this model ends at {self.largest}; take smaller images"
             )
         with keep_maps(self.joint_attention, (height // PATCH, width // PATCH), maps):
             out = self._call(x_t, level, cond)

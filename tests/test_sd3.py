@@ -356,6 +356,14 @@ def test_a_run_sees_that_lengths_and_left_out_layers_act(config: Config, folder:
     assert train.train(replace(own, stages=(Stage(1, ("denoiser",)),))).is_dir()
 
 
+def test_a_run_at_more_than_the_position_table_has_is_refused_at_its_start(
+    config: Config, folder: Path
+) -> None:
+    own = replace(config, model=str(folder), data=replace(config.data, resolution=64))
+    with pytest.raises(UserError, match="resolution 64 is more than 48, the largest side"):
+        train.train(own)
+
+
 def test_both_files_of_a_run_have_the_same_layers(run, folder) -> None:
     layout = read_layout(str(folder))
     native = formats.load(run / formats.NATIVE, layout).components

@@ -106,3 +106,38 @@ def test_damage_is_said_before_families(folder, capsys):
     save_file(tensors, "nan.safetensors")
     assert mix("small", "nan") == 2
     assert "NaN" in capsys.readouterr().err
+
+
+LAYER = {
+    "transformer.transformer_blocks.3.attn.to_q.lora_A.weight": torch.ones(2, 1536),
+    "transformer.transformer_blocks.3.attn.to_q.lora_B.weight": torch.ones(1536, 2),
+}
+
+
+@pytest.mark.parametrize("command", ["mix", "diff"])
+def test_headers_tell_models_with_the_same_layers_apart(folder, command, capsys):
+    """With --model the user has said which model is meant."""
+    for name, version in (("old", "medium"), ("new", "5-medium")):
+        header = {"modelspec.architecture": f"stable-diffusion-3-{version}/lora"}
+        save_file(LAYER, f"{name}.safetensors", metadata=header)
+    words = {
+        "mix": ["mix", "old.safetensors + new.safetensors", "--out", "o.safetensors"],
+        "diff": ["diff", "old.safetensors", "new.safetensors"],
+    }[command]
+    assert merge.main(words) == 2
+    assert capsys.readouterr().err.endswith(
+        "old.safetensors is for Stable Diffusion 3 medium and new.safetensors is for "
+        "Stable Diffusion 3.5 medium, by their headers; give files of one model\n"
+    )
+    assert merge.main([*words, "--model", "sd3"]) == 0
+
+
+def test_headers_of_a_model_and_its_variant_are_of_one_model(folder):
+    for name in ("dev", "schnell"):
+        header = {"modelspec.architecture": f"flux-1-{name}/lora"}
+        tensors = {
+            "transformer.single_transformer_blocks.3.proj_mlp.lora_A.weight": torch.ones(2, 3072),
+            "transformer.single_transformer_blocks.3.proj_mlp.lora_B.weight": torch.ones(12288, 2),
+        }
+        save_file(tensors, f"{name}.safetensors", metadata=header)
+    assert mix("dev", "schnell") == 0

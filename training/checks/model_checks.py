@@ -261,6 +261,12 @@ def _check_sizes(c: Config, family: Family) -> None:
                 f"--data.{option} {side} is not a multiple of {family.multiple}, "
                 "which the sides of this model's images must be"
             )
+    largest = getattr(family, "largest", c.data.resolution)
+    if c.data.resolution > largest:
+        raise UserError(
+            f"--data.resolution {c.data.resolution} is more than {largest}, the largest side of "
+            "this model's images; lower it"
+        )
     timesteps = len(family.schedule)
     if c.validation.every >= 0 and c.validation.bins > timesteps:
         raise UserError(
