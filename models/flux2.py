@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import Mistral3Model, PreTrainedTokenizerFast, Qwen2TokenizerFast, Qwen3Model
@@ -28,6 +27,11 @@ from models.flow import LONGEST, PATCH, FlowFamily
 from models.flux2_names import original_flux2_names
 from models.language_encoders import Chat, LanguageEncoder
 
+# The text with which dev was trained, byte for byte, as its vocabulary is part of the model.
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing "
+    "on object relationships, object\nattribution and actions without speculation."
+)
 DISTILLED_STEPS = 4  # of the klein models without "base" in their names
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 PRESETS = {  # component -> preset -> globs; the counts are those of klein 4B, klein 9B and dev

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 from safetensors.torch import load_file
@@ -478,3 +479,7 @@ def test_a_setting_of_a_run_that_the_model_lacks_is_named_as_that(folders):
                                       "trained on another kind of model")  # fmt: skip
     with pytest.raises(UserError, match="leave it out"), infer._settings_named({}):
         load_family(folders["base"][0], LoadOptions(clip_skip=1))
+
+
+def test_devs_conversation_begins_with_the_published_text():
+    assert flux2.SYSTEM_MESSAGE == SYSTEM_MESSAGE
