@@ -67,7 +67,7 @@ def test_the_readme_of_a_run_loads_it_into_diffusers(
     monkeypatch.chdir(run)
     scope: dict[str, Any] = {}
     exec(load, scope)
-    prompt = re.match(r'pipe\("(.*?)"', call)
+    prompt = re.match(r'pipe\(prompt="(.*?)"', call)
     assert prompt and "<s0><s1>" in prompt[1]
     scope["pipe"].set_progress_bar_config(disable=True)
 
