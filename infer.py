@@ -105,7 +105,7 @@ from lora_core.settings import SamplerSettings, check_options
 from models import DTYPES, choose_device, load_family, use_device
 from models.flow import check_guidance
 from models.placement import loading_device, place_networks
-from models.skip_layers import choose_skip_layers
+from models.skip_layers import SkipLayers, choose_skip_layers
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ class Drawing:
         the first prompt, at strengths that `settings` (a grid's cell) change.
         """
         loras = loras_of_prompt(self.loras, len(config.lora), prompts[0])
+        skip = choose_skip_layers(self.family, config)
         return ImageBatch(
             [prompt.text for prompt in prompts],
             seeds,
             config,
             self.start.pixels,
             self.start.mask,
-            prepare=BatchSettings(self.patches, loras, settings, self.family, config),
+            prepare=BatchSettings(self.patches, loras, settings, self.family, skip),
         )
 
     def draw_images(self, batches: Sequence[ImageBatch]) -> list[Image.Image]:
@@ -164,12 +165,11 @@ class BatchSettings(LoraStrengths):
     """What a batch sets before it is drawn: the strengths of its LoRAs, and skip-layer guidance."""
 
     family: Family
-    config: Infer
+    skip: SkipLayers | None  # None: the family has no such guidance
 
     def __call__(self, share: float | None = None, *, off: bool = False) -> None:
-        skip = choose_skip_layers(self.family, self.config)
-        if skip is not None:
-            self.family.set_skip_layers(skip)  # type: ignore[attr-defined]
+        if self.skip is not None:
+            self.family.set_skip_layers(self.skip)  # type: ignore[attr-defined]
         super().__call__(share, off=off)
 
 

@@ -119,7 +119,7 @@ class Flux2(FlowFamily):
         """
         tokens = height * width
         schedule = flow.flow_schedule_from_config(self.scheduler, tokens)
-        if not tokens or not self.scheduler.get("use_dynamic_shifting"):
+        if not tokens or not self.has_dynamic_shift:
             return schedule
         return replace(schedule, step_sigmas=functools.partial(flow.empirical_steps, tokens))
 
